@@ -1,0 +1,196 @@
+"""The rules of the house that a machine can check (CONTRIBUTING.md)."""
+
+import ast
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("shirg", "baselines", "lavida_adapter", "experiments")
+ENTRIES = ("train", "eval")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/lavida.md", "docs/method.md")
+GROUPS = "model|selector|relevance|data|lora|decode|trainer|logger|experiment"
+
+
+def modules() -> list[str]:
+    found = [path.relative_to(ROOT).with_suffix("") for p in PACKAGES for path in (ROOT / p).rglob("*.py")]
+    dotted = [".".join(path.parts).removesuffix(".__init__") for path in found if path.name != "__main__"]
+    return sorted(dotted) + [entry for entry in ENTRIES if (ROOT / f"{entry}.py").exists()]
+
+
+@cache
+def tracked() -> list[Path]:
+    """Files of the repository: committed, or about to be."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def sources() -> list[Path]:
+    return [path for path in tracked() if path.suffix == ".py"]
+
+
+def text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def configs() -> list[Path]:
+    return sorted((ROOT / "conf").rglob("*.yaml"))
+
+
+@cache
+def imported(path: Path) -> frozenset[str]:
+    """Top-level names of what a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}, line {node.lineno}: relative import"
+            names.add(str(node.module).split(".")[0])
+    return frozenset(names)
+
+
+@cache
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    optional = project()["optional-dependencies"]
+    return [Requirement(r) for r in sum((optional[extra] for extra in extras), list(project()["dependencies"]))]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports(name: str) -> None:
+    importlib.import_module(name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_typed(package: str) -> None:
+    assert (ROOT / package / "__init__.py").exists()
+    assert (ROOT / package / "py.typed").exists()
+
+
+def test_import_directions() -> None:
+    """The contracts of pyproject.toml, by the same command as `make lint`."""
+    command = "from importlinter.cli import lint_imports_command as run; run()"
+    result = subprocess.run([sys.executable, "-c", command, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "2 kept, 0 broken" in result.stdout
+
+
+@pytest.mark.parametrize(("package", "friends"), [("shirg", {"shirg"}), ("baselines", {"baselines", "shirg"})])
+def test_selectors_need_torch_alone(package: str, friends: set[str]) -> None:
+    allowed = friends | {"torch"} | sys.stdlib_module_names
+    for path in (ROOT / package).rglob("*.py"):
+        assert imported(path) <= allowed, f"{path.relative_to(ROOT)} imports {sorted(imported(path) - allowed)}"
+
+
+def test_entry_points_are_imported_by_nobody() -> None:
+    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        assert not imported(path) & set(ENTRIES), path.relative_to(ROOT)
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    distributions = importlib.metadata.packages_distributions()
+    declared = {r.name.lower().replace("_", "-") for r in requirements("gpu", "slurm", "viz", "dev")}
+    known = {*PACKAGES, *ENTRIES, "tests"} | sys.stdlib_module_names
+    for path in sources():
+        local = {p.stem for p in path.parent.glob("*.py")} if "tests" in path.parts else set()
+        for name in imported(path) - known - local:
+            owners = {d.lower().replace("_", "-") for d in distributions.get(name, [name])}
+            assert owners & declared, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not declare"
+
+
+def test_every_dependency_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    for requirement in requirements("slurm", "viz", "dev"):
+        pin = pins.get(requirement.name.lower())
+        assert pin is not None, f"constraints.txt does not pin {requirement.name}"
+        assert requirement.specifier.contains(pin), f"{requirement} excludes the pinned {pin}"
+
+
+def test_files_are_short() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in sources() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_no_file_knows_the_machine_it_was_written_on() -> None:
+    machine = re.compile(r"(?<![\w.}])/(?:home|Users|root|work|tmp|mnt)/|\.\./shared|\bspec/|\bdesign\.md\b")
+    for path in tracked():
+        for number, line in enumerate((text_of(path) or "").splitlines(), 1):
+            assert not machine.search(line), f"{path.relative_to(ROOT)}, line {number}: {line.strip()[:120]}"
+
+
+@pytest.mark.parametrize("path", configs(), ids=lambda p: str(p.relative_to(ROOT / "conf")))
+def test_every_config_says_how_to_run_it(path: Path) -> None:
+    """First comment: the command. Second: one sentence, which `--help` prints."""
+    comments: list[str] = []
+    for line in path.read_text().splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            comments.append(line.removeprefix("#").strip())
+    assert len(comments) >= 2, "needs two comment lines: the command, then what this is"
+    assert re.match(r"(?:python (?:eval|train)\.py|make|torchrun)\b", comments[0]), comments[0]
+    assert not comments[1].startswith("python"), comments[1]
+    assert isinstance(yaml.safe_load(path.read_text()) or {}, dict)
+
+
+@pytest.mark.parametrize("name", (*DOCUMENTS, "Makefile"))
+def test_documents_name_options_that_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for group, values in re.findall(rf"(?<![\w.])({GROUPS})=([a-z]\w*(?:,[a-z]\w*)*)", text):
+        for value in values.split(","):
+            # `selector=x` is the placeholder of the names table.
+            assert value == "x" or (ROOT / "conf" / group / f"{value}.yaml").exists(), f"{group}={value}"
+    for knob in re.findall(r"(?<![\w.])selector\.(\w+)=", text):
+        owners = [p.stem for p in (ROOT / "conf/selector").glob("*.yaml") if knob in yaml.safe_load(p.read_text())]
+        assert owners or name == "CONTRIBUTING.md", f"no selector has the knob {knob}"
+
+
+def headings(document: str) -> list[str]:
+    return re.findall(r"^#+ (.+)$", (ROOT / document).read_text(), flags=re.MULTILINE)
+
+
+def test_citations_of_the_documents_exist() -> None:
+    """`docs/method.md, "Scaffold" and "Order"` in a source file names headings of that page."""
+    cited = 0
+    for path in sources():
+        for document, names in re.findall(r'(docs/\w+\.md), ((?:"[^"\n]+"(?:, and |, | and )?)+)', path.read_text()):
+            for title in re.findall(r'"([^"]+)"', names):
+                assert title in headings(document), f'{path.relative_to(ROOT)} cites {document}, "{title}"'
+                cited += 1
+    assert cited > 10
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            titles = headings(str(linked.relative_to(ROOT)))
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, target
