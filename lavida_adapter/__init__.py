@@ -1,0 +1,25 @@
+"""LaViDa, natively: loads the published checkpoint, matches the reference's numbers, takes any selector."""
+
+from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
+from lavida_adapter.denoise import DecodeConfig, Generation
+from lavida_adapter.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
+from lavida_adapter.model import Lavida, TrainBatch
+from lavida_adapter.objective import ObjectiveConfig
+from lavida_adapter.prefix import Prefix
+
+__all__ = [
+    "DecodeConfig",
+    "Generation",
+    "Lavida",
+    "LavidaConfig",
+    "LladaConfig",
+    "LoraConfig",
+    "ObjectiveConfig",
+    "Prefix",
+    "TrainBatch",
+    "VisionConfig",
+    "add_lora",
+    "load_adapter",
+    "merge_lora",
+    "save_adapter",
+]

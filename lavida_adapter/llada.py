@@ -1,0 +1,164 @@
+"""LLaDA: a bidirectional Llama-style transformer that fills masks. Under 200 lines, one file.
+
+docs/lavida.md, "Language model" and "Rotary positions". Module names are those of the published checkpoint. Note the two
+`ff_out`: the down projection of a block and the language-model head.
+
+Shape letters: B batch, L positions, D width, H heads, P prefix slots, A answer slots.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavida_adapter.attention import Backend, attend, image_first_mask, key_mask
+from lavida_adapter.cache import PrefixCache
+from lavida_adapter.config import LladaConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, cast back before the weight is applied."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+def rotary_angles(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [B, 1, L, Dh] in float32 for rotate-half rotary positions."""
+    j = torch.arange(0, head_dim, 2, device=positions_BL.device, dtype=torch.float32)
+    angles = positions_BL[:, None, :, None].float() * (1.0 / theta ** (j / head_dim))
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies rotary positions in float32 and casts back."""
+    x = x_BHLD.float()
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHLD.dtype)
+
+
+class Block(nn.Module):
+    """x += Attention(RMS(x)); x += SwiGLU(RMS(x))."""
+
+    def __init__(self, config: LladaConfig) -> None:
+        super().__init__()
+        d, kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.attn_norm = RMSNorm(d, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(d, config.rms_norm_eps)
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv, bias=False)
+        self.v_proj = nn.Linear(d, kv, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.ff_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, d, bias=False)
+
+    def keys_values(self, u_BLD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [B, H, L, Dh] of normed states."""
+        k, v = (proj(u_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
+        return rotate(k, cos, sin), v
+
+    def mix(
+        self, x: Tensor, u: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, backend: Backend
+    ) -> Tensor:
+        """The block's output, given its normed input `u` and the keys and values that its tokens may see."""
+        q = rotate(self.q_proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), cos, sin)
+        x = x + self.attn_out(attend(q, k, v, mask, backend).transpose(1, 2).flatten(-2))
+        u = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(u)) * self.up_proj(u))
+
+
+class Llada(nn.Module):
+    """The transformer, from embeddings to logits. Attention is bidirectional; only padding is ever masked."""
+
+    def __init__(self, config: LladaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.backend: Backend = "sdpa"
+
+    def _angles(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary_angles(positions_BL, self.config.head_dim, self.config.rope_theta)
+
+    def forward(
+        self,
+        embeds_BLD: Tensor,
+        *,
+        mask_BL: Tensor | None = None,
+        positions_BL: Tensor | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """States [B, L, D] after the final norm, everything attending to everything that is not padding.
+
+        `mask_BL` is None when nothing is padded, `positions_BL` when they are 0..L-1. `hidden` collects the input of
+        every block and the output.
+        """
+        x = embeds_BLD
+        if positions_BL is None:
+            positions_BL = torch.arange(x.shape[1], device=x.device)[None]
+        cos, sin = self._angles(positions_BL)
+        mask = key_mask(mask_BL)
+        for block in self.blocks:
+            if hidden is not None:
+                hidden.append(x)
+            u = block.attn_norm(x)
+            k, v = block.keys_values(u, cos, sin)
+            x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
+        x = self.ln_f(x)
+        if hidden is not None:
+            hidden.append(x)
+        return x
+
+    def prefill(self, embeds_BPD: Tensor, mask_BP: Tensor | None = None, visual_BP: Tensor | None = None) -> PrefixCache:
+        """Keys and values of the prefix; differentiable. `visual_BP` switches to image-first attention.
+
+        The last block only has to deliver its keys and values: nothing reads the prefix states behind it.
+        """
+        x = embeds_BPD
+        b, p = x.shape[:2]
+        positions_BP = torch.arange(p, device=x.device).expand(b, p)
+        cos, sin = self._angles(positions_BP[:1])
+        mask = key_mask(mask_BP)
+        if visual_BP is not None:
+            mask = image_first_mask(visual_BP, torch.ones_like(visual_BP) if mask_BP is None else mask_BP)
+        keys, values = [], []
+        for i, block in enumerate(self.blocks):
+            u = block.attn_norm(x)
+            k, v = block.keys_values(u, cos, sin)
+            keys.append(k)
+            values.append(v)
+            if i + 1 < len(self.blocks):
+                x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
+        length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
+        return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B)
+
+    def decode(self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None) -> Tensor:
+        """States [B, A, D] of answer tokens that see the cached prefix and one another; `mask_BA` marks real ones."""
+        x = embeds_BAD
+        b, a = x.shape[:2]
+        cos, sin = self._angles(cache.next_position_B[:, None] + torch.arange(a, device=x.device))
+        mask = None
+        if cache.mask_BP is not None or mask_BA is not None:
+            parts = (cache.mask_BP, mask_BA)
+            sizes = (cache.positions_BP.shape[1], a)
+            ones = (torch.ones(b, n, dtype=torch.bool, device=x.device) for n in sizes)
+            mask = key_mask(torch.cat([o if m is None else m for m, o in zip(parts, ones, strict=True)], dim=1))
+        for block, past_k, past_v in zip(self.blocks, cache.keys, cache.values, strict=True):
+            u = block.attn_norm(x)
+            k, v = block.keys_values(u, cos, sin)
+            k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+            x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
+        return self.ln_f(x)
+
+    def logits(self, states: Tensor) -> Tensor:
+        return self.ff_out(states)

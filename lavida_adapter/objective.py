@@ -1,0 +1,98 @@
+"""The training objective: mask some answer tokens, predict them, and predict the others in a second copy.
+
+docs/lavida.md, "Training objective". Draws are arguments, so that a test can replay the reference's.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lavida_adapter.prompt import IGNORE
+
+TimeSampler = Literal["uniform", "logit_normal", "mode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """LaViDa's objective by default; every field is a stated variation of it."""
+
+    time: TimeSampler = "uniform"
+    """How noise levels are drawn: uniform, a logistic of N(0, 1), or the "mode" sampler of Stable Diffusion 3."""
+    complementary: bool = True
+    """Each example twice: the second copy masks exactly the targets that the first one shows."""
+    weighting: Literal["none", "inverse_time"] = "none"
+    """"none": plain mean over targets (LaViDa); "inverse_time": each target over its masking probability (LLaDA)."""
+    prefix_mask: bool = False
+    """True keeps the prompt from seeing the answer, as it does when decoding from the cache; False is LaViDa's way."""
+    extra_padding: int = 128
+    """Up to this many end-of-text tokens are appended to the longest answer of a batch, half of the time."""
+
+    def __post_init__(self) -> None:
+        choices = {"time": ("uniform", "logit_normal", "mode"), "weighting": ("none", "inverse_time")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"objective.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if self.extra_padding < 0:
+            raise ValueError(f"objective.extra_padding={self.extra_padding}: give 0 or more")
+
+
+def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Noise levels t in (0, 1), one per example."""
+    if sampler == "logit_normal":
+        return torch.sigmoid(torch.randn(batch, generator=generator, device=device))
+    u = torch.rand(batch, generator=generator, device=device)
+    if sampler == "mode":  # Esser et al. 2024, arXiv 2403.03206, section 3.1, scale 1.29
+        return 1 - u - 1.29 * (torch.cos(torch.pi / 2 * u) ** 2 - 1 + u)
+    return u
+
+
+def extra_padding(limit: int, generator: torch.Generator) -> int:
+    """How many end-of-text tokens to append: uniform in [-limit, limit - 1], negatives count as none."""
+    if limit == 0:
+        return 0
+    return max(0, int(torch.randint(-limit, limit, (1,), generator=generator, device=generator.device)))
+
+
+def mask_probability(t_B: Tensor) -> Tensor:
+    return 0.999 * t_B + 0.001
+
+
+def masked_targets(target_BL: Tensor, t_B: Tensor, u_BL: Tensor, u_min_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which targets the copy masks and which its complement masks, both bool [B, L].
+
+    At least one position of the row is drawn, which need not be a target: the complement then holds them all.
+    `u_min_B` is the row minimum of the draws where `u_BL` shows only part of the row.
+    """
+    u_min_B = u_BL.amin(-1) if u_min_B is None else u_min_B
+    drawn_BL = u_BL <= torch.maximum(mask_probability(t_B), u_min_B)[:, None]
+    return target_BL & drawn_BL, target_BL & ~drawn_BL
+
+
+def masked_cross_entropy(
+    logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None
+) -> Tensor:
+    """Mean over targets of the (weighted) cross entropy, in float32. No label shift.
+
+    Raises:
+        ValueError: when there is no target at all, which would make the mean meaningless.
+    """
+    if not len(labels_M):
+        raise ValueError("the batch has no target token: its answers were empty or cut away")
+    loss_M = F.cross_entropy(logits_MW.float(), labels_M, reduction="none")
+    return loss_M.mean() if weight_M is None else (loss_M * weight_M).sum() / len(labels_M)
+
+
+def pad_answers(
+    prompts: list[tuple[int, ...]], answers: list[tuple[int, ...]], *, eos: int, extra: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of equal length before the picture goes in, and their labels: all padding is an end-of-text target."""
+    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) + extra
+    rows, labels = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tail = [*answer, *[eos] * (length - len(prompt) - len(answer))]
+        rows.append([*prompt, *tail])
+        labels.append([IGNORE] * len(prompt) + tail)
+    return rows, labels

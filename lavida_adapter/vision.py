@@ -1,0 +1,111 @@
+"""The vision tower: a SigLIP transformer without its last layer, with recordings on request.
+
+docs/lavida.md, "Vision tower". Modules come from transformers; the loop over them is ours, because selectors need the
+inside of single layers (taps) and nothing may be recorded that nobody asked for.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+
+from lavida_adapter.config import VisionConfig
+
+TAPS = ("keys", "attention", "input", "post_norm")
+"""What a layer can record: its attention keys [B, N, H, D/H]; the attention each token receives, averaged over heads
+and queries [B, N]; the residual stream at its entrance [B, N, D]; the normed state between attention and MLP [B, N, D]."""
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class _VisionModel(nn.Module):
+    """Holds the modules under the names of the published checkpoint; `post_layernorm` is stored but never applied."""
+
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = _Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class _Tower(nn.Module):
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.vision_model = _VisionModel(config)
+
+
+class VisionTower(nn.Module):
+    """Views [V, 3, S, S] -> token states [V, n*n, D], the residual stream after the last layer that is kept."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        siglip = SiglipVisionConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers - 1,
+            num_attention_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=config.layer_norm_eps,
+            hidden_act=config.hidden_act,
+            vision_use_head=False,
+            attn_implementation="sdpa",
+        )
+        self.vision_tower = _Tower(siglip)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.vision_tower.vision_model.encoder.layers
+
+    def forward(self, pixels_V3SS: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """States and the recordings named by `taps`, each "what@layer" with a layer counted from 0 (or from the end).
+
+        Raises:
+            ValueError: for a tap that this tower cannot record.
+        """
+        wanted = {tap: self._parse(tap) for tap in taps}
+        recorded: dict[str, Tensor] = {}
+        x = self.vision_tower.vision_model.embeddings(pixels_V3SS)
+        for i, layer in enumerate(self.layers):
+            here = {what: tap for tap, (what, at) in wanted.items() if at == i}
+            h = layer.layer_norm1(x)
+            if "input" in here:
+                recorded[here["input"]] = x
+            if "keys" in here:
+                recorded[here["keys"]] = layer.self_attn.k_proj(h).unflatten(-1, (self.config.num_attention_heads, -1))
+            if "attention" in here:
+                recorded[here["attention"]] = attention_received(layer.self_attn, h)
+            x = x + layer.self_attn(h)[0]
+            h = layer.layer_norm2(x)
+            if "post_norm" in here:
+                recorded[here["post_norm"]] = h
+            x = x + layer.mlp(h)
+        return x, recorded
+
+    def _parse(self, tap: str) -> tuple[str, int]:
+        what, _, at = tap.partition("@")
+        n = len(self.layers)
+        try:
+            index = int(at)
+        except ValueError:
+            index = n  # out of range: the message below covers it
+        if what not in TAPS or not -n <= index < n:
+            raise ValueError(f"the vision tower has no tap {tap!r}: use one of {', '.join(TAPS)} with @layer in 0..{n - 1}")
+        return what, index % n
+
+
+def attention_received(attention: nn.Module, h_BND: Tensor, chunk: int = 128) -> Tensor:
+    """Mean over heads and queries of the attention that each token receives [B, N], float32; in chunks of queries."""
+    heads = attention.num_heads
+    q, k = (proj(h_BND).unflatten(-1, (heads, -1)).transpose(1, 2).float() for proj in (attention.q_proj, attention.k_proj))
+    total = torch.zeros(h_BND.shape[:2], device=h_BND.device)
+    for part in q.split(chunk, dim=2):
+        total += (part @ k.transpose(-1, -2) * attention.scale).softmax(-1).sum(dim=(1, 2))
+    return total / (heads * h_BND.shape[1])

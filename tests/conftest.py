@@ -1,0 +1,30 @@
+"""Options shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=None,
+        help="folder of golden numbers to check instead of the copy under tests/golden (give one test folder with it)",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """One thread: golden numbers were made with one, and two test processes share two cores."""
+    torch.set_num_threads(1)
