@@ -1,0 +1,1 @@
+"""Datasets: each yields `Sample`s, whatever the pictures come from."""

@@ -1,0 +1,181 @@
+"""`data=folder`: anybody's pictures, with one question a line in metadata.jsonl."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.data.picture import load_picture
+from experiments.data.sample import Sample
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: str
+    file_name: str
+    path: Path
+    question: str
+    answers: tuple[str, ...]
+
+
+class Folder:
+    """A folder of pictures and a metadata file whose lines are JSON objects.
+
+    A line has "file_name" (inside the folder), "question", "answers" (a text or a list of texts; "answer" works too)
+    and, if you like, "question_id" or "id"; other keys are ignored. All lines are checked at once; pictures are
+    decoded when they are needed.
+
+    Args:
+        root: the folder.
+        metadata: name of the metadata file in it.
+        limit: use this many rows, drawn with `seed`; a smaller limit draws a part of a larger one's rows.
+        seed: for `limit`.
+        suffix: put after each question in the prompt.
+        max_new_tokens: room for the answer.
+        metrics: names of `experiments.metrics`; the first is the headline.
+        name: what the dataset is called in tables; the folder's name by default.
+
+    Raises:
+        FileNotFoundError: the folder, its metadata or a picture is not there.
+        ValueError: a line is unusable; the message names it.
+    """
+
+    split = "all"
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        metadata: str = "metadata.jsonl",
+        limit: int | None = None,
+        seed: int = 0,
+        suffix: str = "",
+        max_new_tokens: int = 16,
+        metrics: Sequence[str] = ("exact_match", "relaxed_accuracy", "anls"),
+        name: str | None = None,
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"data.limit={limit} must be a positive number of rows, or null for all")
+        folder = Path(root)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data folder {folder} does not exist: set data.root to a folder with {metadata}")
+        self.name = name or folder.resolve().name
+        self.metric_names = tuple(metrics)
+        self.max_new_tokens = max_new_tokens
+        self._suffix = suffix
+        self._rows = _subset(_read(folder, metadata), limit, seed)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._rows[index]
+        return Sample(
+            id=row.id,
+            dataset=self.name,
+            split=self.split,
+            load_image=partial(load_picture, row.path),
+            size=None,
+            question=row.question,
+            prompt=row.question + self._suffix,
+            answers=row.answers,
+            meta={"picture": row.file_name},
+        )
+
+
+def _read(folder: Path, metadata: str) -> list[_Row]:
+    path = folder / metadata
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: write one JSON object a line with file_name, question and answers"
+        )
+    rows: list[_Row] = []
+    line_of_id: dict[str, int] = {}
+    seen_of_file: Counter[str] = Counter()
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        fields = _parse(line, where)
+        file_name = _text(fields, "file_name", where)
+        row = _Row(
+            id=_given_id(fields, where) or f"{file_name}#{seen_of_file[file_name]}",
+            file_name=file_name,
+            path=_picture_path(folder, file_name, where),
+            question=_text(fields, "question", where),
+            answers=_answers(fields, where),
+        )
+        if row.id in line_of_id:
+            raise ValueError(f"{where}: id {row.id!r} is also on line {line_of_id[row.id]}; ids must be unique")
+        line_of_id[row.id] = number
+        seen_of_file[file_name] += 1
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty: write one JSON object a line with file_name, question and answers")
+    return rows
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: must be a JSON object with file_name, question and answers")
+    return fields
+
+
+def _text(fields: dict[str, Any], key: str, where: str) -> str:
+    value = fields.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: needs a non-empty text {key!r}")
+    return value
+
+
+def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
+    value = fields.get("answers", fields.get("answer"))
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise ValueError(f"{where}: needs 'answers', a text or a list of texts (numbers in quotes), none of them empty")
+    return tuple(answers)
+
+
+def _given_id(fields: dict[str, Any], where: str) -> str | None:
+    value = fields.get("question_id", fields.get("id"))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+        raise ValueError(f"{where}: the id must be a text or a whole number, not {value!r}")
+    return str(value)
+
+
+def _picture_path(folder: Path, file_name: str, where: str) -> Path:
+    """The picture's path, after making sure that it is a file inside the folder."""
+    relative = Path(file_name)
+    try:
+        inside = not relative.is_absolute() and ".." not in relative.parts
+        inside = inside and (folder / relative).resolve().is_relative_to(folder.resolve())
+        size = (folder / relative).stat().st_size if inside and (folder / relative).is_file() else None
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name the file system cannot hold
+        raise ValueError(f"{where}: picture {file_name!r} cannot be looked up ({error})") from error
+    if not inside:
+        raise ValueError(f"{where}: picture {file_name!r} is outside the data folder; move it into {folder}")
+    if size is None:
+        raise FileNotFoundError(f"{where}: picture {folder / relative} does not exist; add it or remove the row")
+    if size == 0:
+        raise ValueError(f"{where}: picture {folder / relative} is an empty file; replace it or remove the row")
+    return folder / relative
+
+
+def _subset(rows: list[_Row], limit: int | None, seed: int) -> list[_Row]:
+    """`limit` rows in file order; which ones depends on the ids and the seed, not on the order of the lines."""
+    if limit is None or limit >= len(rows):
+        return rows
+    ids = sorted(row.id for row in rows)
+    random.Random(seed).shuffle(ids)
+    chosen = set(ids[:limit])
+    return [row for row in rows if row.id in chosen]

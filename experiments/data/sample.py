@@ -1,0 +1,50 @@
+"""What every dataset yields, so that training and evaluation never ask where a picture comes from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from PIL import Image
+
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) as fractions of the picture, origin at the top left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question about one picture."""
+
+    id: str
+    """Unique in its dataset and the same in every run."""
+    dataset: str
+    split: str
+    load_image: Callable[[], Image.Image]
+    """Decodes or draws the picture: RGB, upright. Can be pickled, for worker processes."""
+    size: tuple[int, int] | None
+    """(width, height) in pixels where it is known without decoding."""
+    question: str
+    prompt: str
+    """What the model is asked: the question and the dataset's own suffix."""
+    answers: tuple[str, ...]
+    """Accepted answers, in the dataset's order."""
+    subtask: str = ""
+    boxes: tuple[Box, ...] = ()
+    """Where the evidence is; empty when nobody knows."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """"picture" names the picture, so that samples that share one are resampled together; the rest is the dataset's."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A map-style dataset that also says how its answers are scored."""
+
+    name: str
+    split: str
+    metric_names: tuple[str, ...]
+    """Metrics of `experiments.metrics`; the first one is the headline."""
+    max_new_tokens: int
+    """Length of the answer that the model is given room for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...

@@ -1,0 +1,178 @@
+"""What is in a glyph picture, before anything is drawn (docs/method.md, "The tiny testbed").
+
+A picture is a grid of 16x16 cells, one glyph a cell. Digits and letters stand in tight clusters that fill the 2x2 cells
+that pooling averages, so that an average keeps the characters and the colours but not which belongs to which.
+Shape letters: R rows, C columns of cells.
+"""
+
+import itertools
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from experiments.data.synthetic.glyphs.vocabulary import (
+    CHARS,
+    COLOURS,
+    FIRST_DIGIT,
+    FIRST_FOIL,
+    FIRST_LETTER,
+    LETTERS,
+    SHAPES,
+)
+
+VERSION = "glyphs-1"
+"""Part of every seed: a change that draws other scenes must change it."""
+GRID = 16
+SHAPE_SIDE = 4
+"""Cells along one side of the big shape."""
+HARD_KEYS = 12
+DENSITIES: dict[str, tuple[int, int]] = {"sparse": (0, 0), "dense": (100, 100), "hard": (100, 100), "train": (0, 100)}
+"""Fewest and most distractors; "hard" has them in full colour."""
+BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
+"""A scene's hash modulo 100 decides the one split it may appear in."""
+MAX_ATTEMPTS = 1000
+
+Cells = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class BigShape:
+    """A shape of 4x4 cells with its top left cell at (row, col)."""
+
+    kind: int
+    colour: int
+    row: int
+    col: int
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Char id and colour id of every cell, and the big shapes (one, but for the patchworks of `draw_patchwork`)."""
+
+    char_RC: Cells
+    colour_RC: Cells
+    """Colour of the glyph in the cell; 0 with a char is gray."""
+    shapes: tuple[BigShape, ...]
+    look: int
+    """Seed of what carries no meaning: jitter, noise, the order of the questions."""
+
+    @cached_property
+    def digest(self) -> int:
+        """Hash of the content; scenes that differ only in `look` have the same."""
+        shapes = ";".join(f"{s.kind},{s.colour},{s.row},{s.col}" for s in self.shapes)
+        payload = self.char_RC.tobytes() + self.colour_RC.tobytes() + shapes.encode()
+        return int.from_bytes(blake2b(payload, digest_size=8).digest())
+
+
+def draw_scene(seed: int, split: str, index: int, density: str) -> Scene:
+    """Scene number `index` of a split; the same in every process, whatever was drawn before.
+
+    Draws again until the scene's hash falls into the split's bucket, so no scene is ever in two splits.
+    """
+    if split not in BUCKETS:
+        raise ValueError(f"split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
+    if density not in DENSITIES:
+        raise ValueError(f"density={density!r} does not exist: choose one of {', '.join(DENSITIES)}")
+    for attempt in range(MAX_ATTEMPTS):
+        scene = _compose(_generator(seed, split, density, index, attempt), density)
+        if scene.digest % 100 in BUCKETS[split]:
+            return scene
+    raise RuntimeError(f"no scene of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
+
+
+def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> Scene:
+    """A scene for teaching the vision tower what cells look like: glyphs at random, most in colour, and 1-3 shapes.
+
+    `foil_share` of the glyphs have no name, so that the tower learns that a mark need not be a known character.
+    """
+    rng = np.random.default_rng(_seed("patchwork", seed, index))
+    filled = rng.random((GRID, GRID)) < rng.uniform(0.3, 0.95)
+    foil = rng.random((GRID, GRID)) < foil_share
+    named = rng.integers(FIRST_DIGIT, FIRST_FOIL, (GRID, GRID))
+    char = np.where(foil, rng.integers(FIRST_FOIL, len(CHARS), (GRID, GRID)), named)
+    colour = np.where(rng.random((GRID, GRID)) < 0.15, 0, rng.integers(1, len(COLOURS), (GRID, GRID)))
+    shapes: list[BigShape] = []
+    blocks: set[tuple[int, int]] = set()
+    layout = random.Random(int(rng.integers(2**63)))
+    for _ in range(layout.randint(1, 3)):
+        shapes.append(_shape(layout, blocks))
+    for row, col in blocks:
+        filled[2 * row : 2 * row + 2, 2 * col : 2 * col + 2] = False
+    return _freeze(np.where(filled, char, 0), np.where(filled, colour, 0), shapes, layout)
+
+
+def _compose(rng: random.Random, density: str) -> Scene:
+    hard = density == "hard"
+    char, colour = [0] * (GRID * GRID), [0] * (GRID * GRID)
+    blocks: set[tuple[int, int]] = set()
+    shape = _shape(rng, blocks)
+    # Answers first: every digit, letter colour and shape is uniform, whatever the layout turns out to be.
+    hues = range(1, len(COLOURS))
+    digits = list(zip(rng.choices(range(FIRST_DIGIT, FIRST_LETTER), k=len(hues)), hues, strict=True))
+    rng.shuffle(digits)
+    keys = rng.sample(range(FIRST_LETTER, FIRST_FOIL), HARD_KEYS if hard else len(LETTERS))
+    letters = list(zip(keys, rng.choices(hues, k=len(keys)), strict=True))
+    cells = [cell for _ in range(len(digits) // 4) for cell in _cluster(rng, blocks, 2, 2)]
+    while len(cells) < len(digits) + len(letters):
+        left = len(digits) + len(letters) - len(cells)
+        height, width = rng.choice([(2, 2), (1, 4), (2, 4)] if left >= 8 else [(2, 2), (1, 4)])
+        cells += _cluster(rng, blocks, height, width)
+    for cell, (c, h) in zip(cells, digits + letters, strict=True):
+        char[cell], colour[cell] = c, h
+    taken = {*cells, *_shape_cells(shape)}
+    free = [cell for cell in range(GRID * GRID) if cell not in taken]
+    count = rng.randint(*DENSITIES[density])
+    others = [c for c in range(FIRST_LETTER, len(CHARS)) if c not in keys] if hard else range(FIRST_DIGIT, FIRST_FOIL)
+    shades = hues if hard else (0,)
+    for cell, c, h in zip(
+        rng.sample(free, count), rng.choices(others, k=count), rng.choices(shades, k=count), strict=True
+    ):
+        char[cell], colour[cell] = c, h
+    return _freeze(char, colour, [shape], rng)
+
+
+def _cluster(rng: random.Random, blocks: set[tuple[int, int]], height: int, width: int) -> list[int]:
+    """Cells of a free cluster that begins on a pooling block; a single row takes the block's upper or lower half."""
+    row, col = _place(rng, blocks, 1, width // 2)
+    top = 2 * row + (rng.randrange(2) if height == 1 else 0)
+    return [(top + r) * GRID + 2 * col + c for r in range(height) for c in range(width)]
+
+
+def _shape(rng: random.Random, blocks: set[tuple[int, int]]) -> BigShape:
+    kind, colour = rng.randrange(1, len(SHAPES)), rng.randrange(1, len(COLOURS))
+    row, col = _place(rng, blocks, SHAPE_SIDE // 2, SHAPE_SIDE // 2)
+    return BigShape(kind, colour, 2 * row, 2 * col)
+
+
+def _place(rng: random.Random, blocks: set[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
+    """Takes a free rectangle of 2x2-cell blocks and returns its top left block."""
+    side = GRID // 2
+    while True:
+        row, col = rng.randrange(side - height + 1), rng.randrange(side - width + 1)
+        wanted = set(itertools.product(range(row, row + height), range(col, col + width)))
+        if blocks.isdisjoint(wanted):
+            blocks |= wanted
+            return row, col
+
+
+def _shape_cells(shape: BigShape) -> list[int]:
+    return [(shape.row + r) * GRID + shape.col + c for r in range(SHAPE_SIDE) for c in range(SHAPE_SIDE)]
+
+
+def _freeze(char: npt.ArrayLike, colour: npt.ArrayLike, shapes: list[BigShape], rng: random.Random) -> Scene:
+    char_RC, colour_RC = (np.array(values, dtype=np.uint8).reshape(GRID, GRID) for values in (char, colour))
+    char_RC.setflags(write=False)
+    colour_RC.setflags(write=False)
+    return Scene(char_RC, colour_RC, tuple(shapes), look=rng.getrandbits(63))
+
+
+def _seed(*parts: object) -> int:
+    return int.from_bytes(blake2b("|".join(map(str, (VERSION, *parts))).encode(), digest_size=16).digest())
+
+
+def _generator(*parts: object) -> random.Random:
+    return random.Random(_seed(*parts))

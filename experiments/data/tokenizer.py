@@ -1,0 +1,88 @@
+"""The tiny model's tokenizer: bytes, LLaDA's special tokens, and whole words for the glyph task.
+
+Bytes make any text round-trip; the words keep the tiny prompts short: "digit red" and "letter K" are two tokens each,
+and every answer of the glyph task is one.
+"""
+
+from dataclasses import dataclass
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from experiments.data.synthetic.glyphs.vocabulary import ASPECTS, CHARS, COLOURS, SHAPES, TASKS
+
+BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
+SPECIAL = (
+    BOS,
+    EOS,
+    "<|reserved_token_1|>",
+    "<|reserved_token_2|>",
+    MASK,
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+PROMPT_WORDS = ("system", "user", "assistant")
+PARAGRAPH = "\n\n"
+BLANK = " "
+"""Stands for an empty cell where glyphs are spelt out as words."""
+
+
+@dataclass(frozen=True)
+class GlyphTokens:
+    """Token ids by char, colour, shape, task and aspect id; entry 0 of the first three is BLANK."""
+
+    char: tuple[int, ...]
+    colour: tuple[int, ...]
+    shape: tuple[int, ...]
+    task: tuple[int, ...]
+    aspect: tuple[int, ...]
+    blank: int
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A fresh tokenizer; it adds no BOS or EOS itself. Token ids below 256 are the bytes."""
+    core = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    # A task word owns the space behind it: stripping the space instead would lose it when decoding.
+    core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in TASKS])
+    core.add_tokens([AddedToken(PARAGRAPH, normalized=False)])
+    words = dict.fromkeys((*PROMPT_WORDS, *ASPECTS, *COLOURS[1:], *SHAPES[1:]))
+    core.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=EOS,
+        mask_token=MASK,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def glyph_tokens(tokenizer: PreTrainedTokenizerFast) -> GlyphTokens:
+    """The one token of each char, colour, shape, task and aspect; raises when a word is not one token."""
+
+    def one(text: str) -> int:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens; the glyph task needs a tokenizer of build_tokenizer()")
+        return int(ids[0])
+
+    return GlyphTokens(
+        char=tuple(one(char or BLANK) for char in CHARS),
+        colour=tuple(one(colour or BLANK) for colour in COLOURS),
+        shape=tuple(one(shape or BLANK) for shape in SHAPES),
+        task=tuple(one(f"{task} ") for task in TASKS),
+        aspect=tuple(one(aspect) for aspect in ASPECTS),
+        blank=one(BLANK),
+    )
+
+
+def _byte_symbols() -> list[str]:
+    """What byte-level BPE writes for each byte: itself if it is visible, else the next free character from 256 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
