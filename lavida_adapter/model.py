@@ -76,6 +76,19 @@ class Lavida(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Body(config)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Fresh weights as the config says; where it says nothing, torch's own (tiny models need those)."""
+        config = self.config
+        nn.init.normal_(self.lm.wte.weight, std=config.lm.emb_std)
+        if config.lm.init_std is not None:
+            for module in self.lm.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=config.lm.init_std)
+        positions = self.model.vision_tower.vision_tower.vision_model.embeddings.position_embedding
+        nn.init.normal_(positions.weight, std=config.vision.hidden_size**-0.5)
 
     @classmethod
     def from_pretrained(
@@ -199,7 +212,7 @@ class Lavida(nn.Module):
             [e.prompt for e in examples],
             [e.answer for e in examples],
             eos=self.config.lm.eos_token_id,
-            extra=extra_padding(objective.extra_padding, generator),
+            extra=extra_padding(objective, max(len(e.answer) for e in examples), generator),
         )
         return self.loss_of_rows(rows, labels, blocks, objective, generator)
 

@@ -29,6 +29,8 @@ class ObjectiveConfig:
     """True keeps the prompt from seeing the answer, as it does when decoding from the cache; False is LaViDa's way."""
     extra_padding: int = 128
     """Up to this many end-of-text tokens are appended to the longest answer of a batch, half of the time."""
+    answer_tokens: int | None = None
+    """Pads every answer with end-of-text to at least the length at which it will be decoded."""
 
     def __post_init__(self) -> None:
         choices = {"time": ("uniform", "logit_normal", "mode"), "weighting": ("none", "inverse_time")}
@@ -49,11 +51,13 @@ def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, d
     return u
 
 
-def extra_padding(limit: int, generator: torch.Generator) -> int:
+def extra_padding(config: ObjectiveConfig, longest: int, generator: torch.Generator) -> int:
     """How many end-of-text tokens to append: uniform in [-limit, limit - 1], negatives count as none."""
-    if limit == 0:
-        return 0
-    return max(0, int(torch.randint(-limit, limit, (1,), generator=generator, device=generator.device)))
+    least = max(0, (config.answer_tokens or 0) - longest)
+    if config.extra_padding == 0:
+        return least
+    limits = (-config.extra_padding, config.extra_padding)
+    return max(least, int(torch.randint(*limits, (1,), generator=generator, device=generator.device)))
 
 
 def mask_probability(t_B: Tensor) -> Tensor:

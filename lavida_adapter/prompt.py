@@ -6,6 +6,7 @@ as a placeholder id and never as text: a question that contains "<image>" stays 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lavida_adapter.config import LavidaConfig
@@ -63,8 +64,9 @@ def training_example(tokenizer: Any, question: str, answer: str, config: LavidaC
     return Example(prompt, encode_text(tokenizer, text + EOT))
 
 
+@lru_cache(maxsize=1 << 16)
 def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Ids of a text whose special tokens are already written out."""
+    """Ids of a text whose special tokens are already written out; remembered, since prompts share most of theirs."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
