@@ -17,7 +17,7 @@ BACKGROUND = 0.1
 GRAY = 0.5
 DIM = 0.45
 """Brightness of the big shape against that of a glyph of the same colour."""
-LABELLED_COVER = 0.2
+LABELLED_COVER = 0.1
 """Least share of a cell that the shape must cover for the cell to be labelled with it."""
 
 Picture = npt.NDArray[np.uint8]

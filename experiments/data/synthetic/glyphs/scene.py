@@ -126,11 +126,14 @@ def _compose(rng: random.Random, density: str) -> Scene:
     taken = {*cells, *_shape_cells(shape)}
     free = [cell for cell in range(GRID * GRID) if cell not in taken]
     count = rng.randint(*DENSITIES[density])
-    others = [c for c in range(FIRST_LETTER, len(CHARS)) if c not in keys] if hard else range(FIRST_DIGIT, FIRST_FOIL)
-    shades = hues if hard else (0,)
-    for cell, c, h in zip(
-        rng.sample(free, count), rng.choices(others, k=count), rng.choices(shades, k=count), strict=True
-    ):
+    if hard:
+        # In turn, not at random: a letter that happened to appear once could be taken for a key.
+        types = [c for c in range(FIRST_LETTER, len(CHARS)) if c not in keys]
+        rng.shuffle(types)
+        crowd = list(zip(itertools.cycle(types), rng.choices(hues, k=count), strict=False))
+    else:
+        crowd = [(c, 0) for c in rng.choices(range(FIRST_DIGIT, FIRST_FOIL), k=count)]
+    for cell, (c, h) in zip(rng.sample(free, count), crowd, strict=True):
         char[cell], colour[cell] = c, h
     return _freeze(char, colour, [shape], rng)
 

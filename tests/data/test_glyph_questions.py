@@ -1,0 +1,99 @@
+"""Questions about glyph pictures have one answer, which the question alone does not give away."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from experiments.data.synthetic.glyphs import Scene, ask, draw_scene, questions
+from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, DIGITS, FIRST_DIGIT, LETTERS, SHAPES
+
+
+def every_question(scene: Scene) -> list[str]:
+    letters = [text for text in LETTERS if (scene.char_RC[scene.colour_RC > 0] == CHARS.index(text)).sum() == 1]
+    return [f"digit {c}" for c in COLOURS[1:]] + [f"letter {c}" for c in letters] + ["shape kind", "shape colour"]
+
+
+@pytest.mark.parametrize("density", ["sparse", "dense", "hard"])
+def test_answer_and_box_agree_with_the_scene(density: str) -> None:
+    for index in range(10):
+        scene = draw_scene(0, "train", index, density)
+        texts = every_question(scene)
+        assert len(texts) == 8 + (12 if density == "hard" else 20) + 2
+        for text in texts:
+            question = ask(scene, *text.split())
+            assert question.text == text
+            x0, y0, x1, y1 = (int(16 * edge) for edge in question.box)
+            assert 0 <= x0 < x1 <= 16 and 0 <= y0 < y1 <= 16
+            task, argument = text.split()
+            if task == "shape":
+                assert (x1 - x0, y1 - y0) == (4, 4)
+                assert question.answer in (SHAPES if argument == "kind" else COLOURS)
+                assert question.group == "guard" and question.subtask == f"shape_{argument}"
+                continue
+            assert (x1 - x0, y1 - y0) == (1, 1)
+            assert question.group == "fine" and question.subtask == task
+            shown = CHARS[scene.char_RC[y0, x0]], COLOURS[scene.colour_RC[y0, x0]]
+            assert shown == ((question.answer, argument) if task == "digit" else (argument, question.answer))
+
+
+def test_a_second_candidate_is_an_error() -> None:
+    scene = draw_scene(0, "train", 0, "sparse")
+    free = tuple(np.argwhere((scene.char_RC == 0) & (scene.colour_RC == 0))[0])
+    for char, text in ((FIRST_DIGIT, "digit red"), (CHARS.index("K"), "letter K")):
+        char_RC, colour_RC = scene.char_RC.copy(), scene.colour_RC.copy()
+        char_RC[free], colour_RC[free] = char, COLOURS.index("red")
+        with pytest.raises(ValueError, match=f"'{text}' must have exactly one answer; this scene has 2"):
+            ask(Scene(char_RC, colour_RC, scene.shapes, look=0), *text.split())
+    with pytest.raises(ValueError, match="'shape kind' needs exactly one big shape; this scene has 2"):
+        ask(Scene(scene.char_RC, scene.colour_RC, scene.shapes * 2, look=0), "shape", "kind")
+    with pytest.raises(ValueError, match="this scene has 0"):
+        ask(Scene(0 * scene.char_RC, 0 * scene.colour_RC, scene.shapes, look=0), "digit", "red")
+
+
+@pytest.mark.parametrize("text", ["digit K", "letter red", "letter Q", "shape size", "word K"])
+def test_other_questions_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is not a question"):
+        ask(draw_scene(0, "train", 0, "hard"), *text.split())
+
+
+def test_questions_take_turns_and_fewer_are_a_prefix_of_more() -> None:
+    scene = draw_scene(0, "train", 5, "dense")
+    six = questions(scene, n=6)
+    assert [q.subtask.split("_")[0] for q in six] == ["digit", "letter", "shape"] * 2
+    assert len({q.text for q in six}) == 6
+    assert questions(scene, n=3) == six[:3]
+    letters = questions(scene, n=20, tasks=("letter",))
+    assert sorted(q.text for q in letters) == sorted(f"letter {c}" for c in LETTERS)
+
+
+def test_hard_pictures_are_asked_about_their_keys() -> None:
+    scene = draw_scene(0, "train", 5, "hard")
+    assert len({q.text for q in questions(scene, n=12, tasks=("letter",))}) == 12
+    with pytest.raises(ValueError, match="qa_per_image=13 is more than a picture can answer"):
+        questions(scene, n=13, tasks=("letter",))
+
+
+@pytest.mark.parametrize("tasks", [(), ("digit", "word")])
+def test_unknown_tasks_are_refused(tasks: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="must name some of digit, letter, shape"):
+        questions(draw_scene(0, "train", 0, "sparse"), n=1, tasks=tasks)
+
+
+def test_the_question_alone_gives_nothing_away() -> None:
+    """The best guess from the question's text is within 3 points of chance."""
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for index in range(500):
+        scene = draw_scene(0, "train", index, "sparse")
+        for text in every_question(scene):
+            seen[text][ask(scene, *text.split()).answer] += 1
+    right: dict[str, list[bool]] = defaultdict(list)
+    for index in range(300):
+        scene = draw_scene(0, "test", index, "sparse")
+        for text in every_question(scene):
+            question = ask(scene, *text.split())
+            right[question.subtask].append(seen[text].most_common(1)[0][0] == question.answer)
+    assert np.mean(right["digit"]) < 1 / len(DIGITS) + 0.03
+    assert np.mean(right["letter"]) < 1 / 8 + 0.03
+    assert np.mean(right["shape_kind"]) < 1 / 3 + 0.06  # 300 questions only
+    assert np.mean(right["shape_colour"]) < 1 / 8 + 0.06

@@ -1,0 +1,126 @@
+"""The dataset `synth_glyphs` and its config."""
+
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from experiments.data.sample import Dataset
+from experiments.data.synthetic.glyphs import SynthGlyphs
+from experiments.data.synthetic.glyphs.vocabulary import COLOUR_RGB
+from experiments.metrics import METRICS
+
+CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
+
+
+def test_two_passes_are_identical() -> None:
+    one, two = (SynthGlyphs(split="test", n=40, density="sparse,dense") for _ in range(2))
+    for a, b in zip(reversed([one[i] for i in range(40)]), (two[i] for i in reversed(range(40))), strict=True):
+        assert (a.id, a.question, a.answers, a.boxes, a.meta) == (b.id, b.question, b.answers, b.boxes, b.meta)
+        assert a.load_image().tobytes() == b.load_image().tobytes()
+
+
+def test_the_shipped_config_is_large_enough_to_compare_selectors() -> None:
+    data = hydra.utils.instantiate(OmegaConf.load(CONF / "synth_glyphs.yaml"))
+    assert isinstance(data, Dataset)
+    assert set(data.metric_names) <= set(METRICS) and data.metric_names[0] == "exact_match"
+    samples = [data[i] for i in range(len(data))]
+    assert len({s.id for s in samples}) == len(samples) == 1536
+    groups = Counter((s.meta["density"], s.meta["group"]) for s in samples)
+    assert groups == {
+        ("sparse", "fine"): 512,
+        ("sparse", "guard"): 256,
+        ("dense", "fine"): 512,
+        ("dense", "guard"): 256,
+    }
+    assert Counter(s.subtask for s in samples) == {"digit": 512, "letter": 512, "shape_kind": 256, "shape_colour": 256}
+    assert all(n == 6 for n in Counter(s.meta["picture"] for s in samples).values())
+    assert {s.split for s in samples} == {"test"}
+
+
+def test_a_sample() -> None:
+    sample = SynthGlyphs(split="val", n=3, density="hard", seed=4, suffix="\nOne word.")[0]
+    assert sample.id.startswith("val-4-hard-00000-digit-")
+    assert sample.dataset == "synth_glyphs"
+    assert sample.prompt == sample.question + "\nOne word."
+    assert len(sample.boxes) == len(sample.answers) == 1
+    picture = sample.load_image()
+    assert picture.mode == "RGB" and picture.size == sample.size == (128, 128)
+
+
+def test_ids_mean_the_same_sample_whatever_else_is_in_the_set() -> None:
+    alone = SynthGlyphs(split="test", n=30, density="dense")
+    mixed = SynthGlyphs(split="test", n=60, density=["sparse", "dense"])
+    by_id = {mixed[i].id: mixed[i] for i in range(60)}
+    for i in range(30):
+        assert by_id[alone[i].id].answers == alone[i].answers
+        assert by_id[alone[i].id].load_image().tobytes() == alone[i].load_image().tobytes()
+
+
+def test_splits_and_seeds_share_no_picture() -> None:
+    pictures = [
+        SynthGlyphs(split=split, n=5, density="sparse", seed=seed, qa_per_image=1)[i].load_image().tobytes()
+        for split in ("train", "val", "test")
+        for seed in (0, 1)
+        for i in range(5)
+    ]
+    assert len(set(pictures)) == 30
+
+
+def test_the_box_is_where_the_evidence_is() -> None:
+    """The colour that is asked for, or answered, fills part of the box."""
+    data = SynthGlyphs(split="test", n=60, density="sparse")
+    for sample in (data[i] for i in range(60)):
+        if sample.subtask == "shape_kind":
+            continue
+        name = sample.question.split()[1] if sample.subtask == "digit" else sample.answers[0]
+        picture = np.asarray(sample.load_image()) / 255
+        x0, y0, x1, y1 = (round(128 * edge) for edge in sample.boxes[0])
+        wanted = np.array(COLOUR_RGB[name]) * (0.45 if sample.subtask == "shape_colour" else 1)
+        near = (abs(picture[y0:y1, x0:x1] - wanted) < 0.2).all(axis=-1)
+        assert near.mean() > (0.1 if sample.meta["group"] == "fine" else 0.3)
+
+
+def test_tasks_choose_what_is_asked() -> None:
+    data = SynthGlyphs(split="test", n=12, density="sparse", tasks=("shape",), qa_per_image=2)
+    assert {data[i].meta["group"] for i in range(12)} == {"guard"}
+
+
+def test_datasets_travel_to_worker_processes() -> None:
+    data = SynthGlyphs(split="test", n=7, density="sparse")
+    there = pickle.loads(pickle.dumps(data))
+    assert there[6].id == data[6].id
+    assert pickle.loads(pickle.dumps(data[6])).load_image().tobytes() == data[6].load_image().tobytes()
+
+
+def test_indices_stop_at_the_end() -> None:
+    data = SynthGlyphs(split="test", n=7, density="sparse")
+    assert len(list(iter(data))) == 7
+    with pytest.raises(IndexError):
+        data[7]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "dev"}, "data.split='dev' does not exist: choose one of train, val, test"),
+        ({"density": "sparse,foggy"}, "data.density='foggy' does not exist: choose from sparse, dense, hard, train"),
+        ({"density": ["sparse", "sparse"]}, "must name one or more different densities"),
+        ({"density": []}, "must name one or more different densities"),
+        ({"n": 0}, "data.n=0 and data.qa_per_image=6 must be positive"),
+        ({"tasks": ["digits"]}, "must name some of digit, letter, shape"),
+        ({"tasks": ["shape"], "qa_per_image": 3}, "qa_per_image=3 is more than a picture can answer"),
+    ],
+)
+def test_bad_knobs(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SynthGlyphs(**{"split": "test", "n": 6, "density": "sparse", **change})  # type: ignore[arg-type]
+
+
+def test_an_unknown_knob_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="noise"):
+        SynthGlyphs(split="test", n=6, density="sparse", noise=1)  # type: ignore[call-arg]
