@@ -1,4 +1,4 @@
-"""Real charts, pages and photos, where a folder of them is given: SHIRG_REAL_SAMPLES=DIR with one dataset a subfolder."""
+"""Real charts, pages and photos, where they are given: SHIRG_REAL_SAMPLES=DIR, one dataset a subfolder."""
 
 import os
 from pathlib import Path
