@@ -71,9 +71,7 @@ def test_a_file_cut_in_half_names_itself(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        ValueError, match=rf"x\.{suffix}: cannot be read as a picture .*; replace it"
-    ):
+    with pytest.raises(ValueError, match=rf"x\.{suffix}: cannot be read as a picture .*; replace it"):
         load_picture(path)
 
 
