@@ -140,7 +140,8 @@ class Random(Selector):
     """Tokens drawn uniformly from all that are not padding: what a method must beat to have shown anything.
 
     Each picture has a generator of its own, seeded by `seed` and the sample's id, so that its tokens depend neither on
-    the batch, the order or the worker, nor on the global random state.
+    the batch, the order or the worker, nor on the global random state. Places in reading order are drawn, so that the
+    numbering of the views does not matter either.
     """
 
     def __init__(self, *, budget: Budget, seed: int = 0) -> None:
@@ -148,9 +149,10 @@ class Random(Selector):
         self.seed = seed
 
     def score(self, features: VisionFeatures) -> Tensor:
-        n = features.layout.n_tokens
-        rows = [torch.randperm(n, generator=self._generator(sample)) for sample in features.ids]
-        return torch.stack(rows).to(features.valid_BN.device, dtype=torch.float32, non_blocking=True)
+        layout = features.layout
+        rows = [torch.randperm(layout.n_tokens, generator=self._generator(sample)) for sample in features.ids]
+        drawn_BN = torch.stack(rows).to(features.valid_BN.device, dtype=torch.float32, non_blocking=True)
+        return drawn_BN[:, layout.rank_N]
 
     def _generator(self, sample: str) -> torch.Generator:
         digest = blake2b(f"{self.seed}/{sample}".encode(), digest_size=8).digest()

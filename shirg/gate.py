@@ -110,39 +110,24 @@ class ShirgGate(Selector):
             raise ValueError("norm_scope means nothing with norm=none; leave it at image")
         if self.underflow == "raise" and self.budget == "matched":
             raise ValueError("underflow=raise needs a budget in numbers; with budget=matched choose global or mask")
-        if self.budget != "matched" and isinstance(self.budget, int) and self.budget <= self.n_scaffold:
-            raise ValueError(
-                f"scaffold.size={self.scaffold.size} takes {self.n_scaffold} tokens and leaves nothing of "
-                f"budget={self.budget}; lower scaffold.size or raise budget"
-            )
-
-    @property
-    def n_scaffold(self) -> int:
-        return self.scaffold.size**2
 
     def select(self, features: VisionFeatures) -> Selection:
+        layout, side = features.layout, self.scaffold.side(features.layout)
         usable_BN = features.valid_BN if self.mask_padding else torch.ones_like(features.valid_BN)
-        rows_BR = used_rows(features.layout, usable_BN)
+        rows_BR = used_rows(layout, usable_BN)
         with torch.no_grad():
-            t, count_B = self.resolve_budget(features)
-            least = features.layout.pooling.side**2
-            if self.budget == "matched" and self.n_scaffold > least:
-                raise ValueError(
-                    f"scaffold.size={self.scaffold.size} takes {self.n_scaffold} tokens, but budget=matched can be as "
-                    f"small as {least}; lower scaffold.size"
-                )
-            keep_B = count_B - self.n_scaffold
+            k, keep_B = self.resolve_budget(features)
             if self.newline == "row" and self.budget == "matched":
-                keep_B = keep_B - rows_BR.sum(-1)
+                keep_B = (keep_B - rows_BR.sum(-1)).clamp_min(0)
             scores_BN = self.score(features)
             assert_finite(scores_BN, usable_BN, type(self).__name__)
-            ranked, keep_B = self._rank(features.layout, scores_BN, usable_BN, t - self.n_scaffold, keep_B.clamp_min(0))
-        chosen = self._with_coords(keep(features, ranked, keep_B, scores_BN=scores_BN))
+            ranked_BK, keep_B = self._rank(layout, scores_BN, usable_BN, k, keep_B)
+        chosen = self._with_coords(keep(features, ranked_BK, keep_B, scores_BN=scores_BN))
         if self.newline == "row":
             chosen = close_rows(chosen, features, rows_BR)
-        if self.scaffold.size == 0:
+        if side == 0:
             return chosen
-        coarse = scaffold_tokens(features, usable_BN, self.scaffold.size, self.scaffold.source)
+        coarse = scaffold_tokens(features, usable_BN, side, self.scaffold.source)
         return join(self._with_coords(coarse), chosen)
 
     def score(self, features: VisionFeatures) -> Tensor:
@@ -157,7 +142,10 @@ class ShirgGate(Selector):
             states_BND = features.taps["encoder"] if self.stage == "post" else features.tokens_BND
             # One picture at a time: its temporaries stay in cache, and its score cannot depend on its batch-mates.
             distance_BN = torch.stack(
-                [self._distances(x[order_N], valid, layout) for x, valid in zip(states_BND, usable_BN, strict=True)]
+                [
+                    self._distances(x.index_select(0, order_N), valid, layout)
+                    for x, valid in zip(states_BND, usable_BN, strict=True)
+                ]
             )
             distance_BN = self._normalise(distance_BN, usable_BN, layout)
             score_BN = score_BN + self.neighbor.sign * weights.neighbor * distance_BN
@@ -212,22 +200,30 @@ class ShirgGate(Selector):
         available_B = usable_BN.sum(-1) if self.underflow == "global" else tiles_B1.squeeze(-1)
         return order_N[best_BN.gather(1, pick_BK)], torch.minimum(keep_B, available_B)
 
+    def resolve_budget(self, features: VisionFeatures) -> tuple[int, Tensor]:
+        """What the scaffold leaves of the budget: the static K and the count [B] that each picture keeps."""
+        taken = self.scaffold.side(features.layout) ** 2
+        least = features.layout.pooling.side**2 if self.budget == "matched" else self.budget
+        if least is not None and taken > least:
+            raise ValueError(
+                f"scaffold.size={self.scaffold.size} takes {taken} tokens, but budget={self.budget} can be as small as "
+                f"{least}; lower scaffold.size or raise budget"
+            )
+        total, count_B = super().resolve_budget(features)
+        return total - taken, count_B - taken
+
     def check_count(self, features: VisionFeatures, wanted: int) -> None:
-        """Raises when a picture has fewer usable tokens than the scaffold leaves of the budget."""
-        layout, kept = features.layout, wanted - self.n_scaffold
-        if kept > layout.n_tokens:
-            super().check_count(features, kept)
-        if self.underflow == "mask":
-            return
+        """Raises when a picture has fewer tokens to choose from than the scaffold leaves of the budget."""
+        layout, taken = features.layout, self.scaffold.side(features.layout) ** 2
+        only_tiles = self.underflow == "raise"
         for sample, n in zip(features.ids, features.n_valid, strict=True):
-            usable = n if self.mask_padding else layout.n_tokens
-            usable -= layout.n_global if self.underflow == "raise" else 0
-            if usable < kept:
-                where = "tile tokens" if self.underflow == "raise" else "tokens"
+            have = n if self.mask_padding and self.underflow != "mask" else layout.n_tokens
+            have -= layout.n_global if only_tiles else 0
+            if have < wanted - taken:
                 raise ValueError(
-                    f"{type(self).__name__}: budget {wanted} less {self.n_scaffold} for the scaffold asks for {kept} "
-                    f"tokens, but picture {sample!r} has {usable} {where} to choose from; lower budget=, or choose "
-                    "budget=matched, underflow=mask" + (" or underflow=global" if self.underflow == "raise" else "")
+                    f"{type(self).__name__}: budget {wanted} less {taken} for the scaffold asks for {wanted - taken} "
+                    f"tokens, but picture {sample!r} has {have} {'tile ' if only_tiles else ''}tokens to choose from; "
+                    f"lower budget=, or choose budget=matched or underflow={'global' if only_tiles else 'mask'}"
                 )
 
     def _with_coords(self, selection: Selection) -> Selection:

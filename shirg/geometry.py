@@ -92,7 +92,7 @@ def _build(layout: TokenLayout) -> Tables:
         reach = max(layout.side // 2, 1)
         tile_rc_N2 = layout.cell_N2 // layout.side
         tile_N = tile_rc_N2[:, 0] * (layout.canvas[1] // layout.side) + tile_rc_N2[:, 1]
-        tile_N = tile_N.masked_fill(layout.role_N == Role.GLOBAL, -1)[layout.order_N]
+        tile_N = tile_N.masked_fill(layout.role_N == int(Role.GLOBAL), -1)[layout.order_N]
         by_tile_M = torch.argsort(tile_N[layout.n_global :], stable=True)
         return Tables(
             border_N=(1 - inside_N.clamp_max(reach) / reach)[layout.order_N],

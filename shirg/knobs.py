@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from shirg.coverage import ScaffoldSource
 from shirg.scoring import Metric
-from shirg.selection import Stage
+from shirg.selection import Stage, TokenLayout
 
 G = TypeVar("G")
 
@@ -63,16 +63,24 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Scaffold:
-    """The coarse picture in front: size x size means (0 for none), of what, before or after the projector."""
+    """The coarse picture in front: size x size means (0 for none), of what, before or after the projector.
 
-    size: int = 8
+    "auto" is 8, or the side of the base model's own pooled view where that is smaller.
+    """
+
+    size: int | Literal["auto"] = "auto"
     source: ScaffoldSource = "global"
     space: Stage = "pre"
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 0:
-            raise ValueError(f"scaffold.size={self.size!r}: give the tokens per side, or 0 for no scaffold")
+        is_side = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size >= 0
+        if self.size != "auto" and not is_side:
+            raise ValueError(f"scaffold.size={self.size!r}: give the tokens per side, 0 for no scaffold, or auto")
         one_of("scaffold.source", self.source, ScaffoldSource)
         one_of("scaffold.space", self.space, Stage)
         if self.size == 0 and (self.source, self.space) != ("global", "pre"):
             raise ValueError("scaffold.source and scaffold.space mean nothing while scaffold.size is 0")
+
+    def side(self, layout: TokenLayout) -> int:
+        """Scaffold tokens per side on this layout."""
+        return min(8, layout.pooling.side) if self.size == "auto" else self.size

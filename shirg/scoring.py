@@ -16,6 +16,7 @@ CropTerm = Literal["none", "border", "centre", "literal"]
 
 EPS = 1e-6
 CLAMP = 3.0
+ROWS = 8
 # Each undirected edge of the 8-neighbourhood once: right, down, down right, down left.
 EDGES = ((0, 1), (1, 0), (1, 1), (1, -1))
 
@@ -46,8 +47,9 @@ def neighbour_term(tokens_RCD: Tensor, valid_RC: Tensor, metric: Metric) -> Tens
             distance = torch.full_like(both, (down * down + right * right) ** 0.5)
         else:
             # A difference, not a dot product: exact for equal tokens, where 2 - 2 cos would leave rounding noise that
-            # the z-score then blows up. On a CPU it is also faster than banded matrix products.
-            distance = torch.linalg.vector_norm(a - b, dim=-1)
+            # the z-score then blows up. Few rows at a time stay in cache, and beat banded matrix products on a CPU.
+            blocks = zip(torch.split(a, ROWS), torch.split(b, ROWS), strict=True)
+            distance = torch.cat([torch.linalg.vector_norm(p - q, dim=-1) for p, q in blocks])
             distance = distance.square() / 2 if metric == "feature_cos" else distance
         for pad in pads:
             total_RC = total_RC + F.pad(distance * both, pad)

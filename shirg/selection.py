@@ -84,7 +84,7 @@ class TokenLayout:
     def __post_init__(self) -> None:
         # A layout outlives the call that built it, so its tensors must be usable in training and inference alike.
         with torch.inference_mode(False):
-            is_global = self.role_N.cpu() == Role.GLOBAL
+            is_global = self.role_N.cpu() == int(Role.GLOBAL)
             row, col = self.cell_N2.cpu().to(torch.int64).unbind(-1)
             width = max(self.side, self.canvas[1])
             key = row * width + col + torch.where(is_global, 0, width * max(self.side, self.canvas[0]))
@@ -142,7 +142,7 @@ class VisionFeatures:
         on_canvas = (box_N4[None] - origin.repeat(1, 1, 2)) / extent.repeat(1, 1, 2)
         if self.layout.canvas == (0, 0):  # a single view carries its own padding
             return on_canvas
-        is_global = (self.layout.role_N == Role.GLOBAL)[None, :, None]
+        is_global = (self.layout.role_N == int(Role.GLOBAL))[None, :, None]
         return torch.where(is_global, box_N4[None], on_canvas)
 
     def __getitem__(self, rows: slice) -> Self:
@@ -192,7 +192,10 @@ def stable_topk(scores_BN: Tensor, k: int) -> Tensor:
 
 def gather_tokens(tokens_BND: Tensor, index_BT: Tensor) -> Tensor:
     """Rows of `tokens_BND` by index [B, T]; differentiable in the tokens."""
-    return tokens_BND.gather(1, index_BT[..., None].expand(-1, -1, tokens_BND.shape[-1]))
+    b, n, d = tokens_BND.shape
+    # Whole rows of the flat table: several times faster on a CPU than gather with an expanded index.
+    row_BT = index_BT + n * torch.arange(b, device=index_BT.device)[:, None]
+    return tokens_BND.reshape(b * n, d).index_select(0, row_BT.flatten()).view(b, -1, d)
 
 
 def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
@@ -312,7 +315,7 @@ def keep(features: VisionFeatures, ranked_BT: Tensor, keep_B: Tensor, *, scores_
     return Selection(
         tokens_BTD=gather_tokens(features.tokens_BND, index_BT) * mask_BT[..., None].to(features.tokens_BND.dtype),
         index_BT=index_BT.masked_fill(~mask_BT, -1),
-        source_BT=torch.full_like(index_BT, Source.KEPT),
+        source_BT=torch.full_like(index_BT, int(Source.KEPT)),
         box_BT4=gather_tokens(features.box_BN4(), index_BT),
         mask_BT=mask_BT,
         scores_BN=scores_BN,
