@@ -32,12 +32,17 @@ class LoraConfig:
 
     rank: int
     """0 adds no LoRA layer."""
-    alpha: float
+    alpha: float | None = None
+    """Scale of the update times rank; None is twice the rank."""
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     """Names below `model.`, with {a,b} for alternatives, {0-3} for ranges and * for every layer number."""
     train_whole: tuple[str, ...] = ()
     """Modules or parameters trained without LoRA, named the same way."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.rank={self.rank}, lora.dropout={self.dropout}: give a rank >= 0 and a dropout in [0, 1)")
 
 
 def expand(pattern: str, names: Sequence[str]) -> list[str]:
@@ -72,7 +77,7 @@ def add_lora(model: "Lavida", config: LoraConfig) -> dict[str, int]:
         targets = list(dict.fromkeys(n for pattern in config.targets for n in expand(pattern, linears)))
         lora = peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
             lora_dropout=config.dropout,
             # peft matches a list by suffix, which would confuse the two ff_out: one anchored expression matches exactly.
             target_modules="(?:" + "|".join(re.escape("model." + t) for t in targets) + ")",

@@ -62,10 +62,10 @@ def splice(
         ValueError: for a row that does not hold exactly one placeholder.
     """
     device = wte.weight.device
-    embeds, visuals, targets = [], [], []
+    ids, visual, targets = [], [], []
     for i, (row, block) in enumerate(zip(rows, blocks, strict=True)):
-        if list(row).count(IMAGE) != 1:
-            raise ValueError(f"prompt {i} holds {list(row).count(IMAGE)} pictures, expected exactly one")
+        if (pictures := list(row).count(IMAGE)) != 1:
+            raise ValueError(f"prompt {i} holds {pictures} pictures, expected exactly one")
         at, n = list(row).index(IMAGE), len(block)
         # A picture block longer than the model's context leaves no room for the question: cutting it would hide that.
         if len(row) - 1 + n > max_length:
@@ -73,18 +73,14 @@ def splice(
                 f"prompt {i} has {len(row) - 1 + n} tokens, {n} of them for the picture, more than the model's "
                 f"{max_length}: lower the budget or shorten the text"
             )
-        before, after = (torch.tensor(list(ids), dtype=torch.int64, device=device) for ids in (row[:at], row[at + 1 :]))
-        embeds.append(torch.cat([wte(before), block.to(wte.weight.dtype), wte(after)]))
-        visuals.append(torch.arange(len(embeds[-1]), device=device).sub(at).ge(0).logical_and(
-            torch.arange(len(embeds[-1]), device=device) < at + n
-        ))
         label = list(labels[i]) if labels is not None else [IGNORE] * len(row)
-        targets.append(torch.tensor(label[:at] + [IGNORE] * n + label[at + 1 :], dtype=torch.int64, device=device))
-    embeds_BPD = pad_sequence(embeds, batch_first=True)
-    length_B1 = torch.tensor([len(e) for e in embeds], device=device)[:, None]
-    prefix = Prefix(
-        embeds_BPD=embeds_BPD,
-        mask_BP=torch.arange(embeds_BPD.shape[1], device=device) < length_B1,
-        visual_BP=pad_sequence(visuals, batch_first=True),
-    )
-    return prefix, pad_sequence(targets, batch_first=True, padding_value=IGNORE)
+        ids.append(torch.tensor([*row[:at], *[0] * n, *row[at + 1 :]]))
+        visual.append(torch.tensor([*[False] * at, *[True] * n, *[False] * (len(row) - at - 1)]))
+        targets.append(torch.tensor([*label[:at], *[IGNORE] * n, *label[at + 1 :]]))
+    ids_BP = pad_sequence(ids, batch_first=True).to(device)
+    visual_BP = pad_sequence(visual, batch_first=True).to(device)
+    mask_BP = (torch.arange(ids_BP.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]).to(device)
+    embeds_BPD = wte(ids_BP) * mask_BP[..., None]
+    embeds_BPD = embeds_BPD.masked_scatter(visual_BP[..., None], torch.cat(list(blocks)).to(embeds_BPD.dtype))
+    targets_BP = pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(device)
+    return Prefix(embeds_BPD, mask_BP, visual_BP), targets_BP

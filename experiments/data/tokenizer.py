@@ -22,8 +22,8 @@ SPECIAL = (
     "<|end_header_id|>",
     "<|eot_id|>",
 )
-PROMPT_WORDS = ("system", "user", "assistant")
-PARAGRAPH = "\n\n"
+HEADERS = tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant"))
+"""One token each: the tiny model's contexts are short, and every token around them makes look-up harder to learn."""
 BLANK = " "
 """Stands for an empty cell where glyphs are spelt out as words."""
 
@@ -45,11 +45,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *HEADERS)])
     # A task word owns the space behind it: stripping the space instead would lose it when decoding.
     core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in TASKS])
-    core.add_tokens([AddedToken(PARAGRAPH, normalized=False)])
-    words = dict.fromkeys((*PROMPT_WORDS, *ASPECTS, *COLOURS[1:], *SHAPES[1:]))
+    words = dict.fromkeys((*ASPECTS, *COLOURS[1:], *SHAPES[1:]))
     core.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,

@@ -1,0 +1,19 @@
+"""Train one stage, by default a LoRA adapter: `python train.py selector=shirg lora.rank=64`; `--help` lists the rest."""
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments import cli
+from experiments.schema import VERSION_BASE
+
+
+@hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    from experiments.fit import fit
+    from experiments.study.job import run_job
+
+    run_job(cfg, fit)
+
+
+if __name__ == "__main__":
+    cli.run(main, "train")
