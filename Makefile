@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python eval.py -m study=demo selector=pooled,full,random,shirg
+	$(BIN)/python eval.py -m study=demo resume=true selector=pooled,full,random,shirg
 	@echo "report: outputs/demo/report.html"
 
 test: setup
@@ -31,12 +31,14 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Each stage starts from the weights of the stage before it; a gate that fails stops the chain.
+# Each stage starts from the weights of the one before it; a gate that fails stops the chain.
+TRAIN := $(BIN)/python train.py study=tiny overwrite=true threads=2
 tiny: setup
-	$(BIN)/python train.py study=tiny stage=vision
-	$(BIN)/python train.py study=tiny stage=text
-	$(BIN)/python train.py study=tiny stage=align
-	$(BIN)/python train.py study=tiny stage=base
+	$(TRAIN) stage=vision model=tiny_scratch weights=outputs/tiny/vision
+	$(TRAIN) stage=text model.path=outputs/tiny/vision weights=outputs/tiny/text
+	$(TRAIN) stage=align model.path=outputs/tiny/text weights=outputs/tiny/align
+	$(TRAIN) stage=base model.path=outputs/tiny/align selector=pooled weights=outputs/tiny/base
+	@echo "weights: outputs/tiny/base; use them with model.path=outputs/tiny/base"
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shirg", "baselines", "lavida_adapter", "experiments")
 ENTRIES = ("train", "eval")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/lavida.md", "docs/method.md")
-GROUPS = "model|selector|relevance|data|lora|decode|trainer|logger|experiment"
+GROUPS = "model|selector|relevance|data|lora|decode|trainer|logger|stage|experiment"
 
 
 def modules() -> list[str]:
@@ -187,6 +187,13 @@ def test_citations_of_the_documents_exist() -> None:
                 assert title in headings(document), f'{path.relative_to(ROOT)} cites {document}, "{title}"'
                 cited += 1
     assert cited > 10
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_name_files_that_exist(name: str) -> None:
+    homes = "|".join((*PACKAGES, "conf", "docs", "tests"))
+    for path in re.findall(rf"`((?:{homes})/[\w./-]*)`", (ROOT / name).read_text()):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
