@@ -1,0 +1,152 @@
+"""Layouts and their tables against numbers worked out by hand."""
+
+import pytest
+import torch
+
+from shirg import Pooling, Role, area_weights, pooled_count_B, subdivide, tables, tiles_layout
+from tests.features import GRIDS, SIZES, layout_of, make_features, permute_views
+
+LAVIDA = dict(side=27, patch_px=14, view_px=384, pooling=Pooling(side=14))
+
+# Table of docs/lavida.md, "Newlines": canvas, size of the picture, tokens that enter the language model.
+COUNTS = [
+    ((2, 2), (768, 768), 1008),
+    ((2, 2), (640, 480), 834),
+    ((2, 2), (1000, 750), 834),
+    ((2, 2), (480, 640), 840),
+    ((2, 2), (1920, 1080), 660),
+    ((2, 2), (2480, 3508), 784),
+    ((1, 2), (500, 375), 462),
+    ((2, 1), (300, 300), 406),
+    ((1, 2), (800, 400), 602),
+    ((2, 1), (400, 800), 616),
+    ((1, 3), (1000, 280), 712),
+    ((3, 1), (220, 900), 658),
+    ((0, 0), (500, 500), 197),
+]
+
+
+def test_centres_and_sizes_count_the_blind_margin() -> None:
+    layout = tiles_layout(2, 2, **LAVIDA)
+    assert (layout.n_tokens, layout.n_views, layout.canvas, layout.canvas_px) == (3645, 5, (54, 54), (768, 768))
+    # Patch (3, 5) of the tile at row 1, column 0.
+    i = 729 * 3 + 27 * 3 + 5
+    assert layout.view_N[i] == 3 and layout.role_N[i] == int(Role.TILE)
+    assert layout.cell_N2[i].tolist() == [30, 5]
+    assert layout.centre_N2[i].tolist() == pytest.approx([(14 * 5 + 7) / 768, (384 + 14 * 3 + 7) / 768])
+    assert layout.size_N2[i].tolist() == pytest.approx([14 / 768, 14 / 768])
+    # The same patch of the global view, placed in the picture.
+    j = 27 * 3 + 5
+    assert layout.role_N[j] == int(Role.GLOBAL)
+    assert layout.centre_N2[j].tolist() == pytest.approx([77 / 384, 49 / 384])
+    assert layout.size_N2[j].tolist() == pytest.approx([14 / 384, 14 / 384])
+    assert float(layout.centre_N2[:729].max()) == pytest.approx((26 * 14 + 7) / 384)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shapes_follow_the_grid(grid: tuple[int, int]) -> None:
+    layout = tiles_layout(*grid, **LAVIDA)
+    tiles = grid[0] * grid[1]
+    assert layout.n_views == 1 + tiles and layout.n_global == 729
+    assert layout.canvas == (27 * grid[0], 27 * grid[1])
+    assert layout.canvas_px == (384 * max(grid[0], 1), 384 * max(grid[1], 1))
+    assert int((layout.role_N == int(Role.TILE)).sum()) == 729 * tiles
+    cells = layout.cell_N2[layout.order_N[729:]]
+    raster = torch.arange(729 * tiles)
+    if tiles:
+        assert torch.equal(cells, torch.stack([raster // layout.canvas[1], raster % layout.canvas[1]], dim=-1))
+
+
+def test_reading_order_does_not_depend_on_the_numbering_of_views() -> None:
+    features = make_features((1, 3), sizes=[(1000, 280)])
+    for views in ((3, 0, 2, 1), (1, 2, 3, 0)):
+        moved = permute_views(features, views)
+        for name in ("cell_N2", "role_N", "centre_N2"):
+            here, there = getattr(features.layout, name), getattr(moved.layout, name)
+            assert torch.equal(here[features.layout.order_N], there[moved.layout.order_N])
+        assert torch.equal(moved.layout.rank_N[moved.layout.order_N], torch.arange(moved.layout.n_tokens))
+
+
+@pytest.mark.parametrize(("grid", "size", "count"), COUNTS)
+def test_the_base_models_count(grid: tuple[int, int], size: tuple[int, int], count: int) -> None:
+    assert pooled_count_B(tiles_layout(*grid, **LAVIDA), torch.tensor([size])).tolist() == [count]
+
+
+@pytest.mark.parametrize("grid", [(0, 2), (-1, 1)])
+def test_half_a_grid_is_refused(grid: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="0 x 0 for no tiles"):
+        tiles_layout(*grid, **LAVIDA)
+
+
+def test_patches_must_fit_the_view() -> None:
+    with pytest.raises(ValueError, match="28 patches of 14 px do not fit into a view of 384 px"):
+        tiles_layout(1, 2, **{**LAVIDA, "side": 28})
+
+
+@pytest.mark.parametrize(("cells", "windows"), [(27, 8), (27, 27), (54, 9), (8, 4), (10, 3), (7, 1)])
+def test_area_weights_partition_the_line(cells: int, windows: int) -> None:
+    weights = area_weights(cells, windows, torch.device("cpu")).double()
+    assert torch.allclose(weights.sum(1), torch.ones(windows).double(), atol=1e-6)
+    assert torch.allclose(weights.sum(0), torch.full((cells,), windows / cells).double(), atol=1e-6)
+    for w in range(windows):
+        for c in range(cells):
+            overlap = min((c + 1) / cells, (w + 1) / windows) - max(c / cells, w / windows)
+            assert float(weights[w, c]) == pytest.approx(max(overlap, 0.0) * windows, abs=1e-6)
+
+
+def test_area_weights_of_27_in_8_by_hand() -> None:
+    # The first window covers 3.375 cells.
+    first = area_weights(27, 8, torch.device("cpu"))[0, :5]
+    assert first.tolist() == pytest.approx([8 / 27, 8 / 27, 8 / 27, 3 / 27, 0])
+
+
+def test_subdivide() -> None:
+    boxes = subdivide(torch.tensor([[0.0, 0.5, 1.0, 1.0]]), rows=1, cols=2)
+    assert boxes.tolist() == [[[0.0, 0.5, 0.5, 1.0], [0.5, 0.5, 1.0, 1.0]]]
+
+
+def test_tables_are_built_once_and_in_reading_order() -> None:
+    layout = layout_of((2, 2), side=5)
+    table = tables(layout)
+    assert tables(layout) is table
+    # One tile row: border 1 at both ends, 0 in the middle of a 5-wide tile, whatever the tile.
+    canvas = table.border_N[layout.n_global :].view(10, 10)
+    assert canvas[2].tolist() == [1, 0.5, 0, 0.5, 1] * 2
+    assert canvas[0].tolist() == [1] * 10
+    assert table.tile_N[: layout.n_global].unique().tolist() == [-1]
+    assert table.tile_N[layout.n_global :].view(10, 10)[::5, ::5].tolist() == [[0, 1], [2, 3]]
+    canvas_tiles = table.tile_N[layout.n_global :]
+    assert canvas_tiles[table.by_tile_M].tolist() == sorted(canvas_tiles.tolist())
+    assert torch.equal(table.by_tile_M[table.from_tile_M], torch.arange(100))
+
+
+def test_tables_follow_the_views_not_their_numbers() -> None:
+    features = make_features((2, 2), side=5)
+    moved = permute_views(features, (4, 2, 0, 1, 3)).layout
+    for name in ("border_N", "tile_N"):
+        assert torch.equal(getattr(tables(features.layout), name), getattr(tables(moved), name))
+
+
+def test_a_layout_made_in_inference_mode_serves_training() -> None:
+    with torch.inference_mode():
+        layout = layout_of((1, 2), side=5)
+        tables(layout)
+        area_weights(5, 2, torch.device("cpu"))
+    x = torch.randn(layout.n_tokens, requires_grad=True)
+    (x[layout.order_N] * tables(layout).border_N).sum().backward()
+    (area_weights(5, 2, torch.device("cpu")) * torch.randn(5, requires_grad=True)).sum().backward()
+    assert x.grad is not None
+
+
+def test_moving_to_where_it_is_keeps_the_tables() -> None:
+    layout = layout_of((1, 2), side=5)
+    assert layout.to("cpu") is layout
+
+
+@pytest.mark.parametrize("grid", GRIDS[:5])
+def test_boxes_of_valid_tokens_lie_in_the_picture(grid: tuple[int, int]) -> None:
+    features = make_features(grid, sizes=SIZES[grid])
+    box = features.box_BN4()
+    centre = (box[..., :2] + box[..., 2:]) / 2
+    inside = ((centre >= 0) & (centre <= 1)).all(-1)
+    assert torch.equal(inside, features.valid_BN)

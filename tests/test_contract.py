@@ -1,0 +1,303 @@
+"""What every selector must hold. A new one joins by one line in SELECTORS."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from baselines import Full, Pooled, Random
+from shirg import Selection, Selector, ShirgGate, Source, VisionFeatures
+from tests.features import GRIDS, SIZES, differs, make_features, permute_views, projector, through
+
+CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
+SELECTED = ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A selector, the knobs it is tested with, and for each knob a value that must change something or raise.
+
+    A changed value may bring other knobs along: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}.
+    """
+
+    build: Callable[..., Selector]
+    knobs: dict[str, Any] = field(default_factory=dict)
+    flips: dict[str, Any] = field(default_factory=dict)
+
+
+SELECTORS = {
+    "pooled": Case(Pooled),
+    "full": Case(Full, flips={"newline": "none"}),
+    "random": Case(Random, {"budget": 60}, flips={"budget": 61, "seed": 1}),
+    "shirg": Case(
+        ShirgGate,
+        {"budget": 60, "scaffold": {"size": 3}},
+        flips={
+            "budget": "matched",
+            "weights": {"weights": {"similarity": 0.1}},
+            "neighbor": {"neighbor": {"sign": 1}},
+            "norm": "none",
+            "norm_scope": "view",
+            "mask_padding": False,
+            "crop_term": "border",
+            "scaffold": {"scaffold": {"size": 4}},
+            "newline": "row",
+            "underflow": {"underflow": "raise", "budget": 300},
+            "coord_embed": "sincos_linear",
+            "coord_width": 16,
+        },
+    ),
+}
+
+
+@pytest.fixture(params=SELECTORS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return SELECTORS[request.param]
+
+
+@pytest.fixture
+def selector(case: Case) -> Selector:
+    return case.build(**case.knobs)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same(a: Selection, b: Selection) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in SELECTED)
+
+
+def is_kept(chosen: Selection) -> torch.Tensor:
+    return chosen.mask_BT & (chosen.source_BT == int(Source.KEPT))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_shapes_and_types(selector: Selector, grid: tuple[int, int]) -> None:
+    features = make_features(grid, sizes=SIZES[grid])
+    chosen = selector(features)
+    b, t = chosen.mask_BT.shape
+    assert b == 3 and chosen.tokens_BTD.shape == (3, t, 16) and chosen.box_BT4.shape == (3, t, 4)
+    assert chosen.index_BT.shape == chosen.source_BT.shape == (3, t)
+    assert (chosen.index_BT.dtype, chosen.source_BT.dtype, chosen.mask_BT.dtype) == (
+        torch.int64,
+        torch.int64,
+        torch.bool,
+    )
+    assert chosen.box_BT4.dtype == torch.float32
+    if chosen.scores_BN is not None:
+        assert chosen.scores_BN.shape == features.valid_BN.shape and chosen.scores_BN.dtype == torch.float32
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_kept_tokens_are_source_tokens_each_once_in_reading_order(selector: Selector, grid: tuple[int, int]) -> None:
+    features = make_features(grid, sizes=SIZES[grid])
+    chosen = selector(features)
+    kept = is_kept(chosen)
+    assert torch.equal(chosen.index_BT >= 0, kept)
+    for sample in range(3):
+        index = chosen.index_BT[sample][kept[sample]]
+        assert bool(features.valid_BN[sample, index].all()), "padding is never kept"
+        assert bool((features.layout.rank_N[index].diff() > 0).all()), "each once, in reading order"
+        assert torch.equal(chosen.tokens_BTD[sample][kept[sample]], features.tokens_BND[sample, index])
+        assert torch.equal(chosen.box_BT4[sample][kept[sample]], features.box_BN4()[sample, index])
+    empty = ~chosen.mask_BT | (chosen.source_BT == int(Source.NEWLINE))
+    assert bool((chosen.tokens_BTD[empty] == 0).all())
+
+
+@pytest.mark.parametrize("budget", [60, 100, "matched"])
+def test_budgets_are_exact(case: Case, budget: Any) -> None:
+    if "budget" not in inspect.signature(case.build).parameters:
+        with pytest.raises(TypeError, match="budget"):
+            case.build(**case.knobs, budget=budget)
+        return
+    features = make_features((2, 2), sizes=SIZES[(2, 2)])
+    counts = case.build(**{**case.knobs, "budget": budget})(features).mask_BT.sum(-1).tolist()
+    assert counts == (Pooled()(features).mask_BT.sum(-1).tolist() if budget == "matched" else [budget] * 3)
+
+
+def test_slots_do_not_depend_on_content(selector: Selector) -> None:
+    features = make_features((2, 2), sizes=SIZES[(2, 2)])
+    here = selector(features)
+    for tokens in (torch.zeros_like(features.tokens_BND), features.tokens_BND.abs() * 1e4):
+        there = selector(replace(features, tokens_BND=tokens, taps={"encoder": tokens}))
+        assert there.mask_BT.shape == here.mask_BT.shape
+        assert torch.equal(there.mask_BT.sum(-1), here.mask_BT.sum(-1))
+
+
+def test_a_budget_that_is_too_large_names_the_picture(case: Case) -> None:
+    if "budget" not in case.knobs:
+        pytest.skip("no budget")
+    features = make_features((2, 2), sizes=[(768, 768), (3000, 300)])
+    with pytest.raises(ValueError, match=r"budget 300 .* picture 'picture-1'"):
+        case.build(**{**case.knobs, "budget": 300})(features)
+
+
+def test_repeats_bit_for_bit(case: Case) -> None:
+    features = make_features((2, 2), sizes=SIZES[(2, 2)])
+    first, second = case.build(**case.knobs), case.build(**case.knobs)
+    torch.manual_seed(0)
+    here = first(features)
+    first(make_features((2, 2), seed=9))
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert same(here, first(features)) and same(here, second(features))
+    with threads(2):
+        assert torch.equal(here.index_BT, first(features).index_BT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_picture_does_not_depend_on_its_batch_mates(selector: Selector) -> None:
+    features = make_features((2, 2), sizes=SIZES[(2, 2)])
+    together = selector(features)
+    for sample in range(3):
+        alone = selector(features[sample : sample + 1])
+        for name in SELECTED:
+            assert torch.allclose(getattr(alone, name)[0], getattr(together, name)[sample], atol=1e-6), name
+    backwards = replace(
+        features,
+        ids=features.ids[::-1],
+        n_valid=features.n_valid[::-1],
+        taps={name: tap.flip(0) for name, tap in features.taps.items()},
+        **{
+            f.name: getattr(features, f.name).flip(0)
+            for f in fields(features)
+            if isinstance(getattr(features, f.name), torch.Tensor)
+        },
+    )
+    assert torch.equal(selector(backwards).index_BT, together.index_BT.flip(0))
+
+
+@pytest.mark.parametrize("views", [(4, 2, 0, 1, 3), (1, 2, 3, 4, 0)])
+def test_the_numbering_of_views_means_nothing(selector: Selector, views: tuple[int, ...]) -> None:
+    features = make_features((2, 2), sizes=SIZES[(2, 2)])
+    here, there = selector(features), selector(permute_views(features, views))
+    assert torch.equal(here.mask_BT, there.mask_BT)
+    for name in ("tokens_BTD", "source_BT", "box_BT4"):
+        assert torch.equal(getattr(here, name)[here.mask_BT], getattr(there, name)[here.mask_BT]), name
+
+
+def test_scale_changes_no_choice(selector: Selector) -> None:
+    features = make_features((2, 2), sizes=SIZES[(2, 2)])
+    here = selector(features)
+    for scale in (0.25, 8.0):
+        tokens = features.tokens_BND * scale
+        scaled = selector(replace(features, tokens_BND=tokens, taps={"encoder": tokens}))
+        assert torch.equal(here.index_BT, scaled.index_BT)
+        assert torch.allclose(scaled.tokens_BTD, here.tokens_BTD * scale, rtol=1e-5)
+
+
+def test_gradient_reaches_kept_tokens_alone(selector: Selector) -> None:
+    features = make_features((2, 2), sizes=[(640, 480)])
+    x = features.tokens_BND.clone().requires_grad_()
+    chosen = selector(replace(features, tokens_BND=x))
+    kept = is_kept(chosen)
+    (grad,) = torch.autograd.grad(chosen.tokens_BTD[kept].sum() + 0 * x.sum(), x)
+    expected = torch.zeros(features.layout.n_tokens)
+    expected[chosen.index_BT[kept]] = 1
+    assert torch.equal(grad[0], expected[:, None].expand(-1, 16))
+    assert chosen.tokens_BTD.requires_grad and not chosen.box_BT4.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_come_back_in_their_dtype(selector: Selector, dtype: torch.dtype) -> None:
+    assert selector(make_features((1, 2), sizes=SIZES[(1, 2)], dtype=dtype)).tokens_BTD.dtype == dtype
+
+
+def test_choosing_commutes_with_projecting(selector: Selector) -> None:
+    if selector.stage == "post":
+        pytest.skip("sees projected tokens only")
+    features, project = make_features((2, 2), sizes=SIZES[(2, 2)]), projector()
+    chosen = selector(features)
+    kept = is_kept(chosen)
+    early, late = project(chosen.tokens_BTD)[kept], project(features.tokens_BND)
+    rows = torch.arange(3)[:, None].expand_as(kept)[kept]
+    assert torch.allclose(early, late[rows, chosen.index_BT[kept]], atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (0, 0)])
+def test_compiles_to_one_graph(selector: Selector, grid: tuple[int, int]) -> None:
+    if isinstance(selector, Random):
+        pytest.skip("draws on the host by design")
+    features = make_features(grid, sizes=SIZES[grid])
+    torch.compiler.reset()
+    compiled = torch.compile(selector, fullgraph=True, backend="aot_eager", dynamic=False)(features)
+    eager = selector(features)
+    for name in SELECTED:
+        assert torch.allclose(getattr(compiled, name), getattr(eager, name), atol=1e-5), name
+
+
+@pytest.mark.gpu
+def test_never_waits_for_the_device(selector: Selector) -> None:
+    features = on_device(make_features((2, 2), sizes=SIZES[(2, 2)]), "cuda")
+    selector.to("cuda")
+    here = selector(features)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chosen = selector(features)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same(here, chosen) and chosen.tokens_BTD.is_cuda
+    assert torch.equal(chosen.index_BT.cpu(), selector.cpu()(make_features((2, 2), sizes=SIZES[(2, 2)])).index_BT)
+
+
+def on_device(features: VisionFeatures, device: str) -> VisionFeatures:
+    tensors = {f.name: getattr(features, f.name) for f in fields(features)}
+    moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    taps = {name: tap.to(device) for name, tap in features.taps.items()}
+    return replace(features, layout=features.layout.to(device), taps=taps, **moved)
+
+
+def test_every_knob_changes_something_or_raises(case: Case) -> None:
+    parameters = inspect.signature(case.build).parameters
+    assert set(case.flips) == set(parameters), "a flip for each knob"
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
+    features = make_features((2, 2), sizes=[(640, 480), (480, 640)])
+    for knob, value in case.flips.items():
+        flipped = value if isinstance(value, dict) else {knob: value}
+        base = {**case.knobs, **{k: v for k, v in flipped.items() if k != knob}}
+        try:
+            there = through(case.build(**{**base, **flipped}), features)
+        except ValueError:
+            continue
+        assert differs(through(case.build(**base), features), there), knob
+
+
+def test_an_unknown_knob_is_refused(case: Case) -> None:
+    with pytest.raises(TypeError, match="no_such_knob"):
+        case.build(**case.knobs, no_such_knob=1)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_the_yaml_says_what_the_code_does(name: str) -> None:
+    case = SELECTORS[name]
+    config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    target = config.pop("_target_")
+    assert target == f"{case.build.__module__}.{case.build.__qualname__}"
+    parameters = inspect.signature(case.build).parameters
+    assert set(config) == set(parameters)
+    assert config.pop("budget", "${budget}") == "${budget}"
+    required = {"budget": 60} if "budget" in parameters else {}
+    default = case.build(**required)
+    for knob, value in config.items():
+        known = getattr(default, knob, None)
+        if is_dataclass(known):
+            assert value == {f.name: getattr(known, f.name) for f in fields(known)}
+        else:
+            assert value == parameters[knob].default
+
+
+def test_each_yaml_has_its_contract() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml")} == set(SELECTORS)
