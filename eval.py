@@ -1,0 +1,19 @@
+"""Evaluate a model with a selector: `python eval.py -m selector=pooled,full,random,shirg`; `--help` lists the rest."""
+
+import hydra
+from omegaconf import DictConfig
+
+from experiments import cli
+from experiments.schema import VERSION_BASE
+
+
+@hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="eval")
+def main(cfg: DictConfig) -> None:
+    from experiments.evaluate import evaluate
+    from experiments.study.job import run_job
+
+    run_job(cfg, evaluate)
+
+
+if __name__ == "__main__":
+    cli.run(main, "eval")

@@ -1,0 +1,252 @@
+"""Configs become objects here and nowhere else: this is the only file that calls `hydra.utils.instantiate`.
+
+A knob that does not exist, a value of the wrong type, weights that are missing or a budget without a name raise one
+sentence that says what to write instead.
+"""
+
+import inspect
+import math
+import re
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.data.sample import Dataset
+from experiments.schema import CONF
+from shirg import Selector
+
+if TYPE_CHECKING:
+    from lavida_adapter import DecodeConfig, Lavida
+    from lavida_adapter.relevance import Relevance
+
+ROOT = CONF.parent
+
+
+def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
+    """The dataset of `data=...`; an empty one raises."""
+    dataset = _instantiate(cfg, group)
+    assert isinstance(dataset, Dataset)
+    if not len(dataset):
+        raise ValueError(f"{group}: {dataset.name} ({dataset.split}) has no samples")
+    return dataset
+
+
+def build_model(cfg: DictConfig, device: torch.device, adapter: str | None = None) -> "Lavida":
+    """The model of `model=...` with its adapter, ready to answer.
+
+    `model.path` is a folder (relative ones start at the repository) or a hub id; without it the model is built from
+    `model.config` with random weights.
+    """
+    from lavida_adapter import Lavida, load_adapter, merge_lora
+
+    spec = OmegaConf.to_container(cfg.model, resolve=True)
+    assert isinstance(spec, dict)
+    known = {"path", "dtype", "config", "seed"}
+    if unknown := sorted(str(k) for k in spec.keys() - known):
+        raise ValueError(f"model.{unknown[0]}: there is no such knob; a model has {', '.join(sorted(known))}")
+    path, sizes = spec.get("path"), spec.get("config")
+    if (path is None) == (sizes is None):
+        raise ValueError("model: give either model.path (a checkpoint) or model.config (sizes, random weights)")
+    if path is None:
+        assert isinstance(sizes, dict)
+        model = _random_model({str(k): v for k, v in sizes.items()}, int(spec.get("seed") or 0), cfg.dtype, device)
+    else:
+        model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device)
+    if adapter is not None:
+        load_adapter(model, _folder(adapter))
+        merge_lora(model)
+    return model.eval().requires_grad_(False)
+
+
+def build_selector(cfg: DictConfig, budgets: Mapping[str, int]) -> Selector:
+    """The selector of `selector=...`, with the budget's name replaced by the model's number for it."""
+    fixed = {}
+    if "budget" in cfg.selector:
+        fixed["budget"] = resolve_budget(cfg.selector.budget, budgets)
+    selector = _instantiate(cfg, "selector", fixed)
+    if not isinstance(selector, Selector):
+        raise ValueError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
+    return selector
+
+
+def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
+    """The provider that the selector ranks by; None for a selector that does not ask for one."""
+    if not selector.uses_relevance:
+        return None
+    provider: Relevance = _instantiate(cfg, "relevance")
+    return provider
+
+
+def build_decode(cfg: DictConfig, dataset: Dataset) -> "DecodeConfig":
+    """How answers are generated; their length is the dataset's unless the config gives one."""
+    from lavida_adapter import DecodeConfig
+
+    fields = OmegaConf.to_container(cfg.decode, resolve=True, enum_to_str=True)
+    assert isinstance(fields, dict)
+    if fields["max_new_tokens"] is None:
+        fields["max_new_tokens"] = dataset.max_new_tokens
+    return DecodeConfig(**{str(k): v for k, v in fields.items()})
+
+
+def build_logger(cfg: DictConfig) -> Any:
+    """A Lightning logger, or None for logger=none."""
+    return _instantiate(cfg, "logger") if "_target_" in cfg.logger else None
+
+
+def fingerprint(model: "Lavida") -> str:
+    """Which weights these are."""
+    from lavida_adapter.checkpoint import fingerprint
+
+    return fingerprint(model)
+
+
+def adapter_size(adapter: str | None) -> int:
+    """Trained parameters of the adapter; 0 without one."""
+    if adapter is None:
+        return 0
+    from safetensors import safe_open
+
+    from lavida_adapter.lora import ADAPTER
+
+    with safe_open(_folder(adapter) / ADAPTER, framework="pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
+
+
+def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["matched"]:
+    """A budget's number of tokens; names are the model's."""
+    if budget == "matched":
+        return "matched"
+    if isinstance(budget, str) and budget in budgets:
+        return budgets[budget]
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget
+    names = ", ".join(f"{name} ({count})" for name, count in budgets.items())
+    raise ValueError(f"budget={budget}: give {names}, matched, or a positive number of tokens")
+
+
+def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:
+    """Checks the knobs of a plug-in against its constructor, then builds it."""
+    node = cfg[group]
+    if "_target_" not in node:
+        raise ValueError(f"{group}: the config has no _target_; choose an option, for example {group}=NAME")
+    values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    knobs = {str(k): v for k, v in values.items() if k != "_target_"} | dict(fixed or {})
+    target = get_class(values["_target_"])
+    parameters = inspect.signature(target).parameters
+    if unknown := sorted(knobs.keys() - parameters.keys()):
+        raise ValueError(f"{group}.{unknown[0]}: {target.__name__} has no such knob; it has {', '.join(parameters)}")
+    _compare_types(group, knobs, _defaults(group, values["_target_"]))
+    hints = get_type_hints(inspect.getattr_static(target, "__init__"))
+    for name, value in knobs.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise ValueError(f"{group}.{name}={value!r} is not {_describe(hints[name])}")
+    try:
+        return instantiate({"_target_": values["_target_"], **knobs}, _convert_="all", _recursive_=False)
+    except InstantiationException as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+def _defaults(group: str, target: str) -> Mapping[str, Any]:
+    """The knobs of the option that builds this target, as its file has them."""
+    for path in sorted((CONF / group).glob("*.yaml")):
+        option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if isinstance(option, dict) and option.get("_target_") == target:
+            return {str(k): v for k, v in option.items()}
+    return {}
+
+
+def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses a text where the option's own file has a number or a truth value; nested knobs have no annotation."""
+    for name, default in defaults.items():
+        value = given.get(name)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            _compare_types(f"{where}.{name}", value, default)
+        elif isinstance(default, bool) and isinstance(value, str):
+            raise ValueError(f"{where}.{name}={value!r} is not true or false")
+        elif isinstance(default, int | float) and isinstance(value, str):
+            raise ValueError(f"{where}.{name}={value!r} is not a number")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a config value is of the annotated type; annotations beyond plain ones are left to the constructor."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, types.NoneType):
+        return isinstance(value, hint)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.device) -> "Lavida":
+    """A model of the given sizes whose tokenizer is the built-in one; its config says that it is untrained."""
+    from experiments.data.tokenizer import build_tokenizer
+    from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
+
+    tokenizer = build_tokenizer()
+    special = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        vision = VisionConfig(**sizes.pop("vision", {}))
+        lm = LladaConfig(**{**special, **sizes.pop("lm", {})})
+        if "image_grid_pinpoints" in sizes:
+            sizes["image_grid_pinpoints"] = tuple((w, h) for w, h in sizes["image_grid_pinpoints"])
+        config = LavidaConfig(vision=vision, lm=lm, trained=False, **sizes)
+    except TypeError as error:
+        raise ValueError(
+            f"model.config: {re.sub(r'.*got an unexpected keyword argument', 'no model has a field', str(error))}"
+        ) from None
+    generator_state = torch.get_rng_state()
+    default = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with device:
+            return Lavida(config, tokenizer)
+    finally:
+        torch.set_default_dtype(default)
+        torch.set_rng_state(generator_state)
+
+
+def _checkpoint(path: str) -> str | Path:
+    """A folder of this repository for a relative path that names one, else the path or hub id as it is."""
+    local = ROOT / path
+    if not Path(path).exists() and (local.is_dir() or path.startswith("./")):
+        if not local.is_dir():
+            raise FileNotFoundError(
+                f"model.path={path}: there are no weights in {local}; `make tiny` trains the tiny model"
+            )
+        return local
+    return path
+
+
+def _folder(path: str) -> Path:
+    return Path(path) if Path(path).exists() else ROOT / path

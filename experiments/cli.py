@@ -1,0 +1,118 @@
+"""The outermost frame of the entry points: one clear sentence for bad input, a traceback for a bug, an exit code."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from experiments.schema import CONF, VERSION_BASE
+
+_jobs: list[tuple[Path, bool]] = []
+
+
+def finished(folder: Path, ok: bool) -> None:
+    """Notes a job of this process; the tables of its study are printed when the last one is over."""
+    _jobs.append((folder, ok))
+
+
+def run(main: Callable[[], Any], verb: str) -> None:
+    """Runs a Hydra main; exits with 1 and one sentence on bad input.
+
+    With HYDRA_FULL_ERROR=1 in the environment every error keeps its traceback.
+    """
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        fail(explain(error, verb, sys.argv[1:]))
+    except KeyboardInterrupt:
+        fail("interrupted; the same command with resume=true goes on from here", code=130)
+    if any(ok for _, ok in _jobs):
+        from experiments.study.table import print_table
+
+        for study in dict.fromkeys(folder.parent for folder, _ in _jobs):
+            print_table(study)
+    if not all(ok for _, ok in _jobs):
+        sys.exit(1)
+
+
+def fail(sentence: str, code: int = 1) -> None:
+    sys.stdout.flush()
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: BaseException, verb: str, argv: Sequence[str]) -> str:
+    """What is wrong with the command line or the config, and what would be right, in one sentence."""
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name}: there is no such option; choose one of {', '.join(sorted(error.options))}"
+    text = str(error)
+    cause = error.__cause__ or error
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1], verb, argv)
+    if match := re.match(r"Error merging override (\S.*)", text):
+        return f"{match[1].strip()}: {_first_line(str(cause))}"
+    if isinstance(error, MissingMandatoryValue):
+        key = error.full_key or text.split(":", 1)[-1].split()[0]
+        return f"{key} has no value; give {key}=..."
+    where = getattr(error, "full_key", None)
+    return f"{where}: {_first_line(text)}" if where else " ".join(line.strip() for line in text.splitlines() if line)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].strip()
+
+
+def _unknown_key(key: str, verb: str, argv: Sequence[str]) -> str:
+    """Names the knobs that stand where the mistyped one was looked for."""
+    parent, _, name = key.rpartition(".")
+    group = parent.split(".")[0]
+    for overrides in _group_choices(group, argv):
+        with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+            cfg = compose(verb, overrides=overrides, return_hydra_config=True)
+        picked = cfg.hydra.runtime.choices.get(group)
+        node = (
+            OmegaConf.select(cfg, parent)
+            if parent
+            else OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+        )
+        valid = sorted(str(k) for k in node if not str(k).startswith("_")) if isinstance(node, DictConfig) else []
+        if name in valid:
+            continue
+        if not parent:
+            return f"{key}: there is no such key; the keys are {', '.join(valid)}"
+        where = f"{group}={picked}" if picked and parent == group else parent
+        return f"{key}: {where} has no such knob; " + (f"it has {', '.join(valid)}" if valid else "it has none")
+    return f"{key}: there is no such key; `python {verb}.py --cfg job` lists them"
+
+
+def _group_choices(group: str, argv: Sequence[str]) -> list[list[str]]:
+    """The config choices on the command line: one list for each value that a sweep gives to `group`."""
+    fixed: list[str] = []
+    swept: list[str] = []
+    for override in OverridesParser.create().parse_overrides([a for a in argv if not a.startswith("-")]):
+        name = override.key_or_group
+        if (CONF / name).is_dir():
+            values = _values(override)
+            swept += [f"{name}={value}" for value in values] if name == group else []
+            fixed += [f"{name}={values[0]}"] if name != group else []
+    return [[*fixed, choice] for choice in swept] or [fixed]
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [str(override.value())]

@@ -1,0 +1,218 @@
+"""The typed spine of the configs: the numbers and names that people mistype.
+
+Importing this module registers the schemas and two resolvers with Hydra; it imports nothing heavy, so that `--help`
+answers at once. Plug-in groups (model, selector, relevance, data, logger) are checked by their own constructors.
+"""
+
+import hashlib
+import itertools
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+VERSION_BASE = "1.3"
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+MAX_NAME = 180
+"""File systems allow 255 bytes; suffixes of lock and temporary files need some of them."""
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Schedule(StrEnum):
+    none = "none"
+    shift = "shift"
+    cosine = "cosine"
+    linear = "linear"
+    logit_normal = "logit_normal"
+
+
+class Remasking(StrEnum):
+    low_confidence = "low_confidence"
+    margin = "margin"
+    entropy = "entropy"
+    random = "random"
+
+
+class Time(StrEnum):
+    uniform = "uniform"
+    logit_normal = "logit_normal"
+    mode = "mode"
+
+
+class Weighting(StrEnum):
+    none = "none"
+    inverse_time = "inverse_time"
+
+
+class Stage(StrEnum):
+    """What train.py trains; all but the first make the tiny model's base."""
+
+    adapt = "adapt"
+    vision = "vision"
+    text = "text"
+    align = "align"
+    base = "base"
+
+
+@dataclass
+class Decode:
+    """How an answer is denoised; the fields of `lavida_adapter.DecodeConfig`."""
+
+    max_new_tokens: int | None = None
+    """None takes the dataset's."""
+    block_length: int | None = None
+    step_ratio: float | None = None
+    step_per_block: int | None = None
+    schedule: Schedule = Schedule.none
+    shift: float = 1 / 3
+    remasking: Remasking = Remasking.low_confidence
+    temperature: float = 0.0
+    prefix_cache: bool = True
+    allow_mask_token: bool = False
+
+
+@dataclass
+class Run:
+    """What every verb shares."""
+
+    study: str = MISSING
+    seed: int = 0
+    budget: Any = "base"
+    """base | wide | full (counts named by the model), matched (what LaViDa itself would use), or a number."""
+    device: str = "auto"
+    dtype: Dtype = Dtype.float32
+    threads: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    model: dict[str, Any] = field(default_factory=dict)
+    selector: dict[str, Any] = field(default_factory=dict)
+    relevance: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Eval(Run):
+    batch_size: int = 16
+    limit: int | None = None
+    """Evaluate this many samples, drawn with the seed; the row is marked."""
+    shots: int = 8
+    """Samples whose picture and kept tokens the report shows."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter written by train.py."""
+    decode: Decode = field(default_factory=Decode)
+
+
+@dataclass
+class Optim:
+    """The fields of `lavida_adapter.module.OptimConfig`."""
+
+    steps: int = MISSING
+    lr: float = MISSING
+    warmup: int = 0
+    lr_floor: float = 0.1
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+
+
+@dataclass
+class Objective:
+    """The fields of `lavida_adapter.ObjectiveConfig`."""
+
+    time: Time = Time.uniform
+    complementary: bool = True
+    weighting: Weighting = Weighting.none
+    prefix_mask: bool = False
+    extra_padding: int = 128
+    answer_tokens: int | None = None
+
+
+@dataclass
+class Lora:
+    """The fields of `lavida_adapter.LoraConfig`."""
+
+    rank: int = 64
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+    train_whole: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Trainer:
+    precision: str = "32-true"
+    clip: float = 1.0
+    log_every: int = 25
+    checkpoint_every: int = 200
+
+
+@dataclass
+class Train(Run):
+    stage: Stage = Stage.adapt
+    batch_size: int = MISSING
+    weights: str | None = None
+    """Where whole weights go; None is the job's folder. Adapters always go there."""
+    optim: Optim = field(default_factory=Optim)
+    objective: Objective = field(default_factory=Objective)
+    lora: Lora = field(default_factory=Lora)
+    trainer: Trainer = field(default_factory=Trainer)
+    text: dict[str, Any] = field(default_factory=dict)
+    """The curriculum of the stage "text"."""
+    check: dict[str, Any] = field(default_factory=dict)
+    """Questions that a gate asks."""
+    gate: dict[str, float] = field(default_factory=dict)
+    """Least value of each figure that the stage must reach."""
+
+
+def job_name(verb: str, override_dirname: str) -> str:
+    """The folder of a job, made of its overrides alone, so that the same run always lands in the same place.
+
+    No `=` and no `,`: the path must be a plain value on a later command line (`adapter=outputs/...`).
+    """
+    name = f"{verb}_" + (re.sub(r"[^\w.-]+", "-", override_dirname).strip("-.") or "defaults")
+    if len(name) > MAX_NAME:
+        name = f"{name[:MAX_NAME]}-{hashlib.sha256(override_dirname.encode()).hexdigest()[:8]}"
+    return name
+
+
+def describe_groups(verb: str) -> str:
+    """The config groups of a verb and one line about each option, for `--help`: the second comment of each file."""
+    lines = []
+    config = OmegaConf.load(CONF / f"{verb}.yaml")
+    assert isinstance(config, DictConfig)
+    for entry in config["defaults"]:
+        group, default = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
+        if default is not None and not group.startswith("override"):
+            lines.append(f"{group} (default {default})")
+            for path in sorted((CONF / group).glob("*.yaml")):
+                lines.append(f"  {path.stem:<18} {_description(path)}".rstrip())
+    return "\n".join(lines)
+
+
+def _description(path: Path) -> str:
+    """The second comment of a config file, not counting Hydra's own; the first one is the command that runs it."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    comments = [line[1:].strip() for line in head if not line.startswith("# @package")]
+    return comments[1] if len(comments) > 1 else ""
+
+
+def register() -> None:
+    """Makes schemas and resolvers known; safe to call twice."""
+    store = ConfigStore.instance()
+    for name, node in (("eval", Eval), ("train", Train)):
+        store.store(group="schema", name=name, node=node, provider="experiments")
+    OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+    OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
+
+
+register()

@@ -1,0 +1,182 @@
+"""A job's life: one folder, one lock, one result.json that says running, then ok, failed or oom.
+
+A finished job is skipped with resume=true, a stopped one goes on where it stopped, and neither is touched without
+being told to. A config that changed since is refused, because its folder holds the work of another experiment.
+"""
+
+import linecache
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import cli
+from experiments.study import record
+from experiments.study.files import Journal, remove, write_atomic
+
+JOURNAL = "journal.jsonl"
+CHECKPOINT = "checkpoints/last.ckpt"
+ERROR = "error.txt"
+SHOTS = "shots"
+_OWNED = (record.RESULT, record.SAMPLES, JOURNAL, ERROR, SHOTS)
+_OURS = frozenset({"shirg", "baselines", "lavida_adapter", "experiments"})
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a verb may know about the run it belongs to."""
+
+    folder: Path
+    identity: record.Identity
+
+    def journal(self) -> Journal:
+        return Journal(self.folder / JOURNAL)
+
+
+Work = Callable[[DictConfig, Job], Mapping[str, Any]]
+"""A verb: does the work and returns the sections of result.json."""
+
+
+class Refused(Exception):
+    """The job must not run now; the message says what to do."""
+
+
+def run_job(cfg: DictConfig, work: Work) -> bool:
+    """Runs a verb as a job and keeps its study's table and report fresh; False when it failed or was refused."""
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    ok = False
+    try:
+        with FileLock(folder / record.LOCK, timeout=0):
+            ok = _run_locked(cfg, work, folder)
+    except Timeout:
+        _say(folder, "another process is running this job; wait for it, or give another study=")
+    except Refused as refusal:
+        _say(folder, str(refusal))
+    cli.finished(folder, ok)
+    return ok
+
+
+def _run_locked(cfg: DictConfig, work: Work, folder: Path) -> bool:
+    try:
+        identity = _identify(cfg, folder)
+    except OmegaConfBaseException as error:
+        raise Refused(cli.explain(error, HydraConfig.get().job.name, [])) from None
+    if not _admit(cfg, folder, identity):
+        print(f"skip  {identity.job}: finished already")
+        _refresh(folder.parent)
+        return True
+    job = Job(folder, identity)
+    began = time.perf_counter()
+    times: dict[str, Any] = {"started": record.now()}
+    record.write_result(folder, identity, "running", {"times": times})
+    status: record.Status = "failed"
+    reason: str | None = None
+    sections: Mapping[str, Any] = {}
+    try:
+        sections = work(cfg, job)
+        status = "ok"
+    except torch.cuda.OutOfMemoryError as error:
+        status, reason = "oom", f"out of accelerator memory ({str(error).splitlines()[0]}): lower batch_size or budget"
+    except Exception as error:
+        reason = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
+        write_atomic(folder / ERROR, traceback.format_exc())
+        if not is_bad_input(error):
+            traceback.print_exc()
+    times = {**times, **sections.get("times", {}), "finished": record.now(), "wall_s": time.perf_counter() - began}
+    record.write_result(folder, identity, status, {**sections, "times": times}, reason)
+    if status == "ok":
+        remove(folder / JOURNAL)
+        remove(folder / ERROR)
+    else:
+        _say(folder, reason or status)
+    _refresh(folder.parent)
+    return status == "ok"
+
+
+def _identify(cfg: DictConfig, folder: Path) -> record.Identity:
+    hydra = HydraConfig.get()
+    config = record.plain(cfg)
+    overrides = [str(o) for o in hydra.overrides.task if str(o).partition("=")[0] not in record.SESSION]
+    return record.Identity(
+        version=record.VERSION,
+        verb=hydra.job.name,
+        study=folder.parent.name,
+        job=folder.name,
+        command=shlex.join(["python", f"{hydra.job.name}.py", *overrides]),
+        overrides=overrides,
+        choices={k: str(v) for k, v in hydra.runtime.choices.items() if "/" not in k and "@" not in k},
+        config_hash=record.config_hash(config),
+        config=config,
+    )
+
+
+def _admit(cfg: DictConfig, folder: Path, identity: record.Identity) -> bool:
+    """True to run, False to skip; raises Refused when the folder holds something that must not be touched."""
+    if cfg.resume and cfg.overwrite:
+        raise Refused("resume=true keeps what is there and overwrite=true discards it: give one of them")
+    if cfg.overwrite:
+        for name in _OWNED:
+            remove(folder / name)
+        return True
+    before = record.read_result(folder)
+    started = any((folder / trace).exists() and (folder / trace).stat().st_size for trace in (JOURNAL, CHECKPOINT))
+    if before is None or not (before["status"] == "ok" or started):
+        return True
+    if before["config_hash"] != identity.config_hash:
+        keys = ", ".join(record.changed_keys(before["config"], identity.config)[:6])
+        raise Refused(
+            f"{_short(folder)} was run with another config (different now: {keys}); overwrite=true starts again, "
+            "another study= keeps both"
+        )
+    if not cfg.resume:
+        state = "is finished" if before["status"] == "ok" else "was stopped in the middle"
+        raise Refused(f"{_short(folder)} {state}: resume=true keeps what it has, overwrite=true starts again")
+    return before["status"] != "ok"
+
+
+def is_bad_input(error: BaseException) -> bool:
+    """True for an error that this project raises on purpose, with a sentence for the user; False for a bug.
+
+    The exception types are Python's own, so what tells them apart is where they start: at a `raise` in our packages.
+    """
+    if isinstance(error, OmegaConfBaseException):
+        return True
+    if not isinstance(error, ValueError | OSError) or error.__traceback__ is None:
+        return False
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    frame = last.tb_frame
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    line = linecache.getline(frame.f_code.co_filename, last.tb_lineno).strip()
+    return package in _OURS and line.startswith("raise")
+
+
+def _refresh(study: Path) -> None:
+    from experiments.report.page import write_report
+    from experiments.study.table import refresh
+
+    if refresh(study):
+        write_report(study)
+
+
+def _say(folder: Path, sentence: str) -> None:
+    where = f"{folder.name}: " if HydraConfig.get().mode == RunMode.MULTIRUN else ""
+    sys.stdout.flush()
+    print(f"error: {where}{' '.join(sentence.split())}", file=sys.stderr, flush=True)
+
+
+def _short(folder: Path) -> str:
+    return str(Path(*folder.parts[-3:]))

@@ -1,0 +1,121 @@
+"""The rows of a study: one flat, versioned row for each evaluation job, read from its result.json."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from experiments.study.record import LOCK, RESULT, SAMPLES, read_result
+from experiments.study.samples import read_scores
+from experiments.study.stats import paired_delta
+
+ROW_VERSION = 1
+_SHOWN_ELSEWHERE = frozenset({"selector", "budget", "data", "limit", "study", "threads", "logger", "shots"})
+_FIRST = {"pooled": 0, "full": 1}
+
+Row = dict[str, Any]
+
+
+def collect(study: Path) -> list[Row]:
+    """One flat row for each evaluation job: the baselines first, then by name."""
+    results = {path.parent: result for path in study.glob(f"*/{RESULT}") if (result := read_result(path.parent))}
+    results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
+    rows = []
+    for folder, result in results.items():
+        row = flatten(result)
+        if row["status"] == "running" and not _is_alive(folder):
+            row["status"] = "stopped"
+        baseline = _baseline(result, results)
+        if baseline is not None:
+            row |= _delta(folder, baseline, result["quality"]["metric"])
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row["data"], _FIRST.get(row["selector"], 2), row["job"]))
+
+
+def flatten(result: Mapping[str, Any]) -> Row:
+    """identity | quality | cost | environment of a result, in one flat row."""
+    quality, tokens, times = result.get("quality", {}), result.get("tokens", {}), result.get("times", {})
+    row: Row = {
+        "version": ROW_VERSION,
+        "study": result["study"],
+        "job": result["job"],
+        "status": result["status"],
+        "reason": result["reason"],
+        "note": _note(result),
+        **{group: result["choices"].get(group) for group in ("model", "selector", "relevance", "data", "decode")},
+        "budget": _budget(result),
+        "changes": _changes(result),
+        "seed": result["config"].get("seed"),
+        "config_hash": result["config_hash"],
+        "command": result["command"],
+        "n": result.get("data", {}).get("n"),
+        "dataset": result.get("data", {}).get("name"),
+        "metric": quality.get("metric"),
+    }
+    for kind, group in (("", quality.get("metrics", {})), ("subset ", quality.get("subsets", {}))):
+        for name, value in group.items():
+            for key in ("mean", "low", "high", "n") if value else ():
+                row[f"{kind}{name} {key}"] = value[key]
+    if quality.get("recall"):
+        row |= {f"recall {key}": quality["recall"][key] for key in ("mean", "low", "high", "n")}
+    for name, spread in tokens.items():
+        row |= {f"{name} tokens {key}" if name != "by_source" else f"{key} tokens": v for key, v in spread.items()}
+    row |= {f"{stage} ms": ms for stage, ms in times.get("ms_per_sample", {}).items()}
+    row["peak memory MiB"] = times.get("peak_memory_mib")
+    row["trainable parameters"] = result.get("model", {}).get("trainable_parameters")
+    return row | {f"env {key}": value for key, value in result.get("environment", {}).items()}
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether a process holds the job's lock."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _baseline(result: Mapping[str, Any], results: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+    """The pooled job that answered the same questions with the same model and decoding; one without adapter first."""
+    if result["status"] != "ok" or result["choices"]["selector"] == "pooled":
+        return None
+    candidates = [
+        (other["config"]["adapter"] is not None, other["job"], folder)
+        for folder, other in results.items()
+        if other["status"] == "ok"
+        and other["choices"]["selector"] == "pooled"
+        and all(other["config"][key] == result["config"][key] for key in ("model", "decode", "data"))
+        and other["data"]["ids"] == result["data"]["ids"]
+    ]
+    return min(candidates)[2] if candidates else None
+
+
+def _delta(folder: Path, baseline: Path, metric: str) -> Row:
+    scores, pictures = read_scores(folder / SAMPLES, metric)
+    difference = paired_delta(scores, read_scores(baseline / SAMPLES, metric)[0], pictures)
+    if difference is None:
+        return {}
+    return {"delta mean": difference.mean, "delta low": difference.low, "delta high": difference.high}
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    notes = []
+    if result.get("model", {}).get("trained") is False:
+        notes.append("untrained model")
+    if result["config"].get("limit") is not None or result["config"].get("data", {}).get("limit") is not None:
+        notes.append(f"limited to {result['config'].get('limit') or result['config']['data']['limit']} samples")
+    return "; ".join(notes)
+
+
+def _budget(result: Mapping[str, Any]) -> str:
+    """The number behind the budget's name; empty for a selector that has none."""
+    asked, given = result["config"]["selector"].get("budget"), result.get("selector", {}).get("budget")
+    if asked is None:
+        return ""
+    return f"{asked} ({given})" if given not in (None, asked) else str(asked)
+
+
+def _changes(result: Mapping[str, Any]) -> str:
+    """Overrides that have no column of their own."""
+    return " ".join(o for o in result["overrides"] if o.lstrip("+~").partition("=")[0] not in _SHOWN_ELSEWHERE)
