@@ -36,6 +36,19 @@ def test_equals_the_plain_reading(grid: tuple[int, int], sign: int) -> None:
         assert kept(gate(features), sample) == plain.shirg980(features, sample, 20, sign)
 
 
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
+def test_statistics_of_each_view(grid: tuple[int, int]) -> None:
+    features = make_features(grid, side=5, sizes=SIZES[grid][1:2], seed=5)
+    assert features.relevance_BN is not None
+    scores = ShirgGate(budget=50, norm_scope="view", weights={"neighbor": 0})(features).scores_BN
+    assert scores is not None
+    for view in range(features.layout.n_views):
+        in_view = (features.layout.view_N == view) & features.valid_BN[0]
+        members = in_view.nonzero().flatten().tolist()
+        z = plain.zscore(features.relevance_BN[0].tolist(), members)
+        assert [z[i] * 0.65 for i in members] == pytest.approx(scores[0, members].tolist(), abs=1e-5)
+
+
 def test_published_numbers_at_true_geometry() -> None:
     features = make_features((2, 2), side=27, sizes=[(2480, 3508)], width=8)
     chosen = ShirgGate(budget=980)(features)
