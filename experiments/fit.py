@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -72,17 +74,15 @@ def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "artifact": str(artifact),
             "gate": reached,
         },
-        "environment": {
-            **record.environment(build.ROOT),
-            "device": measure.device_name(device),
-            "threads": torch.get_num_threads(),
-        },
+        "environment": record.environment(device, cfg.dtype),
         "times": {"train_s": seconds},
     }
 
 
 def build_trainer(cfg: DictConfig, checkpoints: Path) -> L.Trainer:
-    bar: ProgressBar = RichProgressBar() if Console().is_terminal else TQDMProgressBar(refresh_rate=cfg.trainer.log_every)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of absent accelerators
+    warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(utilities\._pytree|trainer\.connectors)")
+    bar: Callback = RichProgressBar() if Console().is_terminal else Lines(cfg.trainer.log_every)
     logger = build.build_logger(cfg)
     return L.Trainer(
         accelerator="cpu" if cfg.device == "cpu" else "auto",
@@ -101,6 +101,23 @@ def build_trainer(cfg: DictConfig, checkpoints: Path) -> L.Trainer:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+class Lines(Callback):
+    """Progress for logs: one line every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if step % (4 * self.every) == 0 or step == trainer.max_steps:
+            loss = trainer.callback_metrics["loss"].item()
+            print(
+                f"step {step}/{trainer.max_steps}  loss {loss:.4f}  {time.perf_counter() - self.began:.0f} s",
+                flush=True,
+            )
 
 
 def check_gate(reached: Mapping[str, float], wanted: Mapping[str, float]) -> None:
@@ -128,7 +145,7 @@ def save(cfg: DictConfig, model: "Lavida", job: Job, entry: dict[str, Any]) -> P
     history = json.loads(source.read_text())["stages"] if source is not None and source.is_file() else []
     model.config = replace(model.config, trained=model.config.trained or cfg.stage == "base")
     model.save_pretrained(folder)
-    entry |= {"command": job.identity.command, "seed": cfg.seed, "git": record.environment(build.ROOT)["git"]}
+    entry |= {"command": job.identity.command, "seed": cfg.seed, "git": record.code_version()["git"]}
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     write_atomic(folder / PROVENANCE, json.dumps({"sha256": sha, "stages": [*history, entry]}, indent=2) + "\n")
     return folder
@@ -141,7 +158,12 @@ def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str
         samples = [dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))]
         batch = collate(samples)
         prefix = stage.model.encode(
-            batch.images, batch.questions, stage.selector, relevance=stage.relevance, ids=batch.ids, prompts=batch.prompts
+            batch.images,
+            batch.questions,
+            stage.selector,
+            relevance=stage.relevance,
+            ids=batch.ids,
+            prompts=batch.prompts,
         )
         texts = stage.model.generate(prefix, DecodeConfig(max_new_tokens=dataset.max_new_tokens)).texts
         for sample, text in zip(samples, texts, strict=True):

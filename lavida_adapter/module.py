@@ -78,10 +78,6 @@ class Trainable(L.LightningModule):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        # Batches hold pictures and texts; the model puts what it makes of them on its own device.
-        return batch
-
 
 class LavidaModule(Trainable):
     """LaViDa's masked-diffusion objective with a selector in the middle."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -35,6 +36,10 @@ class TrainData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         done = self.trainer.global_step if self.trainer is not None else 0
         return DataLoader(Steps(self.draw, done, self.steps), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        # Batches hold pictures and texts; the model puts what it makes of them on its own device.
+        return batch
 
 
 class Batches:

@@ -32,7 +32,7 @@ class VisionPretraining(Trainable):
         return (scores * self.scale.exp() + self.bias).view(*regions.share_BNC.shape)
 
     def loss(self, batch: Regions, generator: torch.Generator) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.logits(batch), batch.share_BNC) * N_CLASSES
+        return F.binary_cross_entropy_with_logits(self.logits(batch), (batch.share_BNC > 0).float()) * N_CLASSES
 
     @torch.no_grad()
     def gate(self, pictures: int = 64) -> dict[str, float]:
