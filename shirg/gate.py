@@ -1,4 +1,7 @@
-"""SHIRG: score the tokens of the tiles, keep the best, put a coarse picture in front (docs/method.md, "SHIRG-980")."""
+"""SHIRG: score the tokens of the tiles, keep the best, put a coarse picture in front.
+
+docs/method.md, "SHIRG-980 as built", defines every term.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
