@@ -82,7 +82,8 @@ def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
 def build_trainer(cfg: DictConfig, checkpoints: Path) -> L.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no tips, no list of absent accelerators
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(utilities\._pytree|trainer\.connectors)")
-    bar: Callback = RichProgressBar() if Console().is_terminal else Lines(cfg.trainer.log_every)
+    terminal = Console().is_terminal
+    bar: Callback = RichProgressBar() if terminal else Lines(cfg.trainer.log_every)
     logger = build.build_logger(cfg)
     return L.Trainer(
         accelerator="cpu" if cfg.device == "cpu" else "auto",
@@ -98,6 +99,7 @@ def build_trainer(cfg: DictConfig, checkpoints: Path) -> L.Trainer:
             ),
         ],
         log_every_n_steps=cfg.trainer.log_every,
+        enable_progress_bar=terminal,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )

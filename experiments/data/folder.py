@@ -45,6 +45,7 @@ class Folder:
     """
 
     split = "all"
+    questions_per_picture = 1
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ class Batches:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give at least 1")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.block = getattr(dataset, "questions_per_picture", 1)
+        self.block = dataset.questions_per_picture
         self.n_blocks = -(-len(dataset) // self.block)
         self._order: tuple[int, list[int]] = (-1, [])
 

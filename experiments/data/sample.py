@@ -44,6 +44,8 @@ class Dataset(Protocol):
     """Metrics of `experiments.metrics`; the first one is the headline."""
     max_new_tokens: int
     """Length of the answer that the model is given room for."""
+    questions_per_picture: int
+    """Samples i*k to i*k+k-1 share a picture; training keeps them together. 1 when there is no such order."""
 
     def __len__(self) -> int: ...
 

@@ -59,7 +59,7 @@ class SynthGlyphs:
         self._densities = densities
         self._tasks = tuple(tasks)
         self._seed = seed
-        self._qa_per_image = qa_per_image
+        self.questions_per_picture = qa_per_image
         self._suffix = suffix
         questions(_scene(seed, split, 0, densities[0]), n=qa_per_image, tasks=self._tasks)  # refuse wrong tasks at once
 
@@ -69,7 +69,7 @@ class SynthGlyphs:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._n:
             raise IndexError(f"sample {index} of {self._n}")
-        picture, turn = divmod(index, self._qa_per_image)
+        picture, turn = divmod(index, self.questions_per_picture)
         number, which = divmod(picture, len(self._densities))
         density = self._densities[which]
         scene = _scene(self._seed, self.split, number, density)
