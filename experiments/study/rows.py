@@ -103,8 +103,9 @@ def _note(result: Mapping[str, Any]) -> str:
     notes = []
     if result.get("model", {}).get("trained") is False:
         notes.append("untrained model")
-    if result["config"].get("limit") is not None or result["config"].get("data", {}).get("limit") is not None:
-        notes.append(f"limited to {result['config'].get('limit') or result['config']['data']['limit']} samples")
+    for limit in (result["config"]["limit"], result["config"]["data"].get("limit")):
+        if limit is not None:
+            notes.append(f"limited to {limit} samples")
     return "; ".join(notes)
 
 

@@ -32,7 +32,8 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (max(0.0, centre - half), min(1.0, centre + half))
+    # Exactly 0 and 1 at the ends, where the formula is right but for rounding.
+    return (0.0 if successes <= 0 else centre - half, 1.0 if successes >= n else centre + half)
 
 
 def estimate(scores: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:

@@ -1,0 +1,117 @@
+"""A model with random weights at the tiny model's geometry, folders of pictures, and two ways to run a verb."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf, open_dict
+from PIL import Image
+
+from experiments.data.tokenizer import build_tokenizer
+from experiments.evaluate import evaluate
+from experiments.schema import CONF, VERSION_BASE
+from experiments.study.job import run_job
+from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
+
+ROOT = CONF.parent
+Eval = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Views of 8 x 8 tokens, N = 320, budgets base 80 and full 320; smaller in every width than the shipped model."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    vision = VisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8
+    )
+    lm = LladaConfig(
+        d_model=16,
+        n_heads=2,
+        n_kv_heads=2,
+        n_layers=1,
+        mlp_hidden_size=32,
+        vocab_size=len(tokenizer),
+        mask_token_id=tokenizer.mask_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("weights")
+    config = LavidaConfig(vision=vision, lm=lm, image_grid_pinpoints=((128, 128),), trained=False)
+    Lavida(config, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def eval_here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Eval:
+    """Runs eval's job in this process; returns the job's folder, which lies under tmp_path/outputs."""
+
+    def run(*overrides: str, root: Path = tmp_path, ok: bool = True) -> Path:
+        root.mkdir(exist_ok=True)
+        monkeypatch.chdir(root)
+        with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
+            weights = [] if "model=small" in overrides else [f"model.path={tiny_weights}"]
+            cfg = compose("eval", [*weights, *overrides], return_hydra_config=True)
+        with open_dict(cfg):
+            folder = root / str(cfg.hydra.run.dir)
+            cfg.hydra.runtime.output_dir = str(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        OmegaConf.set_struct(cfg, True)
+        assert run_job(cfg, evaluate) is ok
+        return folder
+
+    return run
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a dataset of one row per question, each with its own small picture."""
+
+    def write(name: str, questions: Sequence[str] = ("how many?",), **fields: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = []
+        for i, question in enumerate(questions):
+            picture = Image.effect_noise((90, 60), 60).convert("RGB")
+            picture.save(folder / f"{i}.png")
+            rows.append({"file_name": f"{i}.png", "question": question, "answers": ["one"], **fields})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write
+
+
+def start(verb: str, *overrides: str, cwd: Path) -> subprocess.Popen[str]:
+    """The entry point in a process of its own, as a user starts it."""
+    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / f"{verb}.py"), *overrides],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
+    """Exit code, standard output, and the lines of standard error."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err.splitlines()
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    result = json.loads((folder / "result.json").read_text())
+    assert isinstance(result, dict)
+    return result

@@ -1,0 +1,170 @@
+"""Every YAML composes, says what the code says, and is built."""
+
+import inspect
+from dataclasses import MISSING, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import build, schema
+from experiments.schema import CONF, VERSION_BASE, describe_groups, job_name
+from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig
+from lavida_adapter.module import OptimConfig
+
+PLUG_INS = ("selector", "relevance", "data", "logger")
+BUDGETS = {"base": 80, "wide": 100, "full": 320}
+
+
+def options() -> list[tuple[str, str]]:
+    return sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+def verbs_of(group: str) -> list[str]:
+    """The entry points whose defaults have the group."""
+    found = []
+    for verb in ("eval", "train"):
+        defaults = OmegaConf.load(CONF / f"{verb}.yaml")["defaults"]
+        if any(isinstance(entry, DictConfig) and group in entry for entry in defaults):
+            found.append(verb)
+    return found
+
+
+def composed(verb: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=verb):
+        return compose(verb, list(overrides))
+
+
+@pytest.mark.parametrize(("group", "option"), options())
+def test_every_option_composes(group: str, option: str) -> None:
+    verbs = verbs_of(group)
+    assert verbs, f"conf/{group} belongs to no entry point"
+    for verb in verbs:
+        cfg = composed(verb, f"{group}={option}")
+        assert isinstance(cfg, DictConfig)
+        schema_fields = {f.name for f in fields(schema.Eval if verb == "eval" else schema.Train)}
+        assert set(cfg) == schema_fields
+
+
+@pytest.mark.parametrize(("group", "option"), [o for o in options() if o[0] in PLUG_INS])
+def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, option: str) -> None:
+    file = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+    assert isinstance(file, dict)
+    if "_target_" not in file:
+        assert (group, option) == ("logger", "none")
+        return
+    parameters = inspect.signature(get_class(str(file["_target_"]))).parameters
+    knobs = {str(k): v for k, v in file.items() if k not in ("_target_", "defaults")}
+    if group != "logger":
+        assert knobs.keys() <= parameters.keys()
+    if group in ("selector", "relevance"):
+        assert knobs.keys() == parameters.keys() - ({"scores"} if option == "external" else set())
+        for name, value in knobs.items():
+            default = parameters[name].default
+            if name != "budget" and default not in (inspect.Parameter.empty, None):
+                assert value == default, f"{group}={option}: {name} is {value} in the file and {default} in the code"
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "selector").glob("*.yaml")))
+@pytest.mark.parametrize("budget", ["base", "wide", "matched", "77"])
+def test_selectors_are_built_with_the_budget_of_the_model(option: str, budget: str) -> None:
+    cfg = composed("eval", f"selector={option}", f"budget={budget}")
+    selector = build.build_selector(cfg, BUDGETS)
+    if "budget" in cfg.selector:
+        assert selector.budget == {"base": 80, "wide": 100, "matched": "matched", "77": 77}[budget]
+    else:
+        assert selector.budget is None
+
+
+@pytest.mark.parametrize("option", ["none", "lm_embed"])
+def test_relevance_is_built_for_the_selectors_that_ask(option: str) -> None:
+    cfg = composed("eval", f"relevance={option}", "selector=shirg")
+    shirg = build.build_selector(cfg, BUDGETS)
+    assert build.build_relevance(cfg, shirg) is not None
+    cfg = composed("eval", f"relevance={option}", "selector=random")
+    assert build.build_relevance(cfg, build.build_selector(cfg, BUDGETS)) is None
+
+
+@pytest.mark.parametrize(
+    ("mirror", "original", "unused"),
+    [
+        (schema.Decode, DecodeConfig, {"keep_history"}),
+        (schema.Objective, ObjectiveConfig, set()),
+        (schema.Optim, OptimConfig, set()),
+        (schema.Lora, LoraConfig, set()),
+    ],
+)
+def test_the_typed_spine_mirrors_the_adapter(mirror: type, original: type, unused: set[str]) -> None:
+    ours = {f.name: f for f in fields(mirror)}
+    theirs = {f.name: f for f in fields(original)}
+    assert ours.keys() == theirs.keys() - unused
+    for name in ours.keys() - {"max_new_tokens"}:
+        default = ours[name].default
+        if theirs[name].default is not MISSING and default is not MISSING and default != "???":
+            assert (default.value if isinstance(default, Enum) else default) == theirs[name].default, name
+
+
+def test_small_has_the_true_geometry(tmp_path: Path) -> None:
+    cfg = composed("eval", "model=small")
+    model = build.build_model(cfg, torch.device("cpu"))
+    published = LavidaConfig()
+    assert dict(model.config.budgets) == {"base": 980, "wide": 1200, "full": 3645} == dict(published.budgets)
+    assert model.config.image_grid_pinpoints == published.image_grid_pinpoints
+    assert (model.config.vision.side, model.config.pooled_side) == (27, 14)
+    assert model.config.trained is False
+    again = build.build_model(cfg, torch.device("cpu"))
+    assert build.fingerprint(model) == build.fingerprint(again)
+    cfg.model.seed = 1
+    assert build.fingerprint(build.build_model(cfg, torch.device("cpu"))) != build.fingerprint(model)
+
+
+def test_lavida_8b_random_has_the_published_sizes() -> None:
+    sizes: dict[str, Any] = OmegaConf.to_container(composed("eval", "model=lavida_8b_random").model.config)  # type: ignore[assignment]
+    published = LavidaConfig()
+    for part in ("vision", "lm"):
+        for name, value in sizes[part].items():
+            # The checkpoint stores more embedding rows than its tokenizer has; the rest is cut off when it is loaded.
+            if name != "vocab_size":
+                assert value == getattr(getattr(published, part), name), f"{part}.{name}"
+    assert sizes["lm"]["vocab_size"] == 126349
+
+
+def test_budgets_are_names_of_the_model_or_numbers() -> None:
+    assert build.resolve_budget("wide", BUDGETS) == 100
+    assert build.resolve_budget("matched", BUDGETS) == "matched"
+    assert build.resolve_budget(7, BUDGETS) == 7
+    for wrong in ("most", 0, -3, 1.5, True, None):
+        with pytest.raises(ValueError, match=r"base \(80\).*matched, or a positive number"):
+            build.resolve_budget(wrong, BUDGETS)
+
+
+def test_a_job_is_named_after_its_overrides() -> None:
+    assert job_name("eval", "") == "eval_defaults"
+    assert job_name("eval", "data.root-../my pictures_selector-shirg") == "eval_data.root-..-my-pictures_selector-shirg"
+    assert job_name("eval", "model.path-/a/b") == job_name("eval", "model.path-/a/b")
+    long = [job_name("eval", "x" * 300 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert all(len(name) < 200 for name in long)
+
+
+def test_a_path_to_a_job_is_a_plain_value_on_a_command_line() -> None:
+    name = job_name("train", "lora.rank-64_selector-shirg_data.density-[sparse,dense]")
+    assert composed("eval", f"adapter=outputs/default/{name}/adapter").adapter == f"outputs/default/{name}/adapter"
+
+
+def test_help_describes_every_option() -> None:
+    for verb in ("eval", "train"):
+        lines = describe_groups(verb).splitlines()
+        for group, option in options():
+            if verb in verbs_of(group):
+                (line,) = [x for x in lines[lines.index(_heading(lines, group)) :] if x.split()[:1] == [option]][:1]
+                assert len(line.split()) > 3, f"{group}={option} has no description"
+
+
+def _heading(lines: list[str], group: str) -> str:
+    return next(line for line in lines if line.startswith(f"{group} (default"))

@@ -1,0 +1,54 @@
+"""Files that survive a process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.study.files import Journal, read_json, write_atomic, write_json
+
+
+def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"batch": 0, "text": "ä"})
+        journal.append({"batch": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"batch": 2, "rows": [{"id"')
+    with Journal(path) as journal:
+        assert [entry["batch"] for entry in journal.entries] == [0, 1]
+        assert path.read_bytes() == whole
+        journal.append({"batch": 2})
+    assert [json.loads(line)["batch"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_broken_line_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"batch": 0}\n{"bat\n{"batch": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        Journal(path)
+
+
+def test_a_write_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    write_json(path, {"status": "running"})
+
+    def dies(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("experiments.study.files.os.replace", dies)
+    with pytest.raises(OSError, match="no space"):
+        write_json(path, {"status": "ok"})
+    assert read_json(path) == {"status": "running"}
+
+
+def test_a_result_holds_no_number_that_json_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "result.json", {"mean": float("nan")})
+
+
+def test_reading_what_is_not_there_and_what_is_broken(tmp_path: Path) -> None:
+    assert read_json(tmp_path / "none.json") is None
+    write_atomic(tmp_path / "broken.json", "{")
+    with pytest.raises(ValueError, match="delete it and run the job again"):
+        read_json(tmp_path / "broken.json")

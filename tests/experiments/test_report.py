@@ -1,0 +1,131 @@
+"""The page: self-contained, escaped, complete; the overlay: bright where kept."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.data.sample import Sample
+from experiments.report.__main__ import main as rewrite
+from experiments.report.overlay import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
+from experiments.report.shots import pick_shots
+from shirg import Source
+from tests.experiments.conftest import ROOT, result_of
+
+Eval = Callable[..., Path]
+
+
+def test_what_a_dataset_says_stays_text(eval_here: Eval, picture_folder: Callable[..., Path]) -> None:
+    nasty = '<script>alert("x")</script> & "quotes" | `pipes` {{ 7 * 7 }}'
+    folder = picture_folder("p|<b>pictures", [nasty, "plain"], answers=["<img src=x onerror=alert(1)>"])
+    study = eval_here("data=folder", f"data.root='{folder}'", "data.name='<i>name</i>'", "selector=pooled").parent
+    page = (study / "report.html").read_text()
+    assert "<script" not in page and "onerror=alert(1)>" not in page.replace("&gt;", "")
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#34;quotes&#34;" in page
+    assert "{{ 7 * 7 }}" in page
+    assert "<i>name" not in page and "&lt;i&gt;name&lt;/i&gt;" in page
+    lines = (study / "table.md").read_text().splitlines()
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines[:3]}) == 1
+
+
+def test_the_page_asks_the_network_for_nothing_and_says_what_it_shows(eval_here: Eval) -> None:
+    for selector in ("pooled", "shirg"):
+        study = eval_here(f"selector={selector}", "limit=60").parent
+    page = (study / "report.html").read_text()
+    assert not re.search(r'(?:src|href)=(?!"data:)', page)
+    assert "@import" not in page and "url(" not in page
+    assert page.count('<section class="sample">') == 8
+    assert page.count("data:image/jpeg;base64,") == 8 * 3
+    assert "Untrained model." in page and "Synthetic data." in page
+    for title in ("fine sparse", "fine dense", "guard sparse", "guard dense", "vs pooled", "recall", "select ms"):
+        assert f">{title}</th>" in page
+    commands = {result_of(folder.parent)["command"].replace("'", "&#39;") for folder in study.glob("*/result.json")}
+    assert all(command in page for command in commands)
+
+
+def test_the_page_can_be_written_again_from_the_files_alone(
+    eval_here: Eval, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    study = eval_here("selector=random", "limit=5").parent
+    page, table = ((study / name).read_text() for name in ("report.html", "table.md"))
+    for name in ("report.html", "table.md", "table.csv", "table.parquet"):
+        (study / name).unlink()
+    command = [sys.executable, "-m", "experiments.report", str(study)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (study / "report.html").read_text() == page
+    assert (study / "table.md").read_text() == table
+    for folder, sentence in ((tmp_path / "absent", "no such folder"), (tmp_path, "holds no job")):
+        with pytest.raises(SystemExit) as stop:
+            rewrite([str(folder)])
+        assert stop.value.code == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert sentence in line
+
+
+def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:
+    shown = []
+    for selector in ("full", "random"):
+        job = eval_here(f"selector={selector}", "limit=60", "shots=5")
+        shown.append([json.loads(path.read_text())["id"] for path in sorted((job / "shots").glob("*.json"))])
+    assert shown[0] == shown[1]
+    assert len(set(shown[0])) == 5
+
+
+def test_shots_take_kinds_of_question_in_turn_and_new_pictures_first() -> None:
+    samples = [
+        Sample(
+            id=f"{picture}-{kind}",
+            dataset="d",
+            split="test",
+            load_image=lambda: Image.new("RGB", (1, 1)),
+            size=None,
+            question="?",
+            prompt="?",
+            answers=("a",),
+            subtask=kind,
+            meta={"picture": picture},
+        )
+        for picture in "abc"
+        for kind in ("digit", "letter")
+    ]
+    assert pick_shots(samples, 4) == {"a-digit": 0, "b-letter": 1, "c-digit": 2, "a-letter": 3}
+    assert len(pick_shots(samples, 20)) == 6
+
+
+def test_overlay_lights_what_was_kept() -> None:
+    """White, 4 x 4 cells: a fine token, one four times as large, a scaffold over the last quarter."""
+    white = Image.new("RGB", (64, 64), (255, 255, 255))
+    boxes = [(0, 0, 0.25, 0.25), (0.5, 0, 1, 0.5), (0.5, 0.5, 1, 1), (1, 0, 1, 1)]
+    sources = [Source.KEPT, Source.MERGED, Source.SCAFFOLD, Source.NEWLINE]
+    drawn = np.asarray(overlay(white, boxes, sources, longest=64)).astype(int)
+    assert drawn.shape == (64, 64, 3)
+    assert drawn[8, 8].tolist() == [255] * 3
+    assert drawn[16, 48].tolist() == [int(255 * (COARSE + (1 - COARSE) * 0.5))] * 3
+    assert drawn[48, 8].tolist() == drawn[48, 48].tolist() == [int(255 * DARK)] * 3
+    assert drawn[32, 40].tolist() == list(SCAFFOLD_COLOUR)
+    assert drawn[63, 63].tolist() == list(SCAFFOLD_COLOUR)
+    # The border between kept and dropped is drawn, whatever the picture's own colour is there.
+    black = np.asarray(overlay(Image.new("RGB", (64, 64)), boxes[:1], sources[:1], longest=64)).astype(int)
+    assert black[8, 16].tolist() == [int(0.6 * c) for c in EDGE_COLOUR]
+    assert black[8, 8].tolist() == black[40, 40].tolist() == [0, 0, 0]
+
+
+def test_overlay_outlines_the_evidence_and_scales() -> None:
+    drawn = overlay(Image.new("RGB", (30, 60)), [], [], targets=[(0.5, 0.5, 0.75, 0.75)], longest=120)
+    assert drawn.size == (60, 120)
+    pixels = np.asarray(drawn)
+    assert pixels[58, 30].tolist() == list(TARGET_COLOUR)
+    assert pixels[62, 32].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [(1, 900), (900, 1), (1, 1)])
+def test_overlay_survives_odd_pictures(size: tuple[int, int]) -> None:
+    drawn = overlay(Image.new("RGB", size), [(0, 0, 1, 1), (0.999, 0.999, 1.2, 1.2)], [Source.KEPT] * 2)
+    assert max(drawn.size) == 448 and min(drawn.size) >= 1
