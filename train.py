@@ -1,4 +1,4 @@
-"""Train one stage, by default a LoRA adapter: `python train.py selector=shirg lora.rank=64`; `--help` lists the rest."""
+"""Train a stage, by default a LoRA adapter: `python train.py selector=shirg lora.rank=64`; `--help` lists the rest."""
 
 import hydra
 from omegaconf import DictConfig

@@ -133,7 +133,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             )
         raise FileNotFoundError(f"{folder} has no {SINGLE} and no {INDEX}: there are no weights to load")
     for path in {p for p in files.values() if p.suffix != ".safetensors"}:
-        raise ValueError(f"{path} is not a safetensors file: other formats are refused, because a pickle can run any code")
+        raise ValueError(
+            f"{path} is not a safetensors file: other formats are refused, because a pickle can run any code"
+        )
     return files
 
 
@@ -160,7 +162,9 @@ def check_tensors(
     Tolerated: more rows in the embedding and head, a further vision layer or pooling head (ignored), no post_layernorm.
     """
     optional = {name for name in expected if "post_layernorm" in name}
-    layers = 1 + max((int(m[1]) for name in expected if (m := re.search(r"encoder\.layers\.(\d+)\.", name))), default=-1)
+    layers = 1 + max(
+        (int(m[1]) for name in expected if (m := re.search(r"encoder\.layers\.(\d+)\.", name))), default=-1
+    )
     ignored = re.compile(re.escape(_VISION) + rf"(head\..*|encoder\.layers\.{layers}\..*|embeddings\.position_ids)")
     missing = sorted(expected.keys() - stored.keys() - optional)
     extra = sorted(name for name in stored.keys() - expected.keys() if not ignored.fullmatch(name))

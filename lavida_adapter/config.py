@@ -159,7 +159,9 @@ class LavidaConfig:
             own["image_grid_pinpoints"] = tuple((int(w), int(h)) for w, h in own["image_grid_pinpoints"])
         vision = VisionConfig(**_pick(VisionConfig, raw.get("vision_config") or {}))
         if raw.get("mm_hidden_size") not in (None, vision.hidden_size):
-            raise ValueError(f"config.json: mm_hidden_size={raw['mm_hidden_size']} but the tower is {vision.hidden_size} wide")
+            raise ValueError(
+                f"config.json: mm_hidden_size={raw['mm_hidden_size']} but the tower is {vision.hidden_size} wide"
+            )
         own |= {"vision": vision, "lm": LladaConfig(**lm)}
         return cls(**own)
 

@@ -1,4 +1,7 @@
-"""The denoising loop: masks become tokens, a few per step, the surest first (docs/lavida.md, "Denoising", "Remasking")."""
+"""The denoising loop: masks become tokens, a few per step, the surest first.
+
+docs/lavida.md, "Denoising" and "Remasking".
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,7 +47,9 @@ class DecodeConfig:
                 "choose a divisor, or null for one block"
             )
         if self.step_ratio is not None and self.step_per_block is not None:
-            raise ValueError("decode.step_ratio and decode.step_per_block both set the number of steps: give one of them")
+            raise ValueError(
+                "decode.step_ratio and decode.step_per_block both set the number of steps: give one of them"
+            )
         if self.steps_per_block < 1:
             raise ValueError(
                 f"decode: step_ratio={self.step_ratio}, step_per_block={self.step_per_block} leave no step for a block "
@@ -87,7 +92,9 @@ def start(batch: int, config: DecodeConfig, mask_id: int, draft: Sequence[int], 
         ValueError: when the draft is longer than the answer.
     """
     if len(draft) > config.max_new_tokens:
-        raise ValueError(f"the draft has {len(draft)} tokens, the answer only {config.max_new_tokens}: raise max_new_tokens")
+        raise ValueError(
+            f"the draft has {len(draft)} tokens, the answer only {config.max_new_tokens}: raise max_new_tokens"
+        )
     ids_BA = torch.full((batch, config.max_new_tokens), mask_id, dtype=torch.int64, device=device)
     if draft:
         ids_BA[:, : len(draft)] = torch.tensor(list(draft), dtype=torch.int64, device=device)

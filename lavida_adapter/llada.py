@@ -1,7 +1,7 @@
 """LLaDA: a bidirectional Llama-style transformer that fills masks. Under 200 lines, one file.
 
-docs/lavida.md, "Language model" and "Rotary positions". Module names are those of the published checkpoint. Note the two
-`ff_out`: the down projection of a block and the language-model head.
+docs/lavida.md, "Language model" and "Rotary positions". Module names are those of the published checkpoint. Note the
+two `ff_out`: the down projection of a block and the language-model head.
 
 Shape letters: B batch, L positions, D width, H heads, P prefix slots, A answer slots.
 """
@@ -66,7 +66,15 @@ class Block(nn.Module):
         return rotate(k, cos, sin), v
 
     def mix(
-        self, x: Tensor, u: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, backend: Backend
+        self,
+        x: Tensor,
+        u: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        backend: Backend,
     ) -> Tensor:
         """The block's output, given its normed input `u` and the keys and values that its tokens may see."""
         q = rotate(self.q_proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), cos, sin)
@@ -119,7 +127,9 @@ class Llada(nn.Module):
             hidden.append(x)
         return x
 
-    def prefill(self, embeds_BPD: Tensor, mask_BP: Tensor | None = None, visual_BP: Tensor | None = None) -> PrefixCache:
+    def prefill(
+        self, embeds_BPD: Tensor, mask_BP: Tensor | None = None, visual_BP: Tensor | None = None
+    ) -> PrefixCache:
         """Keys and values of the prefix; differentiable. `visual_BP` switches to image-first attention.
 
         The last block only has to deliver its keys and values: nothing reads the prefix states behind it.

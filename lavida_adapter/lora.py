@@ -42,7 +42,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.rank={self.rank}, lora.dropout={self.dropout}: give a rank >= 0 and a dropout in [0, 1)")
+            raise ValueError(
+                f"lora.rank={self.rank}, lora.dropout={self.dropout}: give a rank >= 0 and a dropout in [0, 1)"
+            )
 
 
 def expand(pattern: str, names: Sequence[str]) -> list[str]:
@@ -79,7 +81,7 @@ def add_lora(model: "Lavida", config: LoraConfig) -> dict[str, int]:
             r=config.rank,
             lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
             lora_dropout=config.dropout,
-            # peft matches a list by suffix, which would confuse the two ff_out: one anchored expression matches exactly.
+            # peft matches a list by suffix, which would confuse the two ff_out; an expression matches the whole name.
             target_modules="(?:" + "|".join(re.escape("model." + t) for t in targets) + ")",
         )
         peft.inject_adapter_in_model(lora, model)
@@ -104,7 +106,10 @@ def save_adapter(model: "Lavida", config: LoraConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
     meta = {"lora": asdict(config), "base": base_fingerprint(model, config)}
-    for name, write in ((ADAPTER, lambda p: save_file(tensors, p)), (META, lambda p: p.write_text(json.dumps(meta, indent=2)))):
+    for name, write in (
+        (ADAPTER, lambda p: save_file(tensors, p)),
+        (META, lambda p: p.write_text(json.dumps(meta, indent=2))),
+    ):
         temporary = folder / f".{name}"
         write(temporary)
         temporary.replace(folder / name)
@@ -118,7 +123,9 @@ def load_adapter(model: "Lavida", folder: Path) -> LoraConfig:
         ValueError: the adapter belongs to another base, or its tensors do not fit.
     """
     if not (folder / META).is_file() or not (folder / ADAPTER).is_file():
-        raise FileNotFoundError(f"{folder} holds no adapter ({META} and {ADAPTER}): give the folder that train.py named")
+        raise FileNotFoundError(
+            f"{folder} holds no adapter ({META} and {ADAPTER}): give the folder that train.py named"
+        )
     meta = json.loads((folder / META).read_text())
     config = LoraConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["lora"].items()})
     if meta["base"] != base_fingerprint(model, config):
@@ -156,7 +163,7 @@ def _with_parents(names: Sequence[str]) -> list[str]:
 
 
 def _alternatives(text: str) -> list[str]:
-    """"a,b" -> a, b; "0-3" -> 0, 1, 2, 3."""
+    """ "a,b" -> a, b; "0-3" -> 0, 1, 2, 3."""
     if span := re.fullmatch(r"(\d+)-(\d+)", text):
         return [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
     return text.split(",")

@@ -289,7 +289,8 @@ class Lavida(nn.Module):
         view_of = {id(image): i for i, image in enumerate(distinct)}
         picture_of = [view_of[id(image)] for image in images]
         question_ids = [
-            torch.tensor(encode_text(self.tokenizer, q.strip()), dtype=torch.int64, device=self.device) for q in questions
+            torch.tensor(encode_text(self.tokenizer, q.strip()), dtype=torch.int64, device=self.device)
+            for q in questions
         ]
         blocks: dict[int, Tensor] = {}
         selections: dict[int, Selection] = {}
@@ -297,8 +298,12 @@ class Lavida(nn.Module):
             rows = [i for i, picture in enumerate(picture_of) if views[picture].layout is layout]
             shown = list(dict.fromkeys(picture_of[i] for i in rows))
             place = torch.tensor([shown.index(picture_of[i]) for i in rows], device=self.device)
-            group = _Group([views[i] for i in shown], torch.stack([states[i] for i in shown]), place, self.model.mm_projector)
-            features = group.features(tuple(ids[i] for i in rows), {k: torch.stack([v[i] for i in shown]) for k, v in taps.items()})
+            group = _Group(
+                [views[i] for i in shown], torch.stack([states[i] for i in shown]), place, self.model.mm_projector
+            )
+            features = group.features(
+                tuple(ids[i] for i in rows), {k: torch.stack([v[i] for i in shown]) for k, v in taps.items()}
+            )
             if relevance is not None and selector.uses_relevance:
                 with timer.stage("relevance"):
                     context = Context(group.projected, [question_ids[i] for i in rows], self.lm.wte)

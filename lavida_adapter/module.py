@@ -30,8 +30,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.lr > 0 or not 0 <= self.warmup <= self.steps or not 0 <= self.lr_floor <= 1:
             raise ValueError(
-                f"training needs steps >= 1, lr > 0, 0 <= warmup <= steps and 0 <= lr_floor <= 1, got steps={self.steps}, "
-                f"lr={self.lr}, warmup={self.warmup}, lr_floor={self.lr_floor}"
+                "training needs steps >= 1, lr > 0, 0 <= warmup <= steps and 0 <= lr_floor <= 1, got "
+                f"steps={self.steps}, lr={self.lr}, warmup={self.warmup}, lr_floor={self.lr_floor}"
             )
 
     def scale(self, step: int) -> float:
@@ -43,7 +43,7 @@ class OptimConfig:
 
 
 class Trainable(L.LightningModule):
-    """A training stage: subclasses say what the loss of a batch is. Only what requires a gradient is trained or stored."""
+    """A training stage: subclasses say what the loss of a batch is. Only what needs a gradient is trained or stored."""
 
     def __init__(self, model: Lavida, optim: OptimConfig, seed: int) -> None:
         super().__init__()

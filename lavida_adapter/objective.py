@@ -64,7 +64,9 @@ def mask_probability(t_B: Tensor) -> Tensor:
     return 0.999 * t_B + 0.001
 
 
-def masked_targets(target_BL: Tensor, t_B: Tensor, u_BL: Tensor, u_min_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def masked_targets(
+    target_BL: Tensor, t_B: Tensor, u_BL: Tensor, u_min_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Which targets the copy masks and which its complement masks, both bool [B, L].
 
     At least one position of the row is drawn, which need not be a target: the complement then holds them all.
@@ -75,9 +77,7 @@ def masked_targets(target_BL: Tensor, t_B: Tensor, u_BL: Tensor, u_min_B: Tensor
     return target_BL & drawn_BL, target_BL & ~drawn_BL
 
 
-def masked_cross_entropy(
-    logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None
-) -> Tensor:
+def masked_cross_entropy(logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None) -> Tensor:
     """Mean over targets of the (weighted) cross entropy, in float32. No label shift.
 
     Raises:

@@ -29,7 +29,7 @@ class Prefix:
 
     @property
     def padding(self) -> Tensor | None:
-        """The mask, or None when no row is padded: attention is faster, and bit-equal to a single prompt, without one."""
+        """The mask, or None when no row is padded: without one, attention is faster and equals a single prompt's."""
         return None if bool(self.mask_BP.all()) else self.mask_BP
 
     @property
@@ -42,7 +42,7 @@ class Prefix:
 
 
 def picture_block(selection: Selection, tokens_TD: Tensor, newline_D: Tensor) -> Tensor:
-    """The picture's tokens [n, D] of one prompt: projected tokens, newline vectors in their slots, unused slots gone."""
+    """The picture's tokens [n, D] of a prompt: projected tokens, newline vectors in their slots, unused slots gone."""
     is_newline_T1 = (selection.source_BT[0] == Source.NEWLINE)[:, None]
     block_TD = torch.where(is_newline_T1, newline_D.to(tokens_TD.dtype), tokens_TD)
     return block_TD[selection.mask_BT[0]]

@@ -51,7 +51,7 @@ class NoRelevance:
 
 
 class LmEmbed:
-    """Cosine between projected tokens and the question's word embeddings, both centred, in the language model's space."""
+    """Cosine of projected tokens and the question's word embeddings, both centred, in the language model's space."""
 
     space = "lm"
 
@@ -98,7 +98,8 @@ class External:
                 raise ValueError(f"relevance=external has no scores for sample {sample!r}")
             if self.scores[sample].shape != (n,):
                 raise ValueError(
-                    f"relevance=external: {tuple(self.scores[sample].shape)} scores for sample {sample!r}, its canvas has {n} tokens"
+                    f"relevance=external: the scores of sample {sample!r} have shape "
+                    f"{tuple(self.scores[sample].shape)}, its canvas has {n} tokens"
                 )
         return torch.stack([self.scores[i] for i in features.ids]).to(features.tokens_BND.device, torch.float32)
 

@@ -128,7 +128,7 @@ def canvas_layout(config: LavidaConfig, grid: Size) -> TokenLayout:
 def _inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tensor:
     """Tokens whose centre lies in the picture; a squashed global view has no padding unless it is the only view."""
     height, width = layout.canvas_px
-    # Patch centres are whole or half pixels: back to pixels, so that a centre on the border is not a matter of rounding.
+    # Patch centres are whole or half pixels: back to them, so that a centre on the border is no matter of rounding.
     centre_N2 = (layout.centre_N2.double() * torch.tensor([width, height]) * 2).round() / 2
     x, y = centre_N2.unbind(-1)
     left, top, right, bottom = (round(edge * px, 6) for edge, px in zip(box, (width, height) * 2, strict=True))

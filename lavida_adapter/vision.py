@@ -97,14 +97,18 @@ class VisionTower(nn.Module):
         except ValueError:
             index = n  # out of range: the message below covers it
         if what not in TAPS or not -n <= index < n:
-            raise ValueError(f"the vision tower has no tap {tap!r}: use one of {', '.join(TAPS)} with @layer in 0..{n - 1}")
+            raise ValueError(
+                f"the vision tower has no tap {tap!r}: use one of {', '.join(TAPS)} with @layer in 0..{n - 1}"
+            )
         return what, index % n
 
 
 def attention_received(attention: nn.Module, h_BND: Tensor, chunk: int = 128) -> Tensor:
     """Mean over heads and queries of the attention that each token receives [B, N], float32; in chunks of queries."""
     heads = attention.num_heads
-    q, k = (proj(h_BND).unflatten(-1, (heads, -1)).transpose(1, 2).float() for proj in (attention.q_proj, attention.k_proj))
+    q, k = (
+        proj(h_BND).unflatten(-1, (heads, -1)).transpose(1, 2).float() for proj in (attention.q_proj, attention.k_proj)
+    )
     total = torch.zeros(h_BND.shape[:2], device=h_BND.device)
     for part in q.split(chunk, dim=2):
         total += (part @ k.transpose(-1, -2) * attention.scale).softmax(-1).sum(dim=(1, 2))

@@ -1,6 +1,7 @@
-"""How the tiny model gets its base: a vision tower, a language model and their alignment (docs/method.md, "The tiny testbed").
+"""How the tiny model gets its base: a vision tower, a language model and their alignment.
 
-Stand-ins for SigLIP's and LLaDA's own pretraining, which the published checkpoint has behind it.
+docs/method.md, "The tiny testbed". Stand-ins for SigLIP's and LLaDA's own pretraining, which the published checkpoint
+has behind it.
 """
 
 from experiments.pretrain.align import Align

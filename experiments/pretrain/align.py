@@ -1,7 +1,7 @@
 """Stage "align": the projector learns to write a token as the sum of the words for what it shows.
 
-The stand-in for LaViDa's first stage, which trains the projector alone on unpooled tokens. A linear target is what makes
-the later average of four tokens a bag of their words and not noise.
+The stand-in for LaViDa's first stage, which trains the projector alone on unpooled tokens. A linear target is what
+makes the later average of four tokens a bag of their words and not noise.
 """
 
 import torch

@@ -23,7 +23,7 @@ class Regions:
     pixels: Tensor
     """float32 [B*V, 3, S, S]."""
     share_BNC: Tensor
-    """float32: share of a token's cells that show a class; a tile token sees one cell, a global token a square of them."""
+    """float32: share of a token's cells that show a class; a tile token sees one cell, a global token a square."""
     is_tile_N: Tensor
 
 

@@ -1,7 +1,7 @@
 """Stage "text": the language model learns to look things up, from word bags instead of picture tokens.
 
-The stand-in for LLaDA's pretraining. Contexts grow from 6 to 64 cells; without that curriculum, or with a prompt that is
-one bidirectional block, letters are not learned (docs/method.md, "The tiny testbed"). So this stage alone uses
+The stand-in for LLaDA's pretraining. Contexts grow from 6 to 64 cells; without that curriculum, or with a prompt that
+is one bidirectional block, letters are not learned (docs/method.md, "The tiny testbed"). So this stage alone uses
 image-first attention, and settles on the attention of the model as shipped in its last steps; the gate uses that one.
 """
 
@@ -37,7 +37,9 @@ class Curriculum:
 
     def __post_init__(self) -> None:
         if not 0 < self.ramp or min(self.hold, self.settle) < 0 or self.hold + self.ramp + self.settle > 1:
-            raise ValueError(f"text: hold={self.hold}, ramp={self.ramp} and settle={self.settle} must add up to at most 1")
+            raise ValueError(
+                f"text: hold={self.hold}, ramp={self.ramp} and settle={self.settle} must add up to at most 1"
+            )
 
     def cells(self, done: float) -> int:
         """Context length when a share `done` of the steps is behind us."""

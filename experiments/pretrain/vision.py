@@ -36,7 +36,7 @@ class VisionPretraining(Trainable):
 
     @torch.no_grad()
     def gate(self, pictures: int = 64) -> dict[str, float]:
-        """Share of glyphs whose character is named right, from tile tokens and from global tokens, on fresh pictures."""
+        """Share of glyphs whose character is named right, by tile tokens and by global tokens, on fresh pictures."""
         regions = draw_regions(self.model, self.seed + 1, 0, pictures)
         named = self.logits(regions)[..., :N_CHARS].argmax(-1)
         share = regions.share_BNC[..., :N_CHARS]

@@ -94,5 +94,3 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         worst, tolerance = max(pairs)
         figure = "exact" if tolerance == 0 and worst == 0 else f"{worst:.2e} (tolerance {tolerance:g})"
         terminalreporter.line(f"{family:32} {len(pairs):4} comparisons   {figure}")
-
-

@@ -3,8 +3,6 @@
 from typing import Any
 
 import torch
-from tests.parity.conftest import Golden
-from tests.parity.test_vision import picture_blocks
 
 from lavida_adapter import DecodeConfig, Prefix
 from lavida_adapter.llada import rotate
@@ -12,6 +10,8 @@ from lavida_adapter.objective import mask_probability, masked_cross_entropy, mas
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE
 from lavida_adapter.schedule import tokens_per_step
+from tests.parity.conftest import Golden
+from tests.parity.test_vision import picture_blocks
 
 
 @torch.no_grad()
@@ -108,7 +108,9 @@ def test_end_to_end_picture_to_answer(golden: Golden, equal, close) -> None:
         cached = run["call"]["prefix_lm"]
         config = decode_config(run["call"])
         masks = lm.wte(torch.full((1, config.max_new_tokens), golden.ids["mask"]))
-        states = lm.decode(masks, golden.model.prefill(prefix)) if cached else golden.model._forward_whole(prefix, masks)
+        states = (
+            lm.decode(masks, golden.model.prefill(prefix)) if cached else golden.model._forward_whole(prefix, masks)
+        )
         saved = golden.tensors(f"e2e_logits_{'prefix' if cached else 'full'}")["first_step_logits"]
         close("end to end, first logits", lm.logits(states), saved, 1e-3)
         check_run(run, golden.model.generate(prefix, config), equal, "end to end, ids", prefix.embeds_BPD.shape[1])
@@ -153,4 +155,6 @@ def training_rows(saved: dict[str, torch.Tensor], eos: int) -> tuple[list[list[i
 def split_rows(rows, labels) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Prompts and answers: the answer begins at the first target."""
     starts = [next(i for i, v in enumerate(label) if v != IGNORE) for label in labels]
-    return [tuple(r[:s]) for r, s in zip(rows, starts, strict=True)], [tuple(r[s:]) for r, s in zip(rows, starts, strict=True)]
+    return [tuple(r[:s]) for r, s in zip(rows, starts, strict=True)], [
+        tuple(r[s:]) for r, s in zip(rows, starts, strict=True)
+    ]

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from baselines import Pooled
 from PIL import Image
-from tests.parity.conftest import Golden
 
+from baselines import Pooled
 from lavida_adapter.model import _Group
 from lavida_adapter.prefix import picture_block, splice
 from lavida_adapter.prompt import IGNORE, join_at_images, render
 from lavida_adapter.views import choose_canvas, make_views
+from tests.parity.conftest import Golden
 
 
 def sha(array) -> str:
@@ -108,8 +108,14 @@ def test_spliced_embeddings(golden: Golden, close, equal) -> None:
     close("spliced embeddings", prefix.embeds_BPD, saved["inputs_embeds"], 1e-4)
     equal("spliced embeddings (places)", prefix.visual_BP.tolist(), (saved["new_input_ids"] == -200).tolist())
 
-    kept = [row[mask].tolist() for row, mask in zip(saved["batch_input_ids"], saved["batch_attention_mask_in"].bool(), strict=True)]
-    labels = [row[mask].tolist() for row, mask in zip(saved["batch_labels_in"], saved["batch_attention_mask_in"].bool(), strict=True)]
+    kept = [
+        row[mask].tolist()
+        for row, mask in zip(saved["batch_input_ids"], saved["batch_attention_mask_in"].bool(), strict=True)
+    ]
+    labels = [
+        row[mask].tolist()
+        for row, mask in zip(saved["batch_labels_in"], saved["batch_attention_mask_in"].bool(), strict=True)
+    ]
     prefix, labels_out = splice(kept, blocks, model.lm.wte, max_length=10**6, labels=labels)
     tail = saved["batch_embeds_row1_tail"]
     close("spliced batch (tail of row 1)", prefix.embeds_BPD[1, -len(tail) :], tail, 1e-4)
