@@ -30,24 +30,27 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
         return scores.softmax(-1).to(v.dtype) @ v
     if backend == "flash":
         if mask is not None:
-            raise ValueError("attention=flash takes no padding mask: use batch_size=1 or attention=sdpa")
+            raise ValueError(
+                "the flash backend knows no mask: give prompts of equal length to a model with prefix_attention=full, "
+                "or use the sdpa backend"
+            )
         from flash_attn import flash_attn_func  # an optional extra: pip install shirg[gpu]
 
         out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BHQD, k_BHKD, v_BHKD)))
         return out.transpose(1, 2)
-    raise ValueError(f"attention={backend!r}: choose sdpa, math or flash")
+    raise ValueError(f"attention backend {backend!r}: choose sdpa, math or flash")
 
 
-def key_mask(mask_BK: Tensor | None) -> Tensor | None:
-    """A key-padding mask [B, K] as an attention mask [B, 1, 1, K]; None when nothing is padded (checked by the caller)."""
-    return None if mask_BK is None else mask_BK[:, None, None, :]
+def attention_mask(mask_BL: Tensor | None, visual_BL: Tensor | None) -> Tensor | None:
+    """What each position of a sequence may see, as a mask [B, 1, 1 or L, L]; None when that is everything.
 
-
-def image_first_mask(visual_BP: Tensor, mask_BP: Tensor) -> Tensor:
-    """Prefix mask [B, 1, P, P]: picture tokens see the picture alone, text sees everything that is not padding.
-
-    A padded row sees itself: a row that sees nothing has no softmax.
+    `mask_BL` is False in padding. With `visual_BL`, picture tokens see the picture alone, the others everything that is
+    not padding; a padded position then sees itself, since a softmax over nothing has no value.
     """
-    seen = torch.where(visual_BP[:, :, None], visual_BP[:, None, :], torch.ones_like(visual_BP[:, None, :]))
-    itself = torch.eye(mask_BP.shape[1], dtype=torch.bool, device=mask_BP.device)
-    return ((seen & mask_BP[:, None, :]) | itself)[:, None]
+    if visual_BL is None:
+        return None if mask_BL is None else mask_BL[:, None, None, :]
+    seen_BLL = ~visual_BL[:, :, None] | visual_BL[:, None, :]
+    if mask_BL is not None:
+        seen_BLL = seen_BLL & mask_BL[:, None, :]
+    itself = torch.eye(visual_BL.shape[1], dtype=torch.bool, device=visual_BL.device)
+    return (seen_BLL | itself)[:, None]

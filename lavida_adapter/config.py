@@ -4,6 +4,8 @@ The published file is flat (the language model's fields beside the `mm_*` fields
 of docs/lavida.md, "Constants"; a value that this code cannot honour raises instead of being ignored.
 """
 
+import ast
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
@@ -71,9 +73,13 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias_for_layer_norm": (False, None),
     "include_bias": (False,),
     "include_qkv_bias": (False, None),
+    "multi_query_attention": (None, False),
     "input_emb_norm": (False,),
     "scale_logits": (False,),
     "weight_tying": (False,),
+    "attention_dropout": (0.0,),
+    "residual_dropout": (0.0,),
+    "embedding_dropout": (0.0,),
     "mm_projector_type": ("mlp2x_gelu",),
     "mm_resampler_type": (None,),
     "mm_use_im_start_end": (False,),
@@ -107,7 +113,8 @@ class LavidaConfig:
     """The reference loses the first token after each image at inference; False keeps it (docs/lavida.md, "Prompt")."""
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
     budgets: Mapping[str, int] = field(default_factory=dict)
-    """Named token budgets; what is not given is derived from the largest canvas: base = pooled views, full = all."""
+    """Named token budgets. What is not given follows from the largest canvas: "base" is its pooled tokens, "full" all
+    of them, "wide" 60/49 of base rounded up to twenties (1,200 for 980)."""
     trained: bool = True
     """False for random weights; tables and reports say so."""
 
@@ -116,17 +123,21 @@ class LavidaConfig:
             raise ValueError("config: the widths must be divisible by the number of heads (and head size must be even)")
         if self.lm.n_heads % self.lm.n_kv_heads:
             raise ValueError(f"config: n_heads={self.lm.n_heads} is not a multiple of n_kv_heads={self.lm.n_kv_heads}")
+        if self.vision.num_hidden_layers < 2:
+            raise ValueError("config: the vision tower needs at least 2 layers, because the last one is never built")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         size = self.vision.image_size
+        if not self.image_grid_pinpoints:
+            raise ValueError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
         for w, h in self.image_grid_pinpoints:
             if w % size or h % size or not w or not h:
                 raise ValueError(f"config: canvas ({w}, {h}) is not made of whole {size}-pixel views")
         views = 1 + max((w // size) * (h // size) for w, h in self.image_grid_pinpoints)
         views = views if self.image_aspect_ratio == "anyres" else 1
         derived = {"base": views * self.pooled_side**2, "full": views * self.vision.side**2}
-        derived["wide"] = min(derived["full"], derived["base"] * 60 // 49)
+        derived["wide"] = min(derived["full"], 20 * math.ceil(derived["base"] * 3 / 49))
         object.__setattr__(self, "budgets", {**derived, **self.budgets})
 
     @property
@@ -138,13 +149,15 @@ class LavidaConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Reads a published (flat) config.json; raises one error that lists every value this code cannot honour."""
+        tower = raw.get("vision_config") or {}
         wrong = [
             f"{name}={raw[name]!r} (supported: {', '.join(map(repr, allowed))})"
             for name, allowed in _ONLY_SUPPORTED.items()
             if name in raw and raw[name] not in allowed
         ]
+        wrong += [*_mistyped(LladaConfig, raw), *_mistyped(cls, raw), *_mistyped(VisionConfig, tower)]
         if wrong:
-            raise ValueError("config.json asks for features that LaViDa-LLaDA does not use: " + "; ".join(wrong))
+            raise ValueError("config.json asks for what LaViDa-LLaDA does not have: " + "; ".join(wrong))
         lm = _pick(LladaConfig, raw)
         # LLaDA names the rows of its embedding `embedding_size` and falls back to `vocab_size`.
         lm["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size", LladaConfig.vocab_size)
@@ -156,8 +169,8 @@ class LavidaConfig:
         if "image_aspect_ratio" in own:
             own["image_aspect_ratio"] = own["image_aspect_ratio"] or "resize"
         if "image_grid_pinpoints" in own:
-            own["image_grid_pinpoints"] = tuple((int(w), int(h)) for w, h in own["image_grid_pinpoints"])
-        vision = VisionConfig(**_pick(VisionConfig, raw.get("vision_config") or {}))
+            own["image_grid_pinpoints"] = _canvases(own["image_grid_pinpoints"])
+        vision = VisionConfig(**_pick(VisionConfig, tower))
         if raw.get("mm_hidden_size") not in (None, vision.hidden_size):
             raise ValueError(
                 f"config.json: mm_hidden_size={raw['mm_hidden_size']} but the tower is {vision.hidden_size} wide"
@@ -190,7 +203,26 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
+    """Pairs of whole numbers, also when the file spells the list as a string."""
+    try:
+        pairs = ast.literal_eval(value) if isinstance(value, str) else value
+        return tuple((int(w), int(h)) for w, h in pairs)
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(f"config.json: image_grid_pinpoints={value!r} is not a list of [width, height]") from None
+
+
+def _mistyped(cls: type, raw: Mapping[str, Any]) -> list[str]:
+    """The entries of `raw` that are not of the type of the field's default, as texts."""
+    kinds: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+    return [
+        f"{f.name}={raw[f.name]!r} (not of type {type(f.default).__name__})"
+        for f in fields(cls)
+        if raw.get(f.name) is not None and type(f.default) in kinds and type(raw[f.name]) not in kinds[type(f.default)]
+    ]
+
+
 def _pick(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `raw` that name a plain field of the dataclass, nulls left to the default where one exists."""
+    """The entries of `raw` that name a plain field of the dataclass; a null that means nothing leaves the default."""
     names = {f.name for f in fields(cls)} - {"vision", "lm"}
-    return {k: v for k, v in raw.items() if k in names and (v is not None or k == "image_aspect_ratio")}
+    return {k: v for k, v in raw.items() if k in names and (v is not None or k in ("image_aspect_ratio", "init_std"))}

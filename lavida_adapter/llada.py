@@ -6,11 +6,14 @@ two `ff_out`: the down projection of a block and the language-model head.
 Shape letters: B batch, L positions, D width, H heads, P prefix slots, A answer slots.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavida_adapter.attention import Backend, attend, image_first_mask, key_mask
+from lavida_adapter.attention import Backend, attend, attention_mask
 from lavida_adapter.cache import PrefixCache
 from lavida_adapter.config import LladaConfig
 
@@ -84,7 +87,11 @@ class Block(nn.Module):
 
 
 class Llada(nn.Module):
-    """The transformer, from embeddings to logits. Attention is bidirectional; only padding is ever masked."""
+    """The transformer, from embeddings to logits. Attention is bidirectional.
+
+    Two masks exist: padding is seen by nobody, and with `visual` (bool, True at picture tokens) picture tokens see the
+    picture alone: image-first attention.
+    """
 
     def __init__(self, config: LladaConfig) -> None:
         super().__init__()
@@ -95,6 +102,10 @@ class Llada(nn.Module):
         self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.backend: Backend = "sdpa"
 
+    @property
+    def layers(self) -> Sequence[Block]:
+        return cast("Sequence[Block]", self.blocks)
+
     def _angles(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
         return rotary_angles(positions_BL, self.config.head_dim, self.config.rope_theta)
 
@@ -103,20 +114,21 @@ class Llada(nn.Module):
         embeds_BLD: Tensor,
         *,
         mask_BL: Tensor | None = None,
+        visual_BL: Tensor | None = None,
         positions_BL: Tensor | None = None,
         hidden: list[Tensor] | None = None,
     ) -> Tensor:
-        """States [B, L, D] after the final norm, everything attending to everything that is not padding.
+        """States [B, L, D] after the final norm.
 
-        `mask_BL` is None when nothing is padded, `positions_BL` when they are 0..L-1. `hidden` collects the input of
-        every block and the output.
+        `mask_BL` is None when nothing is padded, `visual_BL` for one bidirectional block, `positions_BL` for 0..L-1.
+        `hidden` collects the input of every block and the output.
         """
         x = embeds_BLD
         if positions_BL is None:
             positions_BL = torch.arange(x.shape[1], device=x.device)[None]
         cos, sin = self._angles(positions_BL)
-        mask = key_mask(mask_BL)
-        for block in self.blocks:
+        mask = attention_mask(mask_BL, visual_BL)
+        for block in self.layers:
             if hidden is not None:
                 hidden.append(x)
             u = block.attn_norm(x)
@@ -130,7 +142,7 @@ class Llada(nn.Module):
     def prefill(
         self, embeds_BPD: Tensor, mask_BP: Tensor | None = None, visual_BP: Tensor | None = None
     ) -> PrefixCache:
-        """Keys and values of the prefix; differentiable. `visual_BP` switches to image-first attention.
+        """Keys and values of the prefix; differentiable.
 
         The last block only has to deliver its keys and values: nothing reads the prefix states behind it.
         """
@@ -138,16 +150,14 @@ class Llada(nn.Module):
         b, p = x.shape[:2]
         positions_BP = torch.arange(p, device=x.device).expand(b, p)
         cos, sin = self._angles(positions_BP[:1])
-        mask = key_mask(mask_BP)
-        if visual_BP is not None:
-            mask = image_first_mask(visual_BP, torch.ones_like(visual_BP) if mask_BP is None else mask_BP)
+        mask = attention_mask(mask_BP, visual_BP)
         keys, values = [], []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.layers):
             u = block.attn_norm(x)
             k, v = block.keys_values(u, cos, sin)
             keys.append(k)
             values.append(v)
-            if i + 1 < len(self.blocks):
+            if i + 1 < len(self.layers):
                 x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
         return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B)
@@ -162,8 +172,9 @@ class Llada(nn.Module):
             parts = (cache.mask_BP, mask_BA)
             sizes = (cache.positions_BP.shape[1], a)
             ones = (torch.ones(b, n, dtype=torch.bool, device=x.device) for n in sizes)
-            mask = key_mask(torch.cat([o if m is None else m for m, o in zip(parts, ones, strict=True)], dim=1))
-        for block, past_k, past_v in zip(self.blocks, cache.keys, cache.values, strict=True):
+            seen_BK = torch.cat([o if m is None else m for m, o in zip(parts, ones, strict=True)], dim=1)
+            mask = attention_mask(seen_BK, None)
+        for block, past_k, past_v in zip(self.layers, cache.keys, cache.values, strict=True):
             u = block.attn_norm(x)
             k, v = block.keys_values(u, cos, sin)
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)

@@ -4,18 +4,21 @@ docs/lavida.md, "Vision tower". Modules come from transformers; the loop over th
 inside of single layers (taps) and nothing may be recorded that nobody asked for.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from lavida_adapter.config import VisionConfig
 
 TAPS = ("keys", "attention", "input", "post_norm")
-"""What a layer can record: its attention keys [B, N, H, D/H]; the attention each token receives, averaged over heads
-and queries [B, N]; the residual stream at its entrance [B, N, D]; the normed state between attention and MLP [B, N, D]."""
+"""What a layer can record: its attention keys [V, n, H, D/H]; the attention that each token receives from its own view,
+averaged over heads and queries [V, n]; the residual stream at its entrance [V, n, D]; the normed state between
+attention and MLP [V, n, D]."""
 
 
 class _Encoder(nn.Module):
@@ -46,23 +49,13 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        siglip = SiglipVisionConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers - 1,
-            num_attention_heads=config.num_attention_heads,
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            layer_norm_eps=config.layer_norm_eps,
-            hidden_act=config.hidden_act,
-            vision_use_head=False,
-            attn_implementation="sdpa",
-        )
-        self.vision_tower = _Tower(siglip)
+        sizes = {**asdict(config), "num_hidden_layers": config.num_hidden_layers - 1, "vision_use_head": False}
+        # Modules built by hand get no attention kernel from transformers' loader: without this they run the eager one.
+        self.vision_tower = _Tower(SiglipVisionConfig.from_dict(sizes, attn_implementation="sdpa"))
 
     @property
-    def layers(self) -> nn.ModuleList:
-        return self.vision_tower.vision_model.encoder.layers
+    def layers(self) -> Sequence[SiglipEncoderLayer]:
+        return cast("Sequence[SiglipEncoderLayer]", self.vision_tower.vision_model.encoder.layers)
 
     def forward(self, pixels_V3SS: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """States and the recordings named by `taps`, each "what@layer" with a layer counted from 0 (or from the end).
@@ -74,19 +67,22 @@ class VisionTower(nn.Module):
         recorded: dict[str, Tensor] = {}
         x = self.vision_tower.vision_model.embeddings(pixels_V3SS)
         for i, layer in enumerate(self.layers):
-            here = {what: tap for tap, (what, at) in wanted.items() if at == i}
+            here = {what for what, at in wanted.values() if at == i}
+            found: dict[str, Tensor] = {}
             h = layer.layer_norm1(x)
             if "input" in here:
-                recorded[here["input"]] = x
+                found["input"] = x
             if "keys" in here:
-                recorded[here["keys"]] = layer.self_attn.k_proj(h).unflatten(-1, (self.config.num_attention_heads, -1))
+                found["keys"] = layer.self_attn.k_proj(h).unflatten(-1, (self.config.num_attention_heads, -1))
             if "attention" in here:
-                recorded[here["attention"]] = attention_received(layer.self_attn, h)
+                found["attention"] = attention_received(layer.self_attn, h)
             x = x + layer.self_attn(h)[0]
             h = layer.layer_norm2(x)
             if "post_norm" in here:
-                recorded[here["post_norm"]] = h
+                found["post_norm"] = h
             x = x + layer.mlp(h)
+            # Two spellings of one tap ("keys@2" and "keys@-1") are both answered.
+            recorded |= {tap: found[what] for tap, (what, at) in wanted.items() if at == i}
         return x, recorded
 
     def _parse(self, tap: str) -> tuple[str, int]:
@@ -103,7 +99,7 @@ class VisionTower(nn.Module):
         return what, index % n
 
 
-def attention_received(attention: nn.Module, h_BND: Tensor, chunk: int = 128) -> Tensor:
+def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 128) -> Tensor:
     """Mean over heads and queries of the attention that each token receives [B, N], float32; in chunks of queries."""
     heads = attention.num_heads
     q, k = (
