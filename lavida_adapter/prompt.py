@@ -1,13 +1,14 @@
 """The prompt: LLaDA's chat template, the picture's place in it, and the label span of a training example.
 
-docs/lavida.md, "Prompt". The template is rendered here and not by the tokenizer's own, because the picture is put in
-as a placeholder id and never as text: a question that contains "<image>" stays a question.
+docs/lavida.md, "Prompt". The template is rendered here and not by the tokenizer's own, because what a dataset says must
+stay text: the picture is put in as a placeholder id, and control tokens are control tokens only where the template has
+them. A question that contains "<image>" or "<|eot_id|>" stays a question.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from lavida_adapter.config import LavidaConfig
 
@@ -27,22 +28,32 @@ class Example:
     answer: tuple[int, ...]
 
 
+class Piece(NamedTuple):
+    """A stretch of a prompt."""
+
+    text: str
+    is_template: bool
+    """Whether the spelling of a control token stands for the token; in a dataset's text it stands for itself."""
+
+
 def header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-def render(turns: Sequence[str], config: LavidaConfig) -> tuple[str, str]:
-    """The prompt as the two texts before and after the picture.
+def render(turns: Sequence[str], config: LavidaConfig) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """The prompt before and after the picture.
 
     `turns` alternate between user and assistant and end with the user; the picture opens the first one.
     """
     if not len(turns) % 2:
         raise ValueError(f"a conversation of {len(turns)} turns does not end with the user: drop the last turn")
-    before = BOS + header("system") + config.system_prompt.strip() + EOT + header("user")
-    after = "\n" + turns[0].rstrip() + EOT
-    for i, turn in enumerate(turns[1:]):
-        after += header("user" if i % 2 else "assistant") + turn.strip() + EOT
-    return before, after + header("assistant")
+    before = Piece(BOS + header("system") + config.system_prompt.strip() + EOT + header("user"), True)
+    # The line break belongs to the user's message: the two are tokenised as one text.
+    texts = ["\n" + turns[0].rstrip(), *(turn.strip() for turn in turns[1:])]
+    after: list[Piece] = []
+    for i, text in enumerate(texts):
+        after += [Piece(text, False), Piece(EOT + header("user" if i % 2 else "assistant"), True)]
+    return (before,), tuple(after)
 
 
 def prompt_ids(tokenizer: Any, question: str, config: LavidaConfig, *, training: bool = False) -> tuple[int, ...]:
@@ -51,7 +62,7 @@ def prompt_ids(tokenizer: Any, question: str, config: LavidaConfig, *, training:
     At inference the reference loses the first token after the picture (the newline); `config.drop_token_after_image`
     decides whether that is reproduced. Training has always kept it.
     """
-    chunks = [encode_text(tokenizer, text) for text in render([question], config)]
+    chunks = [encode(tokenizer, pieces) for pieces in render([question], config)]
     return join_at_images(chunks, drop_first=config.drop_token_after_image and not training)
 
 
@@ -61,13 +72,17 @@ def training_example(tokenizer: Any, question: str, answer: str, config: LavidaC
     if not text:
         raise ValueError(f"the training example {question!r} has an empty answer: drop it from the data")
     prompt = prompt_ids(tokenizer, question, config, training=True)
-    return Example(prompt, encode_text(tokenizer, text + EOT))
+    return Example(prompt, encode(tokenizer, [Piece(text, False), Piece(EOT, True)]))
+
+
+def encode(tokenizer: Any, pieces: Iterable[Piece]) -> tuple[int, ...]:
+    return tuple(token for text, is_template in pieces for token in encode_text(tokenizer, text, is_template))
 
 
 @lru_cache(maxsize=1 << 16)
-def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Ids of a text whose special tokens are already written out; remembered, since prompts share most of theirs."""
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def encode_text(tokenizer: Any, text: str, is_template: bool = False) -> tuple[int, ...]:
+    """Ids of a piece; remembered, since prompts share most of theirs. The tokenizer adds nothing by itself."""
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=not is_template)["input_ids"])
 
 
 def join_at_images(chunks: Sequence[tuple[int, ...]], *, drop_first: bool) -> tuple[int, ...]:

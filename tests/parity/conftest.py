@@ -50,7 +50,7 @@ class Golden:
 class _Plain:
     """Stands in for a tokenizer where the golden folder holds ids only."""
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": []}
 
     def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[str]:
