@@ -9,8 +9,9 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import torch
 from hydra.errors import InstantiationException
@@ -19,13 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.data.sample import Dataset
 from experiments.schema import CONF
+from experiments.study.record import local_folder
 from shirg import Selector
 
 if TYPE_CHECKING:
     from lavida_adapter import DecodeConfig, Lavida
     from lavida_adapter.relevance import Relevance
-
-ROOT = CONF.parent
 
 
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
@@ -59,8 +59,11 @@ def build_model(cfg: DictConfig, device: torch.device, adapter: str | None = Non
     else:
         model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device)
     if adapter is not None:
-        load_adapter(model, _folder(adapter))
+        load_adapter(model, _adapter_folder(adapter))
         merge_lora(model)
+    if cfg.attention == "flash" and find_spec("flash_attn") is None:
+        raise ValueError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
+    model.lm.backend = str(cfg.attention)  # type: ignore[assignment]  # the schema allows only backends
     return model.eval().requires_grad_(False)
 
 
@@ -114,7 +117,7 @@ def adapter_size(adapter: str | None) -> int:
 
     from lavida_adapter.lora import ADAPTER
 
-    with safe_open(_folder(adapter) / ADAPTER, framework="pt") as file:
+    with safe_open(_adapter_folder(adapter) / ADAPTER, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
 
 
@@ -140,13 +143,13 @@ def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = 
     knobs = {str(k): v for k, v in values.items() if k != "_target_"} | dict(fixed or {})
     target = get_class(values["_target_"])
     parameters = inspect.signature(target).parameters
-    if unknown := sorted(knobs.keys() - parameters.keys()):
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and (unknown := sorted(knobs.keys() - parameters.keys())):
         raise ValueError(f"{group}.{unknown[0]}: {target.__name__} has no such knob; it has {', '.join(parameters)}")
     _compare_types(group, knobs, _defaults(group, values["_target_"]))
-    hints = get_type_hints(inspect.getattr_static(target, "__init__"))
     for name, value in knobs.items():
-        if name in hints and not _fits(value, hints[name]):
-            raise ValueError(f"{group}.{name}={value!r} is not {_describe(hints[name])}")
+        if name in parameters and not _fits(value, hint := parameters[name].annotation):
+            raise ValueError(f"{group}.{name}={value!r} is not {_describe(hint)}")
     try:
         return instantiate({"_target_": values["_target_"], **knobs}, _convert_="all", _recursive_=False)
     except InstantiationException as error:
@@ -237,16 +240,12 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
 
 
 def _checkpoint(path: str) -> str | Path:
-    """A folder of this repository for a relative path that names one, else the path or hub id as it is."""
-    local = ROOT / path
-    if not Path(path).exists() and (local.is_dir() or path.startswith("./")):
-        if not local.is_dir():
-            raise FileNotFoundError(
-                f"model.path={path}: there are no weights in {local}; `make tiny` trains the tiny model"
-            )
-        return local
-    return path
+    """The folder that a path names, else the path as it is: a hub id."""
+    folder = local_folder(path)
+    if folder is None and path.startswith(("./", "/")):
+        raise FileNotFoundError(f"model.path={path}: there are no weights there; `make tiny` trains the tiny model")
+    return folder or path
 
 
-def _folder(path: str) -> Path:
-    return Path(path) if Path(path).exists() else ROOT / path
+def _adapter_folder(path: str) -> Path:
+    return local_folder(path) or Path(path)

@@ -37,6 +37,9 @@ def run(main: Callable[[], Any], verb: str) -> None:
         if wants_traceback:
             raise
         fail(explain(error, verb, sys.argv[1:]))
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `| head` does; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         fail("interrupted; the same command with resume=true goes on from here", code=130)
     if any(ok for _, ok in _jobs):

@@ -6,7 +6,7 @@ batch that is missing and ends with the answers of an undisturbed one.
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     # The data first: what is wrong with it should not wait for the weights.
     dataset = build.build_dataset(cfg)
     samples = choose(dataset, cfg.limit, cfg.seed)
+    logger = build.build_logger(cfg)
     decode = build.build_decode(cfg, dataset)
     model = build.build_model(cfg, device, cfg.adapter)
     selector = build.build_selector(cfg, model.config.budgets).to(device).eval()
@@ -70,7 +71,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         "environment": record.environment(device, cfg.dtype),
         "times": {**measure.summarise_stages(timings), "peak_memory_mib": measure.peak_memory_mib(device)},
     }
-    mirror(build.build_logger(cfg), job, sections, rows)
+    mirror(logger, job, sections, rows)
     return sections
 
 
@@ -89,7 +90,7 @@ def choose(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
 
 def answer_all(
     system: System, samples: Sequence[Sample], job: Job, cfg: DictConfig, weights: str
-) -> tuple[list[Row], list[Mapping[str, float]]]:
+) -> tuple[list[Row], list[dict[str, float]]]:
     """Every sample's row, and for every batch the milliseconds per sample by stage.
 
     The first batch of a session warms caches and allocators up; its times are left out unless there are no others.
@@ -113,6 +114,7 @@ def answer_all(
             journal.append({"weights": weights, "warm_up": number == 0, "ms": answers.ms, "rows": answers.rows})
             progress.advance(len(batch))
         entries = journal.entries
-    rows = [{**row, "batch": i} for i, entry in enumerate(entries) for row in entry["rows"]]
-    timed = [entry for entry in entries if not entry["warm_up"]] or entries
-    return rows, [{stage: ms / len(entry["rows"]) for stage, ms in entry["ms"].items()} for entry in timed]
+    shares = [{stage: ms / len(entry["rows"]) for stage, ms in entry["ms"].items()} for entry in entries]
+    rows = [{**row, "batch": i, "ms": shares[i]} for i, entry in enumerate(entries) for row in entry["rows"]]
+    timed = [share for share, entry in zip(shares, entries, strict=True) if not entry["warm_up"]] or shares
+    return rows, timed

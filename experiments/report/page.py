@@ -80,7 +80,9 @@ def render(study: Path, rows: Sequence[Row]) -> str:
 
 def _best(title: str, cells: Sequence[str], rows: Sequence[Row]) -> set[int]:
     """Rows with the highest score in a column of intervals; nothing is best among fewer than two."""
-    scored = {i: float(cell.split(" [")[0]) for i, cell in enumerate(cells) if " [" in cell and title != "vs pooled"}
+    scored = {
+        i: float(cell.split(" [")[0]) for i, cell in enumerate(cells) if " [" in cell and " vs " not in f" {title}"
+    }
     if len(scored) < 2:
         return set()
     top = max(scored.values())

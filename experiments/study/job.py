@@ -94,11 +94,13 @@ def _run_locked(cfg: DictConfig, work: Work, folder: Path) -> bool:
         write_atomic(folder / ERROR, traceback.format_exc())
         if not is_bad_input(error):
             traceback.print_exc()
-    times = {**times, **sections.get("times", {}), "finished": record.now(), "wall_s": time.perf_counter() - began}
+    seconds = time.perf_counter() - began
+    times = {**times, **sections.get("times", {}), "finished": record.now(), "wall_s": seconds}
     record.write_result(folder, identity, status, {**sections, "times": times}, reason)
     if status == "ok":
         remove(folder / JOURNAL)
         remove(folder / ERROR)
+        print(f"ok    {identity.job}: {seconds:.1f} s", flush=True)
     else:
         _say(folder, reason or status)
     _refresh(folder.parent)
@@ -108,6 +110,10 @@ def _run_locked(cfg: DictConfig, work: Work, folder: Path) -> bool:
 def _identify(cfg: DictConfig, folder: Path) -> record.Identity:
     hydra = HydraConfig.get()
     config = record.plain(cfg)
+    config["stored"] = {
+        "model": record.stored(config["model"].get("path")),
+        "adapter": record.stored(config.get("adapter")),
+    }
     overrides = [str(o) for o in hydra.overrides.task if str(o).partition("=")[0] not in record.SESSION]
     return record.Identity(
         version=record.VERSION,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.study.rows import Row
+from experiments.study.rows import BASELINE, Row
 
 _STAGES = ("select", "prefill", "denoise", "total")
 
@@ -37,7 +37,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"]):
         own = [row if row["metric"] == metric and not any(k in row for k in _means(subsets)) else {} for row in rows]
         shown.append(Column(metric, [_interval(row, metric) for row in own]))
-    shown.append(Column("vs pooled", [_delta_text(row) for row in rows]))
+    shown += [Column(name, [_difference(row, name) for row in rows]) for name in _differences(rows)]
     shown.append(Column("recall", [_percent(row.get("recall mean")) for row in rows]))
     shown.append(Column("visual tokens", [_range(row, "visual tokens") for row in rows]))
     shown.append(Column("prefix tokens", [_range(row, "prefix tokens") for row in rows]))
@@ -63,13 +63,13 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def legend(rows: Sequence[Row]) -> str:
-    """What the cells mean, and what all rows share."""
+    """What all rows share, and what the cells mean."""
     metrics = " and ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
-    shared = [next(iter(s)) for k in ("dataset", "changes", "note") if len(s := {row[k] for row in rows}) == 1]
-    return (
-        ("".join(f"{text}. " for text in shared if text))
-        + f"Cells: {metrics}, recall in %, with 95 % intervals (pictures are resampled where questions share one); "
-        "vs pooled: paired difference on the same samples, in points; ms: median per sample."
+    shared = [values.pop() for k in ("dataset", "changes", "note") if len(values := {row[k] for row in rows}) == 1]
+    common = "; ".join(text for text in shared if text)
+    return (f"All rows: {common}. " if common else "") + (
+        f"Cells: {metrics} and recall in %, [95 % interval; pictures are resampled where questions share one]; "
+        f"vs {BASELINE}: paired difference on the same samples, in points; ms: median per sample."
     )
 
 
@@ -84,10 +84,17 @@ def _interval(row: Row, name: str) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _delta_text(row: Row) -> str:
-    if row.get("delta mean") is None:
+def _differences(rows: Sequence[Row]) -> list[str]:
+    """Differences by group where there are groups: over all samples they would mix what should be told apart."""
+    names = [k[6:-5] for row in rows for k in row if k.startswith("delta ") and k.endswith(" mean")]
+    by_group = [name for name in dict.fromkeys(names) if not name.startswith("vs ")]
+    return by_group or list(dict.fromkeys(names))
+
+
+def _difference(row: Row, name: str) -> str:
+    if row.get(f"delta {name} mean") is None:
         return "-"
-    mean, low, high = (100 * row[f"delta {key}"] for key in ("mean", "low", "high"))
+    mean, low, high = (100 * row[f"delta {name} {key}"] for key in ("mean", "low", "high"))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 

@@ -33,6 +33,7 @@ SESSION = frozenset({"resume", "overwrite"})
 """Keys that say how a job is started, not what it is: they are not written down."""
 
 _NOT_HASHED = frozenset({"study", "threads", "logger", "shots"})
+QUICK_BYTES = 2**26
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
 
 Status = Literal["running", "ok", "failed", "oom"]
@@ -64,6 +65,26 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(container, dict)
     return {str(k): v for k, v in container.items() if k not in SESSION}
+
+
+def stored(path: str | None) -> str | None:
+    """Which files a local checkpoint or adapter consists of: by content where that is quick, by size and time else.
+
+    None for a hub id, whose revision the hub's own cache decides.
+    """
+    folder = None if path is None else local_folder(path)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size, changed = file.stat().st_size, file.stat().st_mtime_ns
+        digest.update(file.read_bytes() if size < QUICK_BYTES else f"{file.name} {size} {changed}".encode())
+    return digest.hexdigest()[:16]
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that a path names, seen from here or from the repository; None when there is none."""
+    return next((folder for folder in (Path(path), CONF.parent / path) if folder.is_dir()), None)
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -12,7 +12,8 @@ from experiments.study.stats import paired_delta
 
 ROW_VERSION = 1
 _SHOWN_ELSEWHERE = frozenset({"selector", "budget", "data", "limit", "study", "threads", "logger", "shots"})
-_FIRST = {"pooled": 0, "full": 1}
+BASELINE = "pooled"
+_FIRST = {BASELINE: 0, "full": 1}
 
 Row = dict[str, Any]
 
@@ -26,9 +27,9 @@ def collect(study: Path) -> list[Row]:
         row = flatten(result)
         if row["status"] == "running" and not _is_alive(folder):
             row["status"] = "stopped"
-        baseline = _baseline(result, results)
+        baseline = _baseline(folder, results)
         if baseline is not None:
-            row |= _delta(folder, baseline, result["quality"]["metric"])
+            row |= _deltas(folder, baseline, result["quality"]["metric"])
         rows.append(row)
     return sorted(rows, key=lambda row: (row["data"], _FIRST.get(row["selector"], 2), row["job"]))
 
@@ -76,27 +77,35 @@ def _is_alive(folder: Path) -> bool:
         return True
 
 
-def _baseline(result: Mapping[str, Any], results: Mapping[Path, Mapping[str, Any]]) -> Path | None:
+def _baseline(folder: Path, results: Mapping[Path, Mapping[str, Any]]) -> Path | None:
     """The pooled job that answered the same questions with the same model and decoding; one without adapter first."""
-    if result["status"] != "ok" or result["choices"]["selector"] == "pooled":
+    result = results[folder]
+    if result["status"] != "ok":
         return None
     candidates = [
-        (other["config"]["adapter"] is not None, other["job"], folder)
-        for folder, other in results.items()
+        (other["config"]["adapter"] is not None, other["job"], path)
+        for path, other in results.items()
         if other["status"] == "ok"
-        and other["choices"]["selector"] == "pooled"
+        and other["choices"]["selector"] == BASELINE
         and all(other["config"][key] == result["config"][key] for key in ("model", "decode", "data"))
         and other["data"]["ids"] == result["data"]["ids"]
     ]
-    return min(candidates)[2] if candidates else None
+    best = min(candidates)[2] if candidates else None
+    return None if best == folder else best
 
 
-def _delta(folder: Path, baseline: Path, metric: str) -> Row:
-    scores, pictures = read_scores(folder / SAMPLES, metric)
-    difference = paired_delta(scores, read_scores(baseline / SAMPLES, metric)[0], pictures)
-    if difference is None:
-        return {}
-    return {"delta mean": difference.mean, "delta low": difference.low, "delta high": difference.high}
+def _deltas(folder: Path, baseline: Path, metric: str) -> Row:
+    """Paired differences to the baseline, over all samples and within each group of questions."""
+    ours, theirs = (read_scores(path / SAMPLES, metric) for path in (folder, baseline))
+    row: Row = {}
+    for group in ("", *dict.fromkeys(score.group for score in ours.values() if score.group)):
+        mine = {i: score.value for i, score in ours.items() if group in ("", score.group)}
+        pictures = {i: ours[i].picture for i in mine}
+        delta = paired_delta(mine, {i: score.value for i, score in theirs.items()}, pictures)
+        if delta is not None:
+            name = f"{group} vs {BASELINE}".strip()
+            row |= {f"delta {name} {key}": getattr(delta, key) for key in ("mean", "low", "high")}
+    return row
 
 
 def _note(result: Mapping[str, Any]) -> str:

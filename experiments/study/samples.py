@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,34 @@ _COLUMNS: dict[str, pa.DataType] = {
 
 
 def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes all rows at once; scores and token counts by source become columns `score_*` and `n_*`."""
+    """Writes all rows at once; scores, token counts by source and times become columns `score_*`, `n_*` and `ms_*`.
+
+    Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
+    """
     flat = [_flatten(row) for row in rows]
-    extra = {
-        name: pa.float64() if name.startswith("score_") else pa.int32() for name in flat[0] if name not in _COLUMNS
-    }
+    kinds = {"score": pa.float64(), "ms": pa.float64(), "n": pa.int32()}
+    extra = {name: kinds[name.partition("_")[0]] for row in flat for name in row if name not in _COLUMNS}
     schema = pa.schema([*_COLUMNS.items(), *extra.items()])
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(flat, schema=schema), buffer, compression="zstd")
     write_atomic(path, buffer.getvalue())
 
 
-def read_scores(path: Path, metric: str) -> tuple[dict[str, float], dict[str, str]]:
-    """Score by sample id, and the picture of each id."""
-    columns = pq.read_table(path, columns=["id", "picture", f"score_{metric}"]).to_pydict()
-    triples = zip(columns["id"], columns["picture"], columns[f"score_{metric}"], strict=True)
-    known = [(i, picture, score) for i, picture, score in triples if score is not None]
-    return {i: score for i, _, score in known}, {i: picture for i, picture, _ in known}
+@dataclass(frozen=True)
+class Score:
+    value: float
+    picture: str
+    group: str
+
+
+def read_scores(path: Path, metric: str) -> dict[str, Score]:
+    """Scores by sample id; samples without one are left out."""
+    columns = pq.read_table(path, columns=["id", f"score_{metric}", "picture", "group"]).to_pydict().values()
+    return {i: Score(*fields) for i, *fields in zip(*columns, strict=True) if fields[0] is not None}
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
     flat = {key: row[key] for key in _COLUMNS}
     flat |= {f"score_{name}": score for name, score in row["scores"].items()}
-    return flat | {f"n_{source}": count for source, count in row["sources"].items()}
+    flat |= {f"n_{source}": count for source, count in row["sources"].items()}
+    return flat | {f"ms_{stage}": ms for stage, ms in row["ms"].items()}

@@ -98,7 +98,10 @@ def test_a_single_bad_job_prints_one_sentence(tiny_weights: Path, tmp_path: Path
         (["selector=shirg", "selector.weights.similarity=high"], r"selector.weights.similarity='high' is not a number"),
         (["selector=shirg", "selector.norm=best"], r"selector.norm='best' is not one of zscore, minmax, rank, none"),
         (["selector=random", "+selector.foo=1"], r"selector.foo: Random has no such knob; it has budget, seed"),
-        (["model.path=./weights/absent"], r"no weights in .*weights/absent; `make tiny` trains"),
+        (
+            ["model.path=./weights/absent"],
+            r"model.path=./weights/absent: there are no weights there; `make tiny` trains",
+        ),
         (["model=small", "+model.config.lm.depth=3"], r"model.config: no model has a field 'depth'"),
         (["adapter=outputs/absent"], r"outputs/absent holds no adapter"),
         (["device=cuda:99"], r"device=cuda:99: this machine has \d+ CUDA devices"),

@@ -43,7 +43,7 @@ def test_the_page_asks_the_network_for_nothing_and_says_what_it_shows(eval_here:
     assert page.count('<section class="sample">') == 8
     assert page.count("data:image/jpeg;base64,") == 8 * 3
     assert "Untrained model." in page and "Synthetic data." in page
-    for title in ("fine sparse", "fine dense", "guard sparse", "guard dense", "vs pooled", "recall", "select ms"):
+    for title in ("fine sparse", "fine dense", "guard sparse", "guard dense", "fine vs pooled", "recall", "select ms"):
         assert f">{title}</th>" in page
     commands = {result_of(folder.parent)["command"].replace("'", "&#39;") for folder in study.glob("*/result.json")}
     assert all(command in page for command in commands)

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.study.layout import columns, markdown
 from experiments.study.rows import collect
-from experiments.study.samples import read_scores, write_samples
+from experiments.study.samples import Score, read_scores, write_samples
 from experiments.study.stats import paired_delta
 from experiments.study.summary import summarise
 from experiments.study.table import refresh
@@ -38,6 +38,7 @@ def row(i: int, score: float, **fields: Any) -> dict[str, Any]:
         "sources": {"kept": 64, "scaffold": 16},
         "recall": None,
         "batch": 0,
+        "ms": {"select": 0.5},
     }
     return base | fields
 
@@ -64,10 +65,10 @@ def test_samples_without_a_score_are_left_out_and_kept_in_the_file(tmp_path: Pat
     rows = [row(0, 1.0), row(1, 0.0) | {"scores": {"exact_match": None}}]
     assert summarise(rows, ("exact_match",))["quality"]["metrics"]["exact_match"]["n"] == 1
     write_samples(tmp_path / "samples.parquet", rows)
-    assert read_scores(tmp_path / "samples.parquet", "exact_match") == ({"s0": 1.0}, {"s0": "p0"})
+    assert read_scores(tmp_path / "samples.parquet", "exact_match") == {"s0": Score(1.0, "p0", "fine")}
     stored = pq.read_table(tmp_path / "samples.parquet").to_pylist()
     assert [r["score_exact_match"] for r in stored] == [1.0, None]
-    assert stored[0]["kept"] == [1, 2] and stored[0]["n_scaffold"] == 16
+    assert stored[0]["kept"] == [1, 2] and stored[0]["n_scaffold"] == 16 and stored[0]["ms_select"] == 0.5
 
 
 def test_rows_are_paired_with_the_pooled_job_on_the_same_samples(eval_here: Eval) -> None:
@@ -78,15 +79,21 @@ def test_rows_are_paired_with_the_pooled_job_on_the_same_samples(eval_here: Eval
         rows = pq.read_table(job / "samples.parquet").to_pylist()
         for i, sample in enumerate(rows):
             sample["scores"] = {"exact_match": float(i % 3 == 0 if name == "pooled" else i % 2 == 0)}
-            sample["sources"] = {"kept": 1}
+            sample |= {"sources": {"kept": 1}, "ms": {}}
         write_samples(job / "samples.parquet", rows)
     study = jobs["pooled"].parent
     got = {r["job"]: r for r in collect(study)}
     want = paired_delta({str(i): float(i % 2 == 0) for i in range(30)}, {str(i): float(i % 3 == 0) for i in range(30)})
     assert want is not None
-    assert got[jobs["shirg"].name]["delta mean"] == pytest.approx(want.mean) == pytest.approx(5 / 30)
-    assert "delta mean" not in got[jobs["pooled"].name]
-    assert "delta mean" not in got[other.name], "other samples are no pair"
+    assert got[jobs["shirg"].name]["delta vs pooled mean"] == pytest.approx(want.mean) == pytest.approx(5 / 30)
+    assert not any(key.startswith("delta") for key in got[jobs["pooled"].name])
+    assert not any(key.startswith("delta") for key in got[other.name]), "other samples are no pair"
+    titles = [c.title for c in columns(collect(study))]
+    assert "fine vs pooled" in titles and "guard vs pooled" in titles and "vs pooled" not in titles
+    rows = pq.read_table(jobs["pooled"] / "samples.parquet").to_pylist()
+    fine = [i for i, sample in enumerate(rows) if sample["group"] == "fine"]
+    mean = sum((i % 2 == 0) - (i % 3 == 0) for i in fine) / len(fine)
+    assert got[jobs["random"].name]["delta fine vs pooled mean"] == pytest.approx(mean)
     assert [r["selector"] for r in collect(study)][0] == "pooled"
 
 

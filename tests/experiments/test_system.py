@@ -1,0 +1,142 @@
+"""From a batch to rows: what is fed is what the selector owes, on every shape of picture."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from experiments.measure import StageTimer, resolve_device, summarise_stages
+from experiments.tokens import TokenGeometry, check_counts
+from lavida_adapter import LavidaConfig
+from tests.experiments.conftest import result_of
+
+Eval = Callable[..., Path]
+SHAPES = {"square": (900, 900), "page": (850, 1100), "wide": (1600, 900), "icon": (90, 90), "tall": (80, 700)}
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    lines = []
+    for name, size in SHAPES.items():
+        Image.effect_noise(size, 80).convert("RGB").save(folder / f"{name}.png")
+        lines.append(f'{{"file_name": "{name}.png", "question": "what?", "answers": ["it"], "id": "{name}"}}\n')
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_true_geometry_on_pictures_of_all_shapes(eval_here: Eval, shapes: Path) -> None:
+    """By hand: 196 pooled tokens of the base view, then rows x (columns + newline) of the mosaic without padding."""
+    common = ("model=small", "data=folder", f"data.root={shapes}", "batch_size=3", "data.max_new_tokens=2")
+    jobs = {
+        name: eval_here(*common, *overrides)
+        for name, overrides in {
+            "pooled": ["selector=pooled"],
+            "matched": ["selector=random", "budget=matched"],
+            "base": ["selector=shirg"],
+        }.items()
+    }
+    counts = {
+        name: {r["id"]: r["n_visual"] for r in pq.read_table(job / "samples.parquet").to_pylist()}
+        for name, job in jobs.items()
+    }
+    assert counts["pooled"]["square"] == 196 + 28 * 29
+    assert counts["pooled"]["page"] == 196 + 28 * 23
+    assert counts["pooled"]["wide"] == 196 + 16 * 29
+    assert counts["pooled"]["icon"] == 196 + 14 * 15
+    assert counts["matched"] == counts["pooled"]
+    assert set(counts["base"].values()) == {980}
+    assert result_of(jobs["base"])["tokens"]["by_source"]["scaffold"] == 64
+    shown = [Image.open(path).size for path in sorted((jobs["base"] / "shots").glob("*_kept.jpg"))]
+    assert len(shown) == len(SHAPES)
+
+
+def test_a_count_that_is_not_owed_stops_the_job() -> None:
+    from baselines import Pooled, Random
+
+    geometry = TokenGeometry(LavidaConfig())
+    good = {"kept": 980, "scaffold": 0, "newline": 0}
+    check_counts(Random(budget=980), good, 980, geometry, (900, 900), "s")
+    with pytest.raises(RuntimeError, match="the selector gave 980 tokens, the prefix holds 979"):
+        check_counts(Random(budget=980), good, 979, geometry, (900, 900), "s")
+    with pytest.raises(RuntimeError, match="979 tokens, but budget=980 owes this picture 980"):
+        check_counts(Random(budget=980), good | {"kept": 979}, 979, geometry, (900, 900), "s")
+    with pytest.raises(RuntimeError, match="980 tokens, but budget=matched owes this picture 1008"):
+        check_counts(Random(budget="matched"), good, 980, geometry, (900, 900), "s")
+    check_counts(Pooled(), good, 980, geometry, (900, 900), "s")
+
+
+def test_geometry_knows_the_finest_token_and_leaves_padding_out() -> None:
+    """A 16:9 picture on the 2 x 2 canvas is 768 pixels wide there, 432 high, and a cell is 14 pixels."""
+    placed = TokenGeometry(LavidaConfig())((1600, 900))
+    assert placed.layout.canvas == (54, 54)
+    box = placed.box_N4[placed.eligible_N]
+    assert float(box.min()) > -0.04 and float(box.max()) < 1.04
+    assert placed.fine_area == pytest.approx(14 / 768 * 14 / 432, rel=1e-3)
+    assert 54 * 30 <= int(placed.eligible_N.sum()) <= 54 * 32
+
+
+def test_stage_times_add_up_and_start_over() -> None:
+    timer = StageTimer(torch.device("cpu"))
+    for _ in range(2):
+        with timer.stage("select"):
+            time.sleep(0.01)
+    with timer.stage("prefill"):
+        pass
+    ms = timer.collect()
+    assert 20 <= ms["select"] < 60 and 0 <= ms["prefill"] < 5
+    assert timer.collect() == {}
+    got = summarise_stages([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 2.0}, {"a": 9.0, "b": 1.0}])
+    assert got == {"ms_per_sample": {"a": 2.0, "b": 2.0, "total": 4.0}, "batches_timed": 3}
+
+
+@pytest.mark.gpu
+def test_stage_times_on_a_gpu_include_the_work_that_was_queued() -> None:
+    device = resolve_device("cuda")
+    timer, x = StageTimer(device), torch.randn(4096, 4096, device=device)
+    with timer.stage("warm"):
+        x @ x
+    timer.collect()
+    with timer.stage("prefill"):
+        for _ in range(20):
+            x @ x
+    with timer.stage("select"):
+        pass
+    ms = timer.collect()
+    assert ms["prefill"] > 20 * 2 * 4096**3 / 2e15 * 1000
+    assert ms["select"] < ms["prefill"]
+
+
+def test_random_remasking_and_temperature_give_the_same_answers_twice(eval_here: Eval, tmp_path: Path) -> None:
+    overrides = ("selector=full", "data.n=12", "decode.remasking=random", "decode.temperature=1.0")
+    answers = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        job = eval_here(*overrides, f"seed={seed}", root=tmp_path / name)
+        answers.append(np.array(pq.read_table(job / "samples.parquet")["prediction"].to_pylist()))
+    assert (answers[0] == answers[1]).all()
+    assert (answers[0] != answers[2]).any()
+
+
+def test_loggers_mirror_the_result(
+    eval_here: Eval, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = eval_here("selector=pooled", "limit=6", "logger=csv")
+    header, values = (job / "metrics/metrics.csv").read_text().splitlines()
+    logged = dict(zip(header.split(","), values.split(","), strict=True))
+    quality = result_of(job)["quality"]["metrics"]["exact_match"]
+    assert float(logged["quality.metrics.exact_match.high"]) == quality["high"]
+    assert float(logged["tokens.visual.mean"]) == 88
+
+    def offline(*_: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.log_metrics", offline)
+    job = eval_here("selector=full", "limit=6", "logger=csv")
+    assert result_of(job)["status"] == "ok"
+    assert "warning: the logger failed (no route)" in capfd.readouterr().err
