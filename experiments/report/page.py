@@ -17,7 +17,7 @@ from experiments.study.rows import Row, collect
 NAME = "report.html"
 SHOTS = "shots"
 MAX_SHOTS = 8
-LONGEST_ANSWER = 60
+LONGEST_ANSWER = 40
 _HERE = Path(__file__).parent
 
 Result = Mapping[str, Any]

@@ -34,9 +34,9 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     ]
     for name in subsets:
         shown.append(Column(name.removeprefix("subset "), [_interval(row, name) for row in rows]))
-    for metric in dict.fromkeys(row["metric"] for row in rows if row["metric"]):
-        own = [row if row["metric"] == metric and not any(k in row for k in _means(subsets)) else {} for row in rows]
-        shown.append(Column(metric, [_interval(row, metric) for row in own]))
+    whole = [{} if any(f"{name} mean" in row for name in subsets) else row for row in rows]
+    for metric in dict.fromkeys(metric for row in whole for metric in row.get("metrics", "").split()):
+        shown.append(Column(metric, [_interval(row, metric) for row in whole]))
     shown += [Column(name, [_difference(row, name) for row in rows]) for name in _differences(rows)]
     shown.append(Column("recall", [_percent(row.get("recall mean")) for row in rows]))
     shown.append(Column("visual tokens", [_range(row, "visual tokens") for row in rows]))
@@ -47,7 +47,9 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     shown.append(Column("status", [row["status"] for row in rows]))
     shown.append(Column("note", ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]))
     # What all rows share needs no column; the legend says it once.
-    shared = [c for c in shown if c.title in ("data", "changes", "note") and len(set(c.cells)) == 1]
+    failed = any(row["reason"] for row in rows)
+    sayable = ("data", "changes") if failed else ("data", "changes", "note")
+    shared = [c for c in shown if c.title in sayable and len(set(c.cells)) == 1]
     return [column for column in shown if column not in shared and any(cell not in ("", "-") for cell in column.cells)]
 
 
@@ -64,17 +66,13 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def legend(rows: Sequence[Row]) -> str:
     """What all rows share, and what the cells mean."""
-    metrics = " and ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
+    metrics = ", ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
     shared = [values.pop() for k in ("dataset", "changes", "note") if len(values := {row[k] for row in rows}) == 1]
     common = "; ".join(text for text in shared if text)
     return (f"All rows: {common}. " if common else "") + (
-        f"Cells: {metrics} and recall in %, [95 % interval; pictures are resampled where questions share one]; "
-        f"vs {BASELINE}: paired difference on the same samples, in points; ms: median per sample."
+        f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "
+        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample."
     )
-
-
-def _means(subsets: Sequence[str]) -> list[str]:
-    return [f"{name} mean" for name in subsets]
 
 
 def _interval(row: Row, name: str) -> str:

@@ -53,6 +53,7 @@ def flatten(result: Mapping[str, Any]) -> Row:
         "n": result.get("data", {}).get("n"),
         "dataset": result.get("data", {}).get("name"),
         "metric": quality.get("metric"),
+        "metrics": " ".join(quality.get("metrics", {})),
     }
     for kind, group in (("", quality.get("metrics", {})), ("subset ", quality.get("subsets", {}))):
         for name, value in group.items():

@@ -134,3 +134,10 @@ def test_what_all_rows_share_is_said_once(eval_here: Eval) -> None:
     eval_here("selector=random", "limit=6")
     shown = {c.title: c.cells for c in columns(collect(study))}
     assert sum("decode.step_ratio=0.7" in cell for cell in shown["changes"]) == 2
+
+
+def test_why_every_job_failed_is_in_the_table(eval_here: Eval) -> None:
+    for selector in ("random", "shirg"):
+        study = eval_here(f"selector={selector}", "model.path=./weights/absent", ok=False).parent
+    text = (study / "table.md").read_text()
+    assert text.count("model.path=./weights/absent: there are no weights there") == 2
