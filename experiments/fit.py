@@ -183,21 +183,22 @@ def how_to_evaluate(cfg: DictConfig, job: Job, artifact: Path) -> str:
 
 
 def lora_config(cfg: DictConfig) -> LoraConfig:
-    fields = OmegaConf.to_container(cfg.lora, resolve=True)
-    assert isinstance(fields, dict)
-    return LoraConfig(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return LoraConfig(**_fields(cfg.lora))
 
 
 def _optim(cfg: DictConfig) -> OptimConfig:
-    fields = OmegaConf.to_container(cfg.optim, resolve=True)
-    assert isinstance(fields, dict)
-    return OptimConfig(**{str(k): tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return OptimConfig(**_fields(cfg.optim))
 
 
 def _objective(cfg: DictConfig) -> ObjectiveConfig:
-    fields = OmegaConf.to_container(cfg.objective, resolve=True, enum_to_str=True)
-    assert isinstance(fields, dict)
-    return ObjectiveConfig(**{str(k): v for k, v in fields.items()})
+    return ObjectiveConfig(**_fields(cfg.objective))
+
+
+def _fields(node: DictConfig) -> dict[str, Any]:
+    """Keyword arguments of a frozen config: lists become tuples."""
+    values = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return {str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _vision(cfg: DictConfig, model: "Lavida") -> tuple[Trainable, Draw, Gate]:

@@ -1,7 +1,7 @@
 """Reading and writing checkpoints in the published layout: config.json, safetensors, tokenizer files.
 
-docs/lavida.md, "Checkpoint layout". Nothing in a checkpoint is ever executed: pickle files are refused and tokenizers are
-read from their JSON.
+docs/lavida.md, "Checkpoint layout". Nothing in a checkpoint is ever executed: pickle files are refused, and tokenizers
+are read from their JSON.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lavida_adapter.config import LavidaConfig
+from lavida_adapter.prompt import CONTROL
 
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
@@ -32,6 +33,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 _VISION = "model.vision_tower.vision_tower.vision_model."
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def locate(source: str | Path) -> Path:
@@ -52,8 +54,8 @@ def locate(source: str | Path) -> Path:
 def load(cls: type[M], source: str | Path, *, dtype: torch.dtype | str, device: torch.device) -> M:
     """Builds a model without memory, then reads every tensor once, straight to its place.
 
-    `dtype` is a torch dtype, its name, or "auto" for the one that the checkpoint is stored in. Rows of the embedding and
-    the head beyond the tokenizer's are cut off, as the reference's inference does.
+    `dtype` is a torch dtype, its name, or "auto" for the one in which the embedding is stored. Rows of the embedding
+    and the head beyond the tokenizer's are cut off, as the reference's inference does.
 
     Raises:
         FileNotFoundError: no checkpoint there, or no weights in it.
@@ -61,65 +63,82 @@ def load(cls: type[M], source: str | Path, *, dtype: torch.dtype | str, device: 
     """
     folder = locate(source)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
+    check_tokens(config, tokenizer, folder)
     where = tensor_files(folder)
-    shapes, stored_dtype = read_shapes(where)
-    if WTE in shapes:
-        config = replace(config, lm=replace(config.lm, vocab_size=min(shapes[WTE][0], len(tokenizer))))
-    check_special_ids(config, tokenizer, folder)
+    shapes, stored = read_headers(where)
+    config = replace(config, lm=replace(config.lm, vocab_size=n_rows(tokenizer)))
     with torch.device("meta"):
         model = cls(config, tokenizer)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    optional = check_tensors(expected, shapes, folder)
-    dtype = stored_dtype if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    for name in expected.keys() - optional:
-        with safe_open(where[name], framework="pt") as file:
-            tensor = file.get_slice(name)[: expected[name][0]]
-        _assign(model, name, tensor.to(device=device, dtype=dtype))
-    for name in optional:  # post_layernorm: stored by most checkpoints, applied by none
+    absent = check_tensors(expected, shapes, folder)
+    dtype = parse_dtype(dtype, stored[WTE])
+    for path in sorted(set(where.values())):
+        with _open(path) as file:
+            for name in (n for n, p in where.items() if p == path and n in expected):
+                tensor = file.get_slice(name)[: expected[name][0]]
+                _assign(model, name, tensor.to(device=device, dtype=dtype))
+    for name in absent:  # post_layernorm: stored by most checkpoints, applied by none
         fill = torch.ones if name.endswith("weight") else torch.zeros
         _assign(model, name, fill(expected[name], device=device, dtype=dtype))
-    n_positions = config.vision.side**2
-    model.model.vision_tower.vision_tower.vision_model.embeddings.position_ids = torch.arange(
-        n_positions, device=device
-    ).expand(1, -1)
+    positions = torch.arange(config.vision.side**2, device=device).expand(1, -1)
+    embeddings = model.model.vision_tower.vision_tower.vision_model.embeddings
+    embeddings.register_buffer("position_ids", positions, persistent=False)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise RuntimeError(f"tensors without memory after loading {folder}: {', '.join(left)}")
     return model.eval()
 
 
+def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
+    """A floating type, by itself or by name; "auto" is the stored one."""
+    found = stored if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype}: choose auto, float32, bfloat16 or float16")
+    return found
+
+
 def read_config(folder: Path) -> LavidaConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint folder")
-    try:
-        return LavidaConfig.from_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return LavidaConfig.from_dict(_read_json(path))
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint, from its tokenizer.json; never another one in its place."""
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{folder} has no tokenizer.json: copy the tokenizer files of the checkpoint there")
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the reader raises the bare Exception for a broken file
+        raise ValueError(f"the tokenizer files in {folder} cannot be read: {_first_line(error)}") from error
 
 
-def check_special_ids(config: LavidaConfig, tokenizer: Any, folder: Path) -> None:
-    """The ids in config.json must be those of the tokenizer's own special tokens."""
+def check_tokens(config: LavidaConfig, tokenizer: Any, folder: Path) -> None:
+    """The tokenizer must have the tokens of the prompt, and config.json its ids of the special ones."""
+    known = tokenizer.get_added_vocab()
+    absent = [token for token in CONTROL if token not in known]
+    if absent:
+        raise ValueError(f"the tokenizer in {folder} lacks {', '.join(absent)}: it is not LLaDA's")
     for token, name in (("<|mdm_mask|>", "mask_token_id"), ("<|endoftext|>", "eos_token_id")):
-        told, known = getattr(config.lm, name), tokenizer.convert_tokens_to_ids(token)
-        if told != known:
-            raise ValueError(f"{folder}: config.json says {name}={told}, but the tokenizer's {token} is {known}")
+        if (told := getattr(config.lm, name)) != known[token]:
+            raise ValueError(f"{folder}: config.json says {name}={told}, but the tokenizer's {token} is {known[token]}")
+
+
+def n_rows(tokenizer: Any) -> int:
+    """Rows of the embedding that the tokenizer can ask for: its length, unless its added tokens leave gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_added_vocab().values()))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index of a sharded checkpoint or from the single file."""
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())["weight_map"]
-        missing = sorted({file for file in index.values() if not (folder / file).is_file()})
-        if missing:
-            raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(missing)}, which are not there")
+        index = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ValueError(f"{folder / INDEX} has no weight_map: download the checkpoint again")
+        absent = sorted({file for file in index.values() if not (folder / file).is_file()})
+        if absent:
+            raise FileNotFoundError(f"{folder}: {INDEX} names {', '.join(absent)}, which are not there")
         files = {name: folder / file for name, file in index.items()}
     elif (folder / SINGLE).is_file():
         with _open(folder / SINGLE) as file:
@@ -128,30 +147,33 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise ValueError(
-                f"{folder} holds pickled weights only ({', '.join(pickles[:3])}): loading a pickle can run any code, so "
-                "it is refused; convert the checkpoint to safetensors"
+                f"{folder} holds pickled weights only ({', '.join(pickles[:3])}): loading a pickle can run any code, "
+                "so it is refused; convert the checkpoint to safetensors"
             )
         raise FileNotFoundError(f"{folder} has no {SINGLE} and no {INDEX}: there are no weights to load")
-    for path in {p for p in files.values() if p.suffix != ".safetensors"}:
+    for path in sorted({p for p in files.values() if p.suffix != ".safetensors"}):
         raise ValueError(
-            f"{path} is not a safetensors file: other formats are refused, because a pickle can run any code"
+            f"{path} is not a safetensors file: loading a pickle can run any code, so it is refused; convert the "
+            "checkpoint to safetensors"
         )
     return files
 
 
-def read_shapes(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
-    """Shapes of all stored tensors, and the floating dtype of the first; headers alone are read."""
+def read_headers(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+    """Shape and dtype of every stored tensor; headers alone are read."""
     shapes: dict[str, tuple[int, ...]] = {}
-    stored = torch.float32
+    dtypes: dict[str, torch.dtype] = {}
     for path in sorted(set(where.values())):
         with _open(path) as file:
             names = [name for name, p in where.items() if p == path]
             absent = set(names) - set(file.keys())
             if absent:
                 raise ValueError(f"{path} lacks tensors that {INDEX} puts there: {', '.join(sorted(absent)[:5])}")
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            stored = _DTYPES.get(file.get_slice(names[0]).get_dtype(), stored)
-    return shapes, stored
+            for name in names:
+                header = file.get_slice(name)
+                shapes[name] = tuple(header.get_shape())
+                dtypes[name] = _DTYPES.get(header.get_dtype(), torch.float32)
+    return shapes, dtypes
 
 
 def check_tensors(
@@ -159,21 +181,21 @@ def check_tensors(
 ) -> set[str]:
     """Compares names and shapes; returns the tensors that may be absent and are.
 
-    Tolerated: more rows in the embedding and head, a further vision layer or pooling head (ignored), no post_layernorm.
+    Tolerated: more rows in embedding and head, a further vision layer or pooling head (ignored), no post_layernorm.
     """
     optional = {name for name in expected if "post_layernorm" in name}
-    layers = 1 + max(
-        (int(m[1]) for name in expected if (m := re.search(r"encoder\.layers\.(\d+)\.", name))), default=-1
-    )
-    ignored = re.compile(re.escape(_VISION) + rf"(head\..*|encoder\.layers\.{layers}\..*|embeddings\.position_ids)")
+    layer = re.compile(re.escape(_VISION) + r"encoder\.layers\.(\d+)\.")
+    n_layers = 1 + max((int(m[1]) for name in expected if (m := layer.match(name))), default=-1)
+    ignored = re.compile(re.escape(_VISION) + rf"(head\..*|encoder\.layers\.{n_layers}\..*|embeddings\.position_ids)")
     missing = sorted(expected.keys() - stored.keys() - optional)
     extra = sorted(name for name in stored.keys() - expected.keys() if not ignored.fullmatch(name))
     wrong = []
     for name in sorted(expected.keys() & stored.keys()):
         want, have = expected[name], stored[name]
-        longer = name in (WTE, HEAD) and have[0] >= want[0] and have[1:] == want[1:]
+        longer = name in (WTE, HEAD) and len(have) == 2 and have[0] >= want[0] and have[1] == want[1]
         if have != want and not longer:
-            wrong.append(f"{name} is {list(have)}, expected {list(want)}")
+            least = "at least " if name in (WTE, HEAD) else ""
+            wrong.append(f"{name} is {list(have)}, expected {least}{list(want)}")
     problems = [
         f"{len(names)} {what}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
         for names, what in ((missing, "missing"), (wrong, "of the wrong shape"), (extra, "unexpected"))
@@ -184,22 +206,25 @@ def check_tensors(
     return optional - stored.keys()
 
 
-def save(model: "Lavida", folder: Path) -> None:
-    """Writes a checkpoint beside its place and moves it in whole: an interrupted save leaves the old one as it was."""
+def save(model: "Lavida", folder: Path, *, max_shard_size: int | str = "5GB") -> None:
+    """Writes a checkpoint beside its place and then moves it in: an interrupted save leaves the old one as it was."""
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
         raise ValueError("the model carries LoRA layers: merge them (lavida_adapter.merge_lora) before saving it whole")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        save_torch_state_dict({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         (temporary / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         model.tokenizer.save_pretrained(temporary)
         folder.mkdir(exist_ok=True)
-        for old in (*folder.glob("model*.safetensors*"),):
-            old.unlink()
-        for file in temporary.iterdir():
-            os.replace(file, folder / file.name)
+        new = {file.name for file in temporary.iterdir()}
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in new:
+                old.unlink()
+        for name in sorted(new):
+            os.replace(temporary / name, folder / name)
     finally:
         shutil.rmtree(temporary)
 
@@ -220,17 +245,27 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
     return sha.hexdigest()
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return found
 
 
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    module.register_parameter(leaf, nn.Parameter(tensor))
+    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))

@@ -3,6 +3,7 @@
 docs/lavida.md, "Denoising" and "Remasking".
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ class DecodeConfig:
             raise ValueError(
                 "decode.step_ratio and decode.step_per_block both set the number of steps: give one of them"
             )
+        if self.step_ratio is not None and not 0 < self.step_ratio <= 1:
+            raise ValueError(f"decode.step_ratio={self.step_ratio}: give a share of the block, above 0 and at most 1")
         if self.steps_per_block < 1:
             raise ValueError(
                 f"decode: step_ratio={self.step_ratio}, step_per_block={self.step_per_block} leave no step for a block "
@@ -57,9 +60,11 @@ class DecodeConfig:
             )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"decode.schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"decode.shift={self.shift}: give a positive number")
         if self.remasking not in REMASKING:
             raise ValueError(f"decode.remasking={self.remasking!r}: choose one of {', '.join(REMASKING)}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"decode.temperature={self.temperature}: give 0 or more")
 
     @property
@@ -70,7 +75,7 @@ class DecodeConfig:
     def steps_per_block(self) -> int:
         if self.step_per_block is not None:
             return min(self.step_per_block, self.block)
-        return self.block if self.step_ratio is None else min(int(self.block * self.step_ratio), self.block)
+        return self.block if self.step_ratio is None else int(self.block * self.step_ratio)
 
 
 @dataclass(frozen=True)

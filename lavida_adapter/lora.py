@@ -11,10 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -45,6 +46,10 @@ class LoraConfig:
             raise ValueError(
                 f"lora.rank={self.rank}, lora.dropout={self.dropout}: give a rank >= 0 and a dropout in [0, 1)"
             )
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha}: give a positive number, or null for twice the rank")
+        if self.rank > 0 and not self.targets:
+            raise ValueError(f"lora.rank={self.rank} has no lora.targets: name linear layers, or give lora.rank=0")
 
 
 def expand(pattern: str, names: Sequence[str]) -> list[str]:
@@ -54,14 +59,14 @@ def expand(pattern: str, names: Sequence[str]) -> list[str]:
         ValueError: when an alternative names nothing; the nearest names are listed.
     """
     parts = re.split(r"(\{[^}]*\})", pattern)
-    choices = [_alternatives(p[1:-1]) if p.startswith("{") else [p] for p in parts]
+    choices = [_alternatives(p[1:-1], pattern) if p.startswith("{") else [p] for p in parts]
     found: list[str] = []
     for concrete in ("".join(choice) for choice in itertools.product(*choices)):
         regex = re.compile(re.escape(concrete).replace(r"\*", r"\d+"))
         hits = [name for name in names if regex.fullmatch(name)]
         if not hits:
-            near = difflib.get_close_matches(concrete, names, n=3, cutoff=0.3)
-            raise ValueError(f"lora: {concrete!r} names nothing in this model; the nearest names are {', '.join(near)}")
+            near = ", ".join(difflib.get_close_matches(concrete, names, n=3, cutoff=0))
+            raise ValueError(f"lora: {concrete!r} names nothing in this model; the nearest names are {near}")
         found += hits
     return found
 
@@ -70,16 +75,24 @@ def add_lora(model: "Lavida", config: LoraConfig) -> dict[str, int]:
     """Freezes the model, then makes the adapter trainable; returns trainable parameters by part.
 
     Raises:
-        ValueError: for a target that is not an existing linear layer, or an adapter that would train nothing.
+        ValueError: for a target that is not an existing linear layer, an adapter that would train nothing or a layer
+            in two ways, or a model that carries an adapter already.
     """
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the model carries LoRA layers already: merge them (lavida_adapter.merge_lora) first")
     model.requires_grad_(False)
     linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    patterns = config.targets if config.rank > 0 else ()
+    targets = list(dict.fromkeys(name for pattern in patterns for name in expand(pattern, linears)))
+    whole = _whole(model, config)
+    if both := sorted({t for t in targets for name in whole if name.startswith(f"{t}.")}):
+        raise ValueError(f"lora.targets and lora.train_whole both name {', '.join(both[:3])}: give it to one of them")
     counts: dict[str, int] = {}
-    if config.rank > 0 and config.targets:
-        targets = list(dict.fromkeys(n for pattern in config.targets for n in expand(pattern, linears)))
+    if targets:
+        alpha = 2 * config.rank if config.alpha is None else config.alpha
         lora = peft.LoraConfig(
             r=config.rank,
-            lora_alpha=2 * config.rank if config.alpha is None else config.alpha,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # only ever divided by the rank: a float will do
             lora_dropout=config.dropout,
             # peft matches a list by suffix, which would confuse the two ff_out; an expression matches the whole name.
             target_modules="(?:" + "|".join(re.escape("model." + t) for t in targets) + ")",
@@ -89,20 +102,26 @@ def add_lora(model: "Lavida", config: LoraConfig) -> dict[str, int]:
         if sorted(injected) != sorted(targets):
             raise RuntimeError(f"peft adapted {len(injected)} modules, expected {len(targets)}")
         counts["lora"] = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    parameters = dict(model.model.named_parameters())
-    for pattern in config.train_whole:
-        for name in expand(pattern, _with_parents(list(parameters))):
-            for full, parameter in parameters.items():
-                if full == name or full.startswith(name + "."):
-                    parameter.requires_grad_(True)
-                    counts[full] = parameter.numel()
+    for name, parameter in whole.items():
+        parameter.requires_grad_(True)
+        counts[name] = parameter.numel()
     if not counts:
         raise ValueError("lora: nothing would be trained; give lora.rank > 0 with targets, or lora.train_whole")
     return counts
 
 
-def save_adapter(model: "Lavida", config: LoraConfig, folder: Path) -> None:
+def _whole(model: "Lavida", config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The parameters that are trained without LoRA, by their names in the checkpoint below `model.`."""
+    named = model.model.named_parameters()
+    parameters = {name.replace(".base_layer", ""): p for name, p in named if "lora_" not in name}
+    above = sorted({".".join(n.split(".")[:i]) for n in parameters for i in range(1, n.count(".") + 2)})
+    chosen = [name for pattern in config.train_whole for name in expand(pattern, above)]
+    return {n: p for n, p in parameters.items() if any(n == name or n.startswith(f"{name}.") for name in chosen)}
+
+
+def save_adapter(model: "Lavida", config: LoraConfig, folder: str | Path) -> None:
     """Writes the trained tensors alone, with their configuration and the fingerprint of the base."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
     meta = {"lora": asdict(config), "base": base_fingerprint(model, config)}
@@ -115,23 +134,28 @@ def save_adapter(model: "Lavida", config: LoraConfig, folder: Path) -> None:
         temporary.replace(folder / name)
 
 
-def load_adapter(model: "Lavida", folder: Path) -> LoraConfig:
+def load_adapter(model: "Lavida", folder: str | Path) -> LoraConfig:
     """Puts a saved adapter on its base.
 
     Raises:
         FileNotFoundError: no adapter there.
         ValueError: the adapter belongs to another base, or its tensors do not fit.
     """
+    folder = Path(folder)
     if not (folder / META).is_file() or not (folder / ADAPTER).is_file():
         raise FileNotFoundError(
             f"{folder} holds no adapter ({META} and {ADAPTER}): give the folder that train.py named"
         )
-    meta = json.loads((folder / META).read_text())
-    config = LoraConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["lora"].items()})
-    if meta["base"] != base_fingerprint(model, config):
+    try:
+        meta = json.loads((folder / META).read_text())
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["lora"].items()}
+        config, base = LoraConfig(**fields), meta["base"]
+        tensors = load_file(folder / ADAPTER)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
+    if base != base_fingerprint(model, config):
         raise ValueError(f"the adapter in {folder} was trained on another base checkpoint: load that one (model.path=)")
     add_lora(model, config)
-    tensors = load_file(folder / ADAPTER)
     wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if tensors.keys() != wanted.keys() or any(tensors[n].shape != p.shape for n, p in wanted.items()):
         raise ValueError(f"the tensors in {folder / ADAPTER} are not those that its {META} describes")
@@ -143,9 +167,7 @@ def load_adapter(model: "Lavida", folder: Path) -> LoraConfig:
 
 def base_fingerprint(model: "Lavida", config: LoraConfig) -> str:
     """Fingerprint of what the adapter leaves as it is; the parameters trained whole are not part of it."""
-    names = [n.replace(".base_layer", "") for n, _ in model.model.named_parameters() if "lora_" not in n]
-    whole = tuple("model." + n for pattern in config.train_whole for n in expand(pattern, _with_parents(names)))
-    return fingerprint(model, skip=whole)
+    return fingerprint(model, skip=tuple(f"model.{name}" for name in _whole(model, config)))
 
 
 def merge_lora(model: "Lavida") -> None:
@@ -157,13 +179,10 @@ def merge_lora(model: "Lavida") -> None:
             setattr(model.get_submodule(owner), leaf, module.get_base_layer())
 
 
-def _with_parents(names: Sequence[str]) -> list[str]:
-    """Parameter names and every module name above them."""
-    return sorted({".".join(n.split(".")[:i]) for n in names for i in range(1, n.count(".") + 2)})
-
-
-def _alternatives(text: str) -> list[str]:
-    """ "a,b" -> a, b; "0-3" -> 0, 1, 2, 3."""
+def _alternatives(text: str, pattern: str) -> list[str]:
+    """The names that `a,b` or `0-3` between braces stands for."""
     if span := re.fullmatch(r"(\d+)-(\d+)", text):
+        if int(span[1]) > int(span[2]):
+            raise ValueError(f"lora: the range {{{text}}} in {pattern!r} is empty: write the smaller number first")
         return [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
     return text.split(",")

@@ -4,15 +4,15 @@ The module tree carries the names of the published checkpoint, so that weights, 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lavida_adapter.cache import PrefixCache
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.denoise import DecodeConfig, Generation, denoise, start
 from lavida_adapter.llada import Llada
@@ -25,24 +25,14 @@ from lavida_adapter.objective import (
     pad_answers,
     sample_times,
 )
-from lavida_adapter.prefix import Prefix, picture_block, splice
+from lavida_adapter.pictures import picture_blocks
+from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
-from lavida_adapter.prompt import IGNORE, encode_text, prompt_ids, training_example
-from lavida_adapter.relevance import Context, Relevance
-from lavida_adapter.views import Views, layout_on, make_views
+from lavida_adapter.prompt import IGNORE, prompt_ids, training_example
+from lavida_adapter.relevance import Relevance
+from lavida_adapter.timer import NoTimer, Timer
 from lavida_adapter.vision import VisionTower
-from shirg import Selection, Selector, VisionFeatures
-
-
-class Timer(Protocol):
-    """Measures the stages views, tower, relevance, select, project, prefill and denoise."""
-
-    def stage(self, name: str) -> AbstractContextManager[None]: ...
-
-
-class _NoTimer:
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()
+from shirg import Selector
 
 
 @dataclass(frozen=True)
@@ -99,11 +89,11 @@ class Lavida(nn.Module):
 
         return load(cls, source, dtype=dtype, device=torch.device(device))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the published layout: config.json, safetensors weights, tokenizer."""
+    def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+        """Writes the published layout: config.json, safetensors weights in one file or shards, tokenizer."""
         from lavida_adapter.checkpoint import save
 
-        save(self, Path(folder))
+        save(self, Path(folder), max_shard_size=max_shard_size)
 
     @property
     def lm(self) -> Llada:
@@ -128,10 +118,20 @@ class Lavida(nn.Module):
         prompts: Sequence[str] | None = None,
         timer: Timer | None = None,
     ) -> Prefix:
-        """Pictures and questions to a prefix. The question ranks tokens, the prompt (question + suffix) is answered."""
-        timer = timer or _NoTimer()
-        blocks, selections = self._picture_blocks(images, questions, selector, relevance, ids, timer)
-        rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in (prompts or questions)]
+        """Pictures and questions to a prefix. The question ranks tokens, the prompt (question + suffix) is answered.
+
+        Raises:
+            ValueError: when there are not as many pictures, questions, ids and prompts, or none at all.
+        """
+        timer = timer or NoTimer()
+        ids = [str(i) for i in range(len(images))] if ids is None else ids
+        prompts = questions if prompts is None else prompts
+        given = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
+        if len({len(things) for things in given.values()}) > 1 or not images:
+            counts = ", ".join(f"{len(things)} {name}" for name, things in given.items())
+            raise ValueError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
+        blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer)
+        rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
             prefix, _ = splice(rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length)
         return replace(prefix, selections=selections)
@@ -151,7 +151,7 @@ class Lavida(nn.Module):
         Raises:
             ValueError: when prompt and answer together exceed the model's context.
         """
-        timer = timer or _NoTimer()
+        timer = timer or NoTimer()
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
         if longest > self.config.lm.max_sequence_length:
             raise ValueError(
@@ -169,29 +169,41 @@ class Lavida(nn.Module):
         else:
 
             def logits_of(ids_BA: Tensor) -> Tensor:
-                return self.lm.logits(self._forward_whole(prefix, self.lm.wte(ids_BA)))
+                return self.lm.logits(self.forward_whole(prefix, self.lm.wte(ids_BA)))
 
         with timer.stage("denoise"):
             ids_BA, forwards, history = denoise(logits_of, answer_BA, decode, mask_id, generator)
         texts = self.tokenizer.batch_decode(ids_BA.tolist(), skip_special_tokens=True)
         return Generation(ids_BA, tuple(text.strip() for text in texts), forwards, tuple(history))
 
-    def prefill(self, prefix: Prefix) -> Any:
+    def prefill(self, prefix: Prefix) -> PrefixCache:
         """The prefix cache of a prefix, under the model's prefix attention."""
-        visual = prefix.visual_BP if self.config.prefix_attention == "image_first" else None
-        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, visual)
+        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, self._visual(prefix.visual_BP))
 
-    def _forward_whole(self, prefix: Prefix, answer_BAD: Tensor) -> Tensor:
-        """States [B, A, D] of the answer in one bidirectional pass over prompt and answer, without a cache."""
+    def forward_whole(self, prefix: Prefix, answer_BAD: Tensor) -> Tensor:
+        """States [B, A, D] of the answer in one pass over prompt and answer, without a cache: the prompt sees it too.
+
+        With `prefix_attention="image_first"` picture tokens see the picture alone, here as in the cache.
+        """
         b, a = answer_BAD.shape[:2]
-        mask_BL, positions_BL = None, None
         p = prefix.embeds_BPD.shape[1]
+        answer_BA = torch.ones(b, a, dtype=torch.bool, device=answer_BAD.device)
+        mask_BL, positions_BL = None, None
         if prefix.padding is not None:
-            mask_BL = torch.cat([prefix.mask_BP, prefix.mask_BP.new_ones(b, a)], dim=1)
+            mask_BL = torch.cat([prefix.mask_BP, answer_BA], dim=1)
             answer_position = prefix.mask_BP.sum(-1, keepdim=True) + torch.arange(a, device=self.device)
             positions_BL = torch.cat([torch.arange(p, device=self.device).expand(b, p), answer_position], dim=1)
-        embeds = torch.cat([prefix.embeds_BPD, answer_BAD], dim=1)
-        return self.lm(embeds, mask_BL=mask_BL, positions_BL=positions_BL)[:, p:]
+        states_BLD = self.lm(
+            torch.cat([prefix.embeds_BPD, answer_BAD], dim=1),
+            mask_BL=mask_BL,
+            visual_BL=self._visual(torch.cat([prefix.visual_BP, ~answer_BA], dim=1)),
+            positions_BL=positions_BL,
+        )
+        return states_BLD[:, p:]
+
+    def _visual(self, visual_BL: Tensor) -> Tensor | None:
+        """The picture's places for a model whose picture tokens see the picture alone."""
+        return visual_BL if self.config.prefix_attention == "image_first" else None
 
     def loss(
         self,
@@ -203,16 +215,19 @@ class Lavida(nn.Module):
         relevance: Relevance | None = None,
     ) -> Tensor:
         """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies."""
-        blocks, _ = self._picture_blocks(batch.images, batch.questions, selector, relevance, batch.ids, _NoTimer())
+        timer = NoTimer()
+        blocks, _ = picture_blocks(self, batch.images, batch.questions, batch.ids, selector, relevance, timer)
+        prompts = batch.questions if batch.prompts is None else batch.prompts
         examples = [
             training_example(self.tokenizer, prompt, answer, self.config)
-            for prompt, answer in zip(batch.prompts or batch.questions, batch.answers, strict=True)
+            for prompt, answer in zip(prompts, batch.answers, strict=True)
         ]
         rows, labels = pad_answers(
             [e.prompt for e in examples],
             [e.answer for e in examples],
             eos=self.config.lm.eos_token_id,
-            extra=extra_padding(objective, max(len(e.answer) for e in examples), generator),
+            extra=extra_padding(objective, generator),
+            least=objective.answer_tokens or 0,
         )
         return self.loss_of_rows(rows, labels, blocks, objective, generator)
 
@@ -224,33 +239,48 @@ class Lavida(nn.Module):
         objective: ObjectiveConfig,
         generator: torch.Generator,
     ) -> Tensor:
-        """The loss of token rows with one picture block each."""
-        whole, labels_BL = splice(
-            rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length, labels=labels
-        )
+        """The loss of token rows with one picture block each.
+
+        Raises:
+            ValueError: for a row without a target: it would teach nothing.
+        """
+        for i, label in enumerate(labels):
+            if all(token == IGNORE for token in label):
+                raise ValueError(f"training row {i} has no target token: its answer was empty or cut away")
+        max_length = self.config.tokenizer_model_max_length
+        whole, labels_BL = splice(rows, blocks, self.lm.wte, max_length=max_length, labels=labels)
         b, length = labels_BL.shape
         t_B = sample_times(b, objective.time, generator, self.device)
         u_BL = torch.rand(b, length, generator=generator, device=self.device)
-        masked_BL, complement_BL = masked_targets(labels_BL != IGNORE, t_B, u_BL)
-        copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
-        p_B = mask_probability(t_B)
-        weight_CB = torch.stack([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
-        masked = torch.cat(copies)
-        states = self._states_of_copies(whole, labels_BL, masked, objective.prefix_mask)
-        weight = None
-        if objective.weighting == "inverse_time":
-            weight = weight_CB.reshape(-1, 1).expand_as(masked)[masked]
-        return masked_cross_entropy(self.lm.logits(states[masked]), labels_BL.repeat(len(copies), 1)[masked], weight)
+        return self.loss_of_draw(whole, labels_BL, t_B, u_BL, objective)
 
-    def _states_of_copies(self, whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, prefix_mask: bool) -> Tensor:
-        """States [C*B, L, D] of the copies of a batch in which the `masked` positions hold the mask embedding."""
+    def loss_of_draw(
+        self, whole: Prefix, labels_BL: Tensor, t_B: Tensor, u_BL: Tensor, objective: ObjectiveConfig
+    ) -> Tensor:
+        """The loss of spliced rows at noise levels `t_B`, with one uniform draw `u_BL` per position."""
+        target_BL = labels_BL != IGNORE
+        masked_BL, complement_BL = masked_targets(target_BL, t_B, u_BL)
+        copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
+        masked_CL = torch.cat(copies)
+        states = self.states_of_copies(whole, labels_BL, masked_CL, objective.prefix_mask)
+        logits_MW, labels_M = self.lm.logits(states[masked_CL]), labels_BL.repeat(len(copies), 1)[masked_CL]
+        if objective.weighting == "none":
+            return masked_cross_entropy(logits_MW, labels_M)
+        p_B = mask_probability(t_B)
+        # Either copy alone estimates the same loss without bias: together they are averaged.
+        weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
+        weight_M = weight_C[:, None].expand_as(masked_CL)[masked_CL]
+        return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=target_BL.sum())
+
+    def states_of_copies(self, whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, prefix_mask: bool) -> Tensor:
+        """States [C, L, D] of the copies of a batch in which the `masked` positions hold the mask embedding."""
         mask_D = self.lm.wte(torch.tensor(self.config.lm.mask_token_id, device=self.device))
         n = len(masked_CL) // len(labels_BL)
         embeds = torch.where(masked_CL[..., None], mask_D.to(whole.embeds_BPD.dtype), whole.embeds_BPD.repeat(n, 1, 1))
-        if not prefix_mask:
-            mask = None if whole.padding is None else whole.mask_BP.repeat(n, 1)
-            return self.lm(embeds, mask_BL=mask)
-        return self._states_behind_prefix(whole, labels_BL, embeds, n)
+        if prefix_mask:
+            return self._states_behind_prefix(whole, labels_BL, embeds, n)
+        mask = None if whole.padding is None else whole.mask_BP.repeat(n, 1)
+        return self.lm(embeds, mask_BL=mask, visual_BL=self._visual(whole.visual_BP.repeat(n, 1)))
 
     def _states_behind_prefix(self, whole: Prefix, labels_BL: Tensor, embeds: Tensor, n: int) -> Tensor:
         """The same with a prompt that does not see the answer: one prefill, then all copies decode against it."""
@@ -267,111 +297,3 @@ class Lavida(nn.Module):
         write = index_BA.repeat(n, 1).masked_fill(~real_CA, length)[..., None].expand_as(read)
         states_CAD = self.lm.decode(embeds.gather(1, read), cache.repeat(n), None if real_CA.all() else real_CA)
         return embeds.new_zeros(n * b, length + 1, embeds.shape[-1]).scatter(1, write, states_CAD)[:, :length]
-
-    def _picture_blocks(
-        self,
-        images: Sequence[Image.Image],
-        questions: Sequence[str],
-        selector: Selector,
-        relevance: Relevance | None,
-        ids: Sequence[str] | None,
-        timer: Timer,
-    ) -> tuple[list[Tensor], tuple[Selection, ...]]:
-        """Each prompt's picture tokens [n, D] in the language model's space, and the selections behind them."""
-        if len(images) != len(questions):
-            raise ValueError(f"{len(images)} pictures for {len(questions)} questions: give one picture per question")
-        ids = [str(i) for i in range(len(images))] if ids is None else list(ids)
-        distinct = list({id(image): image for image in images}.values())
-        with timer.stage("views"):
-            views = [make_views(image, self.config) for image in distinct]
-        with timer.stage("tower"):
-            states, taps = self._run_tower(views, selector.needs - {"encoder"})
-        view_of = {id(image): i for i, image in enumerate(distinct)}
-        picture_of = [view_of[id(image)] for image in images]
-        question_ids = [
-            torch.tensor(encode_text(self.tokenizer, q.strip()), dtype=torch.int64, device=self.device)
-            for q in questions
-        ]
-        blocks: dict[int, Tensor] = {}
-        selections: dict[int, Selection] = {}
-        for layout in {id(v.layout): v.layout for v in views}.values():
-            rows = [i for i, picture in enumerate(picture_of) if views[picture].layout is layout]
-            shown = list(dict.fromkeys(picture_of[i] for i in rows))
-            place = torch.tensor([shown.index(picture_of[i]) for i in rows], device=self.device)
-            group = _Group(
-                [views[i] for i in shown], torch.stack([states[i] for i in shown]), place, self.model.mm_projector
-            )
-            features = group.features(
-                tuple(ids[i] for i in rows), {k: torch.stack([v[i] for i in shown]) for k, v in taps.items()}
-            )
-            if relevance is not None and selector.uses_relevance:
-                with timer.stage("relevance"):
-                    context = Context(group.projected, [question_ids[i] for i in rows], self.lm.wte)
-                    features = replace(features, relevance_BN=relevance(features, context))
-            selection, tokens_BTD = self._select(features, group, selector, timer)
-            for j, i in enumerate(rows):
-                selections[i] = _row(selection, j)
-                blocks[i] = picture_block(selections[i], tokens_BTD[j], self.model.image_newline)
-        return [blocks[i] for i in range(len(images))], tuple(selections[i] for i in range(len(images)))
-
-    def _select(
-        self, features: VisionFeatures, group: "_Group", selector: Selector, timer: Timer
-    ) -> tuple[Selection, Tensor]:
-        """Selection and its tokens in the language model's space: project before or after, as the selector's stage says."""
-        if selector.stage == "post":
-            with timer.stage("project"):
-                taps = {**features.taps, **({"encoder": features.tokens_BND} if "encoder" in selector.needs else {})}
-                features = replace(features, tokens_BND=group.projected(), taps=taps)
-        with timer.stage("select"):
-            selection = selector(features)
-        if selector.stage == "post":
-            return selection, selection.tokens_BTD
-        with timer.stage("project"):
-            return selection, self.model.mm_projector(selection.tokens_BTD)
-
-    def _run_tower(self, views: Sequence[Views], taps: frozenset[str]) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        """Tower states [N, D] and recordings [N, ...] of each picture, all views in one batch; no graph when frozen."""
-        pixels = torch.cat([v.pixels_V3SS for v in views]).to(self.device, self.dtype)
-        counts = [len(v.pixels_V3SS) for v in views]
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.vision_tower.parameters())
-        with torch.set_grad_enabled(learns):
-            states, recorded = self.model.vision_tower(pixels, taps)
-        return (
-            [x.flatten(0, 1) for x in states.split(counts)],
-            {name: [x.flatten(0, 1) for x in tensor.split(counts)] for name, tensor in recorded.items()},
-        )
-
-
-class _Group:
-    """Pictures that share a canvas, and the prompts that ask about them; projects each picture at most once."""
-
-    def __init__(self, views: Sequence[Views], states_END: Tensor, place_B: Tensor, projector: nn.Module) -> None:
-        self.views, self.states_END, self.place_B, self.projector = views, states_END, place_B, projector
-        self._projected: Tensor | None = None
-
-    def projected(self) -> Tensor:
-        """Projected tokens [B, N, D] of every prompt's picture."""
-        if self._projected is None:
-            self._projected = self.projector(self.states_END)
-        return self._projected[self.place_B]
-
-    def features(self, ids: tuple[str, ...], taps: dict[str, Tensor]) -> VisionFeatures:
-        device, place = self.states_END.device, self.place_B
-        valid_EN = torch.stack([v.valid_N for v in self.views])
-        n_valid = valid_EN.sum(-1).tolist()
-        return VisionFeatures(
-            tokens_BND=self.states_END[place],
-            layout=layout_on(self.views[0].layout, device),
-            valid_BN=valid_EN.to(device)[place],
-            picture_B4=torch.tensor([v.picture_4 for v in self.views], device=device)[place],
-            size_B2=torch.tensor([v.size for v in self.views], device=device)[place],
-            ids=ids,
-            n_valid=tuple(n_valid[i] for i in place.tolist()),
-            taps={name: tensor[place] for name, tensor in taps.items()},
-        )
-
-
-def _row(selection: Selection, b: int) -> Selection:
-    row = {f: getattr(selection, f)[b : b + 1] for f in ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")}
-    scores = None if selection.scores_BN is None else selection.scores_BN[b : b + 1]
-    return Selection(**row, scores_BN=scores)

@@ -3,6 +3,7 @@
 docs/lavida.md, "Training objective". Draws are arguments, so that a test can replay the reference's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,8 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.extra_padding < 0:
             raise ValueError(f"objective.extra_padding={self.extra_padding}: give 0 or more")
+        if self.answer_tokens is not None and self.answer_tokens < 1:
+            raise ValueError(f"objective.answer_tokens={self.answer_tokens}: give at least 1, or null")
 
 
 def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -51,13 +54,12 @@ def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, d
     return u
 
 
-def extra_padding(config: ObjectiveConfig, longest: int, generator: torch.Generator) -> int:
-    """How many end-of-text tokens to append: uniform in [-limit, limit - 1], negatives count as none."""
-    least = max(0, (config.answer_tokens or 0) - longest)
+def extra_padding(config: ObjectiveConfig, generator: torch.Generator) -> int:
+    """How many end-of-text tokens the longest row gets: uniform in [-limit, limit - 1], negatives count as none."""
     if config.extra_padding == 0:
-        return least
+        return 0
     limits = (-config.extra_padding, config.extra_padding)
-    return max(least, int(torch.randint(*limits, (1,), generator=generator, device=generator.device)))
+    return max(0, int(torch.randint(*limits, (1,), generator=generator, device=generator.device)))
 
 
 def mask_probability(t_B: Tensor) -> Tensor:
@@ -77,25 +79,31 @@ def masked_targets(
     return target_BL & drawn_BL, target_BL & ~drawn_BL
 
 
-def masked_cross_entropy(logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None) -> Tensor:
-    """Mean over targets of the (weighted) cross entropy, in float32. No label shift.
+def masked_cross_entropy(
+    logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None, n_targets: Tensor | int | None = None
+) -> Tensor:
+    """Cross entropy of the M masked targets in float32, without a label shift: the plain mean over them.
 
-    Raises:
-        ValueError: when there is no target at all, which would make the mean meaningless.
+    With weights it is their weighted sum over `n_targets`, all targets of the batch, masked or not. A draw that masks
+    nothing has a loss of 0.
     """
-    if not len(labels_M):
-        raise ValueError("the batch has no target token: its answers were empty or cut away")
     loss_M = F.cross_entropy(logits_MW.float(), labels_M, reduction="none")
-    return loss_M.mean() if weight_M is None else (loss_M * weight_M).sum() / len(labels_M)
+    if weight_M is not None:
+        loss_M = loss_M * weight_M
+    return loss_M.sum() / (max(1, len(labels_M)) if n_targets is None else n_targets)
 
 
 def pad_answers(
-    prompts: list[tuple[int, ...]], answers: list[tuple[int, ...]], *, eos: int, extra: int
+    prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], *, eos: int, extra: int, least: int = 0
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of equal length before the picture goes in, and their labels: all padding is an end-of-text target."""
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) + extra
+    """Rows of equal length before the picture goes in, and their labels: all padding is an end-of-text target.
+
+    The longest row grows by `extra`; every answer has at least `least` tokens.
+    """
+    pairs = list(zip(prompts, answers, strict=True))
+    length = max(len(p) + max(len(a) + extra, least) for p, a in pairs)
     rows, labels = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in pairs:
         tail = [*answer, *[eos] * (length - len(prompt) - len(answer))]
         rows.append([*prompt, *tail])
         labels.append([IGNORE] * len(prompt) + tail)

@@ -18,6 +18,8 @@ IGNORE = -100
 """Label of positions that are not targets."""
 
 BOS, EOT = "<|startoftext|>", "<|eot_id|>"
+CONTROL = (BOS, "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>", EOT)
+"""Tokens of its own that every LLaDA tokenizer has."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shirg import VisionFeatures
@@ -64,7 +65,7 @@ class LmEmbed:
     def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
         p = context.projected().float()
         p = F.normalize(p - masked_mean(p, features.valid_BN), dim=-1)
-        vocabulary_mean_D = context.embedding.weight.float().mean(0)
+        vocabulary_mean_D = context.embedding.weight.mean(0, dtype=torch.float32)
         rows = []
         for p_ND, ids_Q in zip(p, context.questions, strict=True):
             if not len(ids_Q):
@@ -87,8 +88,10 @@ class External:
         if path is not None:
             if not Path(path).is_file():
                 raise FileNotFoundError(f"relevance.path={path}: no such file")
-            with safe_open(path, framework="pt") as file:
-                scores = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            try:
+                scores = load_file(path)
+            except SafetensorError as error:
+                raise ValueError(f"relevance.path={path} is not a readable safetensors file: {error}") from error
         self.scores = scores or {}
 
     def __call__(self, features: VisionFeatures, context: Context) -> Tensor:

@@ -3,6 +3,8 @@
 Pure functions of (masks, steps); float32 on purpose, because truncation makes the last bit visible.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def tokens_per_step(n_masks: int, steps: int, schedule: str = "none", shift: flo
     steps = min(steps, n_masks)
     progress = _progress(torch.linspace(0, 1, steps + 1, dtype=torch.float32), schedule, shift)
     committed = (progress * n_masks).to(torch.int64)
+    committed[-1] = n_masks  # some shifts end a rounding error below 1, which would leave a mask unfilled
     counts: list[int] = (committed[1:] - committed[:-1]).clamp_min(1).tolist()
     surplus = sum(counts) - n_masks
     j = 0
@@ -43,7 +46,7 @@ def tokens_per_step(n_masks: int, steps: int, schedule: str = "none", shift: flo
 def _progress(t: Tensor, schedule: str, shift: float) -> Tensor:
     """Share of the masks that is gone at time t, before the reversal."""
     if schedule == "shift":
-        if not shift > 0:
+        if not 0 < shift < math.inf:
             raise ValueError(f"decode.shift={shift}: give a positive number")
         return shift * t / (1 + (shift - 1) * t)
     if schedule == "cosine":

@@ -50,7 +50,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in TASKS])
     words = dict.fromkeys((*ASPECTS, *COLOURS[1:], *SHAPES[1:]))
     core.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=EOS,

@@ -108,9 +108,7 @@ def test_end_to_end_picture_to_answer(golden: Golden, equal, close) -> None:
         cached = run["call"]["prefix_lm"]
         config = decode_config(run["call"])
         masks = lm.wte(torch.full((1, config.max_new_tokens), golden.ids["mask"]))
-        states = (
-            lm.decode(masks, golden.model.prefill(prefix)) if cached else golden.model._forward_whole(prefix, masks)
-        )
+        states = lm.decode(masks, golden.model.prefill(prefix)) if cached else golden.model.forward_whole(prefix, masks)
         saved = golden.tensors(f"e2e_logits_{'prefix' if cached else 'full'}")["first_step_logits"]
         close("end to end, first logits", lm.logits(states), saved, 1e-3)
         check_run(run, golden.model.generate(prefix, config), equal, "end to end, ids", prefix.embeds_BPD.shape[1])
@@ -136,7 +134,7 @@ def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
     equal("training masks", copies[:, -behind:].long().tolist(), saved["masked_after_image"].long().tolist())
     kept = labels_BL.repeat(2, 1).masked_fill(~copies, IGNORE)
     equal("training labels", kept[:, -behind:].tolist(), saved["labels_after_image"].tolist())
-    states = golden.model._states_of_copies(whole, labels_BL, copies, prefix_mask=False)
+    states = golden.model.states_of_copies(whole, labels_BL, copies, prefix_mask=False)
     close("training logits", lm.logits(states[:, -behind:]), saved["logits_after_image"], 1e-3)
     loss = masked_cross_entropy(lm.logits(states[copies]), kept[copies])
     close("training loss", loss[None], saved["loss"], 1e-4)

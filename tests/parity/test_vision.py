@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from baselines import Pooled
-from lavida_adapter.model import _Group
+from lavida_adapter import pictures
 from lavida_adapter.prefix import picture_block, splice
 from lavida_adapter.prompt import IGNORE, join_at_images, render
+from lavida_adapter.timer import NoTimer
 from lavida_adapter.views import choose_canvas, make_views
 from tests.parity.conftest import Golden
 
@@ -63,7 +64,9 @@ def test_projector_and_pooling(golden: Golden, close, mode: str) -> None:
     close("projector", projected[:, : rows.shape[1]], rows, 1e-4)
     config = replace(golden.config, mm_spatial_pool_mode=mode, mm_patch_merge_type="flat", image_aspect_ratio="resize")
     views = make_views(blank((config.vision.image_size,) * 2), config)
-    features = _Group([views], saved["features"], torch.tensor([0]), torch.nn.Identity()).features(("0",), {})
+    features = pictures.PictureGroup([views], saved["features"], torch.tensor([0]), torch.nn.Identity()).features(
+        ("0",), {}
+    )
     pooled = Pooled()(replace(features, tokens_BND=projected))
     close(f"pooling ({mode})", pooled.tokens_BTD, saved[f"pooled_{mode}"], 1e-4)
 
@@ -75,7 +78,7 @@ def token_map(golden: Golden, size, config=None) -> torch.Tensor:
     side, n_views = config.vision.side, len(views.pixels_V3SS)
     grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (n_views, side, side)), indexing="ij"), -1)
     probe = grid.reshape(1, -1, 3)
-    features = _Group([views], probe, torch.tensor([0]), torch.nn.Identity()).features(("0",), {})
+    features = pictures.PictureGroup([views], probe, torch.tensor([0]), torch.nn.Identity()).features(("0",), {})
     selection = Pooled()(features)
     return picture_block(selection, selection.tokens_BTD[0], -torch.ones(3))
 
@@ -126,11 +129,8 @@ def test_spliced_embeddings(golden: Golden, close, equal) -> None:
 
 def picture_blocks(golden: Golden, images) -> list[torch.Tensor]:
     """Picture tokens of the pooled baseline: what LaViDa itself feeds its language model."""
-    from lavida_adapter.model import _NoTimer
-
     ids = [str(i) for i in range(len(images))]
-    model = golden.model
-    return model._picture_blocks(images, [""] * len(images), Pooled(), None, ids, _NoTimer())[0]
+    return pictures.picture_blocks(golden.model, images, [""] * len(images), ids, Pooled(), None, NoTimer())[0]
 
 
 def test_prompts_and_the_lost_token(golden: Golden, equal) -> None:

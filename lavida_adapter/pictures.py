@@ -1,0 +1,138 @@
+"""From pictures to the tokens that the language model reads: views, tower, relevance, selector, projector.
+
+Pictures of one canvas kind form a group and go through the selector together; a picture that several prompts ask about
+is encoded once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lavida_adapter.prefix import picture_block
+from lavida_adapter.prompt import encode_text
+from lavida_adapter.relevance import Context, Relevance
+from lavida_adapter.timer import Timer
+from lavida_adapter.views import Views, layout_on, make_views
+from shirg import Selection, Selector, VisionFeatures
+
+if TYPE_CHECKING:
+    from lavida_adapter.model import Lavida
+
+
+def picture_blocks(
+    model: "Lavida",
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    ids: Sequence[str],
+    selector: Selector,
+    relevance: Relevance | None,
+    timer: Timer,
+) -> tuple[list[Tensor], tuple[Selection, ...]]:
+    """Each prompt's picture tokens [n, D] in the language model's space, and the selections (B = 1) behind them."""
+    distinct = list({id(image): image for image in images}.values())
+    with timer.stage("views"):
+        views = [make_views(image, model.config) for image in distinct]
+    with timer.stage("tower"):
+        states, taps = run_tower(model, views, selector.needs - {"encoder"})
+    picture_at = {id(image): i for i, image in enumerate(distinct)}
+    picture_of = [picture_at[id(image)] for image in images]
+    blocks: dict[int, Tensor] = {}
+    selections: dict[int, Selection] = {}
+    for layout in {id(v.layout): v.layout for v in views}.values():
+        rows = [i for i, picture in enumerate(picture_of) if views[picture].layout is layout]
+        shown = list(dict.fromkeys(picture_of[i] for i in rows))
+        group = PictureGroup(
+            [views[i] for i in shown],
+            torch.stack([states[i] for i in shown]),
+            torch.tensor([shown.index(picture_of[i]) for i in rows], device=model.device),
+            model.model.mm_projector,
+        )
+        recorded = {name: torch.stack([tensors[i] for i in shown]) for name, tensors in taps.items()}
+        features = group.features(tuple(ids[i] for i in rows), recorded)
+        if relevance is not None and selector.uses_relevance:
+            with timer.stage("relevance"):
+                asked = [encode_text(model.tokenizer, questions[i].strip()) for i in rows]
+                asked_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in asked]
+                context = Context(group.projected, asked_Q, model.lm.wte)
+                features = replace(features, relevance_BN=relevance(features, context))
+        selection, tokens_BTD = select(features, group, selector, timer)
+        for j, i in enumerate(rows):
+            selections[i] = _row(selection, j)
+            blocks[i] = picture_block(selections[i], tokens_BTD[j], model.model.image_newline)
+    return [blocks[i] for i in range(len(images))], tuple(selections[i] for i in range(len(images)))
+
+
+def run_tower(
+    model: "Lavida", views: Sequence[Views], taps: frozenset[str]
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Tower states [N, D] and recordings [N, ...] of each picture, all views in one batch; no graph when frozen."""
+    tower = model.model.vision_tower
+    pixels = torch.cat([v.pixels_V3SS for v in views]).to(model.device, model.dtype)
+    counts = [len(v.pixels_V3SS) for v in views]
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+    with torch.set_grad_enabled(learns):
+        states, recorded = tower(pixels, taps)
+    return (
+        [x.flatten(0, 1) for x in states.split(counts)],
+        {name: [x.flatten(0, 1) for x in tensor.split(counts)] for name, tensor in recorded.items()},
+    )
+
+
+class PictureGroup:
+    """Pictures (E of them) that share a canvas, and the B prompts that ask about them."""
+
+    def __init__(self, views: Sequence[Views], states_END: Tensor, place_B: Tensor, projector: nn.Module) -> None:
+        """`place_B` is the picture of each prompt."""
+        self.views, self.states_END, self.place_B, self.projector = views, states_END, place_B, projector
+        self._projected: Tensor | None = None
+        self._has_graph = False
+
+    def projected(self) -> Tensor:
+        """Projected tokens [B, N, D] of every prompt's picture, computed once.
+
+        In training a provider of relevance may have asked first, without a graph; what is learned needs one.
+        """
+        learns = torch.is_grad_enabled()
+        if self._projected is None or (learns and not self._has_graph):
+            self._projected, self._has_graph = self.projector(self.states_END), learns
+        return self._projected[self.place_B]
+
+    def features(self, ids: tuple[str, ...], taps: dict[str, Tensor]) -> VisionFeatures:
+        """What a selector of stage "pre" sees; `taps` are those of the pictures, [E, N, ...]."""
+        device, place = self.states_END.device, self.place_B
+        valid_EN = torch.stack([v.valid_N for v in self.views])
+        n_valid = valid_EN.sum(-1).tolist()
+        return VisionFeatures(
+            tokens_BND=self.states_END[place],
+            layout=layout_on(self.views[0].layout, device),
+            valid_BN=valid_EN.to(device)[place],
+            picture_B4=torch.tensor([v.picture_4 for v in self.views], device=device)[place],
+            size_B2=torch.tensor([v.size for v in self.views], device=device)[place],
+            ids=ids,
+            n_valid=tuple(n_valid[i] for i in place.tolist()),
+            taps={name: tensor[place] for name, tensor in taps.items()},
+        )
+
+
+def select(features: VisionFeatures, group: PictureGroup, selector: Selector, timer: Timer) -> tuple[Selection, Tensor]:
+    """Selection and its tokens in the language model's space; the selector's stage says what is projected first."""
+    if selector.stage == "post":
+        with timer.stage("project"):
+            taps = {**features.taps, **({"encoder": features.tokens_BND} if "encoder" in selector.needs else {})}
+            features = replace(features, tokens_BND=group.projected(), taps=taps)
+    with timer.stage("select"):
+        selection: Selection = selector(features)
+    if selector.stage == "post":
+        return selection, selection.tokens_BTD
+    with timer.stage("project"):
+        return selection, group.projector(selection.tokens_BTD)
+
+
+def _row(selection: Selection, b: int) -> Selection:
+    row = {f: getattr(selection, f)[b : b + 1] for f in ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")}
+    scores = None if selection.scores_BN is None else selection.scores_BN[b : b + 1]
+    return Selection(**row, scores_BN=scores)
