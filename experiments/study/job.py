@@ -48,7 +48,7 @@ Work = Callable[[DictConfig, Job], Mapping[str, Any]]
 """A verb: does the work and returns the sections of result.json."""
 
 
-class Refused(Exception):
+class Refused(ValueError):
     """The job must not run now; the message says what to do."""
 
 
@@ -62,8 +62,10 @@ def run_job(cfg: DictConfig, work: Work) -> bool:
             ok = _run_locked(cfg, work, folder)
     except Timeout:
         _say(folder, "another process is running this job; wait for it, or give another study=")
-    except Refused as refusal:
-        _say(folder, str(refusal))
+    except (ValueError, OSError) as error:
+        if not is_bad_input(error):
+            raise
+        _say(folder, str(error))
     cli.finished(folder, ok)
     return ok
 

@@ -169,6 +169,14 @@ def test_two_processes_do_not_share_a_folder(eval_here: Eval, capfd: pytest.Capt
     assert (job / "result.json").read_bytes() == before
 
 
+def test_a_result_that_is_no_json_is_named(eval_here: Eval, capfd: pytest.CaptureFixture[str]) -> None:
+    job = eval_here("selector=pooled", "limit=4")
+    (job / "result.json").write_text("{")
+    eval_here("selector=pooled", "limit=4", "resume=true", ok=False)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{job / 'result.json'} is not valid JSON" in line and "delete it and run the job again" in line
+
+
 def test_running_out_of_memory_has_a_status_of_its_own(eval_here: Eval, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
