@@ -1,13 +1,13 @@
 # make demo   install, evaluate four selectors on the tiny model, write outputs/demo/report.html
 # make test   run the tests          make lint   style, types, import directions
-# make tiny   train the tiny model from scratch on two cores
+# make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint tiny clean
+.PHONY: setup demo test lint tiny adapters clean
 
 setup: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python eval.py -m study=demo resume=true selector=pooled,full,random,shirg
+	$(BIN)/python eval.py -m study=demo resume=true experiment=none,adapted selector=pooled,full,random,shirg
 	@echo "report: outputs/demo/report.html"
 
 test: setup
@@ -37,8 +37,13 @@ tiny: setup
 	$(TRAIN) stage=vision model=tiny_scratch weights=outputs/tiny/vision
 	$(TRAIN) stage=text model.path=outputs/tiny/vision weights=outputs/tiny/text
 	$(TRAIN) stage=align model.path=outputs/tiny/text weights=outputs/tiny/align
-	$(TRAIN) stage=base model.path=outputs/tiny/align selector=pooled weights=outputs/tiny/base
+	$(TRAIN) stage=base selector=pooled model.path=outputs/tiny/align weights=outputs/tiny/base
 	@echo "weights: outputs/tiny/base; use them with model.path=outputs/tiny/base"
+
+# One adapter for each selector, all for the same steps from the same base.
+adapters: $(addprefix adapter-,pooled full random shirg)
+adapter-%: setup
+	$(TRAIN) selector=$* model.path=outputs/tiny/base weights=outputs/tiny/base/adapters/$*
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

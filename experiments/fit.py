@@ -63,15 +63,16 @@ def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
     check_gate(reached, cfg.gate)
     artifact = save(cfg, model, job, {"stage": cfg.stage, "seconds": round(seconds, 1), "gate": reached})
     shutil.rmtree(checkpoints, ignore_errors=True)
-    print(f"written  {artifact}")
-    print(how_to_evaluate(cfg, job, artifact))
+    shown = artifact.relative_to(Path.cwd()) if artifact.is_relative_to(Path.cwd()) else artifact
+    print(f"written  {shown}")
+    print(how_to_evaluate(cfg, job, shown))
     return {
         "training": {
             "stage": cfg.stage,
             "steps": cfg.optim.steps,
             "loss": trainer.callback_metrics["loss"].item(),
             "trainable_parameters": trainable,
-            "artifact": str(artifact),
+            "artifact": str(shown),
             "gate": reached,
         },
         "environment": record.environment(device, cfg.dtype),
@@ -137,18 +138,18 @@ def check_gate(reached: Mapping[str, float], wanted: Mapping[str, float]) -> Non
 
 
 def save(cfg: DictConfig, model: "Lavida", job: Job, entry: dict[str, Any]) -> Path:
-    """Writes an adapter for the stage "adapt", else whole weights with the history of the stages behind them."""
-    if cfg.stage == "adapt":
-        folder = job.folder / "adapter"
+    """Writes an adapter for the stage "adapt", else whole weights; beside them, how they and their base were made."""
+    adapting = cfg.stage == "adapt"
+    folder = Path(cfg.weights) if cfg.weights else job.folder / ("adapter" if adapting else "weights")
+    if adapting:
         save_adapter(model, lora_config(cfg), folder)
-        return folder
-    folder = Path(cfg.weights) if cfg.weights else job.folder / "weights"
+    else:
+        model.config = replace(model.config, trained=model.config.trained or cfg.stage == "base")
+        model.save_pretrained(folder)
     source = Path(cfg.model.path) / PROVENANCE if cfg.model.get("path") else None
     history = json.loads(source.read_text())["stages"] if source is not None and source.is_file() else []
-    model.config = replace(model.config, trained=model.config.trained or cfg.stage == "base")
-    model.save_pretrained(folder)
-    entry |= {"command": job.identity.command, "seed": cfg.seed, "git": record.code_version()["git"]}
-    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    entry |= {"command": job.identity.command, "seed": cfg.seed, **record.code_version()}
+    sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
     write_atomic(folder / PROVENANCE, json.dumps({"sha256": sha, "stages": [*history, entry]}, indent=2) + "\n")
     return folder
 

@@ -28,6 +28,14 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Attention(StrEnum):
+    """Kernels of the language model's attention: torch's choice, plain matrix products, or the flash-attn package."""
+
+    sdpa = "sdpa"
+    math = "math"
+    flash = "flash"
+
+
 class Schedule(StrEnum):
     none = "none"
     shift = "shift"
@@ -90,6 +98,7 @@ class Run:
     budget: Any = "base"
     """base | wide | full (counts named by the model), matched (what LaViDa itself would use), or a number."""
     device: str = "auto"
+    attention: Attention = Attention.sdpa
     dtype: Dtype = Dtype.float32
     threads: int | None = None
     resume: bool = False
@@ -161,7 +170,7 @@ class Train(Run):
     stage: Stage = Stage.adapt
     batch_size: int = MISSING
     weights: str | None = None
-    """Where whole weights go; None is the job's folder. Adapters always go there."""
+    """Folder for what was trained, whole weights or an adapter; None is a folder in the job's own."""
     optim: Optim = field(default_factory=Optim)
     objective: Objective = field(default_factory=Objective)
     lora: Lora = field(default_factory=Lora)
