@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -26,6 +27,9 @@ from shirg import Selector
 if TYPE_CHECKING:
     from lavida_adapter import DecodeConfig, Lavida
     from lavida_adapter.relevance import Relevance
+
+_SWITCHES = ("prefix_attention", "drop_token_after_image")
+"""Fields of the model's own config that a run may change; null leaves what the checkpoint says."""
 
 
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
@@ -47,7 +51,7 @@ def build_model(cfg: DictConfig, device: torch.device, adapter: str | None = Non
 
     spec = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(spec, dict)
-    known = {"path", "dtype", "config", "seed"}
+    known = {"path", "dtype", "config", "seed", *_SWITCHES}
     if unknown := sorted(str(k) for k in spec.keys() - known):
         raise ValueError(f"model.{unknown[0]}: there is no such knob; a model has {', '.join(sorted(known))}")
     path, sizes = spec.get("path"), spec.get("config")
@@ -58,6 +62,7 @@ def build_model(cfg: DictConfig, device: torch.device, adapter: str | None = Non
         model = _random_model({str(k): v for k, v in sizes.items()}, int(spec.get("seed") or 0), cfg.dtype, device)
     else:
         model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device)
+    model.config = replace(model.config, **{k: spec[k] for k in _SWITCHES if spec.get(k) is not None})
     if adapter is not None:
         load_adapter(model, _adapter_folder(adapter))
         merge_lora(model)

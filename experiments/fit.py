@@ -21,6 +21,7 @@ from rich.console import Console
 from experiments import build, measure
 from experiments.data.module import Batches, Draw, TrainData, collate
 from experiments.data.sample import Dataset
+from experiments.mirror import close
 from experiments.study import record
 from experiments.study.files import write_atomic
 from experiments.study.job import Job
@@ -52,7 +53,10 @@ def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
     last = checkpoints / "last.ckpt"
     began = time.perf_counter()
     trainer = build_trainer(cfg, checkpoints)
-    trainer.fit(stage, datamodule=TrainData(draw, cfg.optim.steps), ckpt_path=last if last.exists() else None)
+    try:
+        trainer.fit(stage, datamodule=TrainData(draw, cfg.optim.steps), ckpt_path=last if last.exists() else None)
+    finally:
+        close(trainer.logger)
     if trainer.interrupted:
         raise KeyboardInterrupt
     seconds = time.perf_counter() - began

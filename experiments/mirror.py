@@ -38,10 +38,15 @@ def mirror(logger: Any, job: Job, sections: Mapping[str, Any], rows: Sequence[Ma
         print(f"warning: the logger failed ({error}); {job.folder} has everything", file=sys.stderr)
     finally:
         logger.finalize(status)
-        if wandb_run:
-            import wandb
+        close(logger, failed=status != "success")
 
-            wandb.finish(exit_code=0 if status == "success" else 1)
+
+def close(logger: Any, failed: bool = False) -> None:
+    """Ends a wandb run, so that the next job of a sweep gets its own; other loggers have nothing to end."""
+    if type(logger).__name__ == "WandbLogger":
+        import wandb
+
+        wandb.finish(exit_code=int(failed))
 
 
 def numbers(sections: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -140,3 +140,17 @@ def test_loggers_mirror_the_result(
     job = eval_here("selector=full", "limit=6", "logger=csv")
     assert result_of(job)["status"] == "ok"
     assert "warning: the logger failed (no route)" in capfd.readouterr().err
+
+
+def test_a_run_may_change_the_model_s_switches(eval_here: Eval) -> None:
+    """The newline behind the picture is one token more; a value that does not exist is refused."""
+    common = ("data.n=6", "selector=pooled", "study=switches")
+    folders = [
+        eval_here(*common),
+        eval_here(*common, "model.drop_token_after_image=false"),
+        eval_here(*common, "model.prefix_attention=image_first"),
+    ]
+    lost, kept, first = (pq.read_table(folder / "samples.parquet").to_pylist() for folder in folders)
+    assert [b["n_prefix"] - a["n_prefix"] for a, b in zip(lost, kept, strict=True)] == [1] * 6
+    assert [row["n_prefix"] for row in first] == [row["n_prefix"] for row in lost]
+    eval_here(*common, "model.prefix_attention=sideways", ok=False)
