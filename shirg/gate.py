@@ -1,6 +1,6 @@
 """SHIRG: score the tokens of the tiles, keep the best, put a coarse picture in front.
 
-docs/method.md, "SHIRG-980 as built", defines every term.
+docs/method.md, "SHIRG-980", defines every term.
 """
 
 from collections.abc import Mapping
