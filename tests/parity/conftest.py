@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavida_adapter import Lavida, LavidaConfig
-from tests.conftest import GOLDEN
+from tests.golden_data import golden_dir
 
 _DEVIATIONS: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
@@ -59,7 +59,7 @@ class _Plain:
 
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.config.getoption("--golden") or GOLDEN / "lavida")
+    return Golden(request.config.getoption("--golden") or golden_dir("lavida"))
 
 
 @pytest.fixture
