@@ -1,0 +1,210 @@
+"""Views and layouts at true geometry: 384 pixels, 27 x 27 tokens, five canvases."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lavida_adapter import LavidaConfig
+from lavida_adapter.views import Views, choose_canvas, letterbox_box, make_views
+from shirg import Role, VisionFeatures
+
+CONFIG = LavidaConfig()
+CANVASES = {  # picture -> canvas (w, h), views
+    (300, 300): ((384, 768), 3),
+    (400, 800): ((384, 768), 3),
+    (800, 400): ((768, 384), 3),
+    (640, 480): ((768, 768), 5),
+    (1920, 1080): ((768, 768), 5),
+    (1000, 280): ((1152, 384), 4),
+    (220, 900): ((384, 1152), 4),
+}
+
+
+def features(views: Views, tokens_ND: Tensor | None = None) -> VisionFeatures:
+    tokens = torch.zeros(views.layout.n_tokens, 1) if tokens_ND is None else tokens_ND
+    return VisionFeatures(
+        tokens_BND=tokens[None],
+        layout=views.layout,
+        valid_BN=views.valid_N[None],
+        picture_B4=torch.tensor([views.picture_4]),
+        size_B2=torch.tensor([views.size]),
+        ids=("0",),
+        n_valid=(int(views.valid_N.sum()),),
+    )
+
+
+def patches(views: Views) -> Tensor:
+    """Mean brightness [N] of the pixels that each token sees."""
+    seen = 27 * 14
+    grid = views.pixels_V3SS.mean(1)[:, :seen, :seen].unflatten(2, (27, 14)).unflatten(1, (27, 14))
+    return grid.mean(dim=(2, 4)).flatten()
+
+
+@pytest.mark.parametrize("size", CANVASES)
+def test_canvases_views_and_tokens(size: tuple[int, int]) -> None:
+    canvas, n_views = CANVASES[size]
+    views = make_views(Image.new("RGB", size), CONFIG)
+    layout = views.layout
+    assert choose_canvas(size, CONFIG.image_grid_pinpoints) == canvas
+    assert views.pixels_V3SS.shape == (n_views, 3, 384, 384)
+    assert (layout.n_views, layout.n_tokens, layout.side) == (n_views, n_views * 729, 27)
+    assert layout.canvas == (canvas[1] // 384 * 27, canvas[0] // 384 * 27)
+    assert layout.canvas_px == canvas[::-1]
+    assert (layout.role_N == Role.GLOBAL).sum() == 729
+    assert views.size == size
+
+
+def test_pictures_of_one_canvas_share_one_layout() -> None:
+    """Pictures are grouped by it."""
+    first, second, other = (make_views(Image.new("RGB", s), CONFIG) for s in ((640, 480), (768, 768), (1000, 280)))
+    assert first.layout is second.layout
+    assert first.layout is not other.layout
+
+
+def test_base_view_is_the_squashed_picture_and_tiles_are_the_canvas_row_by_row() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8))
+    views = make_views(image, CONFIG)
+    uint8 = ((views.pixels_V3SS * 0.5 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(uint8[0], np.asarray(image.resize((384, 384), Image.Resampling.BICUBIC)))
+    left, top, w, h = letterbox_box((900, 700), (768, 768))
+    assert (left, top, w, h) == (0, 85, 768, 598)
+    canvas = np.zeros((768, 768, 3), dtype=np.uint8)
+    canvas[top : top + h, left : left + w] = np.asarray(image.resize((w, h), Image.Resampling.BICUBIC))
+    tiles = np.stack([canvas[y : y + 384, x : x + 384] for y in (0, 384) for x in (0, 384)])
+    assert np.array_equal(uint8[1:], tiles)
+    assert views.pixels_V3SS.dtype == torch.float32
+    assert views.pixels_V3SS.min() == -1.0
+    assert views.pixels_V3SS.max() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("size", "n_tiles"),
+    [
+        ((768, 768), 2916),
+        ((1700, 2200), 2268),
+        ((640, 480), 2214),
+        ((2480, 3508), 2052),
+        ((1920, 1080), 1620),
+        ((2000, 500), 1701),
+        ((500, 375), 972),
+        ((3000, 200), 405),
+    ],
+)
+def test_valid_tile_tokens(size: tuple[int, int], n_tiles: int) -> None:
+    """As many tile tokens as docs/lavida.md says, and just those whose centre pixel was pasted there."""
+    views = make_views(Image.new("RGB", size, (255, 255, 255)), CONFIG)
+    canvas_h, canvas_w = views.layout.canvas_px
+    left, top, w, h = letterbox_box(size, (canvas_w, canvas_h))
+    pasted = np.zeros((canvas_h, canvas_w), dtype=bool)
+    pasted[top : top + h, left : left + w] = True
+    for view, role, cell, valid in zip(
+        views.layout.view_N.tolist(),
+        views.layout.role_N.tolist(),
+        views.layout.cell_N2.tolist(),
+        views.valid_N.tolist(),
+        strict=True,
+    ):
+        if role == Role.GLOBAL:
+            assert valid
+            continue
+        tile_row, tile_col = divmod(view - 1, canvas_w // 384)
+        y, x = (384 * t + 14 * (c - 27 * t) + 7 for t, c in zip((tile_row, tile_col), cell, strict=True))
+        assert valid == pasted[y, x]
+    assert views.valid_N.sum() == 729 + n_tiles
+
+
+def test_a_long_picture_on_the_square_canvas_has_few_valid_tokens() -> None:
+    views = make_views(Image.new("RGB", (2000, 500)), replace(CONFIG, image_grid_pinpoints=((768, 768),)))
+    # The picture lies between rows 288 and 480: cells 21 to 26 of the upper tiles and 0 to 6 of the lower ones.
+    assert views.valid_N.sum() == 729 + (6 + 7) * 54
+
+
+def test_the_blind_margin() -> None:
+    """No token covers the last six columns and rows of a tile: a gap in the middle of the canvas."""
+    views = make_views(Image.new("RGB", (768, 768)), CONFIG)
+    box_N4 = features(views).box_BN4()[0] * 768
+    tile = views.layout.role_N == Role.TILE
+    right_edges = box_N4[tile, 2].unique()
+    assert right_edges[26] == pytest.approx(378)
+    assert right_edges[27] == pytest.approx(398)
+    assert box_N4[tile, 2].max() == pytest.approx(762)
+
+
+@pytest.mark.parametrize("size", [(1000, 750), (300, 300), (1200, 320), (200, 850)])
+def test_boxes_find_what_is_drawn_in_the_picture(size: tuple[int, int]) -> None:
+    """A white rectangle: tokens whose box lies inside it see white, tokens away from it see black."""
+    w, h = size
+    rect = (int(0.2 * w), int(0.45 * h), int(0.7 * w), int(0.85 * h))
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), rect)
+    views = make_views(image, CONFIG)
+    bright_N = patches(views)
+    x0, y0, x1, y1 = (features(views).box_BN4()[0] * torch.tensor([w, h, w, h])).unbind(-1)
+    blur = 4 * max(w, h) / 384  # bicubic filters reach beyond the edge
+    inside = (x0 > rect[0] + blur) & (x1 < rect[2] - blur) & (y0 > rect[1] + blur) & (y1 < rect[3] - blur)
+    away = (x1 < rect[0] - blur) | (x0 > rect[2] + blur) | (y1 < rect[1] - blur) | (y0 > rect[3] + blur)
+    for role in (Role.GLOBAL, Role.TILE):
+        here = views.layout.role_N == role
+        assert (inside & here).sum() >= 8
+        assert (away & here).sum() >= 50
+        assert bright_N[inside & here].min() > 0.99
+        assert bright_N[away & here].max() < -0.99
+    outside_picture = (x0 < 0) | (y0 < 0) | (x1 > w) | (y1 > h)
+    assert not (outside_picture & views.valid_N & (views.layout.role_N == Role.GLOBAL)).any()
+
+
+def test_pad_mode() -> None:
+    config = replace(CONFIG, image_aspect_ratio="pad")
+    views = make_views(Image.new("RGB", (400, 200), (255, 255, 255)), config)
+    assert views.pixels_V3SS.shape == (1, 3, 384, 384)
+    assert views.layout.canvas == (0, 0)
+    grey = (127 / 255 - 0.5) / 0.5
+    assert views.pixels_V3SS[0, :, :90].unique().tolist() == pytest.approx([grey])
+    assert views.picture_4 == (0, 0.25, 1, 0.75)
+    rows = views.valid_N.view(27, 27)
+    assert (rows == rows[:, :1]).all()
+    # Row r has its centre at 14 r + 7 pixels; the picture lies between 96 and 288.
+    assert rows[:, 0].tolist() == [96 <= 14 * r + 7 < 288 for r in range(27)]
+    box = features(views).box_BN4()[0].view(27, 27, 4)
+    assert box[0, 0, 1] == pytest.approx(-0.5)
+    assert box[13, 0].tolist() == pytest.approx([0, (182 - 96) / 192, 14 / 384, (196 - 96) / 192])
+    bright = patches(views).view(27, 27)
+    assert bright[8:20].min() > 0.99
+
+
+def test_several_pictures_a_prompt_are_padded() -> None:
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    padded = make_views(image, replace(CONFIG, image_aspect_ratio="pad"))
+    single = make_views(image, CONFIG, single=True)
+    assert torch.equal(single.pixels_V3SS, padded.pixels_V3SS)
+    assert single.layout is padded.layout
+
+
+def test_resize_mode() -> None:
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    views = make_views(image, replace(CONFIG, image_aspect_ratio="resize"))
+    assert torch.equal(views.pixels_V3SS, make_views(image, CONFIG).pixels_V3SS[:1])
+    assert views.valid_N.all()
+    assert views.picture_4 == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3000, 60)])
+def test_extreme_pictures(size: tuple[int, int]) -> None:
+    views = make_views(Image.new("RGB", size, (255, 255, 255)), CONFIG)
+    assert views.pixels_V3SS.isfinite().all()
+    assert views.valid_N.sum() >= 729
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
+def test_other_colour_modes_raise(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"needs an RGB picture, got mode {mode}"):
+        make_views(Image.new(mode, (10, 10)), CONFIG)
+
+
+def test_empty_pictures_raise() -> None:
+    with pytest.raises(ValueError, match="empty picture of 0 x 5 pixels"):
+        make_views(Image.new("RGB", (0, 5)), CONFIG)

@@ -1,0 +1,148 @@
+"""The tower against transformers' own SigLIP, and its recordings against a second computation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from lavida_adapter.vision import TAPS, VisionTower, attention_received
+from tests.lavida_adapter.tiny import VIEW, noise, tiny_model
+
+HEADS, WIDTH, N = 2, 16, 9
+
+
+@pytest.fixture
+def tower() -> VisionTower:
+    return tiny_model().model.vision_tower
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return noise(3, 3, VIEW, VIEW)
+
+
+@torch.no_grad()
+def residuals(tower: VisionTower, pixels: Tensor) -> list[dict[str, Tensor]]:
+    """What each layer could record, by hand: norms, heads and softmax written out."""
+    vision = tower.vision_tower.vision_model
+    x, found = vision.embeddings(pixels), []
+    for layer in tower.layers:
+        attention = layer.self_attn
+        h = F.layer_norm(x, (WIDTH,), layer.layer_norm1.weight, layer.layer_norm1.bias, 1e-6)
+        q, k, v = (
+            F.linear(h, p.weight, p.bias).view(-1, N, HEADS, WIDTH // HEADS)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div((WIDTH // HEADS) ** 0.5).softmax(-1)
+        mixed = torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(-1, N, WIDTH)
+        middle = x + attention.out_proj(mixed)
+        h2 = F.layer_norm(middle, (WIDTH,), layer.layer_norm2.weight, layer.layer_norm2.bias, 1e-6)
+        found.append(
+            {"keys": k, "attention": weights.mean(dim=(1, 2)), "input": x, "post_norm": h2, "weights": weights}
+        )
+        x = middle + F.linear(
+            F.gelu(F.linear(h2, layer.mlp.fc1.weight, layer.mlp.fc1.bias), approximate="tanh"),
+            layer.mlp.fc2.weight,
+            layer.mlp.fc2.bias,
+        )
+    return [*found, {"input": x}]
+
+
+@torch.no_grad()
+def test_one_layer_less_than_configured_and_no_final_norm(tower: VisionTower, pixels: Tensor) -> None:
+    """The output is the second last hidden state of the whole SigLIP model with the same weights."""
+    assert len(tower.layers) == tower.config.num_hidden_layers - 1 == 2
+    torch.manual_seed(1)
+    whole = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=HEADS,
+            image_size=VIEW,
+            patch_size=6,
+            vision_use_head=False,
+        )
+    ).eval()
+    weights = {name.removeprefix("vision_model."): tensor for name, tensor in whole.state_dict().items()}
+    kept = {name: weights[name] for name in tower.vision_tower.vision_model.state_dict()}
+    assert len(kept) == 16 * 2 + 5
+    tower.vision_tower.vision_model.load_state_dict(kept)
+    hidden = whole(pixels, output_hidden_states=True).hidden_states
+    states, _ = tower(pixels)
+    assert len(hidden) == 4
+    torch.testing.assert_close(states, hidden[-2], rtol=0, atol=1e-5)
+    assert (states - hidden[-1]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_the_final_norm_is_stored_but_not_applied(tower: VisionTower, pixels: Tensor) -> None:
+    before, _ = tower(pixels)
+    tower.vision_tower.vision_model.post_layernorm.weight.fill_(torch.nan)
+    assert torch.equal(tower(pixels)[0], before)
+
+
+@torch.no_grad()
+def test_states_against_a_second_computation(tower: VisionTower, pixels: Tensor) -> None:
+    torch.testing.assert_close(tower(pixels)[0], residuals(tower, pixels)[-1]["input"], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("what", TAPS)
+def test_taps_against_a_second_computation(tower: VisionTower, pixels: Tensor, what: str, layer: int) -> None:
+    plain, nothing = tower(pixels)
+    states, recorded = tower(pixels, [f"{what}@{layer}"])
+    assert nothing == {}
+    assert recorded.keys() == {f"{what}@{layer}"}
+    assert torch.equal(states, plain)
+    expected = residuals(tower, pixels)
+    torch.testing.assert_close(recorded[f"{what}@{layer}"], expected[layer][what], rtol=0, atol=1e-5)
+    assert (expected[0][what] - expected[1][what]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_many_taps_and_two_spellings_of_one(tower: VisionTower, pixels: Tensor) -> None:
+    asked = ["keys@1", "keys@-1", "keys@0", "input@1"]
+    _, recorded = tower(pixels, asked)
+    assert list(recorded) != [] and recorded.keys() == set(asked)
+    assert torch.equal(recorded["keys@1"], recorded["keys@-1"])
+    assert not torch.equal(recorded["keys@1"], recorded["keys@0"])
+
+
+@pytest.mark.parametrize("tap", ["keys", "keys@", "keys@2", "keys@-3", "values@0", "keys@first", "@0", ""])
+def test_taps_that_do_not_exist(tower: VisionTower, pixels: Tensor, tap: str) -> None:
+    with pytest.raises(ValueError, match=f"has no tap {tap!r}: use one of keys, attention, .* with @layer in 0..1"):
+        tower(pixels, [tap])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2, 9, 100])
+def test_attention_received_is_a_mean_over_heads_and_queries(tower: VisionTower, pixels: Tensor, chunk: int) -> None:
+    expected = residuals(tower, pixels)[1]
+    h = tower.layers[1].layer_norm1(expected["input"])
+    received = attention_received(tower.layers[1].self_attn, h, chunk=chunk)
+    torch.testing.assert_close(received, expected["weights"].mean(dim=(1, 2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(received.sum(-1), torch.ones(3), rtol=0, atol=1e-5)
+    assert received.std() > 1e-3
+
+
+@torch.no_grad()
+def test_sdpa_runs_and_agrees_with_eager(tower: VisionTower, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
+    fast, _ = tower(pixels)
+    assert len(calls) == len(tower.layers)
+    for layer in tower.layers:
+        layer.self_attn.config._attn_implementation = "eager"
+    slow, _ = tower(pixels)
+    assert len(calls) == len(tower.layers)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_views_do_not_see_one_another(tower: VisionTower, pixels: Tensor) -> None:
+    alone = torch.cat([tower(pixels[i : i + 1])[0] for i in range(3)])
+    torch.testing.assert_close(tower(pixels)[0], alone, rtol=0, atol=1e-5)
