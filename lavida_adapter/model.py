@@ -26,7 +26,7 @@ from lavida_adapter.objective import (
     pad_answers,
     sample_times,
 )
-from lavida_adapter.pictures import picture_blocks
+from lavida_adapter.pictures import Boxes, picture_blocks
 from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
 from lavida_adapter.prompt import IGNORE, prompt_ids, training_example
@@ -46,6 +46,8 @@ class TrainBatch:
     ids: Sequence[str]
     prompts: Sequence[str] | None = None
     """The questions with the dataset's suffix; the questions themselves when None."""
+    boxes: Sequence[Boxes] | None = None
+    """Where each example's evidence is, as fractions of its picture; only an oracle looks."""
 
 
 class _Body(nn.Module):
@@ -117,9 +119,12 @@ class Lavida(nn.Module):
         relevance: Relevance | None = None,
         ids: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
+        boxes: Sequence[Boxes] | None = None,
         timer: Timer | None = None,
     ) -> Prefix:
         """Pictures and questions to a prefix. The question ranks tokens, the prompt (question + suffix) is answered.
+
+        `boxes` says where each question's evidence is, as fractions of its picture; only an oracle looks.
 
         Raises:
             ValueError: when there are not as many pictures, questions, ids and prompts, or none at all.
@@ -127,11 +132,12 @@ class Lavida(nn.Module):
         timer = timer or NoTimer()
         ids = [str(i) for i in range(len(images))] if ids is None else ids
         prompts = questions if prompts is None else prompts
-        given = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
+        given: dict[str, Sequence[Any]] = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
+        given |= {} if boxes is None else {"lists of boxes": boxes}
         if len({len(things) for things in given.values()}) > 1 or not images:
             counts = ", ".join(f"{len(things)} {name}" for name, things in given.items())
             raise ValueError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
-        blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer)
+        blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer, boxes)
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
             prefix, _ = splice(rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length)
@@ -217,7 +223,9 @@ class Lavida(nn.Module):
     ) -> Tensor:
         """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies."""
         timer = NoTimer()
-        blocks, _ = picture_blocks(self, batch.images, batch.questions, batch.ids, selector, relevance, timer)
+        blocks, _ = picture_blocks(
+            self, batch.images, batch.questions, batch.ids, selector, relevance, timer, batch.boxes
+        )
         prompts = batch.questions if batch.prompts is None else batch.prompts
         examples = [
             training_example(self.tokenizer, prompt, answer, self.config)

@@ -22,6 +22,8 @@ from shirg import Selection, Selector, VisionFeatures
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
 
+Boxes = Sequence[tuple[float, float, float, float]]
+
 
 def picture_blocks(
     model: "Lavida",
@@ -31,6 +33,7 @@ def picture_blocks(
     selector: Selector,
     relevance: Relevance | None,
     timer: Timer,
+    boxes: Sequence[Boxes] | None = None,
 ) -> tuple[list[Tensor], tuple[Selection, ...]]:
     """Each prompt's picture tokens [n, D] in the language model's space, and the selections (B = 1) behind them."""
     distinct = list({id(image): image for image in images}.values())
@@ -53,6 +56,8 @@ def picture_blocks(
         )
         recorded = {name: torch.stack([tensors[i] for i in shown]) for name, tensors in taps.items()}
         features = group.features(tuple(ids[i] for i in rows), recorded)
+        if boxes is not None:
+            features = replace(features, boxes=tuple(tuple(boxes[i]) for i in rows))
         if relevance is not None and selector.uses_relevance:
             with timer.stage("relevance"):
                 asked = [encode_text(model.tokenizer, questions[i].strip()) for i in rows]

@@ -11,9 +11,25 @@ import pytest
 import torch
 import yaml
 
-from baselines import Full, Pooled, Random
+from baselines import (
+    CDPruner,
+    DivPrune,
+    Full,
+    GlobalOnly,
+    NormTopK,
+    Oracle,
+    Pooled,
+    Random,
+    Saint,
+    SaintVote,
+    ToMe,
+    TopV,
+    UniformGrid,
+    VisionZip,
+    VisPruner,
+)
 from shirg import Selection, Selector, ShirgGate, Source, VisionFeatures
-from tests.features import GRIDS, SIZES, differs, make_features, permute_views, projector, through
+from tests.features import GRIDS, SIZES, differs, make_features, permute_views, projector, recorded, through
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
 SELECTED = ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")
@@ -35,6 +51,48 @@ SELECTORS = {
     "pooled": Case(Pooled),
     "full": Case(Full, flips={"newline": "none"}),
     "random": Case(Random, {"budget": 60}, flips={"budget": 61, "seed": 1}),
+    "uniform_grid": Case(UniformGrid, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
+    "norm_topk": Case(NormTopK, {"budget": 60}, flips={"budget": 61, "sign": -1}),
+    "global_only": Case(GlobalOnly),
+    "oracle": Case(Oracle, {"budget": 60}, flips={"budget": 61}),
+    "saint": Case(Saint, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.5, "layer": -1}),
+    "saint_vote": Case(
+        SaintVote,
+        {"budget": 60, "tau_step": 0.25},
+        flips={
+            "budget": 61,
+            "scope": "global",
+            "tau": 0.3,
+            "tau_step": 0.5,
+            "votes": 1,
+            "gamma": 0.1,
+            "layer": -1,
+        },
+    ),
+    "topv": Case(
+        TopV,
+        {"budget": 60},
+        flips={
+            "budget": 61,
+            "scope": "global",
+            "marginals": "balanced_cols_last",
+            "alpha": 0.1,
+            "beta": 0.1,
+            "gamma": 1.0,
+            "sigma": 1.0,
+            "eps": 1.0,
+            "recover": 0.5,
+        },
+    ),
+    "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
+    "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "sign": -1}),
+    "vispruner": Case(
+        VisPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "important": 0.2, "drop": 1, "layer": -2}
+    ),
+    "visionzip": Case(
+        VisionZip, {"budget": 60}, flips={"budget": 61, "scope": "global", "contextual": 0.5, "layer": -2}
+    ),
+    "tome": Case(ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "r": 2, "layer": -2}),
     "shirg": Case(
         ShirgGate,
         {"budget": 60, "scaffold": {"size": 3}},
@@ -132,7 +190,7 @@ def test_slots_do_not_depend_on_content(selector: Selector) -> None:
     features = make_features((2, 2), sizes=SIZES[(2, 2)])
     here = selector(features)
     for tokens in (torch.zeros_like(features.tokens_BND), features.tokens_BND.abs() * 1e4):
-        there = selector(replace(features, tokens_BND=tokens, taps={"encoder": tokens}))
+        there = selector(replace(features, tokens_BND=tokens, taps=recorded(tokens)))
         assert there.mask_BT.shape == here.mask_BT.shape
         assert torch.equal(there.mask_BT.sum(-1), here.mask_BT.sum(-1))
 
@@ -170,6 +228,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates(selector: Selector) -> Non
         features,
         ids=features.ids[::-1],
         n_valid=features.n_valid[::-1],
+        boxes=features.boxes[::-1] if features.boxes else None,
         taps={name: tap.flip(0) for name, tap in features.taps.items()},
         **{
             f.name: getattr(features, f.name).flip(0)
@@ -194,7 +253,7 @@ def test_scale_changes_no_choice(selector: Selector) -> None:
     here = selector(features)
     for scale in (0.25, 8.0):
         tokens = features.tokens_BND * scale
-        scaled = selector(replace(features, tokens_BND=tokens, taps={"encoder": tokens}))
+        scaled = selector(replace(features, tokens_BND=tokens, taps={**features.taps, "encoder": tokens}))
         assert torch.equal(here.index_BT, scaled.index_BT)
         assert torch.allclose(scaled.tokens_BTD, here.tokens_BTD * scale, rtol=1e-5)
 
