@@ -1,7 +1,7 @@
 """The typed spine of the configs: the numbers and names that people mistype.
 
 Importing this module registers the schemas and two resolvers with Hydra; it imports nothing heavy, so that `--help`
-answers at once. Plug-in groups (model, selector, relevance, data, logger) are checked by their own constructors.
+answers at once. Plug-in groups (model, selector, relevance, data, cache, logger) are checked by their own constructors.
 """
 
 import hashlib
@@ -120,6 +120,8 @@ class Eval(Run):
     adapter: str | None = None
     """Folder of a LoRA adapter written by train.py."""
     decode: Decode = field(default_factory=Decode)
+    cache: dict[str, Any] = field(default_factory=dict)
+    """A cache selector, which shortens the prefix cache."""
 
 
 @dataclass
