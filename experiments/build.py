@@ -87,7 +87,11 @@ def build_cache_selector(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheS
     """The selector of `cache=...`, with its budget's name replaced by a number; None for cache=none."""
     if "_target_" not in cfg.cache:
         return None
-    selector: CacheSelector = _instantiate(cfg, "cache", {"budget": resolve_budget(cfg.cache.budget, budgets)})
+    from lavida_adapter import CacheSelector
+
+    selector = _instantiate(cfg, "cache", {"budget": resolve_budget(cfg.cache.budget, budgets)})
+    if not isinstance(selector, CacheSelector):
+        raise ValueError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector")
     return selector
 
 
