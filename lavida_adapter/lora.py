@@ -177,6 +177,8 @@ def merge_lora(model: "Lavida") -> None:
             module.merge()
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config  # peft's own note that an adapter is there
 
 
 def _alternatives(text: str, pattern: str) -> list[str]:

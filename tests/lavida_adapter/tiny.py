@@ -15,7 +15,7 @@ from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 VIEW, PATCH = 20, 6
 """Two of 20 pixels are left over at the right and bottom of a view, as 6 of 384 are in the real model."""
 CANVASES = ((20, 40), (40, 20), (40, 40), (60, 20), (20, 60))
-SIZES = ((40, 40), (30, 22), (18, 9), (100, 26), (9, 31))
+SIZES = ((40, 40), (30, 22), (38, 16), (100, 26), (12, 70))
 """Pictures (w, h) that between them use canvases of three, four and five views, with and without padding."""
 
 

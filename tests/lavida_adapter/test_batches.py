@@ -1,0 +1,132 @@
+"""A batch answers like its rows alone: other canvases, other question lengths, with and without the cache."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines import Full, Pooled, Random
+from lavida_adapter import DecodeConfig, Lavida, Prefix
+from shirg import Selector
+from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
+
+QUESTIONS = ("digit red", "What is in the top left corner of this page?", "x", "letter K", "how many shapes are there?")
+N = 6
+
+
+@pytest.fixture(params=["full", "image_first"])
+def model(request: pytest.FixtureRequest) -> Lavida:
+    return tiny_model(prefix_attention=request.param)
+
+
+def prefixes(model: Lavida, selector: Selector, rows: list[int]) -> Prefix:
+    ids = [f"sample {i}" for i in rows]
+    images = [picture(SIZES[i]) for i in rows]
+    return model.encode(images, [QUESTIONS[i] for i in rows], selector, ids=ids)
+
+
+@torch.no_grad()
+def first_logits(model: Lavida, prefix: Prefix, *, cached: bool) -> Tensor:
+    masks = torch.full((len(prefix.n_tokens), N), model.config.lm.mask_token_id)
+    answer = model.lm.wte(masks)
+    states = model.lm.decode(answer, model.prefill(prefix)) if cached else model.forward_whole(prefix, answer)
+    return model.lm.logits(states)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("selector", [Pooled(), Full(), Random(budget=7)], ids=lambda s: type(s).__name__)
+def test_rows_of_a_batch_equal_rows_alone(model: Lavida, selector: Selector, cached: bool) -> None:
+    together = prefixes(model, selector, [0, 1, 2, 3, 4])
+    assert len(set(together.n_tokens)) >= 4
+    assert not together.mask_BP.all()
+    config = DecodeConfig(max_new_tokens=N, prefix_cache=cached)
+    logits, answers = first_logits(model, together, cached=cached), model.generate(together, config)
+    assert answers.forwards == N
+    for i in range(5):
+        alone = prefixes(model, selector, [i])
+        n = alone.n_tokens[0]
+        assert (together.n_tokens[i], together.n_visual[i]) == (n, alone.n_visual[0])
+        torch.testing.assert_close(together.embeds_BPD[i, :n], alone.embeds_BPD[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[i], first_logits(model, alone, cached=cached)[0], rtol=0, atol=1e-5)
+        one = model.generate(alone, config)
+        assert answers.ids_BA[i].tolist() == one.ids_BA[0].tolist()
+        assert answers.texts[i] == one.texts[0]
+        assert torch.equal(together.selections[i].index_BT, alone.selections[0].index_BT)
+
+
+@torch.no_grad()
+def test_questions_and_pictures_matter() -> None:
+    """What makes the test above able to fail: other questions and other pictures give other logits."""
+    model = tiny_model()
+    logits = first_logits(model, prefixes(model, Pooled(), [0, 1, 2, 3, 4]), cached=True)
+    for i, j in product(range(5), repeat=2):
+        assert i == j or (logits[i] - logits[j]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_cache_is_not_an_approximation_but_another_mask(model: Lavida) -> None:
+    """Without the cache the prompt sees the answer, so the logits differ, in padded batches too."""
+    prefix = prefixes(model, Pooled(), [0, 1])
+    difference = first_logits(model, prefix, cached=True) - first_logits(model, prefix, cached=False)
+    assert (difference.abs().amax(dim=(1, 2)) > 1e-3).all()
+
+
+@torch.no_grad()
+def test_without_a_cache_image_first_still_keeps_the_picture_to_itself() -> None:
+    """The two kinds of prefix attention differ at every step, also where prompt and answer run together."""
+    full, image_first = tiny_model(prefix_attention="full"), tiny_model(prefix_attention="image_first")
+    for cached in (True, False):
+        one, other = (first_logits(m, prefixes(m, Pooled(), [1]), cached=cached) for m in (full, image_first))
+        assert (one - other).abs().max() > 1e-2
+
+
+def test_questions_about_one_picture_encode_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    seen: list[int] = []
+    tower = model.model.vision_tower.forward
+    monkeypatch.setattr(model.model.vision_tower, "forward", lambda x, t: (seen.append(len(x)), tower(x, t))[1])
+    shared, other = picture((40, 40)), picture((100, 26))
+    prefix = model.encode([shared, other, shared], ["digit red", "x", "letter K"], Pooled())
+    assert seen == [5 + 4]
+    alone = model.encode([picture((40, 40))], ["letter K"], Pooled())
+    n = alone.n_tokens[0]
+    torch.testing.assert_close(prefix.embeds_BPD[2, :n], alone.embeds_BPD[0], rtol=0, atol=1e-5)
+
+
+def test_prompts_answer_and_questions_rank() -> None:
+    """The suffix of a dataset is read by the language model but not by the relevance."""
+    model = tiny_model()
+    image = picture((40, 40))
+    plain = model.encode([image], ["digit red"], Pooled())
+    suffixed = model.encode([image], ["digit red"], Pooled(), prompts=["digit red, in one word"])
+    assert suffixed.n_tokens[0] > plain.n_tokens[0]
+    assert suffixed.n_visual == plain.n_visual
+
+
+@pytest.mark.parametrize(
+    ("pictures", "questions", "ids", "prompts"),
+    [(0, [], None, None), (2, ["a"], None, None), (1, ["a"], [], None), (1, ["a"], None, ["a", "b"])],
+)
+def test_unequal_counts(pictures: int, questions: list[str], ids: list[str] | None, prompts: list[str] | None) -> None:
+    counts = [len(questions), pictures if ids is None else len(ids), len(questions if prompts is None else prompts)]
+    sentence = "encode got {} pictures, {} questions, {} ids, {} prompts: give one of each".format(pictures, *counts)
+    with pytest.raises(ValueError, match=sentence):
+        tiny_model().encode([picture((40, 40))] * pictures, questions, Pooled(), ids=ids, prompts=prompts)
+
+
+def test_a_context_that_is_too_short() -> None:
+    model = tiny_model(lm={"max_sequence_length": 90})
+    prefix = prefixes(model, Pooled(), [0])
+    length = prefix.n_tokens[0]
+    assert model.generate(prefix, DecodeConfig(max_new_tokens=90 - length)).ids_BA.shape[1] == 90 - length
+    with pytest.raises(ValueError, match="prompt and answer need 91 positions, the model has 90"):
+        model.generate(prefix, DecodeConfig(max_new_tokens=91 - length))
+
+
+def test_a_prompt_that_is_too_long() -> None:
+    model = tiny_model(tokenizer_model_max_length=40)
+    sentence = r"prompt 0 has \d+ tokens, \d+ of them for the picture, more than the model's 40: lower the budget"
+    with pytest.raises(ValueError, match=sentence):
+        prefixes(model, Pooled(), [0])

@@ -1,0 +1,240 @@
+"""The denoising loop over tables of logits whose right answers are known by hand."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lavida_adapter.denoise import DecodeConfig, choose, denoise, start
+from lavida_adapter.schedule import tokens_per_step
+from tests.lavida_adapter.tiny import noise
+
+W, MASK = 6, 5
+# Probabilities of tokens 0..4 at four positions; what each rule is surest of differs.
+TABLE = torch.tensor(
+    [
+        [0.50, 0.49, 0.01, 0.00, 0.00],  # largest probability 0.50, margin 0.01, entropy 0.74
+        [0.40, 0.15, 0.15, 0.15, 0.15],  # largest 0.40, margin 0.25, entropy 1.50
+        [0.00, 0.46, 0.18, 0.18, 0.18],  # largest 0.46, margin 0.28, entropy 1.28
+        [0.00, 0.00, 0.44, 0.39, 0.17],  # largest 0.44, margin 0.05, entropy 1.03
+    ]
+)
+ORDER = {"low_confidence": [0, 2, 3, 1], "margin": [2, 1, 3, 0], "entropy": [0, 3, 2, 1]}
+
+
+def table(ids_BA: Tensor) -> Tensor:
+    """Logits [B, 4, W] that do not depend on what is written already; the mask token is impossible."""
+    logits = torch.cat([TABLE, torch.zeros(4, 1)], dim=1).clamp_min(1e-9).log()
+    return logits.expand(len(ids_BA), -1, -1)
+
+
+def lively(ids_BA: Tensor, seed: int = 0) -> Tensor:
+    """Logits that depend on every token of their own row, and on nothing else."""
+    embed, mix = noise(W, 16, seed=seed), noise(16, 16, seed=seed + 1)
+    x = embed[ids_BA] + 0.3 * noise(64, 16, seed=seed + 2)[: ids_BA.shape[1]]
+    logits = torch.tanh((x + x.mean(1, keepdim=True)) @ mix) @ noise(16, W, seed=seed + 3)
+    logits[..., MASK] = -20
+    return logits
+
+
+def run(logits_of: Any, batch: int = 1, draft: tuple[int, ...] = (), seed: int = 0, **knobs: Any) -> Any:
+    config = DecodeConfig(keep_history=True, **knobs)
+    ids = start(batch, config, MASK, draft, torch.device("cpu"))
+    return denoise(logits_of, ids, config, MASK, torch.Generator().manual_seed(seed))
+
+
+def committed(history: list[Tensor], row: int = 0) -> list[list[int]]:
+    """Positions written at each step."""
+    masked = [[True] * history[0].shape[1], *((h[row] == MASK).tolist() for h in history)]
+    return [[i for i, (b, a) in enumerate(zip(x, y, strict=True)) if b and not a] for x, y in pairwise(masked)]
+
+
+@pytest.mark.parametrize("rule", ORDER)
+def test_remasking_rules_commit_the_surest_first(rule: str) -> None:
+    ids, forwards, history = run(table, max_new_tokens=4, remasking=rule)
+    assert committed(history) == [[i] for i in ORDER[rule]]
+    assert ids.tolist() == [[0, 0, 1, 2]]
+    assert forwards == 4
+
+
+@pytest.mark.parametrize("rule", ORDER)
+def test_confidences_by_hand(rule: str) -> None:
+    config = DecodeConfig(max_new_tokens=4, remasking=rule)
+    tokens, confidence = choose(table(torch.zeros(1, 4, dtype=torch.int64)), config, MASK, None)
+    p = TABLE.double()
+    expected = {
+        "low_confidence": p.amax(-1),
+        "margin": p.sort(-1).values[:, -1] - p.sort(-1).values[:, -2],
+        "entropy": torch.special.xlogy(p, p).sum(-1),
+    }[rule]
+    assert confidence.dtype == torch.float64
+    torch.testing.assert_close(confidence[0], expected, rtol=0, atol=1e-6)
+    assert tokens.tolist() == [[0, 0, 1, 2]]
+
+
+def test_random_remasking_is_random_order_but_not_random_tokens() -> None:
+    orders = set()
+    for seed in range(12):
+        ids, _, history = run(table, max_new_tokens=4, remasking="random", seed=seed)
+        assert ids.tolist() == [[0, 0, 1, 2]]
+        orders.add(str(committed(history)))
+        assert committed(history) == committed(run(table, max_new_tokens=4, remasking="random", seed=seed)[2])
+    assert len(orders) > 4
+
+
+def test_blocks_are_finished_from_left_to_right() -> None:
+    _, forwards, history = run(lively, max_new_tokens=12, block_length=4)
+    assert forwards == 12
+    for step, places in enumerate(committed(history)):
+        assert len(places) == 1
+        assert places[0] // 4 == step // 4
+
+
+@pytest.mark.parametrize(
+    ("knobs", "counts"),
+    [
+        ({}, [1] * 12),
+        ({"step_ratio": 0.5}, [2] * 6),
+        ({"step_per_block": 5}, [3, 3, 2, 2, 2]),
+        ({"step_per_block": 99}, [1] * 12),
+        ({"block_length": 6, "step_per_block": 2}, [3, 3, 3, 3]),
+        ({"block_length": 3, "step_ratio": 0.34}, [3, 3, 3, 3]),
+        ({"block_length": 6, "step_ratio": 0.5, "schedule": "shift", "shift": 1 / 3}, None),
+        ({"step_per_block": 4, "schedule": "cosine"}, None),
+    ],
+)
+def test_step_counts(knobs: dict[str, Any], counts: list[int] | None) -> None:
+    if counts is None:
+        block, s = knobs.get("block_length", 12), 4 if "step_per_block" in knobs else 3
+        counts = tokens_per_step(block, s, knobs["schedule"], knobs.get("shift", 1 / 3)) * (12 // block)
+    ids, forwards, history = run(lively, max_new_tokens=12, **knobs)
+    assert [len(places) for places in committed(history)] == counts
+    assert forwards == len(counts)
+    assert not (ids == MASK).any()
+
+
+def test_committed_tokens_never_change() -> None:
+    _, _, history = run(lively, batch=3, max_new_tokens=12, step_per_block=4)
+    for before, after in pairwise(history):
+        written = before != MASK
+        assert torch.equal(before[written], after[written])
+
+
+def test_infilling_keeps_frozen_tokens_and_fills_the_holes() -> None:
+    draft = (3, MASK, 1, MASK, MASK, 2)
+    ids, forwards, history = run(lively, max_new_tokens=8, draft=draft)
+    assert forwards == 5
+    assert [history[0][0, i].item() for i in (0, 2, 5)] == [3, 1, 2]
+    assert [ids[0, i].item() for i in (0, 2, 5)] == [3, 1, 2]
+    assert not (ids == MASK).any()
+
+
+def test_a_full_draft_needs_no_forward() -> None:
+    ids, forwards, history = run(lively, max_new_tokens=4, draft=(1, 2, 3, 4))
+    assert (ids.tolist(), forwards, history) == ([[1, 2, 3, 4]], 0, [])
+
+
+def test_a_finished_block_is_skipped() -> None:
+    """Its tokens are frozen, so the steps belong to the other blocks alone."""
+    ids, forwards, _ = run(lively, max_new_tokens=8, block_length=4, draft=(1, 2, 3, 4))
+    assert forwards == 4
+    assert ids[0, :4].tolist() == [1, 2, 3, 4]
+
+
+def test_a_draft_that_is_too_long() -> None:
+    with pytest.raises(ValueError, match="the draft has 5 tokens, the answer only 4: raise max_new_tokens"):
+        run(lively, max_new_tokens=4, draft=(1,) * 5)
+
+
+def greedy_mask(ids_BA: Tensor) -> Tensor:
+    """The mask token is the likeliest everywhere but at position 1."""
+    logits = table(ids_BA).clone()
+    logits[:, [0, 2, 3], MASK] = 9.0
+    return logits
+
+
+def test_the_mask_token_is_committed_only_when_allowed() -> None:
+    ids, forwards, _ = run(greedy_mask, max_new_tokens=4)
+    assert (ids.tolist(), forwards) == ([[0, 0, 1, 2]], 4)
+    holes, forwards, _ = run(greedy_mask, max_new_tokens=4, allow_mask_token=True)
+    assert forwards == 4
+    assert holes.tolist() == [[MASK] * 4]  # the surest candidate is a hole at every step
+    holes, _, _ = run(greedy_mask, max_new_tokens=4, allow_mask_token=True, step_per_block=1)
+    assert holes.tolist() == [[MASK, 0, MASK, MASK]]
+
+
+def test_rows_are_independent_of_their_batch_mates() -> None:
+    """Drafts cannot differ by row, so the rows differ by their starts: written tokens at different places."""
+    config = DecodeConfig(max_new_tokens=6, step_per_block=3, schedule="shift")
+    rows = torch.full((3, 6), MASK)
+    rows[1, :2] = torch.tensor([3, 1])
+    rows[2, 1:] = 4
+    together, forwards, _ = denoise(lively, rows, config, MASK)
+    alone = [denoise(lively, rows[i : i + 1], config, MASK) for i in range(3)]
+    assert together.tolist() == [ids[0].tolist() for ids, _, _ in alone]
+    assert forwards == max(f for _, f, _ in alone) == 3
+    assert rows[0].tolist() == [MASK] * 6  # the argument is not written to
+
+
+def test_temperature_is_reproducible_and_does_something() -> None:
+    def sample(seed: int, temperature: float) -> list[int]:
+        ids: Tensor = run(table, max_new_tokens=4, temperature=temperature, seed=seed)[0]
+        row: list[int] = ids[0].tolist()
+        return row
+
+    assert [sample(s, 1.0) for s in range(8)] == [sample(s, 1.0) for s in range(8)]
+    assert len({tuple(sample(s, 1.0)) for s in range(8)}) > 3
+    assert all(sample(s, 0.0) == [0, 0, 1, 2] for s in range(4))
+    assert all(MASK not in sample(s, 3.0) for s in range(30))
+
+
+def test_a_temperature_of_one_samples_the_model() -> None:
+    """Gumbel noise at temperature 1 draws from softmax; confidence comes from the clean logits."""
+    config = DecodeConfig(max_new_tokens=4, temperature=1.0)
+    logits = table(torch.zeros(4000, 4, dtype=torch.int64))
+    tokens, confidence = choose(logits, config, MASK, torch.Generator().manual_seed(0))
+    share = torch.nn.functional.one_hot(tokens, W)[..., :5].double().mean(0)
+    torch.testing.assert_close(share, TABLE.double(), rtol=0, atol=0.03)
+    torch.testing.assert_close(confidence, TABLE.double().expand(4000, -1, -1).gather(-1, tokens[..., None])[..., 0])
+
+
+def test_history_on_request() -> None:
+    config = DecodeConfig(max_new_tokens=4)
+    assert denoise(table, start(1, config, MASK, (), torch.device("cpu")), config, MASK)[2] == []
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"max_new_tokens": 0}, "decode.max_new_tokens=0: give at least 1"),
+        ({"max_new_tokens": 16, "block_length": 3}, "decode.block_length=3 does not divide decode.max_new_tokens=16"),
+        ({"max_new_tokens": 16, "block_length": 128}, "decode.block_length=128 does not divide"),
+        ({"max_new_tokens": 16, "block_length": 0}, "decode.block_length=0 does not divide"),
+        ({"max_new_tokens": 16, "block_length": -4}, "decode.block_length=-4 does not divide"),
+        ({"step_ratio": 0.5, "step_per_block": 4}, "both set the number of steps: give one of them"),
+        ({"step_ratio": 0.05}, "step_ratio=0.05, step_per_block=None leave no step for a block of 16 tokens"),
+        ({"step_per_block": 0}, "leave no step for a block of 16 tokens"),
+        ({"step_per_block": -1}, "leave no step"),
+        ({"step_ratio": 1.5}, "decode.step_ratio=1.5: give a share of the block, above 0 and at most 1"),
+        ({"step_ratio": 0.0}, "decode.step_ratio=0.0"),
+        ({"step_ratio": math.nan}, "decode.step_ratio=nan"),
+        ({"schedule": "fast"}, "decode.schedule='fast': choose one of none, shift"),
+        ({"shift": 0.0}, "decode.shift=0.0: give a positive number"),
+        ({"remasking": "entrophy"}, "decode.remasking='entrophy': choose one of low_confidence, margin"),
+        ({"temperature": -0.1}, "decode.temperature=-0.1: give 0 or more"),
+        ({"temperature": math.inf}, "decode.temperature=inf"),
+    ],
+)
+def test_impossible_combinations_raise_one_sentence(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        DecodeConfig(**knobs)
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_knobs_are_not_swallowed() -> None:
+    with pytest.raises(TypeError, match="refix_lm"):
+        DecodeConfig(refix_lm=True)  # type: ignore[call-arg]  # what is tested

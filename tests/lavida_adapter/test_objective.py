@@ -1,0 +1,134 @@
+"""The parts of the objective: noise levels, masks, padding, cross entropy."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lavida_adapter.objective import (
+    ObjectiveConfig,
+    extra_padding,
+    mask_probability,
+    masked_cross_entropy,
+    masked_targets,
+    pad_answers,
+    sample_times,
+)
+from lavida_adapter.prompt import IGNORE
+from tests.lavida_adapter.tiny import noise
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 10**6))
+def test_the_two_copies_partition_the_targets(rows: int, length: int, seed: int) -> None:
+    draws = generator(seed)
+    target = torch.rand(rows, length, generator=draws) < 0.5
+    t, u = torch.rand(rows, generator=draws), torch.rand(rows, length, generator=draws)
+    masked, complement = masked_targets(target, t, u)
+    assert torch.equal(masked | complement, target)
+    assert not (masked & complement).any()
+
+
+def test_a_position_is_masked_with_its_rows_probability() -> None:
+    t = torch.tensor([0.1, 0.5, 0.9])
+    target = torch.ones(3, 20_000, dtype=torch.bool)
+    masked, _ = masked_targets(target, t, torch.rand(3, 20_000, generator=generator()))
+    torch.testing.assert_close(masked.float().mean(-1), mask_probability(t), rtol=0, atol=0.01)
+
+
+def test_something_is_always_drawn() -> None:
+    """The smallest draw of a row is masked even at t = 0; whether that is a target is left to chance."""
+    u = torch.tensor([[0.9, 0.5, 0.7]])
+    masked, complement = masked_targets(torch.ones(1, 3, dtype=torch.bool), torch.zeros(1), u)
+    assert masked.tolist() == [[False, True, False]]
+    masked, complement = masked_targets(torch.tensor([[True, False, True]]), torch.zeros(1), u)
+    assert not masked.any()
+    assert complement.tolist() == [[True, False, True]]
+    # The smallest draw of the row lies where `u` does not reach.
+    masked, _ = masked_targets(torch.ones(1, 3, dtype=torch.bool), torch.zeros(1), u, u_min_B=torch.tensor([0.2]))
+    assert not masked.any()
+
+
+@pytest.mark.parametrize(("sampler", "mean"), [("uniform", 0.5), ("logit_normal", 0.5), ("mode", 0.5)])
+def test_time_samplers(sampler: str, mean: float) -> None:
+    t = sample_times(50_000, sampler, generator(), CPU)  # type: ignore[arg-type]  # a name from the table above
+    assert t.min() >= 0
+    assert t.max() <= 1
+    assert t.mean().item() == pytest.approx(mean, abs=0.01)
+    assert torch.equal(t, sample_times(50_000, sampler, generator(), CPU))  # type: ignore[arg-type]
+    middle = ((t > 0.25) & (t < 0.75)).float().mean().item()
+    # P(|N(0, 1)| < ln 3) for the logistic of a normal; the mode sampler prefers the middle too (by integration).
+    assert middle == pytest.approx({"uniform": 0.5, "logit_normal": 0.728, "mode": 0.734}[sampler], abs=0.02)
+
+
+def test_the_mode_sampler_follows_its_formula() -> None:
+    u = torch.rand(7, generator=generator(3))
+    expected = [1 - v - 1.29 * (torch.cos(torch.tensor(torch.pi / 2 * v)).item() ** 2 - 1 + v) for v in u.tolist()]
+    assert sample_times(7, "mode", generator(3), CPU).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_extra_padding() -> None:
+    config = ObjectiveConfig()
+    drawn = [extra_padding(config, generator(seed)) for seed in range(2000)]
+    assert min(drawn) == 0
+    assert max(drawn) == 127
+    assert sum(n == 0 for n in drawn) / 2000 == pytest.approx(129 / 256, abs=0.04)
+    assert {extra_padding(ObjectiveConfig(extra_padding=0), generator(s)) for s in range(20)} == {0}
+    assert {extra_padding(ObjectiveConfig(extra_padding=1), generator(s)) for s in range(50)} == {0}
+    assert {extra_padding(ObjectiveConfig(extra_padding=2), generator(s)) for s in range(50)} == {0, 1}
+
+
+def test_padding_is_an_end_of_text_target() -> None:
+    rows, labels = pad_answers([(1, 2), (1, 2, 3, 4)], [(7, 8), (9,)], eos=0, extra=2)
+    assert rows == [[1, 2, 7, 8, 0, 0, 0], [1, 2, 3, 4, 9, 0, 0]]
+    assert labels == [[IGNORE] * 2 + [7, 8, 0, 0, 0], [IGNORE] * 4 + [9, 0, 0]]
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_every_answer_is_as_long_as_it_will_be_decoded(extra: int) -> None:
+    """Also the shortest answer behind the longest prompt."""
+    prompts, answers = [(1,) * 10, (1,) * 3], [(7, 7), (8,) * 5]
+    rows, labels = pad_answers(prompts, answers, eos=0, extra=extra, least=8)
+    assert len({len(row) for row in rows}) == 1
+    assert min(sum(t != IGNORE for t in label) for label in labels) == max(8, 2 + extra)
+    plain = pad_answers(prompts, answers, eos=0, extra=extra)
+    assert pad_answers(prompts, answers, eos=0, extra=extra, least=2) == plain
+
+
+def test_cross_entropy_is_a_plain_mean() -> None:
+    logits, labels = noise(3, 5), torch.tensor([0, 4, 2])
+    by_hand = [-(row[i] - row.exp().sum().log()).item() for row, i in zip(logits, labels.tolist(), strict=True)]
+    assert masked_cross_entropy(logits, labels).item() == pytest.approx(sum(by_hand) / 3, abs=1e-6)
+    weighted = masked_cross_entropy(logits, labels, torch.tensor([1.0, 0.0, 3.0]), n_targets=10)
+    assert weighted.item() == pytest.approx((by_hand[0] + 3 * by_hand[2]) / 10, abs=1e-6)
+    assert masked_cross_entropy(logits.to(torch.bfloat16), labels).dtype == torch.float32
+
+
+def test_a_draw_without_masks_has_no_loss_but_a_gradient_of_zero() -> None:
+    logits = noise(3, 5).requires_grad_()
+    nothing = torch.zeros(3, dtype=torch.bool)
+    loss = masked_cross_entropy(logits[nothing], torch.zeros(3, dtype=torch.int64)[nothing])
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"time": "cosine"}, "objective.time='cosine': choose one of uniform, logit_normal, mode"),
+        ({"weighting": "1/t"}, "objective.weighting='1/t': choose one of none, inverse_time"),
+        ({"extra_padding": -1}, "objective.extra_padding=-1: give 0 or more"),
+        ({"answer_tokens": 0}, "objective.answer_tokens=0: give at least 1, or null"),
+    ],
+)
+def test_bad_knobs(knobs: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ObjectiveConfig(**knobs)  # type: ignore[arg-type]  # what is tested

@@ -1,0 +1,158 @@
+"""Between tower and language model: what selectors see, when tokens are projected, who gets gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines import Pooled
+from lavida_adapter import Lavida, Prefix
+from lavida_adapter.prompt import encode_text
+from lavida_adapter.relevance import Context, LmEmbed
+from lavida_adapter.views import make_views
+from shirg import Selection, Selector, Source, VisionFeatures
+from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
+
+
+class Probe(Selector):
+    """Keeps the tokens of the highest relevance and remembers what it was shown."""
+
+    uses_relevance = True
+
+    def __init__(self, stage: Any = "pre", needs: frozenset[str] = frozenset()) -> None:
+        super().__init__(budget=4)
+        self.stage, self.needs = stage, needs
+        self.seen: list[VisionFeatures] = []
+
+    def score(self, features: VisionFeatures) -> Tensor:
+        self.seen.append(features)
+        assert features.relevance_BN is not None
+        return features.relevance_BN
+
+
+class Question:
+    """A provider that only looks at what it is given."""
+
+    space = "lm"
+
+    def __init__(self) -> None:
+        self.contexts: list[Context] = []
+
+    def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
+        self.contexts.append(context)
+        return context.projected().detach().sum(-1)
+
+
+def encode(model: Lavida, selector: Selector, relevance: Any, sizes: Any = SIZES) -> Prefix:
+    questions = [f"digit {word}" for word in ("red", "green", "blue", "red", "green")][: len(sizes)]
+    ids = [f"s{i}" for i in range(len(sizes))]
+    return model.encode([picture(size) for size in sizes], questions, selector, relevance=relevance, ids=ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["pre", "post"])
+def test_what_a_selector_sees(stage: str) -> None:
+    taps = {"keys@0"} if stage == "pre" else {"keys@0", "attention@1", "encoder"}
+    model, selector = tiny_model(), Probe(stage, frozenset(taps))
+    encode(model, selector, LmEmbed())
+    assert len(selector.seen) == 4  # five pictures on four canvases
+    assert sorted(i for f in selector.seen for i in f.ids) == [f"s{i}" for i in range(5)]
+    for features in selector.seen:
+        b, n = features.valid_BN.shape
+        width = 32 if stage == "post" else 16
+        assert features.tokens_BND.shape == (b, n, width)
+        assert features.taps["keys@0"].shape == (b, n, 2, 8)
+        assert features.n_valid == tuple(features.valid_BN.sum(-1).tolist())
+        assert features.layout.n_tokens == n
+        if stage == "post":
+            assert features.taps["attention@1"].shape == (b, n)
+            projected = model.model.mm_projector(features.taps["encoder"])
+            torch.testing.assert_close(features.tokens_BND, projected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_choosing_commutes_with_projecting() -> None:
+    model = tiny_model()
+    pre, post = (encode(model, Probe(stage), LmEmbed()) for stage in ("pre", "post"))
+    for one, other in zip(pre.selections, post.selections, strict=True):
+        assert torch.equal(one.index_BT, other.index_BT)
+    torch.testing.assert_close(pre.embeds_BPD, post.embeds_BPD, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_provider_gets_the_question_alone() -> None:
+    model, provider = tiny_model(), Question()
+    encode(model, Probe(), provider, sizes=SIZES[:2])
+    questions = [tuple(q.tolist()) for context in provider.contexts for q in context.questions]
+    assert questions == [encode_text(model.tokenizer, f"digit {word}") for word in ("red", "green")]
+    assert all(context.embedding is model.lm.wte for context in provider.contexts)
+
+
+@torch.no_grad()
+def test_relevance_is_computed_for_those_who_ask() -> None:
+    provider = Question()
+    encode(tiny_model(), Pooled(), provider)
+    assert provider.contexts == []
+    with pytest.raises(ValueError, match="Probe ranks by relevance to the question, but no relevance was computed"):
+        encode(tiny_model(), Probe(), None)
+
+
+@pytest.mark.parametrize("stage", ["pre", "post"])
+def test_the_projector_learns_behind_a_relevance(stage: str) -> None:
+    """The provider projects without a graph; what the language model reads must still have one."""
+    model = tiny_model()
+    encode(model, Probe(stage), LmEmbed()).embeds_BPD.square().sum().backward()
+    for name, parameter in model.model.mm_projector.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_frozen_tower_keeps_no_graph(trained: bool) -> None:
+    model, selector = tiny_model(), Probe()
+    model.model.vision_tower.requires_grad_(trained)
+    encode(model, selector, LmEmbed())
+    assert all(f.tokens_BND.requires_grad == trained for f in selector.seen)
+
+
+@torch.no_grad()
+def test_the_pooled_prefix_is_base_view_then_rows_with_newlines() -> None:
+    """The prefix of LaViDa itself, rebuilt view by view for a picture without padding: 4 + 4 * (4 + 1) tokens."""
+    model = tiny_model()
+    prefix = encode(model, Pooled(), None, sizes=[(40, 40)])
+    states, _ = model.model.vision_tower(make_views(picture((40, 40)), model.config).pixels_V3SS)
+    grid = model.model.mm_projector(states).transpose(1, 2).unflatten(-1, (3, 3))
+    pooled = torch.nn.functional.interpolate(grid, size=(2, 2), mode="bilinear", align_corners=False)
+    base, tiles = pooled[0], pooled[1:]
+    mosaic = torch.cat([torch.cat([tiles[0], tiles[1]], dim=2), torch.cat([tiles[2], tiles[3]], dim=2)], dim=1)
+    rows = [torch.cat([mosaic[:, r].T, model.model.image_newline[None]]) for r in range(4)]
+    expected = torch.cat([base.flatten(1).T, *rows])
+    assert prefix.n_visual == (24,)
+    torch.testing.assert_close(prefix.embeds_BPD[0][prefix.visual_BP[0]], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_newlines_are_the_models_own_vector() -> None:
+    model = tiny_model()
+    prefix = encode(model, Pooled(), None)
+    for b, selection in enumerate(prefix.selections):
+        source_T = selection.source_BT[0][selection.mask_BT[0]]
+        block_TD = prefix.embeds_BPD[b][prefix.visual_BP[b]]
+        assert len(source_T) == len(block_TD) == prefix.n_visual[b]
+        newline = source_T == Source.NEWLINE
+        assert newline.any()
+        assert torch.equal(block_TD[newline], model.model.image_newline.expand(int(newline.sum()), -1))
+        assert not (block_TD[~newline] == model.model.image_newline).all(-1).any()
+
+
+def test_selections_come_back_in_the_order_of_the_prompts() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        together = encode(model, Pooled(), None).selections
+    assert all(isinstance(s, Selection) and len(s.mask_BT) == 1 for s in together)
+    for i, size in enumerate(SIZES):
+        with torch.no_grad():
+            (alone,) = encode(model, Pooled(), None, sizes=[size]).selections
+        assert torch.equal(together[i].mask_BT, alone.mask_BT)
+        torch.testing.assert_close(together[i].tokens_BTD, alone.tokens_BTD, rtol=0, atol=1e-5)
