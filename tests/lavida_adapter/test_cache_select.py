@@ -69,7 +69,12 @@ def row_and_mask(prefix: Prefix, b: int, answer: Tensor, image_first: bool, hidd
     return torch.cat([prefix.embeds_BPD[b, :n], answer]), allowed
 
 
-CASES: list[Callable[..., CacheSelector]] = [FastV, RedVTP]
+KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
+    FastV: {"budget": 3, "layer": 0, "queries": "text", "positions": "reindex"},
+    RedVTP: {"budget": 3, "positions": "retain"},
+}
+"""For every selector and each of its knobs, another value, which must change the cache."""
+CASES = list(KNOBS)
 
 
 @torch.no_grad()
@@ -277,12 +282,6 @@ def test_scores_are_float32_in_a_bfloat16_model() -> None:
     assert {t.dtype for t in (*short.keys, *short.values)} == {torch.bfloat16}
     out = model.generate(prefix, DECODE, cache_selector=RedVTP(budget=2))
     assert out.cached_BP is not None and out.cached_BP.sum(-1).tolist() == [9, 8]
-
-
-KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
-    FastV: {"budget": 3, "layer": 0, "queries": "text", "positions": "reindex"},
-    RedVTP: {"budget": 3, "positions": "retain"},
-}
 
 
 @torch.no_grad()
