@@ -11,6 +11,7 @@ from torch import Tensor
 
 from baselines import Full, Pooled
 from lavida_adapter import CacheSelector, DecodeConfig, FastV, Lavida, Prefix, RedVTP
+from lavida_adapter.cache import PrefixCache
 from lavida_adapter.cache_select import FirstStep, reindex
 from lavida_adapter.denoise import denoise, start
 from lavida_adapter.fastv import prompt_attention
@@ -134,6 +135,19 @@ def test_reindexed_keys_are_those_of_a_prefill_at_the_new_positions(model: Lavid
         torch.testing.assert_close(short.keys[i], rotate(raw, cos, sin), rtol=0, atol=1e-5)
         for b in range(2):
             assert torch.equal(short.values[i][b], cache.values[i][b][:, slots[b]])
+
+
+@torch.no_grad()
+def test_reindexing_is_exact_far_from_the_start(model: Lavida) -> None:
+    """Angles of thousands are rounded by 1e-4 in float32: the difference has to be taken between the rounded ones."""
+    lm, n = model.lm, 4000
+    raw = noise(1, 2, n, lm.config.head_dim)
+    old = torch.arange(n)[None]
+    keys = rotate(raw, *rotary_angles(old, lm.config.head_dim, lm.config.rope_theta))
+    slots = torch.arange(1, n, 4)[None]
+    short = reindex(PrefixCache((keys,), (raw,), None, old, torch.tensor([n])).take(slots, None), lm)
+    new = rotary_angles(torch.arange(n // 4)[None], lm.config.head_dim, lm.config.rope_theta)
+    torch.testing.assert_close(short.keys[0], rotate(raw[:, :, slots[0]], *new), rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
