@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavida_adapter.config import LavidaConfig
-from shirg import Pooling, Role, TokenLayout, tiles_layout
+from shirg import Pooling, Role, TokenLayout, pooled_count_B, tiles_layout
 
 Size = tuple[int, int]
 
@@ -123,6 +123,20 @@ def canvas_layout(config: LavidaConfig, grid: Size) -> TokenLayout:
     pooling = Pooling(side=config.pooled_side, mode=config.mm_spatial_pool_mode, merge=config.mm_patch_merge_type)
     vision = config.vision
     return _cached_layout(grid, vision.side, vision.patch_size, vision.image_size, pooling)
+
+
+def pooled_count(size: Size, config: LavidaConfig) -> int:
+    """How many tokens LaViDa itself feeds for a picture of this size, newlines included."""
+    grid = (0, 0)
+    if config.image_aspect_ratio == "anyres":
+        width, height = choose_canvas(size, config.image_grid_pinpoints)
+        grid = (height // config.vision.image_size, width // config.vision.image_size)
+    return _pooled_count(canvas_layout(config, grid), size)
+
+
+@lru_cache(maxsize=4096)
+def _pooled_count(layout: TokenLayout, size: Size) -> int:
+    return int(pooled_count_B(layout, torch.tensor([size])))
 
 
 def _inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tensor:
