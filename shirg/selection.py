@@ -80,6 +80,8 @@ class TokenLayout:
     """int64: the token at each place; the inverse of `rank_N`."""
     n_global: int = field(init=False)
     """How many tokens the global view has; the places after them are the canvas."""
+    derived: dict[str, Any] = field(init=False, default_factory=dict, repr=False)
+    """Tables that selectors compute from the layout, kept as long as it is; a weak map would vanish under a tracer."""
 
     def __post_init__(self) -> None:
         # A layout outlives the call that built it, so its tensors must be usable in training and inference alike.
