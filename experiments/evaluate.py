@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         relevance=build.build_relevance(cfg, selector),
         decode=decode,
         scorers=text_metrics(dataset.metric_names),
-        geometry=TokenGeometry(model.config),
+        geometry=TokenGeometry(model.config, selector.geometry),
         seed=cfg.seed,
     )
     weights = build.fingerprint(model)
