@@ -60,9 +60,10 @@ def picture_blocks(
         features = group.features(tuple(ids[i] for i in rows), recorded)
         if relevance is not None and selector.uses_relevance:
             with timer.stage("relevance"):
-                asked = [encode_text(model.tokenizer, questions[i].strip()) for i in rows]
+                texts = [questions[i].strip() for i in rows]
+                asked = [encode_text(model.tokenizer, text) for text in texts]
                 asked_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in asked]
-                context = Context(group.projected, asked_Q, model.lm.wte)
+                context = Context(group.projected, asked_Q, model.lm.wte, texts, model.model.vision_tower)
                 features = replace(features, relevance_BN=relevance(features, context))
         selection, tokens_BTD = select(features, group, selector, timer)
         for j, i in enumerate(rows):

@@ -154,7 +154,9 @@ class ShirgGate(Selector):
         pixels = {"pixels"} if self.weights.edge and edge_space == "pixels" else set()
         self.needs = frozenset(pixels | ({"encoder"} if self.stage == "post" else set()))
         self.uses_relevance = self.weights.similarity > 0 or (dedup == "relevance" and geometry == "seed_canvas48")
-        self.may_use_less = underflow == "mask" or self.adaptive.mode != "none"
+        # A scaffold of the canvas has no token for a window that is padding alone.
+        padded = self.scaffold.source == "canvas" and geometry in ("lavida_tiles", "seed_canvas48")
+        self.may_use_less = underflow == "mask" or self.adaptive.mode != "none" or padded
         if (coord_embed == "none") != (coord_width is None):
             raise ValueError(
                 "coord_embed=sincos_linear and coord_width (the tokens' width) go together: set both or none"

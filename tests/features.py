@@ -8,7 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shirg import Pooling, Role, Selection, Selector, Source, TokenLayout, VisionFeatures, tiles_layout
+from shirg import (
+    Geometry,
+    Pooling,
+    Role,
+    Selection,
+    Selector,
+    Source,
+    TokenLayout,
+    VisionFeatures,
+    crops_layout,
+    fovea_layout,
+    pooled_count_B,
+    single_layout,
+    tiles_layout,
+)
 
 # (rows, columns) of tiles: LaViDa's five canvases, and a single view.
 GRIDS = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (0, 0)]
@@ -30,11 +44,31 @@ def layout_of(grid: tuple[int, int], side: int = 9, **pooling: Any) -> TokenLayo
     return tiles_layout(*grid, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=kind)
 
 
+def geometry_layout(geometry: Geometry, side: int = 9) -> TokenLayout:
+    """A layout of the notes for views of side x side patches: a canvas of 7/4 of them, a fovea of 7/6."""
+    cells = {"single_672": 7 * side // 4, "fovea": 7 * side // 6}.get(geometry, side)
+    kind = Pooling(side=ceil(cells / 2), most=5 * ceil(side / 2) ** 2 + 2 * ceil(side / 2))
+    if geometry == "seed_canvas48":
+        return crops_layout(7 * side // 4, side, PATCH, kind)
+    return (single_layout if geometry == "single_672" else fovea_layout)(cells, PATCH, kind)
+
+
+def features_for(selector: Selector, grid: tuple[int, int] = (2, 2), **knobs: Any) -> VisionFeatures:
+    """Features on the geometry of a selector; `grid` counts for LaViDa's own alone."""
+    if selector.geometry == "lavida_tiles":
+        return make_features(grid, **knobs)
+    return make_features(layout=geometry_layout(selector.geometry), **knobs)
+
+
 def picture_box(layout: TokenLayout, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Where a picture of (width, height) lies on the canvas after letterboxing, in fractions of the canvas."""
-    if layout.canvas == (0, 0):
+    if layout.canvas == (0, 0) or layout.geometry == "single_672":
         return 0.0, 0.0, 1.0, 1.0
     (h, w), (width, height) = layout.canvas_px, size
+    if layout.geometry == "fovea":  # a window on the middle two thirds of the letterboxed picture
+        long = max(size)
+        x, y = 1.5 * width / long, 1.5 * height / long
+        return 0.5 - x / 2, 0.5 - y / 2, 0.5 + x / 2, 0.5 + y / 2
     if w / width < h / height:
         new_w, new_h = w, min(ceil(height * (w / width)), h)
     else:
@@ -69,6 +103,8 @@ def make_features(
     boxes = torch.tensor([picture_box(layout, size) for size in sizes])
     inside = (layout.centre_N2 >= boxes[:, None, :2]) & (layout.centre_N2 < boxes[:, None, 2:])
     valid = inside.all(-1) | (layout.role_N == Role.GLOBAL)
+    own = layout.geometry == "lavida_tiles"
+    base = tiles_layout(2, 2, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=Pooling(side=ceil(side / 2)))
     return VisionFeatures(
         tokens_BND=tokens.to(dtype),
         layout=layout,
@@ -78,8 +114,14 @@ def make_features(
         ids=tuple(f"picture-{i}" for i in range(batch)),
         n_valid=tuple(valid.sum(-1).tolist()),
         relevance_BN=relevance,
-        taps={"encoder": tokens.to(dtype)},
+        base_count_B=None if own else pooled_count_B(base, torch.tensor(sizes)),
+        taps={"encoder": tokens.to(dtype), "pixels": pixels_of(batch, n, seed)},
     )
+
+
+def pixels_of(batch: int, n: int, seed: int) -> Tensor:
+    """Patches of 4 x 4 pixels."""
+    return torch.rand(batch, n, 3, 4, 4, generator=torch.Generator().manual_seed(100 + seed))
 
 
 def permute_views(features: VisionFeatures, views: Sequence[int]) -> VisionFeatures:
