@@ -87,8 +87,9 @@ class SiglipText:
         kept = tower.vision_tower.vision_model.state_dict()
         last = len(tower.layers) - 1
         given = self.siglip.vision_model.state_dict()
-        for name in (*CHECKED, f"encoder.layers.{last}.layer_norm1.weight", f"encoder.layers.{last}.layer_norm2.weight"):
-            moved = (kept[name].float().cpu() - given[name].float().cpu()).norm() / given[name].float().cpu().norm()
+        for name in (*CHECKED, *(f"encoder.layers.{last}.layer_norm{i}.weight" for i in (1, 2))):
+            original = given[name].float().cpu()
+            moved = (kept[name].float().cpu() - original).norm() / original.norm()
             if not moved <= self.tolerance:
                 raise ValueError(
                     f"relevance=siglip_text: {name} of the model's tower is {float(moved):.2g} away from the SigLIP at "

@@ -62,8 +62,10 @@ def summary_token(features: VisionFeatures, usable_BN: Tensor, taken_BN: Tensor)
     """
     left_BN = usable_BN & ~taken_BN
     left_BN = torch.where(left_BN.any(-1, keepdim=True), left_BN, usable_BN)
+    # In reading order, so that the rounding of the sum does not depend on how the views are numbered.
+    order_N = features.layout.order_N
     weight_BN = left_BN.float() / left_BN.sum(-1, keepdim=True).clamp_min(1)
-    mean_B1D = weight_BN[:, None] @ features.tokens_BND.float()
+    mean_B1D = weight_BN[:, order_N][:, None] @ features.tokens_BND[:, order_N].float()
     mask_B1 = left_BN.any(-1, keepdim=True)
     return Selection(
         tokens_BTD=mean_B1D.to(features.tokens_BND.dtype),

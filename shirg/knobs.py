@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from fractions import Fraction
 from typing import Any, Literal, TypeVar, get_args
 
 from shirg.coverage import ScaffoldSource
@@ -90,21 +89,22 @@ class Scaffold:
             raise ValueError("scaffold.source and scaffold.space mean nothing while scaffold.size is 0")
 
     @property
-    def _share(self) -> Fraction | None:
-        try:
-            share = Fraction(self.size) if isinstance(self.size, str) else None
-        except (ValueError, ZeroDivisionError):
+    def _share(self) -> tuple[int, int] | None:
+        """A share as (numerator, denominator); None when `size` is no share of at most 1."""
+        top, slash, bottom = str(self.size).partition("/")
+        if not (slash and top.isdigit() and bottom.isdigit()):
             return None
-        return share if share is not None and 0 < share <= 1 else None
+        return (int(top), int(bottom)) if 0 < int(top) <= int(bottom) else None
 
     def side(self, layout: TokenLayout) -> int:
         """Scaffold tokens per side on this layout."""
         if isinstance(self.size, int):
             return self.size
-        if self._share is None:
+        share = self._share
+        if share is None:
             return min(8, layout.pooling.side)
         cells = layout.side if self.source == "global" else min(layout.canvas)
-        return math.ceil(self._share * cells)
+        return -(-share[0] * cells // share[1])
 
 
 @dataclass(frozen=True)

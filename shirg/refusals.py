@@ -42,6 +42,12 @@ def refuse_idle_knobs(gate: "ShirgGate") -> None:
         f"views=all: geometry={gate.geometry} has no global view beside the canvas; choose tiles": (
             gate.views == "all" and not has_global
         ),
+        "underflow=raise is what views=all does anyway where there are too few tokens; choose global or mask": (
+            gate.underflow == "raise" and gate.views == "all"
+        ),
+        "mask_padding=False: geometry=single_672 fills its view and has no padding; leave it at true": (
+            not gate.mask_padding and gate.geometry == "single_672"
+        ),
         f"dedup={gate.dedup}: only the crops of geometry=seed_canvas48 share cells; choose relevance": (
             gate.dedup != "relevance" and not overlaps
         ),

@@ -94,10 +94,10 @@ def cell_counts(layout: TokenLayout) -> Tensor:
 def sum_cells(values_BND: Tensor, layout: TokenLayout) -> Tensor:
     """Sums [B, P, D] over the tokens of each place, in a fixed order."""
     candidate_MC = tables(layout).candidate_MC
-    present_MC = candidate_MC >= 0
     total = values_BND.new_zeros(len(values_BND), len(candidate_MC), values_BND.shape[-1])
-    for column_M, present_M in zip(candidate_MC.clamp_min(0).T, present_MC.T, strict=True):
-        total = total + gather_rows(values_BND, column_M) * present_M[:, None]
+    for column in range(candidate_MC.shape[1]):
+        token_M = candidate_MC[:, column]
+        total = total + gather_rows(values_BND, token_M.clamp_min(0)) * (token_M >= 0)[:, None]
     return torch.cat([gather_rows(values_BND, layout.order_N[: layout.n_global]), total], dim=1)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from shirg.selection import Role, TokenLayout
@@ -107,7 +106,7 @@ def _candidates(layout: TokenLayout, flat_N: Tensor, border_N: Tensor, tile_N: T
     cell = flat_N[order]
     count_M = torch.bincount(cell, minlength=cells)
     nth = torch.arange(len(cell), device=cell.device) - (count_M.cumsum(0) - count_M)[cell]
-    table = cell.new_full((cells, int(count_M.max()) if cells else 1), -1)
+    table = cell.new_full((cells, layout.n_views if layout.overlaps else 1), -1)
     table[cell, nth] = order
     return table
 
@@ -127,17 +126,20 @@ def regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
 
 def _regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
     (rows, cols), side, n = layout.canvas, layout.side, layout.n_global
-    place_M = torch.arange(rows * cols, device=layout.view_N.device)
-    row_M, col_M = place_M // max(cols, 1), place_M % max(cols, 1)
-    block = max(rows, cols) if layout.overlaps else side
-    row_P = torch.cat([torch.arange(n, device=place_M.device) // side, side + row_M])
-    col_P = torch.cat([torch.arange(n, device=place_M.device) % side, col_M])
-    # Which view (the global one first), then which block of it.
-    view_row_P, in_row_P = torch.cat([row_P[:n] * 0, 1 + row_M // block]), torch.cat([row_P[:n], row_M % block])
-    view_col_P, in_col_P = col_P // block, torch.cat([col_P[:n], col_M % block])
-    key_P = ((view_row_P * (cols + 1) + view_col_P) * (rows + side) + in_row_P // cells) * (cols + side)
-    key_P = (key_P + in_col_P // cells)[first:]
-    _, region_P = key_P.unique(return_inverse=True)
-    member_RP = F.one_hot(region_P).T.bool()
-    padded = torch.where(member_RP, torch.arange(first, n + len(place_M), device=key_P.device), n + len(place_M))
-    return padded.sort(-1).values[:, : int(member_RP.sum(-1).max())]
+    nowhere, device = n + rows * cols, layout.view_N.device
+    grids = [_blocks(1, 1, side, cells, 0, nowhere, device)] if first < n else []
+    if layout.overlaps:
+        grids.append(_blocks(1, 1, rows, cells, n, nowhere, device))
+    elif rows:
+        grids.append(_blocks(rows // side, cols // side, side, cells, n, nowhere, device))
+    return torch.cat(grids)
+
+
+def _blocks(down: int, across: int, side: int, cells: int, start: int, nowhere: int, device: torch.device) -> Tensor:
+    """The places [blocks, cells * cells] of each block of down x across views of side x side, from `start` on."""
+    inside_I = torch.arange(-(-side // cells) * cells, device=device).unflatten(0, (-1, cells))
+    view_row, view_col = torch.arange(down, device=device), torch.arange(across, device=device)
+    row = (view_row[:, None, None] * side + inside_I)[:, None, :, None, :, None]
+    col = (view_col[:, None, None] * side + inside_I)[None, :, None, :, None, :]
+    there = (inside_I < side)[None, None, :, None, :, None] & (inside_I < side)[None, None, None, :, None, :]
+    return torch.where(there, start + row * (across * side) + col, nowhere).flatten(0, 3).flatten(1)

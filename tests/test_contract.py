@@ -70,10 +70,10 @@ SELECTORS = {
     "random": Case(Random, {"budget": 60}, flips={"budget": 61, "seed": 1, "geometry": "single_672"}),
     "shirg": Case(ShirgGate, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS),
     "shirg_div": preset("shirg_div", neighbor={"neighbor": {"sign": -1}}),
-    "shirg_672": preset("shirg_672", mask_padding={"mask_padding": False, "geometry": "fovea"}),
+    "shirg_672": preset("shirg_672"),
     "shirg_v2": preset("shirg_v2", views="tiles", norm_scope="image", summary=False),
-    "shirg_fixed": preset("shirg_fixed", mask_padding={"mask_padding": False, "geometry": "fovea"}),
-    "shirg_x": preset("shirg_x", mask_padding={"mask_padding": False, "geometry": "fovea"}),
+    "shirg_fixed": preset("shirg_fixed"),
+    "shirg_x": preset("shirg_x"),
     "shirg_fovea": preset("shirg_fovea", geometry="lavida_tiles"),
 }
 OTHERS = {
@@ -111,8 +111,8 @@ OTHERS = {
     ),
     "mmr": Case(
         ShirgGate,
-        {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}, "newline": "row"},
-        flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}, "newline": "none"},
+        {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}},
+        flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
     ),
 }
 """Selectors without a file of their own: settings that the files leave out."""
@@ -346,7 +346,7 @@ def test_every_knob_changes_something_or_raises(case: Case) -> None:
 
 
 def read(selector: Selector) -> Selection:
-    return through(selector, features_for(selector, (2, 2), sizes=[(640, 480), (480, 640)]))
+    return through(selector, features_for(selector, (2, 2), sizes=[(640, 480), (300, 1000)]))
 
 
 def test_an_unknown_knob_is_refused(case: Case) -> None:
