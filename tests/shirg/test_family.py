@@ -9,7 +9,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from shirg import Pooling, Selection, ShirgGate, Source, VisionFeatures, crops_layout, regions, single_layout, tables
+from shirg import (
+    Pooling,
+    Selection,
+    ShirgGate,
+    Source,
+    VisionFeatures,
+    crops_layout,
+    fovea_layout,
+    regions,
+    single_layout,
+    tables,
+)
 from tests.features import features_for, geometry_layout, make_features, mirror
 from tests.shirg import plain
 
@@ -47,13 +58,8 @@ def counts(chosen: Selection) -> list[int]:
 )
 def test_published_numbers_at_true_geometry(name: str, expected: list[int]) -> None:
     gate = variant(name)
-    if gate.geometry == "lavida_tiles":
-        features = make_features((2, 2), side=27, sizes=[(768, 768)], width=4)
-    else:
-        features = make_features(layout=geometry_layout(gate.geometry, 27), sizes=[(768, 768)], width=4)
-        assert features.layout.canvas == ((48, 48) if gate.geometry == "single_672" else (31, 31))
-    if name == "shirg_fovea":
-        pytest.skip("a fovea of 448 pixels needs the size of the view, which the adapter's test has")
+    layout = {"single_672": single_layout(48, 14, Pooling(side=24)), "fovea": fovea_layout(32, 14, Pooling(side=16))}
+    features = make_features((2, 2), side=27, sizes=[(768, 768)], width=4, layout=layout.get(gate.geometry))
     assert counts(gate(features)) == expected
 
 
