@@ -131,4 +131,5 @@ def crop_term(kind: CropTerm, border_N: Tensor, tile_N: Tensor, in_centre_N: Ten
 
 def centre_term(centre_P2: Tensor) -> Tensor:
     """float32 [P]: distance from the centre of the frame, 1 at its corners."""
-    return torch.linalg.vector_norm(centre_P2 - 0.5, dim=-1) * 2**0.5
+    distance_P: Tensor = torch.linalg.vector_norm(centre_P2 - 0.5, dim=-1) * 2**0.5
+    return distance_P

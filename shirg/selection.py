@@ -100,7 +100,7 @@ class TokenLayout:
             object.__setattr__(self, "order_N", order.to(self.view_N.device))
             object.__setattr__(self, "rank_N", torch.argsort(order).to(self.view_N.device))
             object.__setattr__(self, "n_global", int(is_global.sum()))
-            object.__setattr__(self, "overlaps", len(key.unique()) < len(key))
+            object.__setattr__(self, "overlaps", bool((torch.sort(key).values.diff() == 0).any()))
 
     @property
     def n_tokens(self) -> int:

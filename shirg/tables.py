@@ -137,7 +137,7 @@ def _regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
 
 def _blocks(down: int, across: int, side: int, cells: int, start: int, nowhere: int, device: torch.device) -> Tensor:
     """The places [blocks, cells * cells] of each block of down x across views of side x side, from `start` on."""
-    inside_I = torch.arange(-(-side // cells) * cells, device=device).unflatten(0, (-1, cells))
+    inside_I = torch.unflatten(torch.arange(-(-side // cells) * cells, device=device), 0, (-1, cells))
     view_row, view_col = torch.arange(down, device=device), torch.arange(across, device=device)
     row = (view_row[:, None, None] * side + inside_I)[:, None, :, None, :, None]
     col = (view_col[:, None, None] * side + inside_I)[None, :, None, :, None, :]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, unflatten
 
 from shirg.knobs import Neighbor, NormScope, Weights
 from shirg.scoring import CropTerm, Norm, centre_term, crop_term, neighbour_term, normalise
@@ -75,7 +75,7 @@ class Terms:
             parts.append(normalise(values_BM, usable_BM, self.norm))
         elif layout.canvas != (0, 0):
             table, split = tables(layout), (-1, layout.side**2)
-            by_tile = [torch.unflatten(part[:, table.by_tile_M], 1, split) for part in (values_BM, usable_BM)]
+            by_tile = [unflatten(part[:, table.by_tile_M], 1, split) for part in (values_BM, usable_BM)]
             parts.append(normalise(by_tile[0], by_tile[1], self.norm).flatten(1)[:, table.from_tile_M])
         return torch.cat(parts, dim=1)
 
@@ -93,18 +93,19 @@ def _on_grids(
     rows = []
     for picture, states_ND in enumerate(states_BND):
         states_PD, usable_P = seats.take_one(states_ND, picture), seats.usable_BP[picture]
-        parts = [term(states_PD[:n].unflatten(0, (side, side)), usable_P[:n].unflatten(0, (side, side)))] if n else []
+        square = (side, side)
+        parts = [term(unflatten(states_PD[:n], 0, square), unflatten(usable_P[:n], 0, square))] if n else []
         states_MD, usable_M = states_PD[n:], usable_P[n:]
         if by_view and not layout.overlaps and layout.canvas != (0, 0):
             split = (-1, side, side)
             tiles = zip(
-                states_MD[table.by_tile_M].unflatten(0, split),
-                usable_M[table.by_tile_M].unflatten(0, split),
+                unflatten(states_MD[table.by_tile_M], 0, split),
+                unflatten(usable_M[table.by_tile_M], 0, split),
                 strict=True,
             )
             by_tile = torch.cat([term(x, usable).flatten() for x, usable in tiles])
             parts.append(by_tile[table.from_tile_M])
         elif layout.canvas != (0, 0):
-            parts.append(term(states_MD.unflatten(0, layout.canvas), usable_M.unflatten(0, layout.canvas)))
+            parts.append(term(unflatten(states_MD, 0, layout.canvas), unflatten(usable_M, 0, layout.canvas)))
         rows.append(torch.cat([part.flatten() for part in parts]))
     return torch.stack(rows)
