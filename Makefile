@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python eval.py -m study=demo resume=true experiment=none,adapted selector=pooled,full,random,shirg
+	$(BIN)/python eval.py -m study=demo threads=1 resume=true experiment=none,adapted selector=pooled,full,random,shirg
 	@echo "report: outputs/demo/report.html"
 
 test: setup

@@ -1,5 +1,30 @@
 """Selectors that SHIRG is compared to: controls first."""
 
-from baselines.controls import Full, Pooled, Random
+from baselines.cdpruner import CDPruner
+from baselines.controls import Full, GlobalOnly, NormTopK, Pooled, Random
+from baselines.divprune import DivPrune
+from baselines.oracle import Oracle
+from baselines.saint import Saint, SaintVote
+from baselines.tome import ToMe
+from baselines.topv import TopV
+from baselines.uniform_grid import UniformGrid
+from baselines.visionzip import VisionZip
+from baselines.vispruner import VisPruner
 
-__all__ = ["Full", "Pooled", "Random"]
+__all__ = [
+    "CDPruner",
+    "DivPrune",
+    "Full",
+    "GlobalOnly",
+    "NormTopK",
+    "Oracle",
+    "Pooled",
+    "Random",
+    "Saint",
+    "SaintVote",
+    "ToMe",
+    "TopV",
+    "UniformGrid",
+    "VisPruner",
+    "VisionZip",
+]

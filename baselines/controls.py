@@ -160,3 +160,34 @@ class Random(Selector):
     def _generator(self, sample: str) -> torch.Generator:
         digest = blake2b(f"{self.seed}/{sample}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class NormTopK(Selector):
+    """Keeps the tokens with the largest norm. A weak control: in SigLIP the largest norms are artefacts.
+
+    Args:
+        budget: tokens per picture.
+        sign: -1 keeps the smallest norms.
+    """
+
+    def __init__(self, *, budget: Budget, sign: int = 1) -> None:
+        super().__init__(budget=budget)
+        if sign not in (-1, 1):
+            raise ValueError(f"sign={sign}: give 1 or -1")
+        self.sign = sign
+
+    def score(self, features: VisionFeatures) -> Tensor:
+        return self.sign * features.tokens_BND.float().norm(dim=-1)
+
+
+class GlobalOnly(Selector):
+    """The whole picture in one view, without any tile: what high resolution must beat. It has no budget."""
+
+    def __init__(self) -> None:
+        super().__init__(budget=None)
+
+    def select(self, features: VisionFeatures) -> Selection:
+        n = features.layout.n_global
+        first_BN = features.layout.order_N[:n].expand(len(features.ids), -1)
+        valid_BN = features.valid_BN.gather(1, first_BN)
+        return keep(features, first_BN.gather(1, stable_topk(valid_BN.float(), n)), valid_BN.sum(-1))

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from experiments import build, measure
 from experiments.data.sample import Dataset, Sample
+from experiments.data.shuffle import other_questions
 from experiments.mirror import mirror
 from experiments.progress import Progress
 from experiments.report.shots import pick_shots, save_shot
@@ -47,7 +48,13 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         scorers=text_metrics(dataset.metric_names),
         geometry=TokenGeometry(model.config, selector.geometry),
         seed=cfg.seed,
+        asked=other_questions(samples, cfg.seed) if cfg.shuffle_questions else None,
     )
+    if cfg.shuffle_questions and not (system.relevance is not None and system.relevance.reads_question):
+        raise ValueError(
+            "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "
+            "that reads the question"
+        )
     weights = build.fingerprint(model)
     measure.reset_peak_memory(device)
     rows, timings = answer_all(system, samples, job, cfg, weights)

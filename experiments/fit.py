@@ -171,6 +171,7 @@ def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str
             relevance=stage.relevance,
             ids=batch.ids,
             prompts=batch.prompts,
+            boxes=batch.boxes,
         )
         texts = stage.model.generate(prefix, DecodeConfig(max_new_tokens=dataset.max_new_tokens)).texts
         for sample, text in zip(samples, texts, strict=True):

@@ -119,6 +119,8 @@ class Eval(Run):
     """Samples whose picture and kept tokens the report shows."""
     adapter: str | None = None
     """Folder of a LoRA adapter written by train.py."""
+    shuffle_questions: bool = False
+    """Rank tokens by another sample's question: the control of every selector that knows the question."""
     decode: Decode = field(default_factory=Decode)
 
 

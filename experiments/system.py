@@ -1,7 +1,7 @@
 """A system under evaluation: from a batch of samples to rows, one per answer."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ class System:
     """Text metrics by name, the headline first."""
     geometry: TokenGeometry
     seed: int
+    asked: Mapping[str, str] | None = None
+    """The question that tokens are ranked by, for each sample id; None is the sample's own."""
 
     @property
     def headline(self) -> str:
@@ -57,11 +59,12 @@ class System:
         images = load_pictures(batch)
         prefix = self.model.encode(
             images,
-            [sample.question for sample in batch],
+            [sample.question if self.asked is None else self.asked[sample.id] for sample in batch],
             self.selector,
             relevance=self.relevance,
             ids=[sample.id for sample in batch],
             prompts=[sample.prompt for sample in batch],
+            boxes=[sample.boxes for sample in batch],
             timer=timer,
         )
         generation = self.model.generate(prefix, self.decode, generator=self._generator(batch), timer=timer)

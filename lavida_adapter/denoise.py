@@ -134,7 +134,7 @@ def denoise(
             for row, count in enumerate(counts):
                 k = count[step] if step < len(count) else 0
                 commit_BA[row, confidence_BA[row].topk(k).indices] = True
-            ids_BA = torch.where(commit_BA & masked_BA, token_BA, ids_BA)
+            ids_BA = torch.where(commit_BA, token_BA, ids_BA)
             if config.keep_history:
                 history.append(ids_BA.clone())
     return ids_BA, forwards, history

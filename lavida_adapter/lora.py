@@ -112,8 +112,7 @@ def add_lora(model: "Lavida", config: LoraConfig) -> dict[str, int]:
 
 def _whole(model: "Lavida", config: LoraConfig) -> dict[str, nn.Parameter]:
     """The parameters that are trained without LoRA, by their names in the checkpoint below `model.`."""
-    named = model.model.named_parameters()
-    parameters = {name.replace(".base_layer", ""): p for name, p in named if "lora_" not in name}
+    parameters = {name.replace(".base_layer", ""): p for name, p in model.model.named_parameters()}
     above = sorted({".".join(n.split(".")[:i]) for n in parameters for i in range(1, n.count(".") + 2)})
     chosen = [name for pattern in config.train_whole for name in expand(pattern, above)]
     return {n: p for n, p in parameters.items() if any(n == name or n.startswith(f"{name}.") for name in chosen)}
@@ -177,6 +176,8 @@ def merge_lora(model: "Lavida") -> None:
             module.merge()
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config  # peft's own note that an adapter is there
 
 
 def _alternatives(text: str, pattern: str) -> list[str]:

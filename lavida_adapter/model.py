@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lavida_adapter.cache import PrefixCache
 from lavida_adapter.config import LavidaConfig
+from lavida_adapter.copies import states_of_copies
 from lavida_adapter.denoise import DecodeConfig, Generation, denoise, start
 from lavida_adapter.llada import Llada
 from lavida_adapter.objective import (
@@ -25,7 +26,7 @@ from lavida_adapter.objective import (
     pad_answers,
     sample_times,
 )
-from lavida_adapter.pictures import picture_blocks
+from lavida_adapter.pictures import Boxes, picture_blocks
 from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
 from lavida_adapter.prompt import IGNORE, prompt_ids, training_example
@@ -45,6 +46,8 @@ class TrainBatch:
     ids: Sequence[str]
     prompts: Sequence[str] | None = None
     """The questions with the dataset's suffix; the questions themselves when None."""
+    boxes: Sequence[Boxes] | None = None
+    """Where each example's evidence is, as fractions of its picture; only an oracle looks."""
 
 
 class _Body(nn.Module):
@@ -116,9 +119,12 @@ class Lavida(nn.Module):
         relevance: Relevance | None = None,
         ids: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
+        boxes: Sequence[Boxes] | None = None,
         timer: Timer | None = None,
     ) -> Prefix:
         """Pictures and questions to a prefix. The question ranks tokens, the prompt (question + suffix) is answered.
+
+        `boxes` says where each question's evidence is, as fractions of its picture; only an oracle looks.
 
         Raises:
             ValueError: when there are not as many pictures, questions, ids and prompts, or none at all.
@@ -126,11 +132,12 @@ class Lavida(nn.Module):
         timer = timer or NoTimer()
         ids = [str(i) for i in range(len(images))] if ids is None else ids
         prompts = questions if prompts is None else prompts
-        given = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
+        given: dict[str, Sequence[Any]] = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
+        given |= {} if boxes is None else {"lists of boxes": boxes}
         if len({len(things) for things in given.values()}) > 1 or not images:
             counts = ", ".join(f"{len(things)} {name}" for name, things in given.items())
             raise ValueError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
-        blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer)
+        blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer, boxes)
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
             prefix, _ = splice(rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length)
@@ -178,7 +185,7 @@ class Lavida(nn.Module):
 
     def prefill(self, prefix: Prefix) -> PrefixCache:
         """The prefix cache of a prefix, under the model's prefix attention."""
-        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, self._visual(prefix.visual_BP))
+        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP))
 
     def forward_whole(self, prefix: Prefix, answer_BAD: Tensor) -> Tensor:
         """States [B, A, D] of the answer in one pass over prompt and answer, without a cache: the prompt sees it too.
@@ -196,12 +203,12 @@ class Lavida(nn.Module):
         states_BLD = self.lm(
             torch.cat([prefix.embeds_BPD, answer_BAD], dim=1),
             mask_BL=mask_BL,
-            visual_BL=self._visual(torch.cat([prefix.visual_BP, ~answer_BA], dim=1)),
+            visual_BL=self.visual(torch.cat([prefix.visual_BP, ~answer_BA], dim=1)),
             positions_BL=positions_BL,
         )
         return states_BLD[:, p:]
 
-    def _visual(self, visual_BL: Tensor) -> Tensor | None:
+    def visual(self, visual_BL: Tensor) -> Tensor | None:
         """The picture's places for a model whose picture tokens see the picture alone."""
         return visual_BL if self.config.prefix_attention == "image_first" else None
 
@@ -216,7 +223,9 @@ class Lavida(nn.Module):
     ) -> Tensor:
         """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies."""
         timer = NoTimer()
-        blocks, _ = picture_blocks(self, batch.images, batch.questions, batch.ids, selector, relevance, timer)
+        blocks, _ = picture_blocks(
+            self, batch.images, batch.questions, batch.ids, selector, relevance, timer, batch.boxes
+        )
         prompts = batch.questions if batch.prompts is None else batch.prompts
         examples = [
             training_example(self.tokenizer, prompt, answer, self.config)
@@ -262,7 +271,7 @@ class Lavida(nn.Module):
         masked_BL, complement_BL = masked_targets(target_BL, t_B, u_BL)
         copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
         masked_CL = torch.cat(copies)
-        states = self.states_of_copies(whole, labels_BL, masked_CL, objective.prefix_mask)
+        states = states_of_copies(self, whole, labels_BL, masked_CL, prefix_mask=objective.prefix_mask)
         logits_MW, labels_M = self.lm.logits(states[masked_CL]), labels_BL.repeat(len(copies), 1)[masked_CL]
         if objective.weighting == "none":
             return masked_cross_entropy(logits_MW, labels_M)
@@ -271,29 +280,3 @@ class Lavida(nn.Module):
         weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
         weight_M = weight_C[:, None].expand_as(masked_CL)[masked_CL]
         return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=target_BL.sum())
-
-    def states_of_copies(self, whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, prefix_mask: bool) -> Tensor:
-        """States [C, L, D] of the copies of a batch in which the `masked` positions hold the mask embedding."""
-        mask_D = self.lm.wte(torch.tensor(self.config.lm.mask_token_id, device=self.device))
-        n = len(masked_CL) // len(labels_BL)
-        embeds = torch.where(masked_CL[..., None], mask_D.to(whole.embeds_BPD.dtype), whole.embeds_BPD.repeat(n, 1, 1))
-        if prefix_mask:
-            return self._states_behind_prefix(whole, labels_BL, embeds, n)
-        mask = None if whole.padding is None else whole.mask_BP.repeat(n, 1)
-        return self.lm(embeds, mask_BL=mask, visual_BL=self._visual(whole.visual_BP.repeat(n, 1)))
-
-    def _states_behind_prefix(self, whole: Prefix, labels_BL: Tensor, embeds: Tensor, n: int) -> Tensor:
-        """The same with a prompt that does not see the answer: one prefill, then all copies decode against it."""
-        b, length = labels_BL.shape
-        begin_B = (labels_BL != IGNORE).to(torch.int64).argmax(-1)
-        length_B1 = whole.mask_BP.sum(-1, keepdim=True)
-        p, a = int(begin_B.max()), int((length_B1[:, 0] - begin_B).max())
-        prompt_BP = torch.arange(p, device=self.device) < begin_B[:, None]
-        cache = self.prefill(Prefix(whole.embeds_BPD[:, :p], prompt_BP, whole.visual_BP[:, :p]))
-        index_BA = begin_B[:, None] + torch.arange(a, device=self.device)
-        real_CA = (index_BA < length_B1).repeat(n, 1)
-        # Slots behind a shorter row's end read position 0, are masked, and write to a spare position that is cut off.
-        read = index_BA.repeat(n, 1).masked_fill(~real_CA, 0)[..., None].expand(-1, -1, embeds.shape[-1])
-        write = index_BA.repeat(n, 1).masked_fill(~real_CA, length)[..., None].expand_as(read)
-        states_CAD = self.lm.decode(embeds.gather(1, read), cache.repeat(n), None if real_CA.all() else real_CA)
-        return embeds.new_zeros(n * b, length + 1, embeds.shape[-1]).scatter(1, write, states_CAD)[:, :length]

@@ -57,8 +57,9 @@ class Trainable(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must say what the loss of a batch is")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        # One generator per step: a run that is stopped and resumed draws what the undisturbed run drew.
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.global_step)
+        # One generator per step and rank: a run that is stopped and resumed draws what the undisturbed run drew.
+        seed = self.seed * 1_000_003 + self.global_step + (self.global_rank << 40)
+        generator = torch.Generator(self.device).manual_seed(seed)
         loss = self.loss(batch, generator)
         self.log("loss", loss, prog_bar=True, batch_size=1)
         self.log("lr", self.optim.lr * self.optim.scale(self.global_step), batch_size=1)

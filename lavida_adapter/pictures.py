@@ -23,6 +23,8 @@ from shirg import Selection, Selector, VisionFeatures
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
 
+Boxes = Sequence[tuple[float, float, float, float]]
+
 
 def picture_blocks(
     model: "Lavida",
@@ -32,6 +34,7 @@ def picture_blocks(
     selector: Selector,
     relevance: Relevance | None,
     timer: Timer,
+    boxes: Sequence[Boxes] | None = None,
 ) -> tuple[list[Tensor], tuple[Selection, ...]]:
     """Each prompt's picture tokens [n, D] in the language model's space, and the selections (B = 1) behind them."""
     distinct = list({id(image): image for image in images}.values())
@@ -58,6 +61,8 @@ def picture_blocks(
                 model.device
             )
         features = group.features(tuple(ids[i] for i in rows), recorded)
+        if boxes is not None:
+            features = replace(features, boxes=tuple(tuple(boxes[i]) for i in rows))
         if relevance is not None and selector.uses_relevance:
             with timer.stage("relevance"):
                 texts = [questions[i].strip() for i in rows]

@@ -41,6 +41,8 @@ class Relevance(Protocol):
     """A provider; `space` names where its similarity is measured."""
 
     space: str
+    reads_question: bool
+    """Whether another question gives other numbers."""
 
     def __call__(self, features: VisionFeatures, context: Context) -> Tensor: ...
 
@@ -49,6 +51,7 @@ class NoRelevance:
     """Query-agnostic saliency: 1 - cos(x_i, mean x) over the picture's valid encoder states."""
 
     space = "encoder"
+    reads_question = False
 
     def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
         x = features.tokens_BND.detach().float()
@@ -60,6 +63,7 @@ class LmEmbed:
     """Cosine of projected tokens and the question's word embeddings, both centred, in the language model's space."""
 
     space = "lm"
+    reads_question = True
 
     def __init__(self, *, agg: Aggregate = "mean") -> None:
         if agg not in ("mean", "max", "pooled"):
@@ -86,6 +90,7 @@ class External:
     """Relevance from a file or a mapping: sample id -> one number per source token."""
 
     space = "external"
+    reads_question = False
 
     def __init__(self, *, path: str | Path | None = None, scores: dict[str, Tensor] | None = None) -> None:
         if (path is None) == (scores is None):

@@ -58,7 +58,8 @@ class VisionTower(nn.Module):
         return cast("Sequence[SiglipEncoderLayer]", self.vision_tower.vision_model.encoder.layers)
 
     def forward(self, pixels_V3SS: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """States and the recordings named by `taps`, each "what@layer" with a layer counted from 0 (or from the end).
+        """States and the recordings named by `taps`, each "what@layer": a layer counted from 0 (or from the end), or,
+        with a decimal point, a share of the depth: of 26 layers, "keys@0.83" is layer 21.
 
         Views of another size than the configured one get position embeddings interpolated for them (bicubic); the
         embeddings themselves stay as they are.
@@ -93,12 +94,13 @@ class VisionTower(nn.Module):
         what, _, at = tap.partition("@")
         n = len(self.layers)
         try:
-            index = int(at)
+            index = int(at) if "." not in at else int(n * float(at)) if 0 <= float(at) < 1 else n
         except ValueError:
             index = n  # out of range: the message below covers it
         if what not in TAPS or not -n <= index < n:
             raise ValueError(
-                f"the vision tower has no tap {tap!r}: use one of {', '.join(TAPS)} with @layer in 0..{n - 1}"
+                f"the vision tower has no tap {tap!r}: use one of {', '.join(TAPS)} with @layer in 0..{n - 1}, "
+                "counted from the end if negative, or a share of the depth from 0.0 to below 1.0"
             )
         return what, index % n
 

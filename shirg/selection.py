@@ -143,6 +143,8 @@ class VisionFeatures:
     """int64: what the base model itself would feed for each picture; None where that follows from the layout."""
     taps: Mapping[str, Tensor] = field(default_factory=dict)
     """Extra recordings that the selector asked for by name in `needs`; "encoder" is the pre-projector states."""
+    boxes: tuple[tuple[tuple[float, float, float, float], ...], ...] | None = None
+    """Where the evidence of each sample is, as fractions of the picture: for an oracle, and for nobody else."""
 
     def box_BN4(self) -> Tensor:
         """Each token's box (x0, y0, x1, y1) as fractions of the original picture; outside [0, 1] in padding."""

@@ -6,6 +6,7 @@ from math import ceil
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shirg import (
@@ -100,13 +101,14 @@ def make_features(
         tokens = smooth + 0.5 * torch.randn(batch, n, width, generator=generator)
     if relevance is None:
         relevance = torch.randn(batch, n, generator=generator)
+    tokens = tokens.to(dtype)
     boxes = torch.tensor([picture_box(layout, size) for size in sizes])
     inside = (layout.centre_N2 >= boxes[:, None, :2]) & (layout.centre_N2 < boxes[:, None, 2:])
     valid = inside.all(-1) | (layout.role_N == Role.GLOBAL)
     own = layout.geometry == "lavida_tiles"
     base = tiles_layout(2, 2, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=Pooling(side=ceil(side / 2)))
     return VisionFeatures(
-        tokens_BND=tokens.to(dtype),
+        tokens_BND=tokens,
         layout=layout,
         valid_BN=valid,
         picture_B4=boxes,
@@ -115,13 +117,23 @@ def make_features(
         n_valid=tuple(valid.sum(-1).tolist()),
         relevance_BN=relevance,
         base_count_B=None if own else pooled_count_B(base, torch.tensor(sizes)),
-        taps={"encoder": tokens.to(dtype), "pixels": pixels_of(batch, n, seed)},
+        taps=recorded(tokens),
+        boxes=tuple(((0.1 * i, 0.3, 0.1 * i + 0.3, 0.4), (0.7, 0.71, 0.701, 0.711))[: 1 + i % 2] for i in range(batch)),
     )
 
 
-def pixels_of(batch: int, n: int, seed: int) -> Tensor:
-    """Patches of 4 x 4 pixels."""
-    return torch.rand(batch, n, 3, 4, 4, generator=torch.Generator().manual_seed(100 + seed))
+def recorded(tokens: Tensor) -> dict[str, Tensor]:
+    """What a tower could have recorded of these tokens: every tap that a selector asks for, in the tower's dtypes."""
+    x, width = tokens.float(), tokens.shape[-1]
+    generator = torch.Generator().manual_seed(11)
+    taps = {"encoder": tokens, "input@-1": tokens + 0.5, "post_norm@-1": F.layer_norm(x, (width,)).to(tokens.dtype)}
+    for layer in ("0.83", "-1", "-2"):
+        key, query = torch.randn(width, 16, generator=generator), torch.randn(width, generator=generator)
+        taps[f"keys@{layer}"] = (x @ key).unflatten(-1, (2, 8)).to(tokens.dtype)
+        taps[f"attention@{layer}"] = (F.normalize(x, dim=-1) @ query).sigmoid() / tokens.shape[1]
+    pixels = torch.Generator().manual_seed(12)
+    taps["pixels"] = torch.rand(*tokens.shape[:2], 3, 4, 4, generator=pixels)
+    return taps
 
 
 def permute_views(features: VisionFeatures, views: Sequence[int]) -> VisionFeatures:

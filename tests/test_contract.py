@@ -1,121 +1,87 @@
 """What every selector must hold. A new one joins by one line in SELECTORS."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from baselines import Full, Pooled, Random
-from shirg import Selection, Selector, ShirgGate, Source, VisionFeatures
-from tests.features import GRIDS, SIZES, differs, features_for, permute_views, projector, through
+from baselines import (
+    CDPruner,
+    DivPrune,
+    Full,
+    GlobalOnly,
+    NormTopK,
+    Oracle,
+    Pooled,
+    Random,
+    Saint,
+    SaintVote,
+    ToMe,
+    TopV,
+    UniformGrid,
+    VisionZip,
+    VisPruner,
+)
+from shirg import Selection, Selector, Source, VisionFeatures
+from tests.cases import CONF, FAMILY, OTHERS, Case
+from tests.features import GRIDS, SIZES, differs, features_for, permute_views, projector, recorded, through
 
-CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
 SELECTED = ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A selector, the knobs it is tested with, and for each knob a value that must change something or raise.
-
-    A changed value may bring other knobs along: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}.
-    """
-
-    build: Callable[..., Selector]
-    knobs: dict[str, Any] = field(default_factory=dict)
-    flips: dict[str, Any] = field(default_factory=dict)
-
-
-GATE_FLIPS: dict[str, Any] = {
-    "budget": "matched",
-    "geometry": "fovea",
-    "views": "all",
-    "weights": {"weights": {"similarity": 0.1, "neighbor": 0.3, "crop": 0.1}},
-    "neighbor": {"neighbor": {"sign": 1}, "weights": {"neighbor": 0.4}},
-    "variance_of": {"variance_of": "neighbourhood", "weights": {"variance": 0.5}},
-    "edge_space": {"edge_space": "pixels", "weights": {"edge": 0.5}},
-    "norm": "rank",
-    "norm_scope": "view",
-    "mask_padding": False,
-    "crop_term": {"crop_term": "border", "weights": {"crop": 0.5}},
-    "dedup": "border",
-    "coverage": 3,
-    "merge": {"merge": {"mode": "tome"}},
-    "diversity": {"diversity": {"mode": "mmr"}, "coverage": 0},
-    "adaptive": {"adaptive": {"mode": "entropy", "temperature": 0.2}},
-    "scaffold": {"scaffold": {"size": 2, "source": "canvas"}},
-    "summary": True,
-    "newline": "row",
-    "underflow": {"underflow": "raise", "budget": 300},
-    "coord_embed": "sincos_linear",
-    "coord_width": 16,
-}
-
-
-def preset(name: str, budget: int = 60, **flips: Any) -> Case:
-    """A variant of SHIRG: the knobs of its own file, at a budget of the test."""
-    knobs = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    own = {knob: value for knob, value in knobs.items() if knob != "defaults"}
-    return Case(ShirgGate, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips})
 
 
 SELECTORS = {
     "pooled": Case(Pooled),
     "full": Case(Full, flips={"newline": "none", "geometry": "single_672"}),
     "random": Case(Random, {"budget": 60}, flips={"budget": 61, "seed": 1, "geometry": "single_672"}),
-    "shirg": Case(ShirgGate, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS),
-    "shirg_div": preset("shirg_div", neighbor={"neighbor": {"sign": -1}}),
-    "shirg_672": preset("shirg_672"),
-    "shirg_v2": preset("shirg_v2", views="tiles", norm_scope="image", summary=False),
-    "shirg_fixed": preset("shirg_fixed"),
-    "shirg_x": preset("shirg_x"),
-    "shirg_fovea": preset("shirg_fovea", geometry="lavida_tiles"),
-}
-OTHERS = {
-    "seed_canvas48": Case(
-        ShirgGate,
-        {"budget": 60, "geometry": "seed_canvas48", "crop_term": "border", "scaffold": {"size": 2, "source": "canvas"}},
-        flips={**GATE_FLIPS, "crop_term": "centre", "scaffold": {"scaffold": {"size": 3, "source": "canvas"}}},
-    ),
-    "cell_means": Case(
-        ShirgGate,
-        {"budget": 60, "geometry": "seed_canvas48", "dedup": "mean", "underflow": "mask", "scaffold": {"size": 0}},
-        flips={**GATE_FLIPS, "dedup": "relevance", "underflow": "global", "scaffold": {"scaffold": {"size": 1}}},
-    ),
-    "everything": Case(
-        ShirgGate,
-        {
-            "budget": 60,
-            "views": "all",
-            "weights": {"centre": 0.2, "variance": 0.2, "edge": 0.3, "crop": 0.2},
-            "edge_space": "pixels",
-            "crop_term": "literal",
-            "merge": {"mode": "tome", "share": 0.2},
-            "coverage": 4,
-            "scaffold": {"size": 3},
-            "summary": True,
-        },
+    "uniform_grid": Case(UniformGrid, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
+    "norm_topk": Case(NormTopK, {"budget": 60}, flips={"budget": 61, "sign": -1}),
+    "global_only": Case(GlobalOnly),
+    "oracle": Case(Oracle, {"budget": 60}, flips={"budget": 61}),
+    "saint": Case(Saint, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.5, "layer": -1}),
+    "saint_vote": Case(
+        SaintVote,
+        {"budget": 60, "tau_step": 0.25},
         flips={
-            **GATE_FLIPS,
-            "views": "tiles",
-            "edge_space": "features",
-            "crop_term": "none",
-            "merge": {"merge": {"mode": "none"}},
-            "summary": False,
+            "budget": 61,
+            "scope": "global",
+            "tau": 0.3,
+            "tau_step": 0.5,
+            "votes": 1,
+            "gamma": 0.1,
+            "layer": -1,
         },
     ),
-    "mmr": Case(
-        ShirgGate,
-        {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}},
-        flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
+    "topv": Case(
+        TopV,
+        {"budget": 60},
+        flips={
+            "budget": 61,
+            "scope": "global",
+            "marginals": "balanced_cols_last",
+            "alpha": 0.1,
+            "beta": 0.1,
+            "gamma": 1.0,
+            "sigma": 1.0,
+            "eps": 1.0,
+            "recover": 0.5,
+        },
     ),
+    "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
+    "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "sign": -1}),
+    "vispruner": Case(
+        VisPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "important": 0.2, "drop": 1, "layer": -2}
+    ),
+    "visionzip": Case(
+        VisionZip, {"budget": 60}, flips={"budget": 61, "scope": "global", "contextual": 0.5, "layer": -2}
+    ),
+    "tome": Case(ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "r": 2, "layer": -2}),
+    **FAMILY,
 }
-"""Selectors without a file of their own: settings that the files leave out."""
 ALL = {**SELECTORS, **OTHERS}
 
 
@@ -198,7 +164,7 @@ def test_slots_do_not_depend_on_content(selector: Selector) -> None:
     features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
     here = selector(features)
     for tokens in (torch.zeros_like(features.tokens_BND), features.tokens_BND.abs() * 1e4):
-        there = selector(replace(features, tokens_BND=tokens, taps={**features.taps, "encoder": tokens}))
+        there = selector(replace(features, tokens_BND=tokens, taps=recorded(tokens)))
         assert there.mask_BT.shape == here.mask_BT.shape
         assert torch.equal(there.mask_BT.sum(-1), here.mask_BT.sum(-1))
 
@@ -238,6 +204,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates(selector: Selector) -> Non
         features,
         ids=features.ids[::-1],
         n_valid=features.n_valid[::-1],
+        boxes=features.boxes[::-1] if features.boxes else None,
         taps={name: tap.flip(0) for name, tap in features.taps.items()},
         **{
             f.name: getattr(features, f.name).flip(0)

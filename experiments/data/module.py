@@ -88,4 +88,5 @@ def collate(samples: Sequence[Sample]) -> TrainBatch:
         answers=[s.answers[0] for s in samples],
         ids=[s.id for s in samples],
         prompts=[s.prompt for s in samples],
+        boxes=[s.boxes for s in samples],
     )

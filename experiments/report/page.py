@@ -1,6 +1,7 @@
 """`report.html`: a study on one page that opens anywhere, with no script and no request to the network."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,8 @@ def render(study: Path, rows: Sequence[Row]) -> str:
 
 def _best(title: str, cells: Sequence[str], rows: Sequence[Row]) -> set[int]:
     """Rows with the highest score in a column of intervals; nothing is best among fewer than two."""
-    scored = {
-        i: float(cell.split(" [")[0]) for i, cell in enumerate(cells) if " [" in cell and " vs " not in f" {title}"
-    }
+    scores = [re.match(r"(-?[\d.]+) \[", cell) for cell in cells]  # not any text with a bracket: reasons are cells too
+    scored = {i: float(score[1]) for i, score in enumerate(scores) if score and " vs " not in f" {title}"}
     if len(scored) < 2:
         return set()
     top = max(scored.values())

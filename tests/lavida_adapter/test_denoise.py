@@ -167,15 +167,20 @@ def test_the_mask_token_is_committed_only_when_allowed() -> None:
 
 
 def test_rows_are_independent_of_their_batch_mates() -> None:
-    """Drafts cannot differ by row, so the rows differ by their starts: written tokens at different places."""
-    config = DecodeConfig(max_new_tokens=6, step_per_block=3, schedule="shift")
+    """Rows with six, four and one mask: each follows its own schedule and ends with the tokens that it gets alone."""
+    config = DecodeConfig(max_new_tokens=6, step_per_block=3, schedule="shift", keep_history=True)
     rows = torch.full((3, 6), MASK)
     rows[1, :2] = torch.tensor([3, 1])
     rows[2, 1:] = 4
-    together, forwards, _ = denoise(lively, rows, config, MASK)
-    alone = [denoise(lively, rows[i : i + 1], config, MASK) for i in range(3)]
-    assert together.tolist() == [ids[0].tolist() for ids, _, _ in alone]
-    assert forwards == max(f for _, f, _ in alone) == 3
+    together, forwards, history = denoise(lively, rows, config, MASK)
+    for i, n_masks in enumerate((6, 4, 1)):
+        alone, steps, own = denoise(lively, rows[i : i + 1], config, MASK)
+        counts = tokens_per_step(n_masks, 3, "shift")
+        assert together[i].tolist() == alone[0].tolist()
+        assert steps == len(counts)
+        assert [h[i].tolist() for h in history[:steps]] == [h[0].tolist() for h in own]
+        assert [(h == MASK).sum().item() for h in own] == [n_masks - sum(counts[: s + 1]) for s in range(steps)]
+    assert forwards == 3
     assert rows[0].tolist() == [MASK] * 6  # the argument is not written to
 
 

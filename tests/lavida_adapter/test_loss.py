@@ -221,3 +221,18 @@ def test_everything_that_is_used_gets_a_gradient() -> None:
         prefix + "post_layernorm.weight",
         prefix + "post_layernorm.bias",
     ]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=["lavida", "prefix mask"])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_half_precision(mixed: bool, objective: dict[str, Any]) -> None:
+    """bfloat16, whole or mixed: the same loss up to rounding, in float32, with finite gradients."""
+    settings = ObjectiveConfig(extra_padding=0, **objective)
+    exact = run(tiny_model(), **objective)
+    model = tiny_model() if mixed else tiny_model().to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        value = model.loss(batch(), Pooled(), settings, torch.Generator().manual_seed(0))
+    value.backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(exact, rel=0.03)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -123,6 +123,20 @@ def test_a_long_picture_on_the_square_canvas_has_few_valid_tokens() -> None:
     assert views.valid_N.sum() == 729 + (6 + 7) * 54
 
 
+@pytest.mark.parametrize(("side", "first", "last"), [(378, 195, 573), (362, 203, 565)])
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_centre_on_the_border_counts_on_the_left_and_top_alone(
+    side: int, first: int, last: int, upright: bool
+) -> None:
+    """573 and 203 are centres of tokens: the first pixel behind the picture, and the first one in it."""
+    size = (side, 768) if upright else (768, side)
+    views = make_views(Image.new("RGB", size), replace(CONFIG, image_grid_pinpoints=((768, 768),)))
+    centres = [384 * tile + 14 * i + 7 for tile in range(2) for i in range(27)]
+    assert last in centres or first in centres
+    lines = sum(first <= centre < last for centre in centres)
+    assert views.valid_N.sum() == 729 + 54 * lines
+
+
 def test_the_blind_margin() -> None:
     """No token covers the last six columns and rows of a tile: a gap in the middle of the canvas."""
     views = make_views(Image.new("RGB", (768, 768)), CONFIG)

@@ -111,7 +111,19 @@ def test_many_taps_and_two_spellings_of_one(tower: VisionTower, pixels: Tensor) 
     assert not torch.equal(recorded["keys@1"], recorded["keys@0"])
 
 
-@pytest.mark.parametrize("tap", ["keys", "keys@", "keys@2", "keys@-3", "values@0", "keys@first", "@0", ""])
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layers", "share", "index"), [(26, "0.83", 21), (26, "0.0", 0), (26, "0.99", 25), (3, "0.83", 2), (2, "0.83", 1)]
+)
+def test_a_layer_may_be_a_share_of_the_depth(tower: VisionTower, layers: int, share: str, index: int) -> None:
+    tower.vision_tower.vision_model.encoder.layers = torch.nn.ModuleList([tower.layers[0]] * layers)
+    assert tower._parse(f"keys@{share}") == ("keys", index)
+
+
+@pytest.mark.parametrize(
+    "tap",
+    ["keys", "keys@", "keys@2", "keys@-3", "values@0", "keys@first", "@0", "", "keys@1.0", "keys@-0.5", "keys@0.x"],
+)
 def test_taps_that_do_not_exist(tower: VisionTower, pixels: Tensor, tap: str) -> None:
     with pytest.raises(ValueError, match=f"has no tap {tap!r}: use one of keys, attention, .* with @layer in 0..1"):
         tower(pixels, [tap])

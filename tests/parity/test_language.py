@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lavida_adapter import DecodeConfig, Prefix
+from lavida_adapter.copies import states_of_copies
 from lavida_adapter.llada import rotate
 from lavida_adapter.objective import mask_probability, masked_cross_entropy, masked_targets, pad_answers
 from lavida_adapter.prefix import splice
@@ -134,7 +135,7 @@ def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
     equal("training masks", copies[:, -behind:].long().tolist(), saved["masked_after_image"].long().tolist())
     kept = labels_BL.repeat(2, 1).masked_fill(~copies, IGNORE)
     equal("training labels", kept[:, -behind:].tolist(), saved["labels_after_image"].tolist())
-    states = golden.model.states_of_copies(whole, labels_BL, copies, prefix_mask=False)
+    states = states_of_copies(golden.model, whole, labels_BL, copies, prefix_mask=False)
     close("training logits", lm.logits(states[:, -behind:]), saved["logits_after_image"], 1e-3)
     loss = masked_cross_entropy(lm.logits(states[copies]), kept[copies])
     close("training loss", loss[None], saved["loss"], 1e-4)

@@ -1,0 +1,162 @@
+"""Views as groups: how a budget is split over them, and how a choice inside each becomes one selection.
+
+Most pruning methods were written for one view. Here they run on all views of a batch at once: G groups of S places, in
+reading order, either one group per view or a single one for the whole picture (docs/method.md, "Scope and split").
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shirg import Budget, Selection, Selector, VisionFeatures, assert_finite, keep, stable_topk, tables
+from shirg.knobs import one_of
+from shirg.scoring import unit
+
+Scope = Literal["per_view", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The tokens of B pictures in groups, and how many of each group stay."""
+
+    index_GS: Tensor
+    """int64: the source token at each place; places are in reading order, groups too."""
+    valid_BGS: Tensor
+    """bool: False for letterbox padding."""
+    quota_BG: Tensor
+    """int64: tokens that stay; each view keeps the same share of its valid tokens, and together they are exact."""
+    most: int
+    """No quota is larger; known on the host, so that loops have a length."""
+    share: float
+    """No group keeps a smaller share of its valid tokens, but for rounding down."""
+
+    def __call__(self, per_token_BN: Tensor) -> Tensor:
+        """[B, N, ...] -> [B, G, S, ...]."""
+        picked = per_token_BN.index_select(1, self.index_GS.flatten())
+        return torch.unflatten(picked, 1, self.index_GS.shape)
+
+    def back(self, per_place_BGS: Tensor) -> Tensor:
+        """[B, G, S] -> [B, N]."""
+        inverse_N = torch.argsort(self.index_GS.flatten())
+        return per_place_BGS.flatten(1).index_select(1, inverse_N)
+
+
+def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, least: int) -> Groups:
+    """Groups whose quotas add up to `keep_B`; `least` and `most` bound it on the host."""
+    layout = features.layout
+    if scope == "per_view":
+        canvas_M = layout.order_N[layout.n_global :].index_select(0, tables(layout).by_tile_M)
+        index_GS = torch.cat([layout.order_N[: layout.n_global], canvas_M]).view(-1, layout.side**2)
+    else:
+        index_GS = layout.order_N[None]
+    valid_BGS = features.valid_BN[:, index_GS]
+    # The sum up to a view is rounded, not the share of each: so nothing is lost, and no view owes more than it has.
+    upto_BG = valid_BGS.sum(-1).cumsum(-1)
+    owed_BG = keep_B[:, None] * upto_BG // upto_BG[:, -1:].clamp_min(1)
+    s = index_GS.shape[1]
+    return Groups(
+        index_GS=index_GS,
+        valid_BGS=valid_BGS,
+        quota_BG=owed_BG.diff(dim=-1, prepend=torch.zeros_like(owed_BG[:, :1])),
+        most=min(s, -(-s * most // max(min(features.n_valid), 1))),
+        share=min(1.0, least / max(features.n_valid)),
+    )
+
+
+class GroupSelector(Selector):
+    """A selector that works inside groups: subclasses say which of the places of each group stay."""
+
+    def __init__(self, *, budget: Budget, scope: Scope = "per_view") -> None:
+        super().__init__(budget=budget)
+        one_of("scope", scope, Scope)
+        self.scope: Scope = scope
+
+    def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
+        """Which places stay, bool [B, G, S], as many as the quotas say; and what they were ranked by, or None."""
+        raise NotImplementedError(f"{type(self).__name__} must override choose")
+
+    def select(self, features: VisionFeatures) -> Selection:
+        with torch.no_grad():
+            groups, k = self.groups(features)
+            chosen_BGS, scores_BGS = self.choose(features, groups)
+        return chosen_tokens(features, groups, chosen_BGS, scores_BGS, k)
+
+    def groups(self, features: VisionFeatures) -> tuple[Groups, int]:
+        """The groups and the static number of slots."""
+        k, keep_B = self.resolve_budget(features)
+        keep_B = torch.minimum(keep_B, features.valid_BN.sum(-1))
+        least = self.budget if isinstance(self.budget, int) else features.layout.pooling.side**2
+        return split(features, self.scope, keep_B, most=k, least=least), k
+
+    def unit_tokens(self, features: VisionFeatures, groups: Groups) -> Tensor:
+        """Encoder states of length 1, [B, G, S, D] float32."""
+        return self.finite(unit(groups(features.tokens_BND).float()), groups)
+
+    def unit_keys(self, features: VisionFeatures, groups: Groups, tap: str) -> Tensor:
+        """Attention keys averaged over heads, of length 1, [B, G, S, D / heads] float32."""
+        return self.finite(unit(groups(features.taps[tap].float().mean(-2))), groups)
+
+    def finite(self, x_BGSD: Tensor, groups: Groups) -> Tensor:
+        """What was given; raises RuntimeError where a usable token is not finite."""
+        assert_finite(x_BGSD.sum(-1), groups.valid_BGS, type(self).__name__)
+        return x_BGSD
+
+
+def chosen_tokens(
+    features: VisionFeatures, groups: Groups, chosen_BGS: Tensor, scores_BGS: Tensor | None, k: int
+) -> Selection:
+    """The places that were chosen as a selection of `k` slots in reading order."""
+    order_N = features.layout.order_N
+    ranked_BK = order_N[stable_topk(groups.back(chosen_BGS)[:, order_N].float(), k)]
+    scores_BN = None if scores_BGS is None else groups.back(scores_BGS)
+    return keep(features, ranked_BK, groups.quota_BG.sum(-1), scores_BN=scores_BN)
+
+
+def take(scores_BGS: Tensor, count_BG: Tensor) -> Tensor:
+    """bool [..., S]: the `count` highest scores of each row; of equal ones the first."""
+    order_BGS = torch.sort(scores_BGS, dim=-1, descending=True, stable=True).indices
+    slot_S = torch.arange(scores_BGS.shape[-1], device=scores_BGS.device)
+    return torch.zeros_like(scores_BGS, dtype=torch.bool).scatter(-1, order_BGS, slot_S < count_BG[..., None])
+
+
+def spread(places_BGS: Tensor, count_BG: Tensor) -> Tensor:
+    """bool [..., S]: `count` of the marked places of each row, evenly spaced."""
+    number_BGS = places_BGS.cumsum(-1)
+    count_BG1, total_BG1 = count_BG[..., None], number_BGS[..., -1:].clamp_min(1)
+    # The place that lifts the running share over a half is taken: exactly `count` of them, none at the very edge.
+    reached = (2 * number_BGS * count_BG1 + total_BG1) // (2 * total_BG1)
+    before = (2 * (number_BGS - 1) * count_BG1 + total_BG1) // (2 * total_BG1)
+    return places_BGS & (reached > before)
+
+
+def absorb(
+    features: VisionFeatures,
+    groups: Groups,
+    chosen: Selection,
+    stays_BGS: Tensor,
+    owner_BGS: Tensor,
+    member_BGS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sum [B, T, D] in float32 and number [B, T] of the members that each selected token owns.
+
+    `owner_BGS` is the place, in the same group, of the token that a member joins. A product with a 0-1 matrix, because
+    adding rows by index gives another rounding in every run on a GPU.
+    """
+    slot_BGS = stays_BGS.cumsum(-1) - 1
+    slots = torch.arange(groups.most, device=owner_BGS.device)
+    joins_BGQS = (slot_BGS.gather(-1, owner_BGS)[..., None, :] == slots[:, None]) & member_BGS[..., None, :]
+    sums_BGQD = joins_BGQS.float() @ groups(features.tokens_BND).float()
+    group_G1 = torch.arange(len(groups.index_GS), device=slots.device)[:, None]
+    row_BN = groups.back(group_G1 * groups.most + slot_BGS.clamp_min(0))
+    row_BT = row_BN.gather(1, chosen.index_BT.clamp_min(0))
+    sums_BTD = sums_BGQD.flatten(1, 2).gather(1, row_BT[..., None].expand(-1, -1, sums_BGQD.shape[-1]))
+    number_BT = joins_BGQS.sum(-1).flatten(1).gather(1, row_BT).masked_fill(chosen.index_BT < 0, 0)
+    return sums_BTD, number_BT
+
+
+def rounds_of(removals: int, per_round: int) -> int:
+    """Rounds that take `removals` tokens out of a list when each takes `per_round`, but no more than every second."""
+    return -(-removals // per_round) + math.ceil(math.log2(2 * per_round)) + 1

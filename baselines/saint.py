@@ -1,0 +1,121 @@
+"""SAINT: tokens that resemble many others are dropped (Jeddi et al., 2025, arXiv 2503.11549).
+
+The published code holds two algorithms. `Saint` is the one with a fixed budget, `SaintVote` the one that votes. Both
+prune inside the vision transformer; here all views go through the whole tower and its keys decide what is kept
+(docs/method.md, "saint" and "saint_vote").
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from baselines.groups import Groups, GroupSelector, Scope, take
+from baselines.pairs import Line
+from shirg import Budget, VisionFeatures
+
+
+class Saint(GroupSelector):
+    """Drops, round by round, the tokens of the highest degree in the graph of similarities.
+
+    degree_i = sum of cos(k_i, k_j) over the tokens j that are left; k are attention keys averaged over heads. A round
+    drops ceil(rho n) of n tokens, less in the last one. Of equal degrees the later token goes first.
+
+    Args:
+        budget: tokens per picture.
+        scope: one graph per view, or one for the whole picture.
+        rho: share of the tokens that a round drops.
+        layer: whose keys: an index into the tower's layers (from the end if negative), or a share of its depth.
+    """
+
+    def __init__(
+        self, *, budget: Budget, scope: Scope = "per_view", rho: float = 0.0625, layer: int | float = 0.83
+    ) -> None:
+        super().__init__(budget=budget, scope=scope)
+        if not 0 < rho < 1:
+            raise ValueError(f"rho={rho}: give the share of tokens that a round drops, between 0 and 1")
+        self.rho, self.layer = rho, layer
+        self.tap = f"keys@{layer}"
+        self.needs = frozenset({self.tap})
+
+    def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
+        k_BGSD = self.unit_keys(features, groups, self.tap)
+        left_BGS, n_BG = groups.valid_BGS, groups.valid_BGS.sum(-1)
+        scores_BGS = -degree(k_BGSD, left_BGS)
+        for _ in range(1 + int(math.log(1 / groups.share) / -math.log(1 - self.rho))):
+            drop_BG = torch.minimum(n_BG - groups.quota_BG, (self.rho * n_BG).ceil().long())
+            n_BG = n_BG - drop_BG
+            left_BGS = take((-degree(k_BGSD, left_BGS)).masked_fill(~left_BGS, float("-inf")), n_BG)
+        return left_BGS, scores_BGS
+
+
+def degree(k_BGSD: Tensor, left_BGS: Tensor) -> Tensor:
+    """Sum of the cosines of each token with all that are left: one product with their sum, never the whole graph."""
+    total_BG1D = left_BGS[..., None, :].float() @ k_BGSD
+    return (k_BGSD @ total_BG1D.transpose(-1, -2)).squeeze(-1)
+
+
+class SaintVote(GroupSelector):
+    """Drops even tokens that many odd tokens resemble, in passes with a falling threshold.
+
+    In each pass an even token a has the votes c_a of the odd tokens with cos(k_a, k_b) >= tau. As many are dropped as
+    have at least `votes`, the highest c_a exp(gamma (mean similarity of the voters - tau)) first. The first pass is the
+    published one, without its batch mean. Then even and odd are dealt anew and tau is lowered, until the budget is met:
+    the paper has a count that depends on the picture instead.
+
+    Args:
+        budget: tokens per picture.
+        scope: each view by itself, or the whole picture.
+        tau: threshold of the first pass.
+        tau_step: by how much each pass lowers it.
+        votes: how many voters make a token redundant.
+        gamma: how much the voters' similarity counts.
+        layer: as for `Saint`.
+    """
+
+    def __init__(
+        self,
+        *,
+        budget: Budget,
+        scope: Scope = "per_view",
+        tau: float = 0.75,
+        tau_step: float = 0.05,
+        votes: int = 5,
+        gamma: float = 10.0,
+        layer: int | float = 0.83,
+    ) -> None:
+        super().__init__(budget=budget, scope=scope)
+        if not -1 <= tau <= 1 or not 0 < tau_step <= 2:
+            raise ValueError(f"tau={tau}, tau_step={tau_step}: give a cosine, and a positive step of at most 2")
+        if votes < 1:
+            raise ValueError(f"votes={votes}: give at least 1")
+        self.tau, self.tau_step, self.votes, self.gamma, self.layer = tau, tau_step, votes, gamma, layer
+        self.tap = f"keys@{layer}"
+        self.needs = frozenset({self.tap})
+
+    def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
+        k_BGSD = self.unit_keys(features, groups, self.tap)
+        s = k_BGSD.shape[2]
+        line = Line.of(groups.valid_BGS)
+        falling = 1 + math.ceil((self.tau + 1) / self.tau_step)
+        # Below -1 every odd token votes for every even one, and each pass can halve the list.
+        for step in range(falling + 1 + int(math.log2(1 / groups.share))):
+            tau = self.tau - step * self.tau_step if step < falling else -2.0
+            odds_BG1 = line.odd_used().sum(-1, keepdim=True)
+            even_BGED, odd_BGOD = rows(k_BGSD, line.even()), rows(k_BGSD, line.odd())
+            odd_BGOD = odd_BGOD * line.odd_used()[..., None]
+            mean_BGE = (even_BGED @ odd_BGOD.sum(-2)[..., None]).squeeze(-1) / odds_BG1.clamp_min(1)
+            over_BGEO = even_BGED @ odd_BGOD.transpose(-1, -2) - tau
+            over_BGEO.masked_fill_(~line.odd_used()[..., None, :], -1.0)
+            count_BGE = (over_BGEO >= 0).sum(-1)
+            above_BGE = over_BGEO.relu_().sum(-1) / count_BGE.clamp_min(1)
+            redundant = (count_BGE >= odds_BG1.clamp_max(self.votes)) & line.even_used()
+            drop_BG = torch.minimum(redundant.sum(-1), line.n_BG - groups.quota_BG)
+            voted_BGE = count_BGE * (self.gamma * above_BGE).exp()
+            line = line.without(line.worst(torch.where(count_BGE > 0, voted_BGE, mean_BGE), drop_BG), s)
+        return line.mask(s), None
+
+
+def rows(x_BGSD: Tensor, place_BGM: Tensor) -> Tensor:
+    """Rows of each group by their place."""
+    return x_BGSD.gather(2, place_BGM[..., None].expand(-1, -1, -1, x_BGSD.shape[-1]))

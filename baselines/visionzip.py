@@ -1,0 +1,64 @@
+"""VisionZip: dominant tokens, and means of the rest (Yang et al., CVPR 2025, arXiv 2412.04467)."""
+
+from dataclasses import replace
+
+import torch
+
+from baselines.groups import GroupSelector, Scope, absorb, chosen_tokens, spread, take
+from shirg import Budget, Selection, Source, VisionFeatures
+
+
+class VisionZip(GroupSelector):
+    """The most attended tokens as they are, and contextual tokens that the others were merged into.
+
+    Attention is what a token receives in one layer, averaged over heads and queries, as SigLIP has no [CLS] token.
+    Contextual targets are evenly spaced among the rest; each other token joins the target whose key it resembles most,
+    and a target becomes itself plus the mean of its members. Merged tokens are read at the place of their target, not
+    behind the dominant ones; a target that nobody joins stays what it is.
+
+    Args:
+        budget: tokens per picture, dominant and contextual.
+        scope: each view by itself, as in the paper, or the whole picture.
+        contextual: share of the budget for contextual tokens; the paper has 10 of 64.
+        layer: whose attention and keys: an index into the tower's layers (from the end if negative), or a share of its
+            depth.
+    """
+
+    def __init__(
+        self, *, budget: Budget, scope: Scope = "per_view", contextual: float = 0.15625, layer: int | float = -1
+    ) -> None:
+        super().__init__(budget=budget, scope=scope)
+        if not 0 <= contextual <= 1:
+            raise ValueError(f"contextual={contextual}: give the share of the budget for merged tokens, 0 to 1")
+        self.contextual, self.layer = contextual, layer
+        self.attention, self.keys = f"attention@{layer}", f"keys@{layer}"
+        self.needs = frozenset({self.attention, self.keys})
+
+    def select(self, features: VisionFeatures) -> Selection:
+        with torch.no_grad():
+            groups, k = self.groups(features)
+            attention_BGS = self.finite(groups(features.taps[self.attention].float())[..., None], groups).squeeze(-1)
+            merged_BG = (self.contextual * groups.quota_BG).ceil().long()
+            ranked_BGS = attention_BGS.masked_fill(~groups.valid_BGS, -torch.inf)
+            dominant_BGS = take(ranked_BGS, groups.quota_BG - merged_BG)
+            rest_BGS = groups.valid_BGS & ~dominant_BGS
+            target_BGS = spread(rest_BGS, merged_BG)
+            k_BGSD = self.unit_keys(features, groups, self.keys)
+            near_BGSS = (k_BGSD @ k_BGSD.transpose(-1, -2)).masked_fill(~target_BGS[..., None, :], -torch.inf)
+            owner_BGS = near_BGSS.argmax(-1)
+            member_BGS = rest_BGS & ~target_BGS & target_BGS.any(-1, keepdim=True)
+            stays_BGS = dominant_BGS | target_BGS
+        chosen = chosen_tokens(features, groups, stays_BGS, attention_BGS, k)
+        sums_BTD, number_BT = absorb(features, groups, chosen, stays_BGS, owner_BGS, member_BGS)
+        mean_BTD = (sums_BTD / number_BT.clamp_min(1)[..., None]).to(chosen.tokens_BTD.dtype)
+        return merged(chosen, chosen.tokens_BTD + mean_BTD, number_BT > 0)
+
+
+def merged(chosen: Selection, tokens_BTD: torch.Tensor, is_merged_BT: torch.Tensor) -> Selection:
+    """The selection with some of its tokens replaced by merged ones."""
+    return replace(
+        chosen,
+        tokens_BTD=torch.where(is_merged_BT[..., None], tokens_BTD, chosen.tokens_BTD),
+        index_BT=chosen.index_BT.masked_fill(is_merged_BT, -1),
+        source_BT=chosen.source_BT.masked_fill(is_merged_BT, int(Source.MERGED)),
+    )

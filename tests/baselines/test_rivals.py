@@ -1,0 +1,134 @@
+"""The rivals against loops over tokens, on pictures with and without padding."""
+
+import pytest
+import torch
+
+from baselines import CDPruner, DivPrune, Saint, SaintVote, ToMe, VisionZip, VisPruner
+from baselines.groups import GroupSelector
+from shirg import Source, VisionFeatures
+from tests.baselines import naive
+from tests.features import SIZES, make_features
+
+SCOPES = ("per_view", "global")
+GRIDS = [(2, 2), (1, 2), (0, 0)]
+
+
+def pictures(grid: tuple[int, int]) -> VisionFeatures:
+    return make_features(grid, side=6, sizes=SIZES[grid], width=24)
+
+
+def kept(selector: GroupSelector, features: VisionFeatures) -> list[list[int]]:
+    chosen = selector(features)
+    return [index[mask].tolist() for index, mask in zip(chosen.index_BT, chosen.mask_BT, strict=True)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("budget", [15, 31])  # two tokens of a group have the same degree: leave more of each
+def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budget: int) -> None:
+    features = pictures(grid)
+    common = {"budget": budget, "scope": scope}
+    votes = {"tau": 0.6, "tau_step": 0.25, "votes": 2, "gamma": 3.0}
+    pairs: list[tuple[GroupSelector, naive.Pick]] = [
+        (Saint(**common), naive.saint(features, 0.0625, "keys@0.83")),
+        (SaintVote(**common, **votes), naive.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83")),
+        (DivPrune(**common), naive.divprune(features)),
+        (VisPruner(**common, drop=3), naive.vispruner(features, 0.5, 3, "attention@-1")),
+    ]
+    for selector, pick in pairs:
+        assert kept(selector, features) == naive.in_groups(features, scope, budget, pick), type(selector).__name__
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_cdpruner_picks_the_largest_determinant(scope: str, sign: int) -> None:
+    features = pictures((1, 2))
+    expected = naive.in_groups(features, scope, 12, naive.cdpruner(features, sign))
+    assert kept(CDPruner(budget=12, scope=scope, sign=sign), features) == expected
+
+
+def test_cdpruner_goes_by_relevance_when_the_width_is_used_up() -> None:
+    """Two dimensions: two picks by diversity, the others by relevance."""
+    features = make_features((0, 0), side=4, sizes=[(100, 100)], width=2)
+    r = features.relevance_BN[0]
+    (chosen,) = kept(CDPruner(budget=6), features)
+    first = int(r.argmax())
+    assert first in chosen
+    rest = [i for i in r.argsort(descending=True).tolist() if i in chosen]
+    skipped = [i for i in range(16) if i not in chosen]
+    assert sum(float(r[i]) < float(r[skipped].max()) for i in rest) <= 1, (
+        "one pick for diversity, the rest by relevance"
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("r", [1, 5, 100])
+def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, r: int) -> None:
+    features = pictures(grid)
+    members: list[dict[int, list[int]]] = [{} for _ in features.ids]
+    expected = naive.in_groups(features, scope, 20, naive.tome(features, r, "keys@-1", members))
+    chosen = ToMe(budget=20, scope=scope, r=r)(features)
+    merged = 0
+    for sample, tokens in enumerate(expected):
+        for slot, token in enumerate(tokens):
+            joined = members[sample][token]
+            mean = features.tokens_BND[sample, joined].mean(0)
+            torch.testing.assert_close(chosen.tokens_BTD[sample, slot], mean, rtol=0, atol=1e-5)
+            assert torch.equal(chosen.box_BT4[sample, slot], features.box_BN4()[sample, token])
+            is_merged = len(joined) > 1
+            merged += is_merged
+            assert int(chosen.index_BT[sample, slot]) == (-1 if is_merged else token)
+            assert int(chosen.source_BT[sample, slot]) == (Source.MERGED if is_merged else Source.KEPT)
+        assert sorted(sum(members[sample].values(), [])) == torch.where(features.valid_BN[sample])[0].tolist()
+    assert merged > 10
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str) -> None:
+    features = pictures(grid)
+    joined: list[dict[int, list[int]]] = [{} for _ in features.ids]
+
+    def pick(sample: int, group: list[int], quota: int) -> list[int]:
+        attention, k = features.taps["attention@-1"][sample], naive.keys_of(features, "keys@-1", sample)
+        n_merged = -(-quota * 3 // 10)
+        dominant = sorted(group, key=lambda i: -float(attention[i]))[: quota - n_merged]
+        rest = [i for i in group if i not in dominant]
+        targets = naive.evenly(rest, n_merged)
+        joined[sample] |= {t: [] for t in targets}
+        for i in (i for i in rest if i not in targets):
+            if targets:
+                joined[sample][max(targets, key=lambda t, i=i: float(k[i] @ k[t]))].append(i)
+        return dominant + targets
+
+    expected = naive.in_groups(features, scope, 20, pick)
+    chosen = VisionZip(budget=20, scope=scope, contextual=0.3)(features)
+    for sample, tokens in enumerate(expected):
+        for slot, token in enumerate(tokens):
+            members = joined[sample].get(token, [])
+            x = features.tokens_BND[sample]
+            wanted = x[token] + x[members].mean(0) if members else x[token]
+            torch.testing.assert_close(chosen.tokens_BTD[sample, slot], wanted, rtol=0, atol=1e-5)
+            assert int(chosen.index_BT[sample, slot]) == (-1 if members else token)
+        assert any(joined[sample].values())
+
+
+def test_views_keep_the_same_share_of_what_is_not_padding() -> None:
+    features = make_features((2, 2), side=27, sizes=[(768, 768), (640, 480)], width=4)
+    for sample, index in enumerate(kept(DivPrune(budget=300), features)):
+        valid = features.layout.view_N[features.valid_BN[sample]].bincount(minlength=5).double()
+        counts = features.layout.view_N[index].bincount(minlength=5).double()
+        assert float((counts - 300 * valid / valid.sum()).abs().max()) < 1
+    assert features.layout.view_N[kept(DivPrune(budget=1200), features[:1])[0]].bincount().tolist() == [240] * 5
+
+
+def test_duplicates_go_first() -> None:
+    """Of sixteen tokens twelve are one and the same: what looks for redundancy keeps the four others."""
+    tokens = torch.ones(1, 16, 8)
+    for place, token in enumerate((1, 7, 8, 14)):
+        tokens[0, token] = torch.eye(8)[place]
+    features = make_features((0, 0), side=4, sizes=[(90, 90)], tokens=tokens)
+    features.taps["keys@0.83"] = tokens[:, :, None]
+    for selector in (DivPrune(budget=5), Saint(budget=5), VisPruner(budget=5, important=0.0, drop=1)):
+        assert {1, 7, 8, 14} <= set(kept(selector, features)[0]), type(selector).__name__

@@ -1,0 +1,103 @@
+"""The shipped tiny model: its weights are those that its history names, and it shows what it was made to show."""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from baselines import Full, Pooled, Random
+from experiments.data.module import collate
+from experiments.data.synthetic.glyphs import SynthGlyphs
+from experiments.schema import CONF
+from lavida_adapter import DecodeConfig, Lavida, load_adapter, merge_lora
+from lavida_adapter.relevance import LmEmbed
+from shirg import Selector, ShirgGate
+
+WEIGHTS = CONF.parent / "weights" / "tiny"
+SELECTORS: dict[str, Callable[[], Selector]] = {
+    "pooled": Pooled,
+    "full": Full,
+    "random": lambda: Random(budget=80),
+    "shirg": lambda: ShirgGate(budget=80),
+}
+
+
+def accuracy(model: Lavida, selector: Selector, n: int = 288, batch: int = 32) -> dict[str, float]:
+    """Share of right answers by group on test pictures, sparse and dense in turn."""
+    data = SynthGlyphs(split="test", n=n, density="sparse,dense")
+    right: dict[str, list[bool]] = defaultdict(list)
+    for begin in range(0, n, batch):
+        samples = [data[i] for i in range(begin, min(n, begin + batch))]
+        asked = collate(samples)
+        with torch.inference_mode():
+            prefix = model.encode(asked.images, asked.questions, selector, relevance=LmEmbed(), ids=asked.ids)
+            texts = model.generate(prefix, DecodeConfig(max_new_tokens=3)).texts
+        for sample, text in zip(samples, texts, strict=True):
+            right[str(sample.meta["group"])].append(text in sample.answers)
+    return {group: sum(hits) / len(hits) for group, hits in right.items()}
+
+
+@pytest.fixture(scope="module")
+def base() -> Lavida:
+    return Lavida.from_pretrained(WEIGHTS)
+
+
+@pytest.mark.parametrize("folder", [WEIGHTS, *sorted((WEIGHTS / "adapters").glob("*"))], ids=lambda p: p.name)
+def test_weights_are_those_that_their_history_names(folder: Path) -> None:
+    history = json.loads((folder / "training.json").read_text())
+    assert history["sha256"]
+    for name, sha in history["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha
+    stages = [stage["stage"] for stage in history["stages"]]
+    assert stages == ["vision", "text", "align", "base", "adapt"][: len(stages)] and len(stages) >= 4
+    assert all(stage["git"] and not stage["git_dirty"] for stage in history["stages"])
+
+
+def test_weights_are_small_enough_to_ship() -> None:
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 12 * 2**20
+
+
+def test_choosing_beats_pooling_and_chance_on_the_pooled_base(base: Lavida) -> None:
+    """Expected gaps are about 50 and 10 points; half of that is far outside the noise of 192 questions."""
+    scores = {name: accuracy(base, make()) for name, make in SELECTORS.items() if name != "full"}
+    assert scores["shirg"]["fine"] >= scores["pooled"]["fine"] + 0.25
+    assert scores["shirg"]["fine"] >= scores["random"]["fine"] + 0.25
+    assert scores["pooled"]["guard"] >= 0.9
+
+
+@pytest.mark.parametrize("name", ["pooled", "full"])
+def test_adapted_systems_keep_the_guard(name: str) -> None:
+    model = Lavida.from_pretrained(WEIGHTS)
+    load_adapter(model, WEIGHTS / "adapters" / name)
+    merge_lora(model)
+    scores = accuracy(model, SELECTORS[name]())
+    assert scores["guard"] >= 0.9
+    assert scores["fine"] >= 0.75 if name == "full" else scores["fine"] <= 0.65
+
+
+def test_what_is_kept_does_not_depend_on_batch_threads_or_random_state(base: Lavida) -> None:
+    data = SynthGlyphs(split="test", n=36, density="sparse,dense")
+    samples = [data[i] for i in range(36)]
+    kept: dict[str, list[list[int]]] = {}
+    threads = torch.get_num_threads()
+    try:
+        for label, batch, n_threads in (("one by one", 1, 1), ("in batches", 16, 1), ("two threads", 16, 2)):
+            torch.set_num_threads(n_threads)
+            torch.manual_seed(batch)
+            rows: list[list[int]] = []
+            for begin in range(0, 36, batch):
+                asked = collate(samples[begin : begin + batch])
+                for name in ("shirg", "random"):
+                    with torch.inference_mode():
+                        prefix = base.encode(
+                            asked.images, asked.questions, SELECTORS[name](), relevance=LmEmbed(), ids=asked.ids
+                        )
+                    rows += [s.index_BT[0].tolist() for s in prefix.selections]
+            kept[label] = sorted(rows)
+    finally:
+        torch.set_num_threads(threads)
+    assert kept["one by one"] == kept["in batches"] == kept["two threads"]

@@ -1,0 +1,307 @@
+"""Checkpoints that load: round trips, what is tolerated, and nothing that runs."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from baselines import Pooled
+from lavida_adapter import DecodeConfig, Lavida, checkpoint
+from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE, fingerprint
+from tests.lavida_adapter.tiny import picture, tiny_model
+
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
+
+@pytest.fixture(scope="module")
+def model() -> Lavida:
+    return tiny_model()
+
+
+@pytest.fixture
+def folder(model: Lavida, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same(one: Lavida, other: Lavida) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rewrite(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Replaces, adds or (None) removes tensors of a single-file checkpoint."""
+    state = load_file(folder / SINGLE) | {name: t for name, t in tensors.items() if t is not None}
+    save_file({name: t for name, t in state.items() if tensors.get(name, t) is not None}, folder / SINGLE)
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | fields))
+
+
+def test_round_trip_is_bit_equal(model: Lavida, folder: Path) -> None:
+    loaded = Lavida.from_pretrained(folder)
+    assert same(loaded, model)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert loaded.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert fingerprint(loaded) == fingerprint(model)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    images, questions = [picture((40, 40))], ["digit red <|eot_id|> naïve?"]
+    out = [m.generate(m.encode(images, questions, Pooled()), DecodeConfig(max_new_tokens=5)) for m in (loaded, model)]
+    assert torch.equal(out[0].ids_BA, out[1].ids_BA)
+    assert out[0].texts == out[1].texts
+
+
+def test_the_published_names(folder: Path) -> None:
+    names = set(load_file(folder / SINGLE))
+    for name in (
+        "model.image_newline",
+        "model.mm_projector.0.weight",
+        "model.mm_projector.2.bias",
+        "model.transformer.wte.weight",
+        "model.transformer.blocks.1.attn_norm.weight",
+        "model.transformer.blocks.0.ff_out.weight",
+        "model.transformer.ff_out.weight",
+        "model.transformer.ln_f.weight",
+        f"{TOWER}embeddings.position_embedding.weight",
+        f"{TOWER}encoder.layers.1.self_attn.out_proj.bias",
+        f"{TOWER}encoder.layers.0.mlp.fc1.weight",
+        f"{TOWER}post_layernorm.bias",
+    ):
+        assert name in names
+    # Nine tensors per block, embedding, head and norm; sixteen per tower layer and five around; projector; newline.
+    assert len(names) == 9 * 2 + 3 + 16 * 2 + 5 + 2 + 4 + 1 - 2
+
+
+def test_shards(model: Lavida, tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    model.save_pretrained(folder, max_shard_size=20_000)
+    shards = list(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert (folder / INDEX).exists()
+    assert not (folder / SINGLE).exists()
+    assert same(Lavida.from_pretrained(folder), model)
+    # The other way round: one file in the place of many leaves no shard and no index behind.
+    model.save_pretrained(folder)
+    assert [p.name for p in folder.glob("model*")] == [SINGLE]
+    assert same(Lavida.from_pretrained(folder), model)
+
+
+def test_an_index_written_by_hand(model: Lavida, folder: Path) -> None:
+    """Any split of the tensors over files will do."""
+    state = load_file(folder / SINGLE)
+    (folder / SINGLE).unlink()
+    names = sorted(state)
+    files = {f"part-{i}.safetensors": names[i::3] for i in range(3)}
+    for file, part in files.items():
+        save_file({name: state[name] for name in part}, folder / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert same(Lavida.from_pretrained(folder), model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("auto", torch.bfloat16),
+        ("float32", torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtypes(model: Lavida, tmp_path: Path, asked: Any, expected: torch.dtype) -> None:
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    loaded = Lavida.from_pretrained(tmp_path / "half", dtype=asked)
+    assert {p.dtype for p in loaded.parameters()} == {expected}
+    assert loaded.dtype == expected
+    expected_newline = model.model.image_newline.to(torch.bfloat16).to(expected)
+    assert torch.equal(loaded.model.image_newline, expected_newline)
+    assert fingerprint(loaded) == fingerprint(tiny_model().to(torch.bfloat16))
+    prefix = loaded.encode([picture((40, 40))], ["x"], Pooled())
+    assert loaded.generate(prefix, DecodeConfig(max_new_tokens=2)).ids_BA.shape == (1, 2)
+
+
+def test_the_device_is_where_every_tensor_goes(folder: Path) -> None:
+    """On the meta device nothing can be left behind: every parameter and buffer must have been put there."""
+    with pytest.raises(RuntimeError, match="tensors without memory after loading"):
+        Lavida.from_pretrained(folder, device="meta")
+    loaded = Lavida.from_pretrained(folder, device="cpu")
+    assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
+    positions = loaded.model.vision_tower.vision_tower.vision_model.embeddings.position_ids
+    assert positions.tolist() == [list(range(9))]
+
+
+@pytest.mark.gpu
+def test_cuda(folder: Path) -> None:
+    loaded = Lavida.from_pretrained(folder, device="cuda", dtype="bfloat16")
+    assert {t.device.type for t in (*loaded.parameters(), *loaded.buffers())} == {"cuda"}
+    prefix = loaded.encode([picture((40, 40))], ["x"], Pooled())
+    assert loaded.generate(prefix, DecodeConfig(max_new_tokens=2)).ids_BA.device.type == "cuda"
+
+
+def test_surplus_rows_of_the_vocabulary_are_cut(model: Lavida, folder: Path) -> None:
+    state = load_file(folder / SINGLE)
+    longer = {name: torch.cat([state[name], torch.full((5, 32), 99.0)]) for name in (WTE, HEAD)}
+    rewrite(folder, **longer)
+    edit_config(folder, vocab_size=len(model.tokenizer) + 5, embedding_size=len(model.tokenizer) + 5)
+    loaded = Lavida.from_pretrained(folder)
+    assert same(loaded, model)
+    assert loaded.config.lm.vocab_size == len(model.tokenizer)
+
+
+def test_a_further_layer_a_head_and_position_ids_are_ignored(model: Lavida, folder: Path) -> None:
+    state = load_file(folder / SINGLE)
+    last = {name: tensor for name, tensor in state.items() if name.startswith(f"{TOWER}encoder.layers.1.")}
+    layer = {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in last.items()}
+    assert len(layer) == 16
+    head = {f"{TOWER}head.probe": torch.ones(1, 1, 16), f"{TOWER}head.attention.in_proj_weight": torch.ones(48, 16)}
+    rewrite(folder, **layer, **head, **{f"{TOWER}embeddings.position_ids": torch.arange(9)[None]})
+    assert same(Lavida.from_pretrained(folder), model)
+
+
+def test_a_missing_final_norm_is_made_up(model: Lavida, folder: Path) -> None:
+    rewrite(folder, **{f"{TOWER}post_layernorm.weight": None, f"{TOWER}post_layernorm.bias": None})
+    assert same(Lavida.from_pretrained(folder, device="cpu"), model)
+
+
+def test_no_code_of_a_checkpoint_is_run(model: Lavida, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto_map, a tokenizer class of its own and Python files in the folder are dead letters."""
+    evil = "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\nclass Model: pass\nclass Tokens: pass\n"
+    (folder / "modeling_evil.py").write_text(evil)
+    edit_config(folder, auto_map={"AutoConfig": "modeling_evil.Model", "AutoModel": "modeling_evil.Model"})
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    tokens |= {"auto_map": {"AutoTokenizer": ["modeling_evil.Tokens"] * 2}, "tokenizer_class": "Tokens"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    monkeypatch.chdir(folder)
+    assert same(Lavida.from_pretrained(folder), model)
+    assert not list(folder.glob("*.ran"))
+
+
+def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    real = checkpoint.safe_open
+
+    class Counting:
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            self.file = real(*arguments, **keywords)
+
+        def __enter__(self) -> "Counting":
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return list(self.file.keys())
+
+        def get_slice(self, name: str) -> Any:
+            part = self.file.get_slice(name)
+
+            class Slice:
+                get_shape, get_dtype = part.get_shape, part.get_dtype
+
+                def __getitem__(self, index: Any) -> torch.Tensor:
+                    reads.append(name)
+                    return part[index]
+
+            return Slice()
+
+    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    Lavida.from_pretrained(folder)
+    assert sorted(reads) == sorted(load_file(folder / SINGLE))
+
+
+@pytest.fixture
+def other() -> Iterator[Lavida]:
+    yield tiny_model(seed=1)
+
+
+@pytest.mark.parametrize("broken", ["tokenizer", "weights"])
+def test_an_interrupted_save_leaves_the_old_checkpoint(
+    model: Lavida, other: Lavida, folder: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    if broken == "tokenizer":
+        monkeypatch.setattr(type(other.tokenizer), "save_pretrained", fail)
+    else:
+        monkeypatch.setattr(checkpoint, "save_torch_state_dict", fail)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(OSError, match="disk full"):
+        other.save_pretrained(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert same(Lavida.from_pretrained(folder), model)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_new_save_replaces_the_old_one_and_keeps_other_files(other: Lavida, folder: Path) -> None:
+    (folder / "training.json").write_text("{}")
+    other.save_pretrained(str(folder))
+    assert same(Lavida.from_pretrained(str(folder)), other)
+    assert (folder / "training.json").read_text() == "{}"
+
+
+def test_the_fingerprint_tells_bases_apart(model: Lavida, other: Lavida) -> None:
+    assert fingerprint(model) == fingerprint(tiny_model())
+    assert fingerprint(model) != fingerprint(other)
+    changed = tiny_model()
+    with torch.no_grad():
+        changed.model.image_newline[3] += 0.1
+    assert fingerprint(changed) != fingerprint(model)
+    assert fingerprint(changed, skip=("model.image_newline",)) == fingerprint(model, skip=("model.image_newline",))
+
+
+def test_a_hub_id_is_downloaded_without_pickles(
+    model: Lavida, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, list[str]]] = []
+
+    def download(repo: str, *, allow_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        return str(shutil.copytree(folder, tmp_path / "hub"))
+
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    assert same(Lavida.from_pretrained("somebody/lavida"), model)
+    assert asked == [("somebody/lavida", ["*.json", "*.safetensors", "*.txt", "*.model"])]
+
+
+@pytest.mark.slow
+def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> None:
+    """Peak resident memory of loading about 100 MB, against the same process before it."""
+    big = tiny_model(lm={"d_model": 512, "mlp_hidden_size": 2048, "n_layers": 6})
+    size = sum(p.numel() * p.element_size() for p in big.parameters())
+    assert size > 90e6
+    big.save_pretrained(tmp_path / "big")
+    script = (
+        "import resource, sys\n"
+        "from lavida_adapter import Lavida\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "model = Lavida.from_pretrained(sys.argv[1])\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "big")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(out.stdout) < 1.4 * size + 50e6
+
+
+def test_changes_of_the_config_are_obeyed(folder: Path) -> None:
+    edit_config(folder, prefix_attention="image_first", drop_token_after_image=False)
+    loaded = Lavida.from_pretrained(folder)
+    assert loaded.config == replace(tiny_model().config, prefix_attention="image_first", drop_token_after_image=False)

@@ -1,0 +1,299 @@
+"""LoRA: which layers, which gradients, and a file that belongs to one base."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from baselines import Pooled
+from lavida_adapter import (
+    Lavida,
+    LoraConfig,
+    ObjectiveConfig,
+    TrainBatch,
+    add_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
+from lavida_adapter.lora import ADAPTER, META, expand
+from tests.lavida_adapter.tiny import picture, tiny_model
+
+TOWER = "vision_tower.vision_tower.vision_model.encoder.layers"
+TARGETS = (
+    "mm_projector.{0,2}",
+    TOWER + ".0.self_attn.{q_proj,k_proj}",
+    "transformer.blocks.*.{q_proj,ff_out}",
+)
+CONFIG = LoraConfig(rank=3, targets=TARGETS, train_whole=("image_newline",))
+ADAPTED = {
+    "mm_projector.0",
+    "mm_projector.2",
+    f"{TOWER}.0.self_attn.q_proj",
+    f"{TOWER}.0.self_attn.k_proj",
+    "transformer.blocks.0.q_proj",
+    "transformer.blocks.1.q_proj",
+    "transformer.blocks.0.ff_out",
+    "transformer.blocks.1.ff_out",
+}
+
+
+def adapted(model: Lavida) -> set[str]:
+    return {n for n, m in model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+
+
+def loss(model: Lavida) -> Tensor:
+    batch = TrainBatch([picture((40, 40)), picture((100, 26))], ["digit red", "hm?"], ["7", "blue"], ["a", "b"])
+    return model.loss(batch, Pooled(), ObjectiveConfig(extra_padding=0), torch.Generator().manual_seed(0))
+
+
+def step(model: Lavida, n: int = 1) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(n):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def logits(model: Lavida) -> Tensor:
+    prefix = model.encode([picture((40, 40)), picture((12, 70))], ["digit red", "letter K"], Pooled())
+    masks = model.lm.wte(torch.full((2, 3), model.config.lm.mask_token_id))
+    return model.lm.logits(model.lm.decode(masks, model.prefill(prefix)))
+
+
+@pytest.fixture
+def trained() -> Lavida:
+    model = tiny_model()
+    add_lora(model, CONFIG)
+    step(model, 3)
+    return model
+
+
+def test_exactly_the_named_layers_are_adapted() -> None:
+    model = tiny_model()
+    counts = add_lora(model, CONFIG)
+    assert adapted(model) == ADAPTED
+    shapes = {n: m.in_features + m.out_features for n, m in model.model.named_modules() if n in ADAPTED}
+    assert counts == {"lora": 3 * sum(shapes.values()), "image_newline": 32}
+    training = {n for n, p in model.named_parameters() if p.requires_grad}
+    lora = {f"model.{n}.lora_{x}.default.weight" for n in ADAPTED for x in "AB"}
+    assert training == lora | {"model.image_newline"}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("transformer.ff_out", {"transformer.ff_out"}),
+        ("transformer.blocks.1.ff_out", {"transformer.blocks.1.ff_out"}),
+        ("transformer.blocks.*.ff_out", {"transformer.blocks.0.ff_out", "transformer.blocks.1.ff_out"}),
+        ("transformer.blocks.{0-1}.k_proj", {"transformer.blocks.0.k_proj", "transformer.blocks.1.k_proj"}),
+    ],
+)
+def test_the_two_ff_out_are_not_confused(target: str, expected: set[str]) -> None:
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=1, targets=(target,)))
+    assert adapted(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "sentence"),
+    [
+        (
+            "mm_projector.1",
+            "'mm_projector.1' names nothing in this model; the nearest names are mm_projector.[02]",
+        ),
+        ("projector.0", "lora: 'projector.0' names nothing in this model; the nearest names are mm_projector.0"),
+        ("model.mm_projector.0", "lora: 'model.mm_projector.0' names nothing"),
+        ("transformer.blocks.{0-2}.q_proj", "lora: 'transformer.blocks.2.q_proj' names nothing"),
+        ("transformer.blocks.*.{q_proj,query}", r"lora: 'transformer.blocks.\*.query' names nothing"),
+        ("transformer.blocks.{1-0}.q_proj", "the range {1-0} in 'transformer.blocks.{1-0}.q_proj' is empty"),
+        ("transformer.wte", "lora: 'transformer.wte' names nothing"),
+        ("q_proj", "lora: 'q_proj' names nothing"),
+        ("", "lora: '' names nothing"),
+    ],
+)
+def test_names_that_do_not_exist(target: str, sentence: str) -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match=sentence):
+        add_lora(model, LoraConfig(rank=2, targets=("mm_projector.0", target)))
+    assert adapted(model) == set()
+
+
+def test_expand() -> None:
+    names = ["a.0.x", "a.1.x", "a.10.x", "a.0.y", "b"]
+    assert expand("a.*.x", names) == ["a.0.x", "a.1.x", "a.10.x"]
+    assert expand("a.{0,10}.{x}", names) == ["a.0.x", "a.10.x"]
+    assert expand("b", names) == ["b"]
+    with pytest.raises(ValueError, match=r"'a\+0.x' names nothing"):
+        expand("a+0.x", names)
+
+
+def test_gradients_at_the_first_step_and_after_it() -> None:
+    """B starts at zero, so A learns nothing at the first step; afterwards every adapter tensor does; the base never."""
+    model = tiny_model()
+    add_lora(model, CONFIG)
+    loss(model).backward()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            assert parameter.grad is not None and parameter.grad.abs().max() == 0, name
+        elif "lora_B" in name or name == "model.image_newline":
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+    step(model)
+    model.zero_grad()
+    loss(model).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().max() > 0) == parameter.requires_grad, name
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(trained: Lavida) -> None:
+    base, fresh = tiny_model(), tiny_model()
+    add_lora(fresh, CONFIG)
+    torch.testing.assert_close(logits(fresh), logits(base), rtol=0, atol=1e-6)
+    assert (logits(trained) - logits(base)).abs().max() > 0.05
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(trained: Lavida) -> None:
+    base = tiny_model()
+    assert loss(trained) < loss(base)
+    kept = {n.replace(".base_layer", ""): p for n, p in trained.named_parameters() if not p.requires_grad}
+    assert all(torch.equal(p, kept[n]) for n, p in base.named_parameters() if n != "model.image_newline")
+
+
+def test_merging_changes_no_answer(trained: Lavida, tmp_path: Path) -> None:
+    before = logits(trained)
+    merge_lora(trained)
+    assert adapted(trained) == set()
+    torch.testing.assert_close(logits(trained), before, rtol=0, atol=1e-5)
+    assert trained.state_dict().keys() == tiny_model().state_dict().keys()
+    trained.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(Lavida.from_pretrained(tmp_path / "merged")), before, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0, 4.5])
+def test_alpha_scales_the_update(alpha: float | None) -> None:
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=3, alpha=alpha, targets=("mm_projector.0",)))
+    layer: Any = model.model.mm_projector[0]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(0.1)
+    update = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * ((6.0 if alpha is None else alpha) / 3)
+    base = layer.base_layer.weight.clone()
+    merge_lora(model)
+    torch.testing.assert_close(model.model.mm_projector[0].weight, base + update)
+
+
+def test_rank_zero_trains_whole_modules_alone() -> None:
+    model = tiny_model()
+    counts = add_lora(model, LoraConfig(rank=0, targets=TARGETS, train_whole=("image_newline", "mm_projector")))
+    assert adapted(model) == set()
+    training = {n.removeprefix("model."): p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    assert counts == training
+    assert training.keys() == {"image_newline", *(f"mm_projector.{i}.{x}" for i in (0, 2) for x in ("weight", "bias"))}
+
+
+@pytest.mark.parametrize("config", [CONFIG, LoraConfig(rank=0, train_whole=("mm_projector.0", "image_newline"))])
+def test_an_adapter_survives_saving_and_loading(config: LoraConfig, tmp_path: Path) -> None:
+    model = tiny_model()
+    add_lora(model, config)
+    step(model, 2)
+    save_adapter(model, config, tmp_path / "adapter")
+    again = tiny_model()
+    assert load_adapter(again, str(tmp_path / "adapter")) == config
+    assert torch.equal(logits(again), logits(model))
+    stored = load_file(tmp_path / "adapter" / ADAPTER)
+    assert stored.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {ADAPTER, META}
+
+
+def test_an_adapter_belongs_to_its_base(trained: Lavida, tmp_path: Path) -> None:
+    save_adapter(trained, CONFIG, tmp_path)
+    other = tiny_model(seed=1)
+    with pytest.raises(ValueError, match="was trained on another base checkpoint: load that one"):
+        load_adapter(other, tmp_path)
+    assert adapted(other) == set()
+    # What the adapter brings itself may differ, and so may the precision of a base that is stored in half of it.
+    newline = tiny_model()
+    with torch.no_grad():
+        newline.model.image_newline.zero_()
+    load_adapter(newline, tmp_path)
+    assert torch.equal(newline.model.image_newline, trained.model.image_newline)
+    load_adapter(tiny_model().to(torch.bfloat16), tmp_path)
+
+
+def test_adapters_that_cannot_be_loaded(trained: Lavida, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter \(adapter.json and adapter.safetensors\)"):
+        load_adapter(tiny_model(), tmp_path)
+    save_adapter(trained, CONFIG, tmp_path)
+    tensors, meta = load_file(tmp_path / ADAPTER), (tmp_path / META).read_text()
+    name = "model.image_newline"
+    for wrong in (
+        {k: v for k, v in tensors.items() if k != name},
+        tensors | {name: torch.zeros(3)},
+        tensors | {"model.more": torch.zeros(3)},
+    ):
+        save_file(wrong, tmp_path / ADAPTER)
+        with pytest.raises(ValueError, match="are not those that its adapter.json describes"):
+            load_adapter(tiny_model(), tmp_path)
+    save_file(tensors, tmp_path / ADAPTER)
+    for broken in ("{", "[]", "{}", json.dumps(json.loads(meta) | {"lora": {"rang": 3}})):
+        (tmp_path / META).write_text(broken)
+        with pytest.raises(ValueError, match="cannot be read .*: train it again"):
+            load_adapter(tiny_model(), tmp_path)
+    (tmp_path / META).write_text(meta)
+    (tmp_path / ADAPTER).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read .*: train it again"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+def test_an_adapter_is_not_put_on_top_of_another(trained: Lavida) -> None:
+    with pytest.raises(ValueError, match="the model carries LoRA layers already: merge them"):
+        add_lora(trained, CONFIG)
+    merge_lora(trained)
+    add_lora(trained, CONFIG)
+
+
+def test_a_layer_is_not_trained_in_two_ways() -> None:
+    model = tiny_model()
+    with pytest.raises(ValueError, match="lora.targets and lora.train_whole both name mm_projector.0, mm_projector.2"):
+        add_lora(model, LoraConfig(rank=2, targets=TARGETS, train_whole=("mm_projector",)))
+    assert adapted(model) == set()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"rank": -1}, "lora.rank=-1, lora.dropout=0.0: give a rank >= 0"),
+        ({"rank": 2, "targets": TARGETS, "dropout": 1.0}, "lora.dropout=1.0: give a rank >= 0 and a dropout in"),
+        ({"rank": 2, "targets": TARGETS, "alpha": 0.0}, "lora.alpha=0.0: give a positive number"),
+        ({"rank": 64}, "lora.rank=64 has no lora.targets: name linear layers, or give lora.rank=0"),
+    ],
+)
+def test_impossible_configs(knobs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        LoraConfig(**knobs)
+
+
+def test_nothing_to_train() -> None:
+    for config in (LoraConfig(rank=0), LoraConfig(rank=0, targets=TARGETS)):
+        with pytest.raises(ValueError, match="lora: nothing would be trained"):
+            add_lora(tiny_model(), config)
+    with pytest.raises(ValueError, match="lora: 'image_newlin' names nothing .* image_newline"):
+        add_lora(tiny_model(), LoraConfig(rank=0, train_whole=("image_newlin",)))
+
+
+def test_dropout_is_for_training_alone() -> None:
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=3, targets=TARGETS, dropout=0.5))
+    step(model, 2)
+    model.eval()
+    assert torch.equal(logits(model), logits(model))
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
