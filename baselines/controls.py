@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shirg import (
     Budget,
+    Geometry,
     Pooling,
     Selection,
     Selector,
@@ -121,10 +122,11 @@ class Full(Selector):
     Args:
         newline: "row" closes each canvas row, or a single view, by a NEWLINE slot, as the base model does where it does
             not pool; "none" leaves them out.
+        geometry: how the picture is cut into views; overlapping crops keep their doubles.
     """
 
-    def __init__(self, *, newline: Literal["none", "row"] = "row") -> None:
-        super().__init__(budget=None)
+    def __init__(self, *, newline: Literal["none", "row"] = "row", geometry: Geometry = "lavida_tiles") -> None:
+        super().__init__(budget=None, geometry=geometry)
         if newline not in ("none", "row"):
             raise ValueError(f"newline={newline!r}: choose one of none, row")
         self.newline = newline
@@ -141,11 +143,12 @@ class Random(Selector):
 
     Each picture has a generator of its own, seeded by `seed` and the sample's id, so that its tokens depend neither on
     the batch, the order or the worker, nor on the global random state. Places in reading order are drawn, so that the
-    numbering of the views does not matter either.
+    numbering of the views does not matter either. `geometry` is how the picture is cut into views, so that chance can
+    be measured on the tokens that a method had.
     """
 
-    def __init__(self, *, budget: Budget, seed: int = 0) -> None:
-        super().__init__(budget=budget)
+    def __init__(self, *, budget: Budget, seed: int = 0, geometry: Geometry = "lavida_tiles") -> None:
+        super().__init__(budget=budget, geometry=geometry)
         self.seed = seed
 
     def score(self, features: VisionFeatures) -> Tensor:

@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
@@ -139,15 +140,18 @@ def adapter_size(adapter: str | None) -> int:
 
 
 def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["matched"]:
-    """A budget's number of tokens; names are the model's."""
+    """A budget's number of tokens; names are the model's, and "768/980 base" is that share of one, rounded."""
     if budget == "matched":
         return "matched"
     if isinstance(budget, str) and budget in budgets:
         return budgets[budget]
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget
+    share = re.fullmatch(r"([1-9]\d*)/([1-9]\d*) (\w+)", str(budget))
+    if share and share[3] in budgets:
+        return max(1, round(Fraction(int(share[1]), int(share[2])) * budgets[share[3]]))
     names = ", ".join(f"{name} ({count})" for name, count in budgets.items())
-    raise ValueError(f"budget={budget}: give {names}, matched, or a positive number of tokens")
+    raise ValueError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
 
 
 def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:

@@ -48,7 +48,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         decode=decode,
         cache_selector=cache_selector,
         scorers=text_metrics(dataset.metric_names),
-        geometry=TokenGeometry(model.config),
+        geometry=TokenGeometry(model.config, selector.geometry),
         seed=cfg.seed,
         asked=other_questions(samples, cfg.seed) if cfg.shuffle_questions else None,
     )

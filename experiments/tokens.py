@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.data.sample import Box
 from experiments.metrics import entity_recall
-from shirg import Role, Selection, Selector, Source, TokenLayout, VisionFeatures, pooled_count_B
+from shirg import Geometry, Role, Selection, Selector, Source, TokenLayout, VisionFeatures
 
 if TYPE_CHECKING:
     from lavida_adapter import LavidaConfig
@@ -36,8 +36,8 @@ class Placed:
 class TokenGeometry:
     """Where a model puts its tokens, by picture size; remembered, because data sets repeat sizes."""
 
-    def __init__(self, config: "LavidaConfig") -> None:
-        self.config = config
+    def __init__(self, config: "LavidaConfig", geometry: Geometry = "lavida_tiles") -> None:
+        self.config, self.geometry = config, geometry
         self._placed: dict[tuple[int, int], Placed] = {}
 
     def __call__(self, size: tuple[int, int]) -> Placed:
@@ -45,10 +45,16 @@ class TokenGeometry:
             self._placed[size] = self._place(size)
         return self._placed[size]
 
-    def _place(self, size: tuple[int, int]) -> Placed:
-        from lavida_adapter.views import make_views
+    def matched(self, size: tuple[int, int]) -> int:
+        """What the base model itself would feed for a picture of this size."""
+        from lavida_adapter.views import pooled_count
 
-        views = make_views(Image.new("RGB", size), self.config)
+        return pooled_count(size, self.config)
+
+    def _place(self, size: tuple[int, int]) -> Placed:
+        from lavida_adapter.geometries import cut
+
+        views = cut(Image.new("RGB", size), self.config, self.geometry)
         features = VisionFeatures(
             tokens_BND=torch.empty(1, views.layout.n_tokens, 0),
             layout=views.layout,
@@ -95,10 +101,9 @@ def check_counts(
     if budget is None:
         return
     if budget == "matched":
-        owed = int(pooled_count_B(geometry(size).layout, torch.tensor([size]))[0])
+        owed = geometry.matched(size)
         counted = total
     else:
         owed, counted = budget, without_newlines
-    may_lack = getattr(selector, "underflow", None) == "mask"
-    if counted > owed or (counted < owed and not may_lack):
+    if counted > owed or (counted < owed and not selector.may_use_less):
         raise RuntimeError(f"{sample}: {counted} tokens, but budget={budget} owes this picture {owed}")

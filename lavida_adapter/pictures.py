@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lavida_adapter.geometries import cut
 from lavida_adapter.prefix import picture_block
 from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import Context, Relevance
 from lavida_adapter.timer import Timer
-from lavida_adapter.views import Views, layout_on, make_views
+from lavida_adapter.views import Views, layout_on, patch_pixels
 from shirg import Selection, Selector, VisionFeatures
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def picture_blocks(
     """Each prompt's picture tokens [n, D] in the language model's space, and the selections (B = 1) behind them."""
     distinct = list({id(image): image for image in images}.values())
     with timer.stage("views"):
-        views = [make_views(image, model.config) for image in distinct]
+        views = [cut(image, model.config, selector.geometry) for image in distinct]
     with timer.stage("tower"):
-        states, taps = run_tower(model, views, selector.needs - {"encoder"})
+        states, taps = run_tower(model, views, selector.needs - {"encoder", "pixels"})
     picture_at = {id(image): i for i, image in enumerate(distinct)}
     picture_of = [picture_at[id(image)] for image in images]
     blocks: dict[int, Tensor] = {}
@@ -55,14 +56,19 @@ def picture_blocks(
             model.model.mm_projector,
         )
         recorded = {name: torch.stack([tensors[i] for i in shown]) for name, tensors in taps.items()}
+        if "pixels" in selector.needs:
+            recorded["pixels"] = torch.stack([patch_pixels(views[i].pixels_V3SS, layout) for i in shown]).to(
+                model.device
+            )
         features = group.features(tuple(ids[i] for i in rows), recorded)
         if boxes is not None:
             features = replace(features, boxes=tuple(tuple(boxes[i]) for i in rows))
         if relevance is not None and selector.uses_relevance:
             with timer.stage("relevance"):
-                asked = [encode_text(model.tokenizer, questions[i].strip()) for i in rows]
+                texts = [questions[i].strip() for i in rows]
+                asked = [encode_text(model.tokenizer, text) for text in texts]
                 asked_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in asked]
-                context = Context(group.projected, asked_Q, model.lm.wte)
+                context = Context(group.projected, asked_Q, model.lm.wte, texts, model.model.vision_tower)
                 features = replace(features, relevance_BN=relevance(features, context))
         selection, tokens_BTD = select(features, group, selector, timer)
         for j, i in enumerate(rows):
@@ -111,6 +117,7 @@ class PictureGroup:
         device, place = self.states_END.device, self.place_B
         valid_EN = torch.stack([v.valid_N for v in self.views])
         n_valid = valid_EN.sum(-1).tolist()
+        base = [v.base_count for v in self.views]
         return VisionFeatures(
             tokens_BND=self.states_END[place],
             layout=layout_on(self.views[0].layout, device),
@@ -119,6 +126,7 @@ class PictureGroup:
             size_B2=torch.tensor([v.size for v in self.views], device=device)[place],
             ids=ids,
             n_valid=tuple(n_valid[i] for i in place.tolist()),
+            base_count_B=None if None in base else torch.tensor(base, device=device)[place],
             taps={name: tensor[place] for name, tensor in taps.items()},
         )
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lavida_adapter.vision import VisionTower
 from shirg import VisionFeatures
 
 Aggregate = Literal["mean", "max", "pooled"]
@@ -30,6 +31,10 @@ class Context:
     """Token ids [Q] of each question: the question alone, without template or suffix."""
     embedding: nn.Embedding
     """The language model's input embedding."""
+    texts: Sequence[str] = ()
+    """The questions as they are written."""
+    tower: VisionTower | None = None
+    """The model's vision tower."""
 
 
 class Relevance(Protocol):

@@ -32,6 +32,8 @@ class Views:
     """The picture's box on the canvas, as fractions of the canvas."""
     size: Size
     """(width, height) of the original picture."""
+    base_count: int | None = None
+    """What LaViDa itself would feed for this picture; None where the layout is LaViDa's own."""
 
 
 def choose_canvas(size: Size, canvases: Sequence[Size]) -> Size:
@@ -58,12 +60,17 @@ def letterbox_box(size: Size, canvas: Size) -> tuple[int, int, int, int]:
     return (canvas_w - new_w) // 2, (canvas_h - new_h) // 2, new_w, new_h
 
 
-def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False) -> Views:
-    """Cuts an RGB picture into views. `single` squares it with grey padding: the mode for several pictures a prompt."""
+def check_picture(image: Image.Image) -> None:
+    """Raises ValueError for a picture that is empty or not RGB."""
     if image.mode != "RGB":
         raise ValueError(f"make_views needs an RGB picture, got mode {image.mode}: convert it first")
     if image.width < 1 or image.height < 1:
         raise ValueError(f"make_views got an empty picture of {image.width} x {image.height} pixels")
+
+
+def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False) -> Views:
+    """Cuts an RGB picture into views. `single` squares it with grey padding: the mode for several pictures a prompt."""
+    check_picture(image)
     side = config.vision.image_size
     mode = "pad" if single else config.image_aspect_ratio
     if mode == "anyres":
@@ -82,7 +89,7 @@ def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False
         (top + image.height) / frame.height,
     )
     pixels = to_tensor([frame.resize((side, side), Image.Resampling.BICUBIC)])
-    return Views(pixels, layout, _inside(layout, box) if mode == "pad" else _all(layout), box, image.size)
+    return Views(pixels, layout, inside(layout, box) if mode == "pad" else everything(layout), box, image.size)
 
 
 def _anyres(image: Image.Image, config: LavidaConfig) -> Views:
@@ -97,7 +104,7 @@ def _anyres(image: Image.Image, config: LavidaConfig) -> Views:
     ]
     layout = canvas_layout(config, (canvas_h // side, canvas_w // side))
     box = (left / canvas_w, top / canvas_h, (left + new_w) / canvas_w, (top + new_h) / canvas_h)
-    return Views(to_tensor([base, *tiles]), layout, _inside(layout, box), box, image.size)
+    return Views(to_tensor([base, *tiles]), layout, inside(layout, box), box, image.size)
 
 
 def to_tensor(views: Sequence[Image.Image]) -> Tensor:
@@ -105,6 +112,14 @@ def to_tensor(views: Sequence[Image.Image]) -> Tensor:
     pixels = np.stack([np.asarray(view, dtype=np.uint8) for view in views])
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(((scaled - 0.5) / 0.5).transpose(0, 3, 1, 2)))
+
+
+def patch_pixels(pixels_V3SS: Tensor, layout: TokenLayout) -> Tensor:
+    """The pixels [N, 3, p, p] of each token's patch."""
+    patch = round(float(layout.size_N2[-1, 0]) * layout.canvas_px[1])
+    seen = layout.side * patch
+    grid = pixels_V3SS[..., :seen, :seen].unfold(2, patch, patch).unfold(3, patch, patch)
+    return grid.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 @lru_cache(maxsize=64)
@@ -120,9 +135,12 @@ def layout_on(layout: TokenLayout, device: torch.device) -> TokenLayout:
 
 def canvas_layout(config: LavidaConfig, grid: Size) -> TokenLayout:
     """The layout of a canvas of grid = (rows, columns) views; (0, 0) is the single-view mode."""
-    pooling = Pooling(side=config.pooled_side, mode=config.mm_spatial_pool_mode, merge=config.mm_patch_merge_type)
     vision = config.vision
-    return _cached_layout(grid, vision.side, vision.patch_size, vision.image_size, pooling)
+    return _cached_layout(grid, vision.side, vision.patch_size, vision.image_size, own_pooling(config))
+
+
+def own_pooling(config: LavidaConfig) -> Pooling:
+    return Pooling(side=config.pooled_side, mode=config.mm_spatial_pool_mode, merge=config.mm_patch_merge_type)
 
 
 def pooled_count(size: Size, config: LavidaConfig) -> int:
@@ -139,16 +157,16 @@ def _pooled_count(layout: TokenLayout, size: Size) -> int:
     return int(pooled_count_B(layout, torch.tensor([size])))
 
 
-def _inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tensor:
+def inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tensor:
     """Tokens whose centre lies in the picture; a squashed global view has no padding unless it is the only view."""
     height, width = layout.canvas_px
     # Patch centres are whole or half pixels: back to them, so that a centre on the border is no matter of rounding.
     centre_N2 = (layout.centre_N2.double() * torch.tensor([width, height]) * 2).round() / 2
     x, y = centre_N2.unbind(-1)
     left, top, right, bottom = (round(edge * px, 6) for edge, px in zip(box, (width, height) * 2, strict=True))
-    inside = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-    return inside if layout.canvas == (0, 0) else inside | (layout.role_N == Role.GLOBAL)
+    inside_N = (x >= left) & (x < right) & (y >= top) & (y < bottom)
+    return inside_N if layout.canvas == (0, 0) else inside_N | (layout.role_N == Role.GLOBAL)
 
 
-def _all(layout: TokenLayout) -> Tensor:
+def everything(layout: TokenLayout) -> Tensor:
     return torch.ones(layout.n_tokens, dtype=torch.bool)

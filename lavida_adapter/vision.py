@@ -61,12 +61,16 @@ class VisionTower(nn.Module):
         """States and the recordings named by `taps`, each "what@layer": a layer counted from 0 (or from the end), or,
         with a decimal point, a share of the depth: of 26 layers, "keys@0.83" is layer 21.
 
+        Views of another size than the configured one get position embeddings interpolated for them (bicubic); the
+        embeddings themselves stay as they are.
+
         Raises:
             ValueError: for a tap that this tower cannot record.
         """
         wanted = {tap: self._parse(tap) for tap in taps}
         recorded: dict[str, Tensor] = {}
-        x = self.vision_tower.vision_model.embeddings(pixels_V3SS)
+        resized = pixels_V3SS.shape[-1] != self.config.image_size
+        x = self.vision_tower.vision_model.embeddings(pixels_V3SS, interpolate_pos_encoding=resized)
         for i, layer in enumerate(self.layers):
             here = {what for what, at in wanted.values() if at == i}
             found: dict[str, Tensor] = {}

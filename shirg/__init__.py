@@ -1,10 +1,11 @@
 """SHIRG: which vision tokens a diffusion vision-language model should keep before its prefix cache is built."""
 
 from shirg.gate import ShirgGate
-from shirg.geometry import area_weights, subdivide, tables, tiles_layout
+from shirg.geometry import area_weights, crops_layout, fovea_layout, single_layout, subdivide, tiles_layout
 from shirg.newline import close_rows, used_rows
 from shirg.selection import (
     Budget,
+    Geometry,
     Pooling,
     Role,
     Selection,
@@ -17,13 +18,17 @@ from shirg.selection import (
     gather_tokens,
     join,
     keep,
+    matched_count_B,
+    most_pooled,
     pooled_count_B,
     stable_topk,
     unpad_bounds,
 )
+from shirg.tables import regions, tables
 
 __all__ = [
     "Budget",
+    "Geometry",
     "Pooling",
     "Role",
     "Selection",
@@ -36,10 +41,16 @@ __all__ = [
     "area_weights",
     "assert_finite",
     "close_rows",
+    "crops_layout",
+    "fovea_layout",
     "gather_tokens",
     "join",
     "keep",
+    "matched_count_B",
+    "most_pooled",
     "pooled_count_B",
+    "regions",
+    "single_layout",
     "stable_topk",
     "subdivide",
     "tables",

@@ -1,211 +1,319 @@
-"""SHIRG: score the tokens of the tiles, keep the best, put a coarse picture in front.
+"""SHIRG: score the tokens, keep the best, let a coarse picture and a summary stand for the rest.
 
-docs/method.md, "SHIRG-980", defines every term.
+docs/method.md, "Terms", defines every term; its section "Variants" says which knobs make which of the notes' methods.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shirg.coords import CoordEmbed
-from shirg.coverage import scaffold_tokens
-from shirg.geometry import tables
-from shirg.knobs import CoordKind, Neighbor, Newline, NormScope, Scaffold, Underflow, Weights, group, one_of
+from shirg.coverage import scaffold_tokens, summary_token
+from shirg.knobs import (
+    Adaptive,
+    CoordKind,
+    Diversity,
+    Merging,
+    Neighbor,
+    Newline,
+    NormScope,
+    Scaffold,
+    Underflow,
+    Views,
+    Weights,
+    group,
+    one_of,
+)
+from shirg.merging import Merge, match
 from shirg.newline import close_rows, used_rows
-from shirg.scoring import CropTerm, Norm, crop_term, neighbour_term, normalise
+from shirg.ranking import boost_representatives, count_by_entropy, marginal_relevance, tiers
+from shirg.refusals import refuse_idle_knobs
+from shirg.scoring import CropTerm, Norm
+from shirg.seats import Dedup, Seats, average_cells, seat
 from shirg.selection import (
     Budget,
+    Geometry,
     Selection,
     Selector,
+    Source,
     TokenLayout,
     VisionFeatures,
     assert_finite,
+    gather_tokens,
     join,
     keep,
-    stable_topk,
 )
+from shirg.tables import regions, tables
+from shirg.terms import Terms
+from shirg.texture import EdgeSpace, VarianceOf
 
 
 class ShirgGate(Selector):
-    """SHIRG-980, whose defaults are the published formula on LaViDa's own tiles.
+    """The family of SHIRG gates; the defaults are SHIRG-980 with its published formula on LaViDa's own tiles.
 
-    score = weights.similarity z(relevance) + sign weights.neighbor z(distance to the 8-neighbours) - weights.crop crop
+    score = similarity z(relevance) + sign neighbor z(distance to the 8-neighbours) - crop c - centre z(distance from
+    the centre) + variance z(variance) + edge z(edges), each with its weight.
 
-    The best K = budget - scaffold tile tokens stay, in reading order, behind size x size scaffold tokens. Scores are
-    float32 and carry no gradient; kept tokens and scaffold do.
+    The best K = budget - scaffold - summary tokens stay, in reading order, behind the scaffold tokens and before the
+    summary. Scores are float32 and carry no gradient; tokens, scaffold and summary do.
 
     Args:
-        budget: tokens per picture, scaffold included; "matched": as many as the base model would use for that picture.
-        weights: `similarity`, `neighbor` and `crop`, each >= 0.
+        budget: tokens per picture, everything included; "matched": as many as the base model would use for it.
+        geometry: how the picture is cut into views.
+        views: "tiles": the global view only fills up; "all": it competes with the tiles.
+        weights: `similarity`, `neighbor`, `crop`, `centre`, `variance` and `edge`, each >= 0.
         neighbor: `metric` and `sign`; -1 is the published sign, +1 prefers tokens unlike their surroundings.
-        norm: how relevance and distance are made comparable; "none" is the formula as printed.
+        variance_of: over the token's "channels", or over its "neighbourhood".
+        edge_space: edges of "features" between tokens, or of "pixels" inside a patch (needs the tap "pixels").
+        norm: how the terms are made comparable; "none" is the formula as printed.
         norm_scope: "image" takes statistics over all tiles of a picture, "view" over each tile.
         mask_padding: letterbox padding can neither be kept nor counted. False is the literal reading.
-        crop_term: "none", "border" or "literal".
+        crop_term: "none", "border", "centre" or "literal".
+        dedup: which of the tokens of overlapping crops gets a cell: the most relevant, the one deepest inside its crop
+            ("border"), or their "mean".
+        coverage: side in cells of the regions that each keep their best token; 0 for none.
+        merge: `mode` "tome" merges the most similar neighbours, a `share` of the cells, before the choice.
+        diversity: `mode` "mmr" picks one by one, each less `weight` x its largest cosine to those before; slow.
+        adaptive: `mode` "entropy" lets a picture keep the first of `levels` (shares of K) that holds what is relevant.
         scaffold: `size`, `source` and `space`; "post" pools projected tokens and turns this into a selector of stage
             "post", which needs the tap "encoder" to score by.
+        summary: a last token, the mean of all that were not kept.
         newline: "row" adds a NEWLINE slot to each canvas row that is not padding. They come on top of a budget in
             numbers and inside a matched one, which counts the base model's newlines too.
-        underflow: where a picture has fewer tile tokens than K: "global" fills up from the global view by score,
-            "mask" leaves slots unused, "raise" refuses.
+        underflow: where a picture has too few tokens: "global" fills up from the global view, then with the doubles of
+            overlapping crops, by score; "mask" leaves slots unused, "raise" refuses.
         coord_embed: "sincos_linear" adds a trained embedding of each token's box; it starts at zero.
         coord_width: width of the tokens that `coord_embed` is added to.
     """
-
-    uses_relevance: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
         budget: Budget,
+        geometry: Geometry = "lavida_tiles",
+        views: Views = "tiles",
         weights: Mapping[str, float] | None = None,
         neighbor: Mapping[str, Any] | None = None,
+        variance_of: VarianceOf = "channels",
+        edge_space: EdgeSpace = "features",
         norm: Norm = "zscore",
         norm_scope: NormScope = "image",
         mask_padding: bool = True,
         crop_term: CropTerm = "none",
+        dedup: Dedup = "relevance",
+        coverage: int = 0,
+        merge: Mapping[str, Any] | None = None,
+        diversity: Mapping[str, Any] | None = None,
+        adaptive: Mapping[str, Any] | None = None,
         scaffold: Mapping[str, Any] | None = None,
+        summary: bool = False,
         newline: Newline = "none",
         underflow: Underflow = "global",
         coord_embed: CoordKind = "none",
         coord_width: int | None = None,
     ) -> None:
-        super().__init__(budget=budget)
+        super().__init__(budget=budget, geometry=geometry)
         self.weights = group("weights", weights, Weights)
         self.neighbor = group("neighbor", neighbor, Neighbor)
+        self.merge = group("merge", merge, Merging)
+        self.diversity = group("diversity", diversity, Diversity)
+        self.adaptive = group("adaptive", adaptive, Adaptive)
         self.scaffold = group("scaffold", scaffold, Scaffold)
         for name, value, allowed in (
+            ("views", views, Views),
+            ("variance_of", variance_of, VarianceOf),
+            ("edge_space", edge_space, EdgeSpace),
             ("norm", norm, Norm),
             ("norm_scope", norm_scope, NormScope),
             ("crop_term", crop_term, CropTerm),
+            ("dedup", dedup, Dedup),
             ("newline", newline, Newline),
             ("underflow", underflow, Underflow),
             ("coord_embed", coord_embed, CoordKind),
         ):
             one_of(name, value, allowed)
+        if not isinstance(coverage, int) or coverage < 0:
+            raise ValueError(f"coverage={coverage!r}: give the side of a region in cells, or 0 for none")
+        self.views: Views = views
+        self.variance_of: VarianceOf = variance_of
+        self.edge_space: EdgeSpace = edge_space
         self.norm: Norm = norm
         self.norm_scope: NormScope = norm_scope
         self.mask_padding = mask_padding
         self.crop_term: CropTerm = crop_term
+        self.dedup: Dedup = dedup
+        self.coverage = coverage
+        self.summary = summary
         self.newline: Newline = newline
         self.underflow: Underflow = underflow
-        self._refuse_idle_knobs()
+        refuse_idle_knobs(self)
         self.stage = self.scaffold.space
-        self.needs = frozenset({"encoder"}) if self.stage == "post" else frozenset()
+        pixels = {"pixels"} if self.weights.edge and edge_space == "pixels" else set()
+        self.needs = frozenset(pixels | ({"encoder"} if self.stage == "post" else set()))
+        self.uses_relevance = self.weights.similarity > 0 or (dedup == "relevance" and geometry == "seed_canvas48")
+        # A scaffold of the canvas has no token for a window that is padding alone.
+        padded = self.scaffold.source == "canvas" and geometry in ("lavida_tiles", "seed_canvas48")
+        self.may_use_less = underflow == "mask" or self.adaptive.mode != "none" or padded
         if (coord_embed == "none") != (coord_width is None):
             raise ValueError(
                 "coord_embed=sincos_linear and coord_width (the tokens' width) go together: set both or none"
             )
         self.coords = None if coord_width is None else CoordEmbed(width=coord_width)
 
-    def _refuse_idle_knobs(self) -> None:
-        """A knob that would change nothing is a mistake somewhere else."""
-        if self.crop_term == "centre":
-            raise ValueError("crop_term=centre: tiles have no centre crop; choose none, border or literal")
-        if self.crop_term != "none" and self.weights.crop == 0:
-            raise ValueError(f"crop_term={self.crop_term} counts nothing while weights.crop is 0")
-        if self.weights.similarity == self.weights.neighbor == 0 and self.crop_term == "none":
-            raise ValueError("all weights in use are 0: there is nothing to rank by; raise one of weights.*")
-        if self.norm == "none" and self.norm_scope != "image":
-            raise ValueError("norm_scope means nothing with norm=none; leave it at image")
-        if self.underflow == "raise" and self.budget == "matched":
-            raise ValueError("underflow=raise needs a budget in numbers; with budget=matched choose global or mask")
-
     def select(self, features: VisionFeatures) -> Selection:
         layout, side = features.layout, self.scaffold.side(features.layout)
         usable_BN = features.valid_BN if self.mask_padding else torch.ones_like(features.valid_BN)
         rows_BR = used_rows(layout, usable_BN)
+        features = average_cells(features) if self.dedup == "mean" else features
         with torch.no_grad():
             k, keep_B = self.resolve_budget(features)
             if self.newline == "row" and self.budget == "matched":
                 keep_B = (keep_B - rows_BR.sum(-1)).clamp_min(0)
-            scores_BN = self.score(features)
-            assert_finite(scores_BN, usable_BN, type(self).__name__)
-            ranked_BK, keep_B = self._rank(layout, scores_BN, usable_BN, k, keep_B)
-        chosen = self._with_coords(keep(features, ranked_BK, keep_B, scores_BN=scores_BN))
+            seats = seat(layout, usable_BN, features.relevance_BN, self.dedup)
+            scores_BP = self._terms.score(features, self._states(features), seats)
+            assert_finite(scores_BP, seats.usable_BP, type(self).__name__)
+            merge, competing, competing_BP = self._merge(features, seats, scores_BP)
+            ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k)
+            keep_B = torch.minimum(self._count(layout, competing, competing_BP, k, keep_B), available_B)
+        source, fused_BN, box_BN4 = self._fuse(features, seats, merge)
+        scores_BN = scores_BP[:, tables(layout).place_N]
+        chosen = keep(source, ranked_BK, keep_B, scores_BN=scores_BN)
+        taken_BN = torch.zeros_like(usable_BN).scatter(1, ranked_BK, self._used(ranked_BK, keep_B))
         if self.newline == "row":
             chosen = close_rows(chosen, features, rows_BR)
-        if side == 0:
-            return chosen
-        coarse = scaffold_tokens(features, usable_BN, side, self.scaffold.source)
-        return join(self._with_coords(coarse), chosen)
+        if fused_BN is not None:
+            chosen = _mark(chosen, fused_BN, box_BN4)
+        parts = [self._with_coords(chosen)]
+        if side:
+            parts.insert(0, self._with_coords(scaffold_tokens(features, seats, side, self.scaffold.source)))
+        if self.summary:
+            parts.append(self._with_coords(summary_token(features, usable_BN, taken_BN)))
+        return replace(join(*parts), scores_BN=scores_BN)
 
     def score(self, features: VisionFeatures) -> Tensor:
-        """Scores [B, N] of all tokens, padding included."""
-        layout, weights = features.layout, self.weights
-        order_N, table = layout.order_N, tables(layout)
-        assert features.relevance_BN is not None
-        usable_BN = features.valid_BN[:, order_N] if self.mask_padding else torch.ones_like(features.valid_BN)
-        relevance_BN = features.relevance_BN.float()[:, order_N]
-        score_BN = weights.similarity * self._normalise(relevance_BN, usable_BN, layout)
-        if weights.neighbor:
-            states_BND = features.taps["encoder"] if self.stage == "post" else features.tokens_BND
-            # One picture at a time: its temporaries stay in cache, and its score cannot depend on its batch-mates.
-            distance_BN = torch.stack(
-                [
-                    self._distances(x.index_select(0, order_N), valid, layout)
-                    for x, valid in zip(states_BND, usable_BN, strict=True)
-                ]
-            )
-            distance_BN = self._normalise(distance_BN, usable_BN, layout)
-            score_BN = score_BN + self.neighbor.sign * weights.neighbor * distance_BN
-        score_BN = score_BN - weights.crop * crop_term(self.crop_term, table.border_N, table.tile_N)
-        return score_BN[:, layout.rank_N]
+        """Scores [B, N] of all tokens, padding included; tokens that share a cell have the score of its winner."""
+        usable_BN = features.valid_BN if self.mask_padding else torch.ones_like(features.valid_BN)
+        seats = seat(features.layout, usable_BN, features.relevance_BN, self.dedup)
+        return self._terms.score(features, self._states(features), seats)[:, tables(features.layout).place_N]
 
-    def _distances(self, states_ND: Tensor, valid_N: Tensor, layout: TokenLayout) -> Tensor:
-        """The neighbour term [N] of one picture in reading order: the global view and the canvas are two grids."""
-        n = layout.n_global
-        grids = [(slice(n), (layout.side, layout.side))]
-        if layout.canvas != (0, 0):
-            grids.append((slice(n, None), layout.canvas))
-        return torch.cat(
-            [
-                neighbour_term(
-                    torch.unflatten(states_ND[part], 0, shape),
-                    torch.unflatten(valid_N[part], 0, shape),
-                    self.neighbor.metric,
-                ).flatten()
-                for part, shape in grids
-            ]
+    def _states(self, features: VisionFeatures) -> Tensor:
+        """The encoder states, which are what is scored."""
+        return features.taps["encoder"] if self.stage == "post" else features.tokens_BND
+
+    @property
+    def _terms(self) -> Terms:
+        return Terms(
+            weights=self.weights,
+            neighbor=self.neighbor,
+            variance_of=self.variance_of,
+            edge_space=self.edge_space,
+            norm=self.norm,
+            norm_scope=self.norm_scope,
+            crop_term=self.crop_term,
         )
 
-    def _normalise(self, values_BN: Tensor, valid_BN: Tensor, layout: TokenLayout) -> Tensor:
-        """Comparable values in reading order. The global view is another scale and has statistics of its own."""
-        n = layout.n_global
-        values_BM, valid_BM = values_BN[:, n:], valid_BN[:, n:]
-        parts = [normalise(values_BN[:, :n], valid_BN[:, :n], self.norm)]
-        if layout.canvas != (0, 0) and self.norm_scope == "image":
-            parts.append(normalise(values_BM, valid_BM, self.norm))
-        elif layout.canvas != (0, 0):
-            table, split = tables(layout), (-1, layout.side**2)
-            by_tile = [torch.unflatten(part[:, table.by_tile_M], 1, split) for part in (values_BM, valid_BM)]
-            parts.append(normalise(by_tile[0], by_tile[1], self.norm).flatten(1)[:, table.from_tile_M])
-        return torch.cat(parts, dim=1)
+    def _first(self, layout: TokenLayout) -> int:
+        """The first place that competes; those before it only fill up."""
+        return layout.n_global if self.views == "tiles" and layout.canvas != (0, 0) else 0
+
+    def _merge(self, features: VisionFeatures, seats: Seats, scores_BP: Tensor) -> tuple[Merge | None, Seats, Tensor]:
+        """What merges, and the places and scores that are left to compete."""
+        if self.merge.mode == "none":
+            return None, seats, scores_BP
+        layout = features.layout
+        part, shape = _fine(layout)
+        grid_BRCD = torch.unflatten(seats.take(self._states(features))[:, part], 1, shape)
+        usable_BRC = torch.unflatten(seats.usable_BP[:, part], 1, shape)
+        merge = match(grid_BRCD, usable_BRC, self._merged(layout))
+        best = merge.best(torch.unflatten(scores_BP[:, part], 1, shape)).flatten(1)
+        left = (usable_BRC & ~merge.gone_BRC).flatten(1)
+        n = part.start
+        competing = replace(seats, usable_BP=torch.cat([seats.usable_BP[:, :n], left], dim=1))
+        return merge, competing, torch.cat([scores_BP[:, :n], best], dim=1)
+
+    def _merged(self, layout: TokenLayout) -> int:
+        """How many cells merging may take away."""
+        rows, cols = _fine(layout)[1]
+        return int(self.merge.share * rows * cols) if self.merge.mode == "tome" else 0
+
+    def _fuse(
+        self, features: VisionFeatures, seats: Seats, merge: Merge | None
+    ) -> tuple[VisionFeatures, Tensor | None, Tensor]:
+        """Features whose merged tokens are means, which tokens those are [B, N], and all boxes [B, N, 4]."""
+        layout, box_BN4 = features.layout, features.box_BN4()
+        if self.dedup == "mean":
+            several_M = (tables(layout).candidate_MC >= 0).sum(-1) > 1
+            return features, several_M[tables(layout).place_N].expand_as(features.valid_BN), box_BN4
+        if merge is None:
+            return features, None, box_BN4
+        part, shape = _fine(layout)
+        cell_N = (tables(layout).place_N - part.start).clamp_min(0)
+        here_N = tables(layout).place_N >= part.start
+
+        def pooled(values_BND: Tensor) -> Tensor:
+            grid = torch.unflatten(seats.take(values_BND.float())[:, part], 1, shape)
+            return (merge.pool(grid) / size_BRC1).flatten(1, 2)[:, cell_N]
+
+        size_BRC1 = merge.pool(torch.ones_like(merge.step_BRC, dtype=torch.float32)[..., None])
+        fused_BN = (size_BRC1.flatten(1) > 1)[:, cell_N] & here_N
+        centre_BN2 = pooled((box_BN4[..., :2] + box_BN4[..., 2:]) / 2)
+        # Areas add up; the shape stays that of a cell.
+        half_BN2 = (box_BN4[..., 2:] - box_BN4[..., :2]) / 2 * size_BRC1.flatten(1)[:, cell_N, None].sqrt()
+        fused_box = torch.cat([centre_BN2 - half_BN2, centre_BN2 + half_BN2], dim=-1)
+        tokens = features.tokens_BND
+        tokens = torch.where(fused_BN[..., None], pooled(tokens).to(tokens.dtype), tokens)
+        return replace(features, tokens_BND=tokens), fused_BN, torch.where(fused_BN[..., None], fused_box, box_BN4)
 
     def _rank(
-        self, layout: TokenLayout, scores_BN: Tensor, usable_BN: Tensor, k: int, keep_B: Tensor
+        self, features: VisionFeatures, seats: Seats, scores_BP: Tensor, usable_BN: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [B, k], best first, and how many of them each picture keeps."""
-        n, order_N = layout.n_global, layout.order_N
-        usable_BN = usable_BN[:, order_N]
-        ranked_BN = scores_BN[:, order_N].masked_fill(~usable_BN, float("-inf"))
-        best_BN = torch.cat(
-            [stable_topk(ranked_BN[:, n:], layout.n_tokens - n) + n, stable_topk(ranked_BN[:, :n], n)], dim=1
-        )
-        # Slot s takes the s-th tile token while there are usable ones, and then goes through the global view.
-        tiles_B1 = usable_BN[:, n:].sum(-1, keepdim=True)
-        slot_K = torch.arange(k, device=scores_BN.device)
-        fill_BK = (layout.n_tokens - n + slot_K - tiles_B1).clamp_max(layout.n_tokens - 1)
-        pick_BK = torch.where(slot_K < tiles_B1, slot_K, fill_BK)
-        available_B = usable_BN.sum(-1) if self.underflow == "global" else tiles_B1.squeeze(-1)
-        return order_N[best_BN.gather(1, pick_BK)], torch.minimum(keep_B, available_B)
+        """Tokens [B, k], best first, and how many there are to choose from [B]."""
+        layout = features.layout
+        first, fills = self._first(layout), self.underflow == "global"
+        token_BX, usable_BX, worth_BX = seats.token_BP[:, first:], seats.usable_BP[:, first:], scores_BP[:, first:]
+        if self.coverage:
+            region_RL = regions(layout, self.coverage, first)
+            if self.budget != "matched" and len(region_RL) > k:
+                raise ValueError(
+                    f"coverage={self.coverage} has {len(region_RL)} regions to cover, but only {k} tokens are kept; "
+                    "raise coverage or budget"
+                )
+            worth_BX = boost_representatives(worth_BX, usable_BX, region_RL - first)
+        if self.diversity.mode == "mmr":
+            states_BXD = seats.take(self._states(features))[:, first:]
+            picks = min(k, worth_BX.shape[1])
+            worth_BX = marginal_relevance(worth_BX, usable_BX, states_BXD, picks, self.diversity.weight)
+        groups = [(token_BX, worth_BX, usable_BX)]
+        if first:
+            groups.append((seats.token_BP[:, :first], scores_BP[:, :first], seats.usable_BP[:, :first] & fills))
+        if seats.shared:
+            order_BN = layout.order_N.expand_as(usable_BN)
+            won_BN = torch.zeros_like(usable_BN).scatter(1, seats.token_BP, True)
+            spare_BN = usable_BN & ~won_BN & (fills and self.dedup != "mean")
+            worth_BN = scores_BP[:, tables(layout).place_N].gather(1, order_BN)
+            groups.append((order_BN, worth_BN, spare_BN.gather(1, order_BN)))
+        return tiers(groups, k)
+
+    def _count(self, layout: TokenLayout, seats: Seats, scores_BP: Tensor, k: int, keep_B: Tensor) -> Tensor:
+        """How many tokens [B] the content deserves."""
+        if self.adaptive.mode == "none":
+            return keep_B
+        first = self._first(layout)
+        counts = [max(1, int(level * k)) for level in self.adaptive.levels]
+        temperature = self.adaptive.temperature
+        deserved_B = count_by_entropy(scores_BP[:, first:], seats.usable_BP[:, first:], counts, temperature)
+        return torch.minimum(keep_B, deserved_B)
+
+    @staticmethod
+    def _used(ranked_BK: Tensor, keep_B: Tensor) -> Tensor:
+        return torch.arange(ranked_BK.shape[1], device=ranked_BK.device) < keep_B[:, None]
 
     def resolve_budget(self, features: VisionFeatures) -> tuple[int, Tensor]:
-        """What the scaffold leaves of the budget: the static K and the count [B] that each picture keeps."""
-        taken = self.scaffold.side(features.layout) ** 2
+        """What scaffold and summary leave of the budget: the static K and the count [B] that each picture keeps."""
+        taken = self._synthesised(features.layout)
         least = features.layout.pooling.side**2 if self.budget == "matched" else self.budget
         if least is not None and taken > least:
             raise ValueError(
@@ -215,13 +323,16 @@ class ShirgGate(Selector):
         total, count_B = super().resolve_budget(features)
         return total - taken, count_B - taken
 
+    def _synthesised(self, layout: TokenLayout) -> int:
+        return self.scaffold.side(layout) ** 2 + self.summary
+
     def check_count(self, features: VisionFeatures, wanted: int) -> None:
-        """Raises when a picture has fewer tokens to choose from than the scaffold leaves of the budget."""
-        layout, taken = features.layout, self.scaffold.side(features.layout) ** 2
-        only_tiles = self.underflow == "raise"
+        """Raises when a picture has fewer tokens to choose from than scaffold and summary leave of the budget."""
+        layout, taken = features.layout, self._synthesised(features.layout)
+        only_tiles = self.underflow == "raise" and self._first(layout) > 0
         for sample, n in zip(features.ids, features.n_valid, strict=True):
             have = n if self.mask_padding and self.underflow != "mask" else layout.n_tokens
-            have -= layout.n_global if only_tiles else 0
+            have -= (layout.n_global if only_tiles else 0) + self._merged(layout)
             if have < wanted - taken:
                 raise ValueError(
                     f"{type(self).__name__}: budget {wanted} less {taken} for the scaffold asks for {wanted - taken} "
@@ -237,5 +348,25 @@ class ShirgGate(Selector):
             raise ValueError(
                 f"coord_width={width}, but the tokens are {tokens_BTD.shape[-1]} wide; set coord_width to that"
             )
-        shift_BTD = self.coords(selection.box_BT4) * selection.mask_BT[..., None]
+        used_BT1 = (selection.mask_BT & (selection.source_BT != int(Source.NEWLINE)))[..., None]
+        shift_BTD = self.coords(selection.box_BT4) * used_BT1
         return replace(selection, tokens_BTD=tokens_BTD + shift_BTD.to(tokens_BTD.dtype))
+
+
+def _fine(layout: TokenLayout) -> tuple[slice, tuple[int, int]]:
+    """The places of the finest grid, and its rows and columns: the canvas, or the only view."""
+    if layout.canvas == (0, 0):
+        return slice(0, None), (layout.side, layout.side)
+    return slice(layout.n_global, None), layout.canvas
+
+
+def _mark(chosen: Selection, fused_BN: Tensor, box_BN4: Tensor) -> Selection:
+    """Says of tokens that are means of several that they are no source tokens."""
+    index_BT = chosen.index_BT.clamp_min(0)
+    fused_BT = fused_BN.gather(1, index_BT) & (chosen.index_BT >= 0)
+    return replace(
+        chosen,
+        index_BT=chosen.index_BT.masked_fill(fused_BT, -1),
+        source_BT=chosen.source_BT.masked_fill(fused_BT, int(Source.MERGED)),
+        box_BT4=torch.where(fused_BT[..., None], gather_tokens(box_BN4, index_BT), chosen.box_BT4),
+    )

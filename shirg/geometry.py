@@ -1,16 +1,15 @@
-"""Where tokens sit: the layout of a tiled canvas and the tables that depend on a layout alone.
+"""Where tokens sit: the layouts of LaViDa's tiles and of the other geometries.
 
 Nothing is inferred from a number of tokens: everything follows from the view, role and cell that each token carries
-(docs/lavida.md, "Layout").
+(docs/lavida.md, "Layout"; docs/method.md, "Geometries").
 """
-
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from shirg.selection import Pooling, Role, TokenLayout
+from shirg.selection import Geometry, Pooling, Role, TokenLayout
+
+_AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def tiles_layout(
@@ -56,49 +55,60 @@ def tiles_layout(
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """What a selector looks up about a layout, in reading order: global view first, then the canvas row by row."""
+def crops_layout(cells: int, side: int, patch_px: int, pooling: Pooling) -> TokenLayout:
+    """Five overlapping crops of a square canvas of cells x cells patches: four corners and the centre, no global view.
 
-    border_N: Tensor
-    """float32: 1 at the border of the token's own view, 0 from half a view inwards."""
-    tile_N: Tensor
-    """int64: place of the token's tile on the canvas, row by row; -1 in the global view."""
-    by_tile_M: Tensor
-    """int64: the canvas tile by tile, as places counted from the start of the canvas."""
-    from_tile_M: Tensor
-    """int64: the inverse of `by_tile_M`."""
-
-
-_TABLES: WeakKeyDictionary[TokenLayout, Tables] = WeakKeyDictionary()
-_AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
+    All crops start on a cell, so that tokens of different crops sit on exactly the same patches. The centre crop is up
+    to half a cell off the centre.
+    """
+    if not side < cells <= 2 * side:
+        raise ValueError(
+            f"geometry=seed_canvas48: crops of {side} x {side} tokens cannot overlap and cover a canvas of "
+            f"{cells} x {cells}; use a model with larger views"
+        )
+    far, middle = cells - side, (cells - side) // 2
+    origins = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    return _square(origins, [Role.CROP] * 5, cells, side, patch_px, pooling, "seed_canvas48")
 
 
-def tables(layout: TokenLayout) -> Tables:
-    """The tables of a layout, on its device; built once."""
-    found = _TABLES.get(layout)
-    if found is None:
-        found = _TABLES[layout] = _build(layout)
-    return found
+def single_layout(cells: int, patch_px: int, pooling: Pooling) -> TokenLayout:
+    """One view of cells x cells patches that shows the whole picture at a finer scale; it is its own canvas."""
+    return _square([(0, 0)], [Role.TILE], cells, cells, patch_px, pooling, "single_672")
 
 
-def _build(layout: TokenLayout) -> Tables:
+def fovea_layout(cells: int, patch_px: int, pooling: Pooling) -> TokenLayout:
+    """The whole picture, squashed, and a window on its centre, both of cells x cells patches; the window is the canvas.
+
+    The picture reaches beyond this canvas: `VisionFeatures.picture_B4` is then outside [0, 1].
+    """
+    return _square([(0, 0), (0, 0)], [Role.GLOBAL, Role.TILE], cells, cells, patch_px, pooling, "fovea")
+
+
+def _square(
+    origins: list[tuple[int, int]],
+    roles: list[Role],
+    cells: int,
+    side: int,
+    patch_px: int,
+    pooling: Pooling,
+    geometry: Geometry,
+) -> TokenLayout:
+    """Views of side x side patches that start at the given cells of a square canvas without margins."""
     with torch.inference_mode(False):
-        view_N2 = layout.view_N[:, None].expand(-1, 2)
-        origin_V2 = layout.cell_N2.new_zeros(int(layout.view_N.max()) + 1, 2)
-        origin_V2 = origin_V2.scatter_reduce(0, view_N2, layout.cell_N2, "amin", include_self=False)
-        local_N2 = layout.cell_N2 - origin_V2[layout.view_N]
-        inside_N = torch.minimum(local_N2, layout.side - 1 - local_N2).amin(-1)
-        reach = max(layout.side // 2, 1)
-        tile_rc_N2 = layout.cell_N2 // layout.side
-        tile_N = tile_rc_N2[:, 0] * (layout.canvas[1] // layout.side) + tile_rc_N2[:, 1]
-        tile_N = tile_N.masked_fill(layout.role_N == int(Role.GLOBAL), -1)[layout.order_N]
-        by_tile_M = torch.argsort(tile_N[layout.n_global :], stable=True)
-        return Tables(
-            border_N=(1 - inside_N.clamp_max(reach) / reach)[layout.order_N],
-            tile_N=tile_N,
-            by_tile_M=by_tile_M,
-            from_tile_M=torch.argsort(by_tile_M),
+        area = side * side
+        within_A2 = torch.stack([torch.arange(area) // side, torch.arange(area) % side], dim=-1)
+        cell_N2 = (torch.tensor(origins)[:, None] + within_A2).flatten(0, 1)
+        return TokenLayout(
+            view_N=torch.arange(len(origins)).repeat_interleave(area),
+            role_N=torch.tensor([int(role) for role in roles]).repeat_interleave(area),
+            cell_N2=cell_N2,
+            centre_N2=((cell_N2.flip(-1).double() + 0.5) / cells).float(),
+            size_N2=torch.full((len(cell_N2), 2), 1 / cells),
+            canvas=(cells, cells),
+            side=side,
+            pooling=pooling,
+            canvas_px=(cells * patch_px, cells * patch_px),
+            geometry=geometry,
         )
 
 

@@ -1,7 +1,7 @@
 """The knobs of the gate. A choice that does not exist is refused with the choices that do."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args
 
@@ -33,6 +33,7 @@ NormScope = Literal["image", "view"]
 Newline = Literal["none", "row"]
 Underflow = Literal["global", "mask", "raise"]
 CoordKind = Literal["none", "sincos_linear"]
+Views = Literal["tiles", "all"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Weights:
     similarity: float = 0.65
     neighbor: float = 0.25
     crop: float = 0.10
+    centre: float = 0.0
+    variance: float = 0.0
+    edge: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,22 +69,89 @@ class Neighbor:
 class Scaffold:
     """The coarse picture in front: size x size means (0 for none), of what, before or after the projector.
 
-    "auto" is 8, or the side of the base model's own pooled view where that is smaller.
+    "auto" is 8, or the side of the base model's own pooled view where that is smaller. A share such as "1/6" is that
+    part of the source's cells a side, rounded up, so that it means the same on every model.
     """
 
-    size: int | Literal["auto"] = "auto"
+    size: int | str = "auto"
     source: ScaffoldSource = "global"
     space: Stage = "pre"
 
     def __post_init__(self) -> None:
         is_side = isinstance(self.size, int) and not isinstance(self.size, bool) and self.size >= 0
-        if self.size != "auto" and not is_side:
-            raise ValueError(f"scaffold.size={self.size!r}: give the tokens per side, 0 for no scaffold, or auto")
+        if self.size != "auto" and not is_side and self._share is None:
+            raise ValueError(
+                f"scaffold.size={self.size!r}: give the tokens per side, 0 for no scaffold, auto, or a share like '1/6'"
+            )
         one_of("scaffold.source", self.source, ScaffoldSource)
         one_of("scaffold.space", self.space, Stage)
         if self.size == 0 and (self.source, self.space) != ("global", "pre"):
             raise ValueError("scaffold.source and scaffold.space mean nothing while scaffold.size is 0")
 
+    @property
+    def _share(self) -> tuple[int, int] | None:
+        """A share as (numerator, denominator); None when `size` is no share of at most 1."""
+        top, slash, bottom = str(self.size).partition("/")
+        if not (slash and top.isdigit() and bottom.isdigit()):
+            return None
+        return (int(top), int(bottom)) if 0 < int(top) <= int(bottom) else None
+
     def side(self, layout: TokenLayout) -> int:
         """Scaffold tokens per side on this layout."""
-        return min(8, layout.pooling.side) if self.size == "auto" else self.size
+        if isinstance(self.size, int):
+            return self.size
+        share = self._share
+        if share is None:
+            return min(8, layout.pooling.side)
+        cells = layout.side if self.source == "global" else min(layout.canvas)
+        return -(-share[0] * cells // share[1])
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Whether similar neighbours are merged before the choice, and which share of the canvas cells goes."""
+
+    mode: Literal["none", "tome"] = "none"
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        one_of("merge.mode", self.mode, Literal["none", "tome"])
+        if not 0 < self.share <= 0.5:
+            raise ValueError(f"merge.share={self.share}: give a share above 0 and up to 0.5 of the cells")
+        if self.mode == "none" and self.share != Merging.share:
+            raise ValueError("merge.share means nothing with merge.mode=none")
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """Whether tokens are picked one by one, each less `weight` x its largest cosine to those picked before."""
+
+    mode: Literal["none", "mmr"] = "none"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("diversity.mode", self.mode, Literal["none", "mmr"])
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"diversity.weight={self.weight}: give a number above 0")
+        if self.mode == "none" and self.weight != Diversity.weight:
+            raise ValueError("diversity.weight means nothing with diversity.mode=none")
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Whether a picture may keep fewer tokens: the first of `levels`, shares of K, that holds what is relevant."""
+
+    mode: Literal["none", "entropy"] = "none"
+    levels: Sequence[float] = (0.5, 0.75, 1.0)
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        one_of("adaptive.mode", self.mode, Literal["none", "entropy"])
+        object.__setattr__(self, "levels", tuple(self.levels))
+        rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        if not self.levels or not rising or self.levels[0] <= 0 or self.levels[-1] != 1:
+            raise ValueError(f"adaptive.levels={list(self.levels)}: give rising shares of the budget that end with 1")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"adaptive.temperature={self.temperature}: give a number above 0")
+        if self.mode == "none" and (self.levels, self.temperature) != (Adaptive.levels, Adaptive.temperature):
+            raise ValueError("adaptive.levels and adaptive.temperature mean nothing with adaptive.mode=none")

@@ -113,14 +113,23 @@ def normalise(values_BM: Tensor, valid_BM: Tensor, norm: Norm) -> Tensor:
     return (below + up_to - 1).float() / 2 / (count_B1 - 1).clamp_min(1)
 
 
-def crop_term(kind: CropTerm, border_N: Tensor, tile_N: Tensor) -> Tensor:
+def crop_term(kind: CropTerm, border_N: Tensor, tile_N: Tensor, in_centre_N: Tensor) -> Tensor:
     """float32 [N]: what a token loses for where it sits in its crop.
 
-    `border`: 1 at the border of its own view, falling to 0 half a view inwards. `literal`: |place - 2| / 2 for the
-    place of its tile on the canvas, the notes' formula.
+    `border`: 1 at the border of its own view, falling to 0 half a view inwards. `centre`: 0 in the centre crop, 1
+    elsewhere. `literal`: |number - 2| / 2 for the number of its view, row by row with a centre crop last: the notes'
+    formula.
     """
     if kind == "border":
         return border_N
+    if kind == "centre":
+        return (~in_centre_N).float()
     if kind == "literal":
         return ((tile_N - 2).abs() / 2).masked_fill(tile_N < 0, 0.0)
     return torch.zeros_like(border_N)
+
+
+def centre_term(centre_P2: Tensor) -> Tensor:
+    """float32 [P]: distance from the centre of the frame, 1 at its corners."""
+    distance_P: Tensor = torch.linalg.vector_norm(centre_P2 - 0.5, dim=-1) * 2**0.5
+    return distance_P

@@ -8,13 +8,15 @@ Shape letters: B batch, V views, N source tokens, T selected tokens, K kept toke
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 Budget = int | Literal["matched"]
 Stage = Literal["pre", "post"]
+Geometry = Literal["lavida_tiles", "seed_canvas48", "single_672", "fovea"]
+"""How a picture is cut into views (docs/method.md, "Geometries")."""
 
 
 class Role(IntEnum):
@@ -47,6 +49,8 @@ class Pooling:
     """A view of n x n tokens becomes side x side."""
     mode: Literal["bilinear", "average", "max"] = "bilinear"
     merge: Literal["spatial_unpad", "flat"] = "spatial_unpad"
+    most: int | None = None
+    """The base model's largest count over its own canvases; None where the layout is itself one of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +78,18 @@ class TokenLayout:
     pooling: Pooling
     canvas_px: tuple[int, int]
     """(height, width) of the canvas in pixels; the size of the single view when there are no tiles."""
+    geometry: Geometry = "lavida_tiles"
+    """Which way of cutting this is; a selector refuses any other than its own."""
     rank_N: Tensor = field(init=False)
     """int64: place of each token in reading order: global view first, then the canvas row by row."""
     order_N: Tensor = field(init=False)
     """int64: the token at each place; the inverse of `rank_N`."""
     n_global: int = field(init=False)
     """How many tokens the global view has; the places after them are the canvas."""
-    derived: dict[str, Any] = field(init=False, default_factory=dict, repr=False)
+    derived: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
     """Tables that selectors compute from the layout, kept as long as it is; a weak map would vanish under a tracer."""
+    overlaps: bool = field(init=False)
+    """Whether several tokens share a canvas cell."""
 
     def __post_init__(self) -> None:
         # A layout outlives the call that built it, so its tensors must be usable in training and inference alike.
@@ -94,6 +102,7 @@ class TokenLayout:
             object.__setattr__(self, "order_N", order.to(self.view_N.device))
             object.__setattr__(self, "rank_N", torch.argsort(order).to(self.view_N.device))
             object.__setattr__(self, "n_global", int(is_global.sum()))
+            object.__setattr__(self, "overlaps", bool((torch.sort(key).values.diff() == 0).any()))
 
     @property
     def n_tokens(self) -> int:
@@ -132,6 +141,8 @@ class VisionFeatures:
     n_valid: tuple[int, ...]
     """Valid tokens per picture, known on the host, so that no selector has to wait for the device."""
     relevance_BN: Tensor | None = None
+    base_count_B: Tensor | None = None
+    """int64: what the base model itself would feed for each picture; None where that follows from the layout."""
     taps: Mapping[str, Tensor] = field(default_factory=dict)
     """Extra recordings that the selector asked for by name in `needs`; "encoder" is the pre-projector states."""
     boxes: tuple[tuple[tuple[float, float, float, float], ...], ...] | None = None
@@ -202,6 +213,30 @@ def gather_tokens(tokens_BND: Tensor, index_BT: Tensor) -> Tensor:
     return tokens_BND.reshape(b * n, d).index_select(0, row_BT.flatten()).view(b, -1, d)
 
 
+def matched_count_B(features: VisionFeatures) -> Tensor:
+    """How many tokens [B] the base model itself would feed for each picture, whatever the geometry is."""
+    layout = features.layout
+    if layout.geometry == "lavida_tiles":
+        return pooled_count_B(layout, features.size_B2)
+    if features.base_count_B is None:
+        raise ValueError(
+            f"budget=matched on geometry={layout.geometry} needs VisionFeatures.base_count_B, the base model's count"
+        )
+    return features.base_count_B
+
+
+def most_pooled(layout: TokenLayout) -> int:
+    """The largest `matched_count_B` of this layout."""
+    pooling = layout.pooling
+    if pooling.most is not None:
+        return min(pooling.most, layout.n_tokens)
+    flat = layout.n_views * pooling.side**2
+    if pooling.merge == "flat":
+        return flat
+    rows = 1 if layout.canvas == (0, 0) else layout.canvas[0] // layout.side * pooling.side
+    return min(flat + rows, layout.n_tokens)
+
+
 def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
     """How many tokens [B] the base model itself would feed for each picture, newlines included.
 
@@ -241,12 +276,19 @@ class Selector(nn.Module):
     """Whether `features.tokens_BND` are encoder states ("pre") or projected states ("post")."""
     needs: frozenset[str] = frozenset()
     """Names of the taps that the tower must record for this selector."""
-    uses_relevance: ClassVar[bool] = False
+    uses_relevance: bool = False
     """True when `features.relevance_BN` must be given."""
+    geometry: Geometry = "lavida_tiles"
+    """How the adapter has to cut pictures into views for this selector."""
+    may_use_less: bool = False
+    """True when a picture may use fewer tokens than its budget."""
 
-    def __init__(self, *, budget: Budget | None) -> None:
+    def __init__(self, *, budget: Budget | None, geometry: Geometry = "lavida_tiles") -> None:
         """`budget`: tokens per picture; "matched": as many as the base model; None: the method itself decides."""
         super().__init__()
+        if geometry not in get_args(Geometry):
+            raise ValueError(f"geometry={geometry!r}: choose one of {', '.join(get_args(Geometry))}")
+        self.geometry = geometry
         is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
         if not (budget is None or budget == "matched" or is_count):
             raise ValueError(f"budget={budget!r}: give a positive number of tokens or 'matched'")
@@ -272,6 +314,10 @@ class Selector(nn.Module):
                 f"{type(self).__name__} ranks by relevance to the question, but no relevance was computed: "
                 "choose relevance=lm_embed, none or external"
             )
+        if features.layout.geometry != self.geometry:
+            raise ValueError(
+                f"{type(self).__name__} is for geometry={self.geometry}, the features are of {features.layout.geometry}"
+            )
         missing = self.needs - set(features.taps)
         if missing:
             raise ValueError(f"{type(self).__name__} needs the taps {sorted(missing)}, which the tower did not record")
@@ -283,13 +329,7 @@ class Selector(nn.Module):
         if self.budget is None:
             raise ValueError(f"{type(self).__name__} has no budget: override select, or pass budget= to Selector")
         if self.budget == "matched":
-            count_B = pooled_count_B(layout, features.size_B2)
-            area, pooled = layout.side**2, layout.pooling.side**2
-            tiles = layout.n_views - 1
-            rows = layout.canvas[0] // layout.side * layout.pooling.side
-            most = layout.n_views * pooled + (1 if not tiles else rows)
-            most = layout.n_views * pooled if layout.pooling.merge == "flat" else most
-            return min(most, layout.n_views * area), count_B
+            return most_pooled(layout), matched_count_B(features).clamp_max(layout.n_tokens)
         self.check_count(features, self.budget)
         return self.budget, torch.full_like(features.size_B2[:, 0], self.budget)
 

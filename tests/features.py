@@ -9,7 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shirg import Pooling, Role, Selection, Selector, Source, TokenLayout, VisionFeatures, tiles_layout
+from shirg import (
+    Geometry,
+    Pooling,
+    Role,
+    Selection,
+    Selector,
+    Source,
+    TokenLayout,
+    VisionFeatures,
+    crops_layout,
+    fovea_layout,
+    pooled_count_B,
+    single_layout,
+    tiles_layout,
+)
 
 # (rows, columns) of tiles: LaViDa's five canvases, and a single view.
 GRIDS = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (0, 0)]
@@ -31,11 +45,31 @@ def layout_of(grid: tuple[int, int], side: int = 9, **pooling: Any) -> TokenLayo
     return tiles_layout(*grid, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=kind)
 
 
+def geometry_layout(geometry: Geometry, side: int = 9) -> TokenLayout:
+    """A layout of the notes for views of side x side patches: a canvas of 7/4 of them, a fovea of 7/6."""
+    cells = {"single_672": 7 * side // 4, "fovea": 7 * side // 6}.get(geometry, side)
+    kind = Pooling(side=ceil(cells / 2), most=5 * ceil(side / 2) ** 2 + 2 * ceil(side / 2))
+    if geometry == "seed_canvas48":
+        return crops_layout(7 * side // 4, side, PATCH, kind)
+    return (single_layout if geometry == "single_672" else fovea_layout)(cells, PATCH, kind)
+
+
+def features_for(selector: Selector, grid: tuple[int, int] = (2, 2), **knobs: Any) -> VisionFeatures:
+    """Features on the geometry of a selector; `grid` counts for LaViDa's own alone."""
+    if selector.geometry == "lavida_tiles":
+        return make_features(grid, **knobs)
+    return make_features(layout=geometry_layout(selector.geometry), **knobs)
+
+
 def picture_box(layout: TokenLayout, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Where a picture of (width, height) lies on the canvas after letterboxing, in fractions of the canvas."""
-    if layout.canvas == (0, 0):
+    if layout.canvas == (0, 0) or layout.geometry == "single_672":
         return 0.0, 0.0, 1.0, 1.0
     (h, w), (width, height) = layout.canvas_px, size
+    if layout.geometry == "fovea":  # a window on the middle two thirds of the letterboxed picture
+        long = max(size)
+        x, y = 1.5 * width / long, 1.5 * height / long
+        return 0.5 - x / 2, 0.5 - y / 2, 0.5 + x / 2, 0.5 + y / 2
     if w / width < h / height:
         new_w, new_h = w, min(ceil(height * (w / width)), h)
     else:
@@ -71,6 +105,8 @@ def make_features(
     boxes = torch.tensor([picture_box(layout, size) for size in sizes])
     inside = (layout.centre_N2 >= boxes[:, None, :2]) & (layout.centre_N2 < boxes[:, None, 2:])
     valid = inside.all(-1) | (layout.role_N == Role.GLOBAL)
+    own = layout.geometry == "lavida_tiles"
+    base = tiles_layout(2, 2, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=Pooling(side=ceil(side / 2)))
     return VisionFeatures(
         tokens_BND=tokens,
         layout=layout,
@@ -80,6 +116,7 @@ def make_features(
         ids=tuple(f"picture-{i}" for i in range(batch)),
         n_valid=tuple(valid.sum(-1).tolist()),
         relevance_BN=relevance,
+        base_count_B=None if own else pooled_count_B(base, torch.tensor(sizes)),
         taps=recorded(tokens),
         boxes=tuple(((0.1 * i, 0.3, 0.1 * i + 0.3, 0.4), (0.7, 0.71, 0.701, 0.711))[: 1 + i % 2] for i in range(batch)),
     )
@@ -94,6 +131,8 @@ def recorded(tokens: Tensor) -> dict[str, Tensor]:
         key, query = torch.randn(width, 16, generator=generator), torch.randn(width, generator=generator)
         taps[f"keys@{layer}"] = (x @ key).unflatten(-1, (2, 8)).to(tokens.dtype)
         taps[f"attention@{layer}"] = (F.normalize(x, dim=-1) @ query).sigmoid() / tokens.shape[1]
+    pixels = torch.Generator().manual_seed(12)
+    taps["pixels"] = torch.rand(*tokens.shape[:2], 3, 4, 4, generator=pixels)
     return taps
 
 

@@ -57,7 +57,10 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
     file = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
     assert isinstance(file, dict)
     if "_target_" not in file:
-        assert option == "none" and group in ("logger", "cache")
+        # A variant changes another option of its group; tests/test_contract.py compares its knobs.
+        assert (option == "none" and group in ("logger", "cache")) or (
+            group == "selector" and file["defaults"] == ["shirg", "_self_"]
+        )
         return
     parameters = inspect.signature(get_class(str(file["_target_"]))).parameters
     knobs = {str(k): v for k, v in file.items() if k not in ("_target_", "defaults")}
@@ -76,7 +79,13 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
 def test_selectors_are_built_with_the_budget_of_the_model(option: str, budget: str) -> None:
     cfg = composed("eval", f"selector={option}", f"budget={budget}")
     selector = build.build_selector(cfg, BUDGETS)
-    if "budget" in cfg.selector:
+    own = OmegaConf.to_container(OmegaConf.load(CONF / "selector" / f"{option}.yaml"))
+    assert isinstance(own, dict)
+    if own.get("budget", "${budget}") != "${budget}":
+        assert selector.budget == build.resolve_budget(own["budget"], BUDGETS) != 77
+        common = composed("eval", f"selector={option}", f"budget={budget}", "selector.budget=${budget}")
+        assert build.build_selector(common, BUDGETS).budget == build.resolve_budget(common.budget, BUDGETS)
+    elif "budget" in cfg.selector:
         assert selector.budget == {"base": 80, "wide": 100, "matched": "matched", "77": 77}[budget]
     else:
         assert selector.budget is None
@@ -139,7 +148,9 @@ def test_budgets_are_names_of_the_model_or_numbers() -> None:
     assert build.resolve_budget("wide", BUDGETS) == 100
     assert build.resolve_budget("matched", BUDGETS) == "matched"
     assert build.resolve_budget(7, BUDGETS) == 7
-    for wrong in ("most", 0, -3, 1.5, True, None):
+    assert build.resolve_budget("768/980 base", BUDGETS) == 63
+    assert build.resolve_budget("768/980 base", {"base": 980}) == 768
+    for wrong in ("most", 0, -3, 1.5, True, None, "0/2 base", "1/2 most", "1/2"):
         with pytest.raises(ValueError, match=r"base \(80\).*matched, or a positive number"):
             build.resolve_budget(wrong, BUDGETS)
 

@@ -5,7 +5,12 @@ import torch
 
 from shirg import Source, VisionFeatures
 from shirg.coverage import scaffold_tokens
+from shirg.seats import Seats, seat
 from tests.features import SIZES, make_features
+
+
+def seats(features: VisionFeatures) -> Seats:
+    return seat(features.layout, features.valid_BN, features.relevance_BN, "relevance")
 
 
 def exact(features: VisionFeatures, sample: int, size: int, source: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +41,7 @@ def exact(features: VisionFeatures, sample: int, size: int, source: str) -> tupl
 )
 def test_means_are_exact_areas(grid: tuple[int, int], source: str, size: int) -> None:
     features = make_features(grid, sizes=SIZES[grid], width=3)
-    chosen = scaffold_tokens(features, features.valid_BN, size, source)
+    chosen = scaffold_tokens(features, seats(features), size, source)
     for sample in range(3):
         means, used = exact(features, sample, size, source)
         assert torch.equal(chosen.mask_BT[sample], used)
@@ -46,7 +51,7 @@ def test_means_are_exact_areas(grid: tuple[int, int], source: str, size: int) ->
 
 def test_a_window_of_padding_is_an_unused_slot() -> None:
     features = make_features((2, 2), sizes=[(768, 300)])
-    chosen = scaffold_tokens(features, features.valid_BN, 6, "canvas")
+    chosen = scaffold_tokens(features, seats(features), 6, "canvas")
     # Valid are rows 6 to 12 of 18; a window is 3 rows high.
     assert chosen.mask_BT.view(6, 6).tolist() == [[row in (2, 3, 4)] * 6 for row in range(6)]
     assert float(chosen.tokens_BTD[~chosen.mask_BT].abs().max()) == 0
@@ -55,7 +60,7 @@ def test_a_window_of_padding_is_an_unused_slot() -> None:
 def test_gradient_is_the_share_of_the_window() -> None:
     features = make_features((2, 2), sizes=[(768, 768)], side=8, width=2)
     x = features.tokens_BND.requires_grad_()
-    scaffold_tokens(features, features.valid_BN, 4, "global").tokens_BTD[0, 5].sum().backward()
+    scaffold_tokens(features, seats(features), 4, "global").tokens_BTD[0, 5].sum().backward()
     assert x.grad is not None
     # Window (1, 1) of 4 x 4 over 8 x 8 cells: cells (2..3, 2..3), a quarter each.
     grid = x.grad[0, :64, 0].view(8, 8)
@@ -69,7 +74,7 @@ def test_every_token_is_used_once() -> None:
     features = make_features((2, 2), sizes=[(768, 768)], width=1)
     for source, size in (("global", 4), ("canvas", 8)):
         x = features.tokens_BND.detach().clone().requires_grad_()
-        chosen = scaffold_tokens(VisionFeatures(**{**vars(features), "tokens_BND": x}), features.valid_BN, size, source)
+        chosen = scaffold_tokens(VisionFeatures(**{**vars(features), "tokens_BND": x}), seats(features), size, source)
         chosen.tokens_BTD.sum().backward()
         assert x.grad is not None
         places = features.layout.order_N[:81] if source == "global" else features.layout.order_N[81:]
@@ -79,7 +84,7 @@ def test_every_token_is_used_once() -> None:
 
 def test_boxes_partition_the_picture() -> None:
     features = make_features((2, 2), sizes=[(640, 480)], side=27, width=1)
-    boxes = scaffold_tokens(features, features.valid_BN, 8, "global").box_BT4[0].view(8, 8, 4)
+    boxes = scaffold_tokens(features, seats(features), 8, "global").box_BT4[0].view(8, 8, 4)
     assert boxes[0, 0, :2].tolist() == pytest.approx([0, 0], abs=1e-6)
     assert boxes[7, 7, 2:].tolist() == pytest.approx([378 / 384, 378 / 384])
     assert torch.allclose(boxes[:, :-1, 2], boxes[:, 1:, 0]) and torch.allclose(boxes[:-1, :, 3], boxes[1:, :, 1])
@@ -91,4 +96,4 @@ def test_boxes_partition_the_picture() -> None:
 def test_a_scaffold_finer_than_its_source_is_refused(grid: tuple[int, int], source: str, most: int) -> None:
     features = make_features(grid, sizes=SIZES[grid][:1])
     with pytest.raises(ValueError, match=f"choose at most {most}"):
-        scaffold_tokens(features, features.valid_BN, most + 1, source)
+        scaffold_tokens(features, seats(features), most + 1, source)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shirg import Selection, ShirgGate, Source, VisionFeatures, pooled_count_B
-from shirg.knobs import Neighbor, Scaffold, Weights
+from shirg.knobs import Adaptive, Diversity, Merging, Neighbor, Scaffold, Weights
 from tests.features import GRIDS, SIZES, differs, layout_of, make_features, mirror, projector, through
 from tests.shirg import plain
 
@@ -267,7 +267,20 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"neighbor": {"sign": 1}}),
     *(({}, {"norm": norm}) for norm in ("minmax", "rank", "none")),
     *(({"weights": {"crop": 0.6}}, {"weights": {"crop": 0.6}, "crop_term": t}) for t in ("border", "literal")),
+    ({"crop_term": "border"}, {"crop_term": "border", "weights": {"crop": 0.6}}),
+    *(({}, {"weights": {name: 0.5}}) for name in ("centre", "variance", "edge")),
+    ({}, {"merge": {"mode": "tome"}}),
+    ({"merge": {"mode": "tome"}}, {"merge": {"mode": "tome", "share": 0.1}}),
+    ({}, {"diversity": {"mode": "mmr"}}),
+    ({"diversity": {"mode": "mmr"}}, {"diversity": {"mode": "mmr", "weight": 0.1}}),
+    ({}, {"adaptive": {"mode": "entropy", "temperature": 0.2}}),
+    ({"adaptive": {"mode": "entropy", "temperature": 0.2}}, {"adaptive": {"mode": "entropy", "temperature": 5.0}}),
+    (
+        {"adaptive": {"mode": "entropy", "temperature": 0.2}},
+        {"adaptive": {"mode": "entropy", "temperature": 0.2, "levels": [0.2, 1.0]}},
+    ),
     ({}, {"scaffold": {"size": 4}}),
+    ({"scaffold": {"size": 0}}, {"scaffold": {"size": "1/2"}}),
     ({}, {"scaffold": {"size": 0}}),
     ({}, {"scaffold": {"size": 3, "source": "canvas"}}),
     ({}, {"scaffold": {"size": 3, "space": "post"}}),
@@ -289,7 +302,14 @@ def test_every_field_of_every_group_is_tried() -> None:
         if isinstance(value, dict)
         for name in value
     }
-    groups = {"weights": Weights, "neighbor": Neighbor, "scaffold": Scaffold}
+    groups = {
+        "weights": Weights,
+        "neighbor": Neighbor,
+        "scaffold": Scaffold,
+        "merge": Merging,
+        "diversity": Diversity,
+        "adaptive": Adaptive,
+    }
     assert tried == {(group, f.name) for group, kind in groups.items() for f in fields(kind)}
 
 
@@ -311,14 +331,38 @@ def test_coordinates_start_silent_and_then_count() -> None:
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"weights": {"text": 1}}, TypeError, "weights has no 'text'; it has similarity, neighbor, crop"),
+    ({"weights": {"text": 1}}, TypeError, "weights has no 'text'; it has similarity, neighbor, crop, centre"),
     ({"weights": {"crop": -1}}, ValueError, "weights.crop=-1: give a number >= 0"),
     ({"weights": {"similarity": 0, "neighbor": 0}}, ValueError, "nothing to rank by"),
     ({"neighbor": {"sign": 0}}, ValueError, "neighbor.sign=0: choose one of -1, 1"),
     ({"neighbor": {"metric": "l1"}}, ValueError, "neighbor.metric='l1': choose one of feature_l2, feature_cos"),
     ({"norm": "l2"}, ValueError, "norm='l2': choose one of zscore"),
     ({"norm": "none", "norm_scope": "view"}, ValueError, "norm_scope means nothing"),
-    ({"crop_term": "centre"}, ValueError, "tiles have no centre crop"),
+    ({"crop_term": "centre"}, ValueError, "only geometry=seed_canvas48 has a centre crop"),
+    ({"geometry": "squares"}, ValueError, "geometry='squares': choose one of lavida_tiles"),
+    ({"geometry": "single_672"}, ValueError, "has no global view; choose scaffold.source=canvas"),
+    ({"geometry": "fovea", "crop_term": "literal"}, ValueError, "has one on its canvas"),
+    ({"geometry": "fovea", "norm_scope": "view"}, ValueError, "no tiles with statistics of their own"),
+    ({"geometry": "single_672", "scaffold": {"size": 0}, "views": "all"}, ValueError, "no global view beside"),
+    ({"geometry": "single_672", "scaffold": {"size": 0}, "mask_padding": False}, ValueError, "has no padding"),
+    ({"geometry": "seed_canvas48", "scaffold": {"size": 0}, "dedup": "mean"}, ValueError, "choose underflow=mask"),
+    ({"geometry": "seed_canvas48", "scaffold": {"size": 0}, "underflow": "raise"}, ValueError, "overlapping crops"),
+    ({"dedup": "border"}, ValueError, "share cells; choose relevance"),
+    ({"views": "some"}, ValueError, "views='some': choose one of tiles, all"),
+    ({"views": "all", "underflow": "raise"}, ValueError, "does anyway"),
+    ({"variance_of": "neighbourhood"}, ValueError, "variance_of means nothing"),
+    ({"edge_space": "pixels"}, ValueError, "edge_space means nothing"),
+    ({"coverage": -1}, ValueError, "coverage=-1: give the side of a region"),
+    ({"coverage": 3, "diversity": {"mode": "mmr"}}, ValueError, "cannot promise coverage"),
+    ({"merge": {"mode": "scores"}}, ValueError, "merge.mode='scores': choose one of none, tome"),
+    ({"merge": {"share": 0.1}}, ValueError, "merge.share means nothing"),
+    ({"merge": {"mode": "tome", "share": 0.6}}, ValueError, "up to 0.5"),
+    ({"diversity": {"weight": 2.0}}, ValueError, "diversity.weight means nothing"),
+    ({"diversity": {"mode": "mmr", "weight": 0}}, ValueError, "give a number above 0"),
+    ({"adaptive": {"mode": "entropy", "levels": [0.5]}}, ValueError, "rising shares of the budget that end with 1"),
+    ({"adaptive": {"mode": "entropy", "temperature": 0}}, ValueError, "give a number above 0"),
+    ({"adaptive": {"levels": [0.1, 1.0]}}, ValueError, "mean nothing with adaptive.mode=none"),
+    ({"scaffold": {"size": "3/2"}}, ValueError, "a share like '1/6'"),
     ({"crop_term": "border", "weights": {"crop": 0}}, ValueError, "counts nothing while weights.crop is 0"),
     ({"scaffold": {"size": -1}}, ValueError, "scaffold.size=-1: give the tokens per side"),
     ({"scaffold": {"size": 0, "source": "canvas"}}, ValueError, "while scaffold.size is 0"),

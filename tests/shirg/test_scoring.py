@@ -96,6 +96,8 @@ def test_padding_never_enters_the_statistics(values: list[int], norm: str, paddi
 
 def test_crop_terms() -> None:
     border, tile = torch.tensor([0.25, 1.0, 0.0, 0.5, 0.5]), torch.tensor([-1, 0, 1, 2, 3])
-    assert crop_term("none", border, tile).tolist() == [0.0] * 5
-    assert crop_term("border", border, tile).tolist() == border.tolist()
-    assert crop_term("literal", border, tile).tolist() == [0.0, 1.0, 0.5, 0.0, 0.5]
+    centre = torch.tensor([False, False, False, False, True])
+    assert crop_term("none", border, tile, centre).tolist() == [0.0] * 5
+    assert crop_term("border", border, tile, centre).tolist() == border.tolist()
+    assert crop_term("centre", border, tile, centre).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert crop_term("literal", border, tile, centre).tolist() == [0.0, 1.0, 0.5, 0.0, 0.5]

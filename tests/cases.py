@@ -1,0 +1,108 @@
+"""The settings of SHIRG that the contract is tested with: its files, and what they leave out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shirg import Selector, ShirgGate
+
+CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A selector, the knobs it is tested with, and for each knob a value that must change something or raise.
+
+    A changed value may bring other knobs along: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}.
+    """
+
+    build: Callable[..., Selector]
+    knobs: dict[str, Any] = field(default_factory=dict)
+    flips: dict[str, Any] = field(default_factory=dict)
+
+
+GATE_FLIPS: dict[str, Any] = {
+    "budget": "matched",
+    "geometry": "fovea",
+    "views": "all",
+    "weights": {"weights": {"similarity": 0.1, "neighbor": 0.3, "crop": 0.1}},
+    "neighbor": {"neighbor": {"sign": 1}, "weights": {"neighbor": 0.4}},
+    "variance_of": {"variance_of": "neighbourhood", "weights": {"variance": 0.5}},
+    "edge_space": {"edge_space": "pixels", "weights": {"edge": 0.5}},
+    "norm": "rank",
+    "norm_scope": "view",
+    "mask_padding": False,
+    "crop_term": {"crop_term": "border", "weights": {"crop": 0.5}},
+    "dedup": "border",
+    "coverage": 3,
+    "merge": {"merge": {"mode": "tome"}},
+    "diversity": {"diversity": {"mode": "mmr"}, "coverage": 0},
+    "adaptive": {"adaptive": {"mode": "entropy", "temperature": 0.2}},
+    "scaffold": {"scaffold": {"size": 2, "source": "canvas"}},
+    "summary": True,
+    "newline": "row",
+    "underflow": {"underflow": "raise", "budget": 300},
+    "coord_embed": "sincos_linear",
+    "coord_width": 16,
+}
+
+
+def preset(name: str, budget: int = 60, **flips: Any) -> Case:
+    """A variant of SHIRG: the knobs of its own file, at a budget of the test."""
+    knobs = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    own = {knob: value for knob, value in knobs.items() if knob != "defaults"}
+    return Case(ShirgGate, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips})
+
+
+FAMILY = {
+    "shirg": Case(ShirgGate, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS),
+    "shirg_div": preset("shirg_div", neighbor={"neighbor": {"sign": -1}}),
+    "shirg_672": preset("shirg_672"),
+    "shirg_v2": preset("shirg_v2", views="tiles", norm_scope="image", summary=False),
+    "shirg_fixed": preset("shirg_fixed"),
+    "shirg_x": preset("shirg_x"),
+    "shirg_fovea": preset("shirg_fovea", geometry="lavida_tiles"),
+}
+OTHERS = {
+    "seed_canvas48": Case(
+        ShirgGate,
+        {"budget": 60, "geometry": "seed_canvas48", "crop_term": "border", "scaffold": {"size": 2, "source": "canvas"}},
+        flips={**GATE_FLIPS, "crop_term": "centre", "scaffold": {"scaffold": {"size": 3, "source": "canvas"}}},
+    ),
+    "cell_means": Case(
+        ShirgGate,
+        {"budget": 60, "geometry": "seed_canvas48", "dedup": "mean", "underflow": "mask", "scaffold": {"size": 0}},
+        flips={**GATE_FLIPS, "dedup": "relevance", "underflow": "global", "scaffold": {"scaffold": {"size": 1}}},
+    ),
+    "everything": Case(
+        ShirgGate,
+        {
+            "budget": 60,
+            "views": "all",
+            "weights": {"centre": 0.2, "variance": 0.2, "edge": 0.3, "crop": 0.2},
+            "edge_space": "pixels",
+            "crop_term": "literal",
+            "merge": {"mode": "tome", "share": 0.2},
+            "coverage": 4,
+            "scaffold": {"size": 3},
+            "summary": True,
+        },
+        flips={
+            **GATE_FLIPS,
+            "views": "tiles",
+            "edge_space": "features",
+            "crop_term": "none",
+            "merge": {"merge": {"mode": "none"}},
+            "summary": False,
+        },
+    ),
+    "mmr": Case(
+        ShirgGate,
+        {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}},
+        flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
+    ),
+}
+"""Selectors without a file of their own: settings that the files leave out."""
