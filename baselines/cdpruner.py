@@ -1,6 +1,6 @@
 """CDPruner: a determinantal point process conditioned on the question (Zhang et al., NeurIPS 2025, 2506.10967)."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class CDPruner(GroupSelector):
             cosine because patches of CLIP resemble the text where the object is not.
     """
 
-    uses_relevance: ClassVar[bool] = True
+    uses_relevance = True
 
     def __init__(self, *, budget: Budget, scope: Scope = "per_view", sign: int = 1) -> None:
         super().__init__(budget=budget, scope=scope)

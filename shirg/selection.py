@@ -88,6 +88,8 @@ class TokenLayout:
     """How many tokens the global view has; the places after them are the canvas."""
     overlaps: bool = field(init=False)
     """Whether several tokens share a canvas cell."""
+    derived: dict[Any, Any] = field(init=False, repr=False)
+    """What was computed from this layout alone and is worth keeping as long as it lives (`shirg.tables`)."""
 
     def __post_init__(self) -> None:
         # A layout outlives the call that built it, so its tensors must be usable in training and inference alike.
@@ -99,6 +101,7 @@ class TokenLayout:
             order = torch.argsort(key, stable=True)
             object.__setattr__(self, "order_N", order.to(self.view_N.device))
             object.__setattr__(self, "rank_N", torch.argsort(order).to(self.view_N.device))
+            object.__setattr__(self, "derived", {})
             object.__setattr__(self, "n_global", int(is_global.sum()))
             object.__setattr__(self, "overlaps", bool((torch.sort(key).values.diff() == 0).any()))
 

@@ -5,7 +5,6 @@ row by row. Where views overlap, a place has several candidate tokens; elsewhere
 """
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -39,15 +38,11 @@ class Tables:
     """int64: canvas row of each *source* token; -1 in the global view."""
 
 
-_TABLES: WeakKeyDictionary[TokenLayout, Tables] = WeakKeyDictionary()
-_REGIONS: WeakKeyDictionary[TokenLayout, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
-
-
 def tables(layout: TokenLayout) -> Tables:
     """The tables of a layout, on its device; built once."""
-    found = _TABLES.get(layout)
-    if found is None:
-        found = _TABLES[layout] = _build(layout)
+    if "tables" not in layout.derived:
+        layout.derived["tables"] = _build(layout)
+    found: Tables = layout.derived["tables"]
     return found
 
 
@@ -117,11 +112,12 @@ def regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
     Blocks begin anew in each view, because a region of a view is what a variant promises to cover; where views overlap
     they are blocks of the canvas.
     """
-    kept = _REGIONS.setdefault(layout, {})
-    if (cells, first) not in kept:
+    key = ("regions", cells, first)
+    if key not in layout.derived:
         with torch.inference_mode(False):
-            kept[cells, first] = _regions(layout, cells, first)
-    return kept[cells, first]
+            layout.derived[key] = _regions(layout, cells, first)
+    found: Tensor = layout.derived[key]
+    return found
 
 
 def _regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
