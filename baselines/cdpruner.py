@@ -28,7 +28,7 @@ class CDPruner(GroupSelector):
             cosine because patches of CLIP resemble the text where the object is not.
     """
 
-    uses_relevance = True
+    uses_relevance: bool = True
 
     def __init__(self, *, budget: Budget, scope: Scope = "per_view", sign: int = 1) -> None:
         super().__init__(budget=budget, scope=scope)

@@ -26,7 +26,7 @@ from experiments.study.record import local_folder
 from shirg import Selector
 
 if TYPE_CHECKING:
-    from lavida_adapter import DecodeConfig, Lavida
+    from lavida_adapter import CacheSelector, DecodeConfig, Lavida
     from lavida_adapter.relevance import Relevance
 
 _SWITCHES = ("prefix_attention", "drop_token_after_image")
@@ -81,6 +81,18 @@ def build_selector(cfg: DictConfig, budgets: Mapping[str, int]) -> Selector:
     selector = _instantiate(cfg, "selector", fixed)
     if not isinstance(selector, Selector):
         raise ValueError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
+    return selector
+
+
+def build_cache_selector(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector | None":
+    """The selector of `cache=...`, with its budget's name replaced by a number; None for cache=none."""
+    if "_target_" not in cfg.cache:
+        return None
+    from lavida_adapter import CacheSelector
+
+    selector = _instantiate(cfg, "cache", {"budget": resolve_budget(cfg.cache.budget, budgets)})
+    if not isinstance(selector, CacheSelector):
+        raise ValueError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector")
     return selector
 
 

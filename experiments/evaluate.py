@@ -40,11 +40,13 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     decode = build.build_decode(cfg, dataset)
     model = build.build_model(cfg, device, cfg.adapter)
     selector = build.build_selector(cfg, model.config.budgets).to(device).eval()
+    cache_selector = build.build_cache_selector(cfg, model.config.budgets)
     system = System(
         model=model,
         selector=selector,
         relevance=build.build_relevance(cfg, selector),
         decode=decode,
+        cache_selector=cache_selector,
         scorers=text_metrics(dataset.metric_names),
         geometry=TokenGeometry(model.config, selector.geometry),
         seed=cfg.seed,
@@ -67,6 +69,9 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "weights": weights,
         },
         "selector": {"class": type(selector).__name__, "stage": selector.stage, "budget": selector.budget},
+        "cache": None
+        if cache_selector is None
+        else {"class": type(cache_selector).__name__, "after": cache_selector.after, "budget": cache_selector.budget},
         "data": {
             "name": dataset.name,
             "split": dataset.split,

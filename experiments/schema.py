@@ -1,7 +1,7 @@
 """The typed spine of the configs: the numbers and names that people mistype.
 
 Importing this module registers the schemas and two resolvers with Hydra; it imports nothing heavy, so that `--help`
-answers at once. Plug-in groups (model, selector, relevance, data, logger) are checked by their own constructors.
+answers at once. Plug-in groups (model, selector, relevance, data, cache, logger) are checked by their own constructors.
 """
 
 import hashlib
@@ -122,6 +122,8 @@ class Eval(Run):
     shuffle_questions: bool = False
     """Rank tokens by another sample's question: the control of every selector that knows the question."""
     decode: Decode = field(default_factory=Decode)
+    cache: dict[str, Any] = field(default_factory=dict)
+    """A cache selector, which shortens the prefix cache."""
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """A system under evaluation: from a batch of samples to rows, one per answer."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from experiments.data.sample import Sample
 from experiments.measure import StageTimer
@@ -15,7 +16,7 @@ from experiments.tokens import TokenGeometry, check_counts, count_sources, recal
 from shirg import Selection, Selector, Source
 
 if TYPE_CHECKING:
-    from lavida_adapter import DecodeConfig, Lavida
+    from lavida_adapter import CacheSelector, DecodeConfig, Lavida, Prefix
     from lavida_adapter.relevance import Relevance
 
 Row = dict[str, Any]
@@ -41,6 +42,7 @@ class System:
     selector: Selector
     relevance: "Relevance | None"
     decode: "DecodeConfig"
+    cache_selector: "CacheSelector | None"
     scorers: dict[str, TextMetric]
     """Text metrics by name, the headline first."""
     geometry: TokenGeometry
@@ -67,15 +69,20 @@ class System:
             boxes=[sample.boxes for sample in batch],
             timer=timer,
         )
-        generation = self.model.generate(prefix, self.decode, generator=self._generator(batch), timer=timer)
+        generation = self.model.generate(
+            prefix, self.decode, cache_selector=self.cache_selector, generator=self._generator(batch), timer=timer
+        )
         ms = timer.collect()
+        left = prefix.selections
+        if generation.cached_BP is not None:
+            left = tuple(left_in_cache(prefix, generation.cached_BP))
         rows = [
-            self._row(sample, image.size, selection, text, n_visual, n_prefix)
-            for sample, image, selection, text, n_visual, n_prefix in zip(
-                batch, images, prefix.selections, generation.texts, prefix.n_visual, prefix.n_tokens, strict=True
+            self._row(sample, image.size, selection, cached, text, n_visual, n_prefix)
+            for sample, image, selection, cached, text, n_visual, n_prefix in zip(
+                batch, images, prefix.selections, left, generation.texts, prefix.n_visual, prefix.n_tokens, strict=True
             )
         ]
-        return Answers(rows, images, prefix.selections, ms)
+        return Answers(rows, images, left, ms)
 
     def _generator(self, batch: Sequence[Sample]) -> torch.Generator:
         """Seeded by the seed and the batch, so that a resumed job draws what the undisturbed one drew."""
@@ -83,10 +90,17 @@ class System:
         return torch.Generator(self.model.device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _row(
-        self, sample: Sample, size: tuple[int, int], selection: Selection, text: str, n_visual: int, n_prefix: int
+        self,
+        sample: Sample,
+        size: tuple[int, int],
+        selection: Selection,
+        left: Selection,
+        text: str,
+        n_visual: int,
+        n_prefix: int,
     ) -> Row:
-        used_T = selection.mask_BT[0]
-        kept_T = selection.index_BT[0][used_T & (selection.source_BT[0] == Source.KEPT)].cpu()
+        """`selection` is what was fed, `left` what of it the answer could see to the end."""
+        kept_T = left.index_BT[0][left.mask_BT[0] & (left.source_BT[0] == Source.KEPT)].cpu()
         sources = count_sources(selection)
         check_counts(self.selector, sources, n_visual, self.geometry, size, sample.id)
         return {
@@ -102,10 +116,19 @@ class System:
             "density": str(sample.meta.get("density", "")),
             "n_visual": n_visual,
             "n_prefix": n_prefix,
+            "n_cache": None if self.cache_selector is None else int(left.mask_BT.sum()),
             "kept": kept_T.tolist(),
             "sources": sources,
             "recall": recall(sample.boxes, kept_T, self.geometry, size),
         }
+
+
+def left_in_cache(prefix: "Prefix", cached_BP: Tensor) -> Iterator[Selection]:
+    """Each prompt's selection without the tokens whose rows were cut out of the cache."""
+    for selection, visual_P, cached_P in zip(prefix.selections, prefix.visual_BP, cached_BP, strict=True):
+        mask_BT = selection.mask_BT.clone()
+        mask_BT[selection.mask_BT] = cached_P[visual_P]
+        yield replace(selection, mask_BT=mask_BT)
 
 
 def picture_of(sample: Sample) -> str:

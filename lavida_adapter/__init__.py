@@ -1,14 +1,19 @@
 """LaViDa, natively: loads the published checkpoint, matches the reference's numbers, takes any selector."""
 
+from lavida_adapter.cache_select import CacheSelector
 from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
 from lavida_adapter.denoise import DecodeConfig, Generation
+from lavida_adapter.fastv import FastV
 from lavida_adapter.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
 from lavida_adapter.model import Lavida, TrainBatch
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prefix import Prefix
+from lavida_adapter.redvtp import RedVTP
 
 __all__ = [
+    "CacheSelector",
     "DecodeConfig",
+    "FastV",
     "Generation",
     "Lavida",
     "LavidaConfig",
@@ -16,6 +21,7 @@ __all__ = [
     "LoraConfig",
     "ObjectiveConfig",
     "Prefix",
+    "RedVTP",
     "TrainBatch",
     "VisionConfig",
     "add_lora",

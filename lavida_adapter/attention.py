@@ -4,6 +4,7 @@
 is the optional flash-attn package, which knows no mask and therefore serves single prompts and equal lengths only.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Backend = Literal["sdpa", "math", "flash"]
+
+Watch = Callable[[Tensor, Tensor, Tensor | None], None]
+"""Looks at the rotated queries, the keys and the mask of a layer; called layer by layer."""
 
 
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, backend: Backend = "sdpa") -> Tensor:
@@ -39,6 +43,13 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
         out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BHQD, k_BHKD, v_BHKD)))
         return out.transpose(1, 2)
     raise ValueError(f"attention backend {backend!r}: choose sdpa, math or flash")
+
+
+def attention_weights(q_BHQD: Tensor, k_BHKD: Tensor, mask: Tensor | None) -> Tensor:
+    """What `attend` weighs values by: [B, H, Q, K] in float32, for the few queries that somebody wants to look at."""
+    k = k_BHKD.repeat_interleave(q_BHQD.shape[1] // k_BHKD.shape[1], 1)
+    scores = q_BHQD.float() @ k.float().transpose(-1, -2) * q_BHQD.shape[-1] ** -0.5
+    return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
 
 
 def attention_mask(mask_BL: Tensor | None, visual_BL: Tensor | None) -> Tensor | None:

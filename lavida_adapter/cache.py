@@ -26,6 +26,17 @@ class PrefixCache:
     next_position_B: Tensor
     """int64: the position of the first answer token."""
 
+    def take(self, slot_BK: Tensor, mask_BK: Tensor | None) -> "PrefixCache":
+        """A cache of the given slots alone; keys stay at the positions that they were rotated to."""
+        index_BHKD = slot_BK[:, None, :, None].expand(-1, self.keys[0].shape[1], -1, self.keys[0].shape[3])
+        return PrefixCache(
+            tuple(k.gather(2, index_BHKD) for k in self.keys),
+            tuple(v.gather(2, index_BHKD) for v in self.values),
+            mask_BK,
+            self.positions_BP.gather(1, slot_BK),
+            self.next_position_B,
+        )
+
     def repeat(self, n: int) -> "PrefixCache":
         """The cache of the batch repeated n times: one prefix for several answers to it."""
         return PrefixCache(

@@ -77,6 +77,11 @@ class DecodeConfig:
             return min(self.step_per_block, self.block)
         return self.block if self.step_ratio is None else int(self.block * self.step_ratio)
 
+    @property
+    def steps(self) -> int:
+        """The most forwards that an answer can take."""
+        return self.max_new_tokens // self.block * self.steps_per_block
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -88,6 +93,8 @@ class Generation:
     """Denoising forwards; the prefix is not counted."""
     history: tuple[Tensor, ...] = ()
     """The answer after every step, when asked for."""
+    cached_BP: Tensor | None = None
+    """bool: the prefix's slots that were in the cache at the end; None when nobody was asked to shorten it."""
 
 
 def start(batch: int, config: DecodeConfig, mask_id: int, draft: Sequence[int], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavida_adapter.attention import Backend, attend, attention_mask
+from lavida_adapter.attention import Backend, Watch, attend, attention_mask
 from lavida_adapter.cache import PrefixCache
 from lavida_adapter.config import LladaConfig
 
@@ -33,10 +33,15 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine [B, 1, L, Dh] in float32 for rotate-half rotary positions."""
+    angles = rotary_phase(positions_BL, head_dim, theta)
+    return angles.cos(), angles.sin()
+
+
+def rotary_phase(positions_BL: Tensor, head_dim: int, theta: float) -> Tensor:
+    """The angles themselves, as rounded to float32: far from 0 the rounding is as large as 1e-4."""
     j = torch.arange(0, head_dim, 2, device=positions_BL.device, dtype=torch.float32)
     angles = positions_BL[:, None, :, None].float() * (1.0 / theta ** (j / head_dim))
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return torch.cat([angles, angles], dim=-1)
 
 
 def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,6 +73,10 @@ class Block(nn.Module):
         k, v = (proj(u_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.k_proj, self.v_proj))
         return rotate(k, cos, sin), v
 
+    def queries(self, u_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated queries [B, H, L, Dh] of normed states."""
+        return rotate(self.q_proj(u_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), cos, sin)
+
     def mix(
         self,
         x: Tensor,
@@ -78,9 +87,12 @@ class Block(nn.Module):
         sin: Tensor,
         mask: Tensor | None,
         backend: Backend,
+        watch: Watch | None = None,
     ) -> Tensor:
         """The block's output, given its normed input `u` and the keys and values that its tokens may see."""
-        q = rotate(self.q_proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), cos, sin)
+        q = self.queries(u, cos, sin)
+        if watch is not None:
+            watch(q, k, mask)
         x = x + self.attn_out(attend(q, k, v, mask, backend).transpose(1, 2).flatten(-2))
         u = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(u)) * self.up_proj(u))
@@ -162,7 +174,9 @@ class Llada(nn.Module):
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
         return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B)
 
-    def decode(self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None) -> Tensor:
+    def decode(
+        self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None, watch: Watch | None = None
+    ) -> Tensor:
         """States [B, A, D] of answer tokens that see the cached prefix and one another; `mask_BA` marks real ones."""
         x = embeds_BAD
         b, a = x.shape[:2]
@@ -178,7 +192,7 @@ class Llada(nn.Module):
             u = block.attn_norm(x)
             k, v = block.keys_values(u, cos, sin)
             k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-            x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
+            x = block.mix(x, u, k, v, cos, sin, mask, self.backend, watch)
         return self.ln_f(x)
 
     def logits(self, states: Tensor) -> Tensor:

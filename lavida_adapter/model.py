@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavida_adapter.cache import PrefixCache
+from lavida_adapter.cache_select import CacheSelector
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.copies import states_of_copies
-from lavida_adapter.denoise import DecodeConfig, Generation, denoise, start
+from lavida_adapter.denoise import DecodeConfig, Generation, LogitsFn, denoise, start
 from lavida_adapter.llada import Llada
 from lavida_adapter.objective import (
     ObjectiveConfig,
@@ -31,7 +32,9 @@ from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
 from lavida_adapter.prompt import IGNORE, prompt_ids, training_example
 from lavida_adapter.relevance import Relevance
-from lavida_adapter.timer import NoTimer, Timer
+from lavida_adapter.steps import CachedSteps
+from lavida_adapter.timer import NoTimer, Pausing, Timer
+from lavida_adapter.views import pooled_count
 from lavida_adapter.vision import VisionTower
 from shirg import Selector
 
@@ -141,7 +144,8 @@ class Lavida(nn.Module):
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
             prefix, _ = splice(rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length)
-        return replace(prefix, selections=selections)
+        n_matched = tuple(pooled_count(image.size, self.config) for image in images)
+        return replace(prefix, selections=selections, n_matched=n_matched)
 
     @torch.inference_mode()
     def generate(
@@ -149,39 +153,40 @@ class Lavida(nn.Module):
         prefix: Prefix,
         decode: DecodeConfig,
         *,
+        cache_selector: CacheSelector | None = None,
         draft: Sequence[int] = (),
         generator: torch.Generator | None = None,
         timer: Timer | None = None,
     ) -> Generation:
         """Answers for a prefix. The cache is written once; with `decode.prefix_cache=False` there is none.
 
+        A `cache_selector` cuts the cache once, after the prefill or after the first step.
+
         Raises:
-            ValueError: when prompt and answer together exceed the model's context.
+            ValueError: when prompt and answer together exceed the model's context, or the cache selector cannot work.
         """
-        timer = timer or NoTimer()
+        timer = Pausing(timer or NoTimer())
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
         if longest > self.config.lm.max_sequence_length:
             raise ValueError(
                 f"prompt and answer need {longest} positions, the model has {self.config.lm.max_sequence_length}: "
                 "lower the budget or decode.max_new_tokens"
             )
+        if cache_selector is not None:
+            cache_selector.check(prefix, decode)
         mask_id = self.config.lm.mask_token_id
         answer_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, draft, self.device)
+        cached = None
         if decode.prefix_cache:
             with timer.stage("prefill"):
                 cache = self.prefill(prefix)
-
-            def logits_of(ids_BA: Tensor) -> Tensor:
-                return self.lm.logits(self.lm.decode(self.lm.wte(ids_BA), cache))
-        else:
-
-            def logits_of(ids_BA: Tensor) -> Tensor:
-                return self.lm.logits(self.forward_whole(prefix, self.lm.wte(ids_BA)))
-
+            cached = CachedSteps(self.lm, prefix, cache, cache_selector, timer)
         with timer.stage("denoise"):
+            logits_of: LogitsFn = cached or (lambda ids: self.lm.logits(self.forward_whole(prefix, self.lm.wte(ids))))
             ids_BA, forwards, history = denoise(logits_of, answer_BA, decode, mask_id, generator)
         texts = self.tokenizer.batch_decode(ids_BA.tolist(), skip_special_tokens=True)
-        return Generation(ids_BA, tuple(text.strip() for text in texts), forwards, tuple(history))
+        left_BP = None if cached is None else cached.cached_BP
+        return Generation(ids_BA, tuple(text.strip() for text in texts), forwards, tuple(history), left_BP)
 
     def prefill(self, prefix: Prefix) -> PrefixCache:
         """The prefix cache of a prefix, under the model's prefix attention."""

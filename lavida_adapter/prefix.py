@@ -26,6 +26,8 @@ class Prefix:
     """bool: True at picture tokens, newlines included."""
     selections: tuple[Selection, ...] = ()
     """One per prompt, each with B = 1."""
+    n_matched: tuple[int, ...] = ()
+    """What LaViDa itself would feed for each prompt's picture, newlines included: the budget "matched"."""
 
     @property
     def padding(self) -> Tensor | None:

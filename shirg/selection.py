@@ -86,6 +86,8 @@ class TokenLayout:
     """int64: the token at each place; the inverse of `rank_N`."""
     n_global: int = field(init=False)
     """How many tokens the global view has; the places after them are the canvas."""
+    derived: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
+    """Tables that selectors compute from the layout, kept as long as it is; a weak map would vanish under a tracer."""
     overlaps: bool = field(init=False)
     """Whether several tokens share a canvas cell."""
     derived: dict[Any, Any] = field(init=False, repr=False)

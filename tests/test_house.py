@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("shirg", "baselines", "lavida_adapter", "experiments")
 ENTRIES = ("train", "eval")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/lavida.md", "docs/method.md")
-GROUPS = "model|selector|relevance|data|lora|decode|objective|trainer|logger|stage|experiment"
+GROUPS = "model|selector|relevance|data|lora|decode|cache|objective|trainer|logger|stage|experiment"
 
 
 def modules() -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from experiments.study.rows import BASELINE, Row
 
-_STAGES = ("select", "prefill", "denoise", "total")
+_STAGES = ("select", "prefill", "cache", "denoise", "total")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     shown += [Column(name, [_difference(row, name) for row in rows]) for name in _differences(rows)]
     shown.append(Column("recall", [_percent(row.get("recall mean")) for row in rows]))
     shown.append(Column("visual tokens", [_range(row, "visual tokens") for row in rows]))
+    shown.append(Column("cache tokens", [_range(row, "cache tokens") for row in rows]))
     shown.append(Column("prefix tokens", [_range(row, "prefix tokens") for row in rows]))
     shown += [Column(f"{stage} ms", [_ms(row.get(f"{stage} ms")) for row in rows]) for stage in _STAGES]
     shown.append(Column("peak MiB", [_count(row["peak memory MiB"]) for row in rows]))

@@ -12,6 +12,7 @@ from experiments.study.stats import paired_delta
 
 ROW_VERSION = 1
 _SHOWN_ELSEWHERE = frozenset({"selector", "budget", "data", "limit", "study", "threads", "logger", "shots"})
+_GROUPS = ("model", "selector", "relevance", "data", "decode", "cache")
 BASELINE = "pooled"
 _FIRST = {BASELINE: 0, "full": 1}
 
@@ -44,7 +45,7 @@ def flatten(result: Mapping[str, Any]) -> Row:
         "status": result["status"],
         "reason": result["reason"],
         "note": _note(result),
-        **{group: result["choices"].get(group) for group in ("model", "selector", "relevance", "data", "decode")},
+        **{group: result["choices"].get(group) for group in _GROUPS},
         "budget": _budget(result),
         "changes": _changes(result),
         "seed": result["config"].get("seed"),
@@ -62,6 +63,8 @@ def flatten(result: Mapping[str, Any]) -> Row:
     if quality.get("recall"):
         row |= {f"recall {key}": quality["recall"][key] for key in ("mean", "low", "high", "n")}
     for name, spread in tokens.items():
+        if spread is None:
+            continue
         row |= {f"{name} tokens {key}" if name != "by_source" else f"{key} tokens": v for key, v in spread.items()}
     row |= {f"{stage} ms": ms for stage, ms in times.get("ms_per_sample", {}).items()}
     row["peak memory MiB"] = times.get("peak_memory_mib")
@@ -88,6 +91,7 @@ def _baseline(folder: Path, results: Mapping[Path, Mapping[str, Any]]) -> Path |
         for path, other in results.items()
         if other["status"] == "ok"
         and other["choices"]["selector"] == BASELINE
+        and other["choices"].get("cache", "none") == "none"
         and all(other["config"][key] == result["config"][key] for key in ("model", "decode", "data"))
         and other["data"]["ids"] == result["data"]["ids"]
     ]
@@ -120,11 +124,13 @@ def _note(result: Mapping[str, Any]) -> str:
 
 
 def _budget(result: Mapping[str, Any]) -> str:
-    """The number behind the budget's name; empty for a selector that has none."""
-    asked, given = result["config"]["selector"].get("budget"), result.get("selector", {}).get("budget")
-    if asked is None:
-        return ""
-    return f"{asked} ({given})" if given not in (None, asked) else str(asked)
+    """The number behind the budget's name, the selector's first, then the cache's; empty where neither has one."""
+    shown = []
+    for group in ("selector", "cache"):
+        asked, given = result["config"].get(group, {}).get("budget"), (result.get(group) or {}).get("budget")
+        if asked is not None:
+            shown.append(f"{asked} ({given})" if given not in (None, asked) else str(asked))
+    return ", cache ".join(dict.fromkeys(shown))
 
 
 def _changes(result: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ _COLUMNS: dict[str, pa.DataType] = {
     "density": pa.string(),
     "n_visual": pa.int32(),
     "n_prefix": pa.int32(),
+    "n_cache": pa.int32(),
     "kept": pa.list_(pa.int32()),
     "recall": pa.float64(),
     "batch": pa.int32(),

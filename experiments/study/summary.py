@@ -24,6 +24,7 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
         "tokens": {
             "visual": _spread([row["n_visual"] for row in rows]),
             "prefix": _spread([row["n_prefix"] for row in rows]),
+            "cache": _spread([row["n_cache"] for row in rows]) if rows[0]["n_cache"] is not None else None,
             "by_source": {s: sum(row["sources"][s] for row in rows) / len(rows) for s in rows[0]["sources"]},
         },
     }

@@ -17,7 +17,10 @@ from tests.experiments.conftest import ROOT, finish, result_of, start
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["selector=foo"], "error: selector=foo: there is no such option; choose one of full, pooled, random, shirg"),
+        (
+            ["selector=foo"],
+            "error: selector=foo: there is no such option; choose one of cdpruner, divprune, full, global_only, ",
+        ),
         (
             ["selector=random", "selector.foo=1"],
             "error: selector.foo: selector=random has no such knob; it has budget, seed",

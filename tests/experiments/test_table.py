@@ -34,6 +34,7 @@ def row(i: int, score: float, **fields: Any) -> dict[str, Any]:
         "density": "sparse",
         "n_visual": 80,
         "n_prefix": 100,
+        "n_cache": None,
         "kept": [1, 2],
         "sources": {"kept": 64, "scaffold": 16},
         "recall": None,

@@ -21,8 +21,11 @@ def lm() -> Llada:
 
 
 @torch.no_grad()
-def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor) -> Tensor:
-    """The transformer over one row [L, D] with an explicit mask [L, L]; heads and rotation written out."""
+def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+    """The transformer over one row [L, D] with an explicit mask [L, L]; heads and rotation written out.
+
+    `maps` collects the attention [H, L, L] of every layer.
+    """
     x, dh = embeds, lm.config.head_dim
     freq = lm.config.rope_theta ** (-torch.arange(0, dh, 2) / dh)
     turn = torch.polar(torch.ones(len(x), dh // 2), positions[:, None] * freq)
@@ -43,6 +46,8 @@ def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor) -> Tens
         groups = len(q) // len(k)
         scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) / dh**0.5
         weights = scores.masked_fill(~may_see, -torch.inf).softmax(-1)
+        if maps is not None:
+            maps.append(weights)
         x = x + block.attn_out((weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1))
         u = norm(x, block.ff_norm.weight)
         x = x + block.ff_out(F.silu(block.ff_proj(u)) * block.up_proj(u))

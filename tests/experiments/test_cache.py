@@ -1,0 +1,98 @@
+"""Cache selectors from the command line: what is fed, what is left, what the table says, what is refused."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from experiments.study.layout import columns
+from experiments.study.rows import collect
+from tests.experiments.conftest import result_of
+
+Eval = Callable[..., Path]
+FEW = ("limit=6", "selector=full")
+
+
+@pytest.mark.parametrize("cache", [("cache=fastv", "cache.layer=0"), ("cache=redvtp",)])
+@pytest.mark.parametrize(("budget", "count"), [("base", 80), ("matched", 88), ("77", 77)])
+def test_rows_tell_what_was_fed_and_what_was_left(
+    eval_here: Eval, cache: tuple[str, ...], budget: str, count: int
+) -> None:
+    plain = pq.read_table(eval_here(*FEW) / "samples.parquet").to_pylist()
+    job = eval_here(*FEW, *cache, f"budget={budget}")
+    rows = pq.read_table(job / "samples.parquet").to_pylist()
+    assert [r["n_cache"] for r in plain] == [None] * 6
+    for before, after in zip(plain, rows, strict=True):
+        assert after["n_visual"] == before["n_visual"] == 336 and after["n_prefix"] == before["n_prefix"]
+        assert after["n_cache"] == count
+        assert set(after["kept"]) < set(before["kept"]) and count - 16 <= len(after["kept"]) <= count
+        assert after["n_kept"] == 320, "sources are what was fed"
+    recalls = [[row["recall"] for row in answers] for answers in (plain, rows)]
+    assert sum(recalls[0]) == 6 and 0 <= sum(recalls[1]) < 6, "recall is that of the rows that are left"
+    result = result_of(job)
+    assert result["tokens"]["cache"] == {"mean": count, "min": count, "max": count}
+    assert result["cache"]["budget"] == (count if budget != "matched" else "matched")
+    assert 0 < result["times"]["ms_per_sample"]["cache"] < result["times"]["ms_per_sample"]["total"]
+
+
+def test_the_table_shows_the_cache_where_one_was_cut(eval_here: Eval) -> None:
+    eval_here("limit=6", "selector=pooled")
+    study = eval_here(*FEW).parent
+    titles = [c.title for c in columns(collect(study))]
+    assert "cache tokens" not in titles and "cache ms" not in titles
+    eval_here(*FEW, "cache=redvtp")
+    eval_here("limit=6", "selector=pooled", "cache=redvtp", "cache.budget=40")
+    shown = {c.title: c.cells for c in columns(collect(study))}
+    at = {(s, "redvtp" in c): i for i, (s, c) in enumerate(zip(shown["selector"], shown["changes"], strict=True))}
+    cut, whole = at["full", True], at["full", False]
+    assert [shown["cache tokens"][i] for i in (cut, whole, at["pooled", True])] == ["80", "-", "40"]
+    assert shown["visual tokens"][cut] == "336" and shown["budget"][cut] == "base (80)"
+    assert float(shown["cache ms"][cut]) > 0 and shown["cache ms"][whole] == "-"
+    assert shown["budget"][at["pooled", True]] == "40" and "cache=redvtp" in shown["changes"][cut]
+
+
+def test_a_pooled_job_with_a_shortened_cache_is_no_baseline(eval_here: Eval) -> None:
+    eval_here("limit=6", "selector=pooled", "cache=redvtp", "cache.budget=40")
+    study = eval_here(*FEW).parent
+    assert not any(key.startswith("delta") for row in collect(study) for key in row)
+    eval_here("limit=6", "selector=pooled")
+    rows = {(row["selector"], row["cache"]): row for row in collect(study)}
+    assert "delta vs pooled mean" in rows["full", "none"] and "delta vs pooled mean" in rows["pooled", "redvtp"]
+    assert "delta vs pooled mean" not in rows["pooled", "none"]
+
+
+def test_both_budgets_are_shown_where_they_differ(eval_here: Eval) -> None:
+    study = eval_here("limit=6", "selector=random", "cache=redvtp", "cache.budget=40").parent
+    assert [row["budget"] for row in collect(study)] == ["base (80), cache 40"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["cache=fastv", "cache.layer=0", "cache.budget=337"], r"budget 337 is larger than the 336 picture tokens"),
+        (["cache=fastv"], r"layer=1: the language model has layers 0 to 0"),
+        (
+            ["cache=fastv", "decode.prefix_cache=false"],
+            r"FastV shortens the prefix cache, and with decode",
+        ),
+        (["cache=redvtp", "decode.step_per_block=1"], r"this decoding has no other: choose more steps or cache=none"),
+        (["cache=fastv", "budget=most"], r"budget=most: give base \(80\)"),
+        (["cache=fastv", "cache.queries=all"], r"cache.queries='all' is not one of last, text"),
+        (["cache=redvtp", "+cache.layer=1"], r"cache.layer: RedVTP has no such knob; it has budget, positions"),
+        (["cache=redvtp", "cache.positions=1"], r"cache.positions=1 is not one of retain, reindex"),
+    ],
+)
+def test_what_cannot_be(
+    overrides: list[str], sentence: str, eval_here: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = eval_here(*FEW, *overrides, ok=False)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and re.search(sentence, line), line
+    assert result_of(folder)["status"] == "failed"
+
+
+def test_a_target_that_is_no_cache_selector(eval_here: Eval, capfd: pytest.CaptureFixture[str]) -> None:
+    eval_here(*FEW, "cache=redvtp", "cache._target_=baselines.controls.Random", "~cache.positions", ok=False)
+    assert "cache._target_=baselines.controls.Random is not a lavida_adapter.CacheSelector" in capfd.readouterr().err

@@ -1,0 +1,367 @@
+"""Cache selectors against a dense second computation: what they rank by, what is left, what the answer then sees."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from baselines import Full, Pooled
+from lavida_adapter import CacheSelector, DecodeConfig, FastV, Lavida, Prefix, RedVTP
+from lavida_adapter.cache import PrefixCache
+from lavida_adapter.cache_select import FirstStep, reindex
+from lavida_adapter.denoise import denoise, start
+from lavida_adapter.fastv import prompt_attention
+from lavida_adapter.llada import rotary_angles, rotate
+from tests.lavida_adapter.test_llada import dense, may_see
+from tests.lavida_adapter.tiny import SIZES, noise, picture, tiny_model
+
+P, A, D = 14, 4, 32
+N_VISUAL, N_TOKENS = (7, 5), (14, 11)
+MASK = torch.arange(P) < torch.tensor(N_TOKENS)[:, None]
+VISUAL = (torch.arange(P) >= 3) & (torch.arange(P) < 3 + torch.tensor(N_VISUAL)[:, None])
+DECODE = DecodeConfig(max_new_tokens=A)
+
+
+def small(**changes: Any) -> Lavida:
+    return tiny_model(**{"lm": {"n_layers": 3, "n_kv_heads": 2}, **changes})
+
+
+@pytest.fixture
+def model() -> Lavida:
+    return small()
+
+
+def made_prefix(seed: int = 0) -> Prefix:
+    """Two prompts of different lengths, with seven and five picture rows."""
+    return Prefix(noise(2, P, D, seed=seed) * MASK[..., None], MASK, VISUAL, n_matched=N_VISUAL)
+
+
+def alone(prefix: Prefix, b: int) -> Prefix:
+    n = N_TOKENS[b]
+    return Prefix(
+        prefix.embeds_BPD[b : b + 1, :n], MASK[b : b + 1, :n], VISUAL[b : b + 1, :n], n_matched=N_VISUAL[b : b + 1]
+    )
+
+
+def first_step(seed: int = 7) -> FirstStep:
+    attention_BAP = noise(2, A, P, seed=seed).softmax(-1)
+    return FirstStep(attention_BAP, torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool))
+
+
+def best(scores: list[float], b: int, k: int) -> list[int]:
+    """The k best picture slots of a row, the first one where scores are equal, in reading order."""
+    slots = [p for p in range(P) if VISUAL[b, p]]
+    return sorted(sorted(slots, key=lambda p: (-scores[p], p))[:k])
+
+
+def kept_slots(kept_BP: Tensor, b: int) -> list[int]:
+    return [p for p in range(P) if kept_BP[b, p] and VISUAL[b, p]]
+
+
+def row_and_mask(prefix: Prefix, b: int, answer: Tensor, image_first: bool, hidden: list[int]) -> tuple[Tensor, Tensor]:
+    """One prompt with its answer, and what may see what: the answer everything but `hidden`."""
+    n = N_TOKENS[b]
+    allowed = may_see(n, len(answer), VISUAL[b] if image_first else None, prompt_sees_answer=False)
+    allowed[n:, hidden] = False
+    return torch.cat([prefix.embeds_BPD[b, :n], answer]), allowed
+
+
+KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
+    FastV: {"budget": 3, "layer": 0, "queries": "text", "positions": "reindex"},
+    RedVTP: {"budget": 3, "positions": "retain"},
+}
+"""For every selector and each of its knobs, another value, which must change the cache."""
+CASES = list(KNOBS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", CASES)
+@pytest.mark.parametrize("positions", ["retain", "reindex"])
+@pytest.mark.parametrize("attention", ["full", "image_first"])
+def test_keeping_every_row_changes_no_bit(build: Callable[..., CacheSelector], positions: str, attention: str) -> None:
+    model, prefix = small(prefix_attention=attention), made_prefix()
+    cache = model.prefill(prefix)
+    short = build(budget="matched", positions=positions)(model.lm, cache, prefix, first_step())
+    assert torch.equal(short.kept_BP, MASK)
+    assert short.cache.digest() == cache.digest()
+    answer = noise(2, A, D, seed=1)
+    assert torch.equal(model.lm.decode(answer, short.cache), model.lm.decode(answer, cache))
+    plain = model.generate(prefix, DECODE)
+    cut = model.generate(prefix, DECODE, cache_selector=build(budget="matched", positions=positions))
+    assert torch.equal(plain.ids_BA, cut.ids_BA)
+    assert plain.cached_BP is None and cut.cached_BP is not None and torch.equal(cut.cached_BP, MASK)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", CASES)
+@pytest.mark.parametrize("attention", ["full", "image_first"])
+def test_what_is_left_equals_a_dense_mask_over_the_rest(build: Callable[..., CacheSelector], attention: str) -> None:
+    model, prefix, answer = small(prefix_attention=attention), made_prefix(), noise(2, A, D, seed=1)
+    cache = model.prefill(prefix)
+    short = build(budget=3, positions="retain")(model.lm, cache, prefix, first_step())
+    states = model.lm.decode(answer, short.cache)
+    assert short.cache.keys[0].shape[2] == 3 + 7 and short.cache.next_position_B.tolist() == list(N_TOKENS)
+    for b, n in enumerate(N_TOKENS):
+        kept = kept_slots(short.kept_BP, b)
+        assert len(kept) == 3
+        gone = [p for p in range(n) if not short.kept_BP[b, p]]
+        assert all(VISUAL[b, p] for p in gone)
+        row, allowed = row_and_mask(prefix, b, answer[b], attention == "image_first", gone)
+        expected = dense(model.lm, row, allowed, torch.arange(n + A))[n:]
+        torch.testing.assert_close(states[b], expected, rtol=0, atol=1e-5)
+        assert short.cache.positions_BP[b, : n - len(gone)].tolist() == [p for p in range(n) if p not in gone]
+    assert (states - model.lm.decode(answer, cache)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [40, 400])
+def test_reindexed_keys_are_those_of_a_prefill_at_the_new_positions(model: Lavida, length: int) -> None:
+    """Against k = W u rotated to 0, 1, 2, ... from the states that the prefill went through."""
+    lm, embeds = model.lm, noise(2, length, D)
+    cache, hidden = lm.prefill(embeds), []
+    lm(embeds, hidden=hidden)
+    slots = torch.stack([noise(length, seed=s).argsort()[: length // 2].sort().values for s in (1, 2)])
+    short = reindex(cache.take(slots, None), lm)
+    new = torch.arange(length // 2).expand(2, -1)
+    assert torch.equal(short.positions_BP, new) and short.next_position_B.tolist() == [length // 2] * 2
+    cos, sin = rotary_angles(new, lm.config.head_dim, lm.config.rope_theta)
+    for i, block in enumerate(lm.layers):
+        raw = block.k_proj(block.attn_norm(hidden[i])).unflatten(-1, (-1, lm.config.head_dim))
+        raw = torch.stack([raw[b, slots[b]] for b in range(2)]).transpose(1, 2)
+        torch.testing.assert_close(short.keys[i], rotate(raw, cos, sin), rtol=0, atol=1e-5)
+        for b in range(2):
+            assert torch.equal(short.values[i][b], cache.values[i][b][:, slots[b]])
+
+
+@torch.no_grad()
+def test_reindexing_is_exact_far_from_the_start(model: Lavida) -> None:
+    """Angles of thousands are rounded by 1e-4 in float32: the difference has to be taken between the rounded ones."""
+    lm, n = model.lm, 4000
+    raw = noise(1, 2, n, lm.config.head_dim)
+    old = torch.arange(n)[None]
+    keys = rotate(raw, *rotary_angles(old, lm.config.head_dim, lm.config.rope_theta))
+    slots = torch.arange(1, n, 4)[None]
+    short = reindex(PrefixCache((keys,), (raw,), None, old, torch.tensor([n])).take(slots, None), lm)
+    new = rotary_angles(torch.arange(n // 4)[None], lm.config.head_dim, lm.config.rope_theta)
+    torch.testing.assert_close(short.keys[0], rotate(raw[:, :, slots[0]], *new), rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_reindexing_a_padded_batch_closes_every_gap(model: Lavida) -> None:
+    prefix = made_prefix()
+    short = FastV(budget=2, positions="reindex")(model.lm, model.prefill(prefix), prefix).cache
+    assert short.positions_BP.tolist() == [list(range(9))] * 2
+    assert short.mask_BP is not None and short.mask_BP.sum(-1).tolist() == [9, 8] == short.next_position_B.tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["full", "image_first"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_rows_of_the_prompt_s_attention(attention: str, layer: int) -> None:
+    """Single rows run again against the cache equal the rows of the whole map."""
+    model, prefix = small(prefix_attention=attention), made_prefix()
+    slots = torch.tensor([[0, 2, 11, 13], [1, 8, 9, 10]])
+    got = prompt_attention(model.lm, model.prefill(prefix), prefix.embeds_BPD, slots, layer)
+    for b, n in enumerate(N_TOKENS):
+        maps: list[Tensor] = []
+        row, allowed = row_and_mask(prefix, b, noise(0, D), attention == "image_first", [])
+        dense(model.lm, row, allowed, torch.arange(n), maps)
+        expected = maps[layer].mean(0)[slots[b]]
+        torch.testing.assert_close(got[b, :, :n], expected, rtol=0, atol=1e-6)
+        assert bool((got[b, :, n:] == 0).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("queries", ["last", "text"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_fastv_keeps_what_the_prompt_looks_at(model: Lavida, queries: str, layer: int) -> None:
+    prefix = made_prefix()
+    selector = FastV(budget=3, layer=layer, queries=queries)
+    short = selector(model.lm, model.prefill(prefix), prefix)
+    for b, n in enumerate(N_TOKENS):
+        maps: list[Tensor] = []
+        dense(model.lm, *row_and_mask(prefix, b, noise(0, D), False, []), torch.arange(n), maps)
+        asking = [n - 1] if queries == "last" else [p for p in range(n) if not VISUAL[b, p]]
+        scores = [float(maps[layer][:, asking, p].mean()) if p < n else 0.0 for p in range(P)]
+        assert kept_slots(short.kept_BP, b) == best(scores, b, 3)
+        assert short.kept_BP[b].sum() == 3 + n - N_VISUAL[b]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["full", "image_first"])
+def test_redvtp_from_the_first_mask_to_the_last(attention: str) -> None:
+    """Step by step with a dense network: rank by what the first step leaves masked, hide the rest from then on."""
+    model, prefix = small(prefix_attention=attention), made_prefix()
+    lm, mask_id = model.lm, model.config.lm.mask_token_id
+    got = model.generate(
+        prefix, replace(DECODE, keep_history=True), cache_selector=RedVTP(budget=2, positions="retain")
+    )
+    hidden: list[list[int]] = [[], []]
+    seen: list[list[Tensor]] = [[], []]
+    steps = []
+
+    def logits_of(ids_BA: Tensor) -> Tensor:
+        if len(steps) == 1:
+            for b, n in enumerate(N_TOKENS):
+                left = [n + a for a in range(A) if ids_BA[b, a] == mask_id]
+                scores = [
+                    sum(float(m[:, q, p].mean()) for m in seen[b] for q in left) if p < n else 0.0 for p in range(P)
+                ]
+                hidden[b] = [p for p in range(n) if VISUAL[b, p] and p not in best(scores, b, 2)]
+        states = []
+        for b, n in enumerate(N_TOKENS):
+            maps: list[Tensor] = []
+            row, allowed = row_and_mask(prefix, b, lm.wte(ids_BA[b]), attention == "image_first", hidden[b])
+            states.append(dense(lm, row, allowed, torch.arange(n + A), maps)[n:])
+            seen[b] = seen[b] or maps
+        steps.append(lm.logits(torch.stack(states)))
+        return steps[-1]
+
+    expected, forwards, history = denoise(
+        logits_of, start(2, DECODE, mask_id, (), lm.wte.weight.device), replace(DECODE, keep_history=True), mask_id
+    )
+    assert forwards == got.forwards == A
+    assert got.cached_BP is not None
+    for b in range(2):
+        assert kept_slots(~got.cached_BP & MASK, b) == hidden[b] != []
+    assert all(torch.equal(x, y) for x, y in zip(history, got.history, strict=True))
+    assert torch.equal(expected, got.ids_BA)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", CASES)
+def test_the_cache_is_written_once_and_cut_once(
+    build: Callable[..., CacheSelector], model: Lavida, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, digests, prefills = made_prefix(), [], []
+    decode, prefill = model.lm.decode, model.lm.prefill
+
+    def watched(embeds: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
+        states = decode(embeds, cache, *args, **kwargs)
+        digests.append(cache.digest())
+        return states
+
+    monkeypatch.setattr(model.lm, "decode", watched)
+    monkeypatch.setattr(model.lm, "prefill", lambda *a: (prefills.append(1), prefill(*a))[1])
+    out = model.generate(prefix, DECODE, cache_selector=build(budget=2))
+    assert out.forwards == len(digests) == A and len(prefills) == 1
+    whole = prefill(prefix.embeds_BPD, MASK).digest()
+    if build is RedVTP:
+        assert digests[0] == whole
+        digests = digests[1:]
+    assert len(set(digests)) == 1 and digests[0] != whole
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", CASES)
+@pytest.mark.parametrize("positions", ["retain", "reindex"])
+def test_a_prompt_does_not_depend_on_its_batch_mates(
+    build: Callable[..., CacheSelector], positions: str, model: Lavida
+) -> None:
+    prefix, selector = made_prefix(), build(budget=2, positions=positions)
+    together = model.generate(prefix, DECODE, cache_selector=selector)
+    for b in range(2):
+        by_itself = model.generate(alone(prefix, b), DECODE, cache_selector=selector)
+        assert together.cached_BP is not None and by_itself.cached_BP is not None
+        assert torch.equal(together.cached_BP[b, : N_TOKENS[b]], by_itself.cached_BP[0])
+        assert torch.equal(together.ids_BA[b], by_itself.ids_BA[0])
+
+
+@torch.no_grad()
+def test_equal_scores_go_to_the_first_rows_and_slots_do_not_depend_on_content(model: Lavida) -> None:
+    flat = replace(first_step(), attention_BAP=torch.ones(2, A, P))
+    prefix = made_prefix()
+    short = RedVTP(budget=3)(model.lm, model.prefill(prefix), prefix, flat)
+    assert [kept_slots(short.kept_BP, b) for b in range(2)] == [[3, 4, 5]] * 2
+    done = replace(first_step(), open_BA=torch.zeros(2, A, dtype=torch.bool))
+    nothing = RedVTP(budget=3)(model.lm, model.prefill(prefix), prefix, done)
+    assert torch.equal(nothing.kept_BP, short.kept_BP)
+    for seed in range(3):
+        other = made_prefix(seed)
+        cut = RedVTP(budget=3)(model.lm, model.prefill(other), other, first_step(seed))
+        assert [k.shape for k in cut.cache.keys] == [(2, 2, 10, 8)] * 3
+
+
+@torch.no_grad()
+def test_scores_are_float32_in_a_bfloat16_model() -> None:
+    model = small().to(torch.bfloat16)
+    prefix = replace(made_prefix(), embeds_BPD=made_prefix().embeds_BPD.to(torch.bfloat16))
+    cache = model.prefill(prefix)
+    assert FastV(budget=2).score(model.lm, cache, prefix, None).dtype == torch.float32
+    short = FastV(budget=2, positions="reindex")(model.lm, cache, prefix).cache
+    assert {t.dtype for t in (*short.keys, *short.values)} == {torch.bfloat16}
+    out = model.generate(prefix, DECODE, cache_selector=RedVTP(budget=2))
+    assert out.cached_BP is not None and out.cached_BP.sum(-1).tolist() == [9, 8]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("build", "knob"), [(build, knob) for build, knobs in KNOBS.items() for knob in knobs])
+def test_every_knob_changes_the_cache(build: Callable[..., CacheSelector], knob: str, model: Lavida) -> None:
+    assert KNOBS[build].keys() == inspect.signature(build).parameters.keys()
+    prefix = made_prefix(3)
+    cache = model.prefill(prefix)
+    before, after = (build(**knobs) for knobs in ({"budget": 2}, {"budget": 2, knob: KNOBS[build][knob]}))
+    one, other = (s(model.lm, cache, prefix, first_step()).cache for s in (before, after))
+    assert one.digest() != other.digest()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"budget": 0}, "budget=0: give a positive number of tokens or 'matched'"),
+        ({"budget": True}, "budget=True"),
+        ({"budget": None}, "budget=None"),
+        ({"positions": "shift"}, "positions='shift': choose retain or reindex"),
+        ({"layer": -1}, "layer=-1: give the number of a layer"),
+        ({"queries": "all"}, "queries='all': choose last or text"),
+    ],
+)
+def test_knobs_that_cannot_be(wrong: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        FastV(**{"budget": 2, **wrong})
+    with pytest.raises(TypeError, match="rate"):
+        RedVTP(budget=2, rate=0.5)  # type: ignore[call-arg]
+
+
+def test_runs_that_cannot_be(model: Lavida) -> None:
+    prefix = made_prefix()
+
+    def refuses(selector: CacheSelector, sentence: str, prefix: Prefix = prefix, **decode: Any) -> None:
+        with pytest.raises(ValueError, match=sentence):
+            model.generate(prefix, replace(DECODE, **decode), cache_selector=selector)
+
+    refuses(FastV(budget=6), "FastV: budget 6 is larger than the 5 picture tokens in the prefix of prompt 1")
+    refuses(FastV(budget=2), "decode.prefix_cache=false there is none: choose cache=none", prefix_cache=False)
+    refuses(RedVTP(budget=2), "after the first denoising step, and this decoding has no other", step_per_block=1)
+    refuses(FastV(budget=2, layer=3), "layer=3: the language model has layers 0 to 2")
+    refuses(FastV(budget="matched"), "budget=matched needs a prefix made by encode", replace(prefix, n_matched=()))
+    with pytest.raises(ValueError, match="RedVTP ranks by the first denoising step"):
+        RedVTP(budget=2)(model.lm, model.prefill(prefix), prefix)
+
+
+@torch.no_grad()
+def test_matched_is_what_lavida_itself_would_feed() -> None:
+    model = tiny_model()
+    images, questions = [picture(size) for size in SIZES], ["what?"] * len(SIZES)
+    pooled = model.encode(images, questions, Pooled())
+    assert pooled.n_matched == pooled.n_visual
+    full = model.encode(images, questions, Full())
+    out = model.generate(full, DECODE, cache_selector=FastV(budget="matched"))
+    assert out.cached_BP is not None
+    assert tuple((out.cached_BP & full.visual_BP).sum(-1).tolist()) == pooled.n_visual
+    assert bool((out.cached_BP | full.visual_BP | ~full.mask_BP).all()), "text stays"
+
+
+def test_padding_is_never_in_a_cut_cache(model: Lavida) -> None:
+    """Enormous numbers in padded slots change no kept row."""
+    prefix = made_prefix()
+    spoiled = replace(prefix, embeds_BPD=prefix.embeds_BPD.masked_fill(~MASK[..., None], 1e4))
+    for build in CASES:
+        one, other = (model.generate(p, DECODE, cache_selector=build(budget=2)) for p in (prefix, spoiled))
+        assert one.cached_BP is not None and other.cached_BP is not None
+        assert torch.equal(one.cached_BP, other.cached_BP) and torch.equal(one.ids_BA, other.ids_BA)
+        assert not bool((one.cached_BP & ~MASK).any())
