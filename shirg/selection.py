@@ -90,8 +90,6 @@ class TokenLayout:
     """Tables that selectors compute from the layout, kept as long as it is; a weak map would vanish under a tracer."""
     overlaps: bool = field(init=False)
     """Whether several tokens share a canvas cell."""
-    derived: dict[Any, Any] = field(init=False, repr=False)
-    """What was computed from this layout alone and is worth keeping as long as it lives (`shirg.tables`)."""
 
     def __post_init__(self) -> None:
         # A layout outlives the call that built it, so its tensors must be usable in training and inference alike.
@@ -103,7 +101,6 @@ class TokenLayout:
             order = torch.argsort(key, stable=True)
             object.__setattr__(self, "order_N", order.to(self.view_N.device))
             object.__setattr__(self, "rank_N", torch.argsort(order).to(self.view_N.device))
-            object.__setattr__(self, "derived", {})
             object.__setattr__(self, "n_global", int(is_global.sum()))
             object.__setattr__(self, "overlaps", bool((torch.sort(key).values.diff() == 0).any()))
 
