@@ -23,7 +23,7 @@ from tests.experiments.conftest import ROOT, finish, result_of, start
         ),
         (
             ["selector=random", "selector.foo=1"],
-            "error: selector.foo: selector=random has no such knob; it has budget, seed",
+            "error: selector.foo: selector=random has no such knob; it has budget, geometry, seed",
         ),
         (
             ["-m", "selector=random,pooled", "selector.seed=1"],
