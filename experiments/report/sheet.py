@@ -1,0 +1,130 @@
+"""One picture, several selectors, side by side: what each keeps, what it ranked by, how many tokens that makes."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from experiments.data.sample import Box
+from experiments.report.overlay import overlay
+from experiments.tokens import TokenGeometry, count_sources, recall
+from shirg import Selection, Source
+
+GAP, LINE, TEXT = 14, 17, 13
+PER_ROW = 4
+PAPER, INK = (18, 18, 22), (226, 226, 230)
+COLD_TO_HOT = np.array([(18, 10, 60), (110, 30, 130), (200, 60, 80), (250, 150, 40), (252, 250, 170)], dtype=np.float32)
+HEAT = 0.75
+"""How much of a heat map is colour; the rest is the picture in grey."""
+
+
+Panel = tuple[str, Image.Image | None]
+"""A caption and what stands under it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one selector chose."""
+
+    selector: str
+    selection: Selection
+
+
+def sheet(
+    image: Image.Image,
+    title: str,
+    choices: Sequence[Choice],
+    geometry: TokenGeometry,
+    *,
+    boxes: Sequence[Box] = (),
+    longest: int = 448,
+) -> Image.Image:
+    """The picture first, then a column for each selector: kept tokens above, heat map of its scores below."""
+    columns: list[list[Panel]] = [
+        [("the picture", overlay(image, [(0, 0, 1, 1)], [Source.KEPT], targets=boxes, longest=longest))]
+    ]
+    for choice in choices:
+        kept = _kept(image, choice.selection, geometry, boxes, longest)
+        scores_BN = choice.selection.scores_BN
+        heat = None if scores_BN is None else heat_map(image, scores_BN[0], geometry, longest=longest)
+        below: Panel = ("scores of the tiles", heat) if heat is not None else ("no scores: it ranks nothing", None)
+        columns.append([(describe(choice, geometry, image.size, boxes), kept), below])
+    return _compose(title, columns)
+
+
+def describe(choice: Choice, geometry: TokenGeometry, size: tuple[int, int], boxes: Sequence[Box]) -> str:
+    """Token counts, and how much of the evidence was kept where that is known."""
+    selection = choice.selection
+    sources = {name: count for name, count in count_sources(selection).items() if count}
+    counts = ", ".join(f"{count} {name}" for name, count in sources.items())
+    text = f"{choice.selector}: {sum(sources.values())} tokens ({counts})"
+    used_T = selection.mask_BT[0] & (selection.source_BT[0] == Source.KEPT)
+    share = recall(boxes, selection.index_BT[0][used_T], geometry, size)
+    return text if share is None else f"{text}; {share:.0%} of the target's tokens kept"
+
+
+def heat_map(image: Image.Image, score_N: Tensor, geometry: TokenGeometry, *, longest: int = 448) -> Image.Image | None:
+    """The tile tokens' scores, by rank from dark to bright, over the grey picture; None without a finite one."""
+    placed = geometry(image.size)
+    score_N = score_N.float().cpu()
+    shown_N = placed.eligible_N & score_N.isfinite()
+    if not bool(shown_N.any()):
+        return None
+    scale = longest / max(image.size)
+    width, height = (max(1, round(edge * scale)) for edge in image.size)
+    grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None]
+    pixels = np.repeat(grey, 3, axis=2)
+    values = score_N[shown_N].numpy()
+    # By rank: a few outliers would turn everything else dark. Equal scores share a colour.
+    places = np.searchsorted(np.sort(values), values, side="left") / max(len(values) - 1, 1)
+    colours = np.stack([np.interp(places * 4, range(5), COLD_TO_HOT[:, c]) for c in range(3)], axis=1)
+    edges = np.array([width, height, width, height])
+    corners = np.clip(np.rint(placed.box_N4[shown_N].numpy() * edges), 0, edges).astype(int)
+    for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
+        pixels[y0:y1, x0:x1] = (1 - HEAT) * pixels[y0:y1, x0:x1] + HEAT * colour
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _kept(
+    image: Image.Image, selection: Selection, geometry: TokenGeometry, boxes: Sequence[Box], longest: int
+) -> Image.Image:
+    used_T = selection.mask_BT[0]
+    return overlay(
+        image,
+        selection.box_BT4[0][used_T].float().cpu().tolist(),
+        selection.source_BT[0][used_T].cpu().tolist(),
+        fine_area=geometry(image.size).fine_area,
+        targets=boxes,
+        longest=longest,
+    )
+
+
+def _compose(title: str, columns: Sequence[Sequence[Panel]]) -> Image.Image:
+    """Columns of captioned pictures under a title, PER_ROW columns to a row."""
+    pictures = [picture for column in columns for _, picture in column if picture is not None]
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    width = max(width, 240)
+    font = ImageFont.load_default(TEXT)
+    letters = max(8, int(width / (0.56 * TEXT)))
+    across = min(PER_ROW, len(columns))
+    head = textwrap.wrap(title, max(8, int((width + GAP) * across / (0.56 * TEXT))))
+    captions = [[textwrap.wrap(text, letters) for text, _ in column] for column in columns]
+    lines = max(len(caption) for column in captions for caption in column)
+    panel = lines * LINE + height + GAP
+    deep = max(len(column) for column in columns)
+    rows = -(-len(columns) // PER_ROW)
+    top = len(head) * LINE + 2 * GAP
+    paper = Image.new("RGB", (GAP + across * (width + GAP), top + rows * deep * panel), PAPER)
+    pen = ImageDraw.Draw(paper)
+    pen.multiline_text((GAP, GAP), "\n".join(head), INK, font, spacing=LINE - TEXT)
+    for i, column in enumerate(columns):
+        x, y = GAP + i % PER_ROW * (width + GAP), top + i // PER_ROW * deep * panel
+        for (_, picture), caption in zip(column, captions[i], strict=True):
+            pen.multiline_text((x, y), "\n".join(caption), INK, font, spacing=LINE - TEXT)
+            if picture is not None:
+                paper.paste(picture, (x, y + lines * LINE))
+            y += panel
+    return paper
