@@ -1,13 +1,15 @@
 # make demo   install, evaluate four selectors on the tiny model, write outputs/demo/report.html
 # make test   run the tests          make lint   style, types, import directions
+# make mutants   plant faults in a copy of the sources, one by one, and show which test catches each
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
+# make evidence   both for five seeds, then the sweeps of docs/results
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint tiny adapters clean
+.PHONY: setup demo test lint mutants tiny adapters evidence clean
 
 setup: $(STAMP)
 
@@ -15,11 +17,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	@echo "installing into $(VENV); this takes a minute or two"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,viz]'
 	@touch $@
 
 demo: setup
-	$(BIN)/python eval.py -m study=demo threads=1 resume=true experiment=none,adapted selector=pooled,full,random,shirg
+	$(BIN)/python eval.py -m study=demo threads=1 resume=true adapter=null,own selector=pooled,full,random,shirg
 	@echo "report: outputs/demo/report.html"
 
 test: setup
@@ -31,19 +33,36 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Each stage starts from the weights of the one before it; a gate that fails stops the chain.
-TRAIN := $(BIN)/python train.py study=tiny overwrite=true threads=2
+mutants: setup
+	$(BIN)/python -m tests.mutations
+
+# Each stage starts from the weights of the one before it; a gate that fails stops the chain. What is finished is not
+# done again; to start over, delete the folder.
+SEED ?= 0
+TINY := outputs/tiny_seed-$(SEED)
+TRAIN := $(BIN)/python train.py study=tiny_seed-$(SEED) seed=$(SEED) resume=true threads=2
 tiny: setup
-	$(TRAIN) stage=vision model=tiny_scratch weights=outputs/tiny/vision
-	$(TRAIN) stage=text model.path=outputs/tiny/vision weights=outputs/tiny/text
-	$(TRAIN) stage=align model.path=outputs/tiny/text weights=outputs/tiny/align
-	$(TRAIN) stage=base selector=pooled model.path=outputs/tiny/align weights=outputs/tiny/base
-	@echo "weights: outputs/tiny/base; use them with model.path=outputs/tiny/base"
+	$(TRAIN) stage=vision model=tiny_scratch weights=$(TINY)/vision
+	$(TRAIN) stage=text model.path=$(TINY)/vision weights=$(TINY)/text
+	$(TRAIN) stage=align model.path=$(TINY)/text weights=$(TINY)/align
+	$(TRAIN) stage=base selector=pooled model.path=$(TINY)/align weights=$(TINY)/base
+	@echo "weights: $(TINY)/base; use them with model.path=$(TINY)/base"
 
 # One adapter for each selector, all for the same steps from the same base.
-adapters: $(addprefix adapter-,pooled full random shirg)
+ADAPTERS := pooled full random shirg saint topv
+adapters: $(addprefix adapter-,$(ADAPTERS))
 adapter-%: setup
-	$(TRAIN) selector=$* model.path=outputs/tiny/base weights=outputs/tiny/base/adapters/$*
+	$(TRAIN) data=synth_mix_train selector=$* model.path=$(TINY)/base weights=$(TINY)/base/adapters/$*
+
+# The whole chain once for each seed, then the sweeps over all of them: hours on two cores, and it may be stopped.
+SEEDS ?= 0 1 2 3 4
+space := $(subst ,, )
+comma := ,
+BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/tiny_seed-$(seed)/base))
+evidence: setup
+	for seed in $(SEEDS); do $(MAKE) tiny adapters SEED=$$seed || exit 1; done
+	for sweep in main_table equal_budget; do $(BIN)/python eval.py sweep=$$sweep model.path=$(BASES) \
+	  'data.density=[sparse,dense,hard]' data.n=2304 threads=2 resume=true || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -5,14 +5,16 @@ from omegaconf import DictConfig
 
 from experiments import cli
 from experiments.schema import VERSION_BASE
+from experiments.study.slots import turn
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> None:
-    from experiments.evaluate import evaluate
-    from experiments.study.job import run_job
+    with turn(cfg.threads, cfg.device):
+        from experiments.evaluate import evaluate
+        from experiments.study.job import run_job
 
-    run_job(cfg, evaluate)
+        run_job(cfg, evaluate)
 
 
 if __name__ == "__main__":

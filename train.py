@@ -5,14 +5,20 @@ from omegaconf import DictConfig
 
 from experiments import cli
 from experiments.schema import VERSION_BASE
+from experiments.study.slots import turn
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    from experiments.fit import fit
-    from experiments.study.job import run_job
+    if cfg.plan:
+        from experiments.plan import show
 
-    run_job(cfg, fit)
+        return show(cfg)
+    with turn(cfg.threads, cfg.device):
+        from experiments.fit import fit
+        from experiments.study.job import run_job
+
+        run_job(cfg, fit)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope
+from baselines.groups import Groups, GroupSelector, Scope, picked
+from baselines.similarity import gram
 from shirg import Budget, VisionFeatures
 from shirg.knobs import one_of
 from shirg.scoring import normalise
@@ -40,24 +41,25 @@ class CDPruner(GroupSelector):
         r_BN = normalise(self.sign * features.relevance_BN, features.valid_BN, "minmax")
         r_BGS1 = self.finite(groups(r_BN)[..., None], groups)
         x_BGSD = self.unit_tokens(features, groups) * r_BGS1
-        kernel_BGSS = x_BGSD @ x_BGSD.transpose(-1, -2)
-        start_BGS = kernel_BGSS.diagonal(dim1=-2, dim2=-1).clone()
-        left_BGS, open_BGS = start_BGS.clone(), groups.valid_BGS.clone()
-        chosen_BGS = torch.zeros_like(open_BGS)
-        b, g, s = open_BGS.shape
-        factor_BGKS = x_BGSD.new_zeros(b, g, groups.most, s)
+        kernel_BGSS = gram(x_BGSD)
+        left_BGS = kernel_BGSS.diagonal(dim1=-2, dim2=-1).masked_fill(~groups.valid_BGS, -torch.inf)
+        spanned_BGS = left_BGS - 2
+        b, g, s = left_BGS.shape
+        factor_XKS = x_BGSD.new_zeros(b * g, groups.most, s)
+        table_YS, first_X1 = kernel_BGSS.view(-1, s), s * torch.arange(b * g, device=left_BGS.device)[:, None]
+        picks = []
         for step in range(groups.most):
-            gain_BGS = torch.where(left_BGS > EPS, left_BGS, start_BGS - 2).masked_fill(~open_BGS, -torch.inf)
-            pick_BG1 = gain_BGS.argmax(-1, keepdim=True)
-            chosen_BGS = chosen_BGS.scatter(-1, pick_BG1, step < groups.quota_BG[..., None]) | chosen_BGS
-            open_BGS = open_BGS.scatter(-1, pick_BG1, False)
+            pick_BG1 = torch.where(left_BGS > EPS, left_BGS, spanned_BGS).argmax(-1, keepdim=True)
+            picks.append(pick_BG1)
             d2_BG1 = left_BGS.gather(-1, pick_BG1)
-            row_BGS = kernel_BGSS.gather(2, pick_BG1[..., None].expand(-1, -1, -1, s)).squeeze(2)
+            pick_X1 = pick_BG1.view(-1, 1)
+            row_X1S = table_YS.index_select(0, (first_X1 + pick_X1).squeeze(-1)).unsqueeze(1)
             if step:
-                done_BGKS = factor_BGKS[:, :, :step]
-                own_BG1K = done_BGKS.gather(-1, pick_BG1[..., None].expand(-1, -1, step, -1)).transpose(-1, -2)
-                row_BGS = row_BGS - (own_BG1K @ done_BGKS).squeeze(2)
-            e_BGS = torch.where(d2_BG1 > EPS, row_BGS / d2_BG1.clamp_min(EPS).sqrt(), 0.0)
-            left_BGS = left_BGS - e_BGS.square()
-            factor_BGKS[:, :, step] = e_BGS
-        return chosen_BGS, r_BGS1.squeeze(-1)
+                done_XKS = factor_XKS[:, :step]
+                own_XK1 = done_XKS.gather(-1, pick_X1[..., None].expand(-1, step, -1))
+                row_X1S = torch.baddbmm(row_X1S, own_XK1.transpose(-1, -2), done_XKS, alpha=-1)
+            e_BGS = row_X1S.view(b, g, s) * d2_BG1.clamp_min(EPS).rsqrt().mul_(d2_BG1 > EPS)
+            left_BGS = torch.addcmul(left_BGS, e_BGS, e_BGS, value=-1).scatter_(-1, pick_BG1, -torch.inf)
+            spanned_BGS = spanned_BGS.scatter_(-1, pick_BG1, -torch.inf)
+            factor_XKS[:, step] = e_BGS.flatten(0, 1)
+        return picked(torch.cat(picks, dim=-1), groups), r_BGS1.squeeze(-1)

@@ -147,6 +147,8 @@ class Random(Selector):
     be measured on the tokens that a method had.
     """
 
+    reads_sample = True
+
     def __init__(self, *, budget: Budget, seed: int = 0, geometry: Geometry = "lavida_tiles") -> None:
         super().__init__(budget=budget, geometry=geometry)
         self.seed = seed

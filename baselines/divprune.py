@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope
+from baselines.groups import Groups, GroupSelector, Scope, picked
+from baselines.similarity import gram, rows
 from shirg import Budget, VisionFeatures
 
 
@@ -24,19 +25,17 @@ class DivPrune(GroupSelector):
         super().__init__(budget=budget, scope=scope)
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
-        x_BGSD = self.unit_tokens(features, groups)
-        apart_BGSS = 1 - x_BGSD @ x_BGSD.transpose(-1, -2)
+        apart_BGSS = gram(self.unit_tokens(features, groups)).neg_().add_(1)
         apart_BGSS.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-        apart_BGSS.masked_fill_(~groups.valid_BGS[..., None, :], torch.inf)
+        apart_BGSS += torch.where(groups.valid_BGS, 0.0, torch.inf)[..., None, :]
         nearest_BGS = apart_BGSS.amin(-1).masked_fill(~groups.valid_BGS, -torch.inf)
-        chosen_BGS = torch.zeros_like(groups.valid_BGS)
-        s = chosen_BGS.shape[-1]
+        picks = []
         for step in range(groups.most):
             pick_BG1 = nearest_BGS.argmax(-1, keepdim=True)
-            chosen_BGS = chosen_BGS.scatter(-1, pick_BG1, step < groups.quota_BG[..., None]) | chosen_BGS
-            row_BGS = apart_BGSS.gather(2, pick_BG1[..., None].expand(-1, -1, -1, s)).squeeze(2)
+            picks.append(pick_BG1)
+            row_BGS = rows(apart_BGSS, pick_BG1).squeeze(2)
             nearest_BGS = row_BGS if step == 0 else torch.minimum(nearest_BGS, row_BGS)
             if step == 0:
                 nearest_BGS = nearest_BGS.masked_fill(~groups.valid_BGS, -torch.inf)
             nearest_BGS = nearest_BGS.scatter(-1, pick_BG1, -torch.inf)
-        return chosen_BGS, None
+        return picked(torch.cat(picks, dim=-1), groups), None

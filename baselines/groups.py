@@ -122,6 +122,18 @@ def take(scores_BGS: Tensor, count_BG: Tensor) -> Tensor:
     return torch.zeros_like(scores_BGS, dtype=torch.bool).scatter(-1, order_BGS, slot_S < count_BG[..., None])
 
 
+def picked(pick_BGK: Tensor, groups: Groups) -> Tensor:
+    """bool [B, G, S]: the places that were picked one by one, as many as each group's quota says."""
+    counts_BGK = torch.arange(pick_BGK.shape[-1], device=pick_BGK.device) < groups.quota_BG[..., None]
+    # Added up, because a group that has run out of places picks one again, and that must not undo the first time.
+    return (
+        torch.zeros_like(groups.quota_BG[..., None])
+        .expand_as(groups.valid_BGS)
+        .scatter_add(-1, pick_BGK, counts_BGK.long())
+        > 0
+    )
+
+
 def spread(places_BGS: Tensor, count_BG: Tensor) -> Tensor:
     """bool [..., S]: `count` of the marked places of each row, evenly spaced."""
     number_BGS = places_BGS.cumsum(-1)
@@ -155,6 +167,13 @@ def absorb(
     sums_BTD = sums_BGQD.flatten(1, 2).gather(1, row_BT[..., None].expand(-1, -1, sums_BGQD.shape[-1]))
     number_BT = joins_BGQS.sum(-1).flatten(1).gather(1, row_BT).masked_fill(chosen.index_BT < 0, 0)
     return sums_BTD, number_BT
+
+
+def share_per_round(rho: float) -> float:
+    """`rho`; raises ValueError unless it is a share of tokens that a round can take."""
+    if not 0 < rho < 1:
+        raise ValueError(f"rho={rho}: give the share of tokens that a round takes away, between 0 and 1")
+    return rho
 
 
 def rounds_of(removals: int, per_round: int) -> int:

@@ -20,6 +20,8 @@ class Oracle(Selector):
         ValueError: for a sample whose boxes nobody knows.
     """
 
+    reads_sample = True
+
     def __init__(self, *, budget: Budget) -> None:
         super().__init__(budget=budget)
 

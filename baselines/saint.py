@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, take
+from baselines.groups import Groups, GroupSelector, Scope, share_per_round, take
 from baselines.pairs import Line
+from baselines.similarity import products, rows
 from shirg import Budget, VisionFeatures
 
 
@@ -32,9 +33,7 @@ class Saint(GroupSelector):
         self, *, budget: Budget, scope: Scope = "per_view", rho: float = 0.0625, layer: int | float = 0.83
     ) -> None:
         super().__init__(budget=budget, scope=scope)
-        if not 0 < rho < 1:
-            raise ValueError(f"rho={rho}: give the share of tokens that a round drops, between 0 and 1")
-        self.rho, self.layer = rho, layer
+        self.rho, self.layer = share_per_round(rho), layer
         self.tap = f"keys@{layer}"
         self.needs = frozenset({self.tap})
 
@@ -102,20 +101,21 @@ class SaintVote(GroupSelector):
         for step in range(falling + 1 + int(math.log2(1 / groups.share))):
             tau = self.tau - step * self.tau_step if step < falling else -2.0
             odds_BG1 = line.odd_used().sum(-1, keepdim=True)
-            even_BGED, odd_BGOD = rows(k_BGSD, line.even()), rows(k_BGSD, line.odd())
-            odd_BGOD = odd_BGOD * line.odd_used()[..., None]
-            mean_BGE = (even_BGED @ odd_BGOD.sum(-2)[..., None]).squeeze(-1) / odds_BG1.clamp_min(1)
-            over_BGEO = even_BGED @ odd_BGOD.transpose(-1, -2) - tau
-            over_BGEO.masked_fill_(~line.odd_used()[..., None, :], -1.0)
-            count_BGE = (over_BGEO >= 0).sum(-1)
-            above_BGE = over_BGEO.relu_().sum(-1) / count_BGE.clamp_min(1)
+            even_BGED, odd_BGOD, used_BGO = rows(k_BGSD, line.even()), rows(k_BGSD, line.odd()), line.odd_used()
+            total_BGD1 = (odd_BGOD * used_BGO[..., None]).sum(-2)[..., None]
+            mean_BGE = (even_BGED @ total_BGD1).squeeze(-1) / odds_BG1.clamp_min(1)
+            # One picture at a time: what lies between is as large as the graph.
+            of_each = [votes(*of_one, tau) for of_one in zip(even_BGED, odd_BGOD, used_BGO, strict=True)]
+            count_BGE, above_BGE = (torch.stack(values) for values in zip(*of_each, strict=True))
             redundant = (count_BGE >= odds_BG1.clamp_max(self.votes)) & line.even_used()
             drop_BG = torch.minimum(redundant.sum(-1), line.n_BG - groups.quota_BG)
-            voted_BGE = count_BGE * (self.gamma * above_BGE).exp()
+            voted_BGE = count_BGE * (self.gamma * above_BGE / count_BGE.clamp_min(1)).exp()
             line = line.without(line.worst(torch.where(count_BGE > 0, voted_BGE, mean_BGE), drop_BG), s)
         return line.mask(s), None
 
 
-def rows(x_BGSD: Tensor, place_BGM: Tensor) -> Tensor:
-    """Rows of each group by their place."""
-    return x_BGSD.gather(2, place_BGM[..., None].expand(-1, -1, -1, x_BGSD.shape[-1]))
+def votes(even_GED: Tensor, odd_GOD: Tensor, used_GO: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """How many of the odd tokens resemble each even one by at least tau [G, E], and the sum of what they are above."""
+    over_GEO = products(even_GED, odd_GOD, used_GO, otherwise=tau - 1).sub_(tau)
+    above_GE = over_GEO.relu().sum(-1)
+    return over_GEO.ge_(0).sum(-1), above_GE

@@ -4,9 +4,9 @@ import math
 
 import torch
 
-from baselines.groups import GroupSelector, Scope, absorb, chosen_tokens, rounds_of
+from baselines.groups import GroupSelector, Scope, absorb, chosen_tokens, rounds_of, share_per_round
 from baselines.pairs import Line
-from baselines.saint import rows
+from baselines.similarity import products, rows
 from baselines.visionzip import merged
 from shirg import Budget, Selection, VisionFeatures
 from shirg.scoring import unit
@@ -15,23 +15,24 @@ from shirg.scoring import unit
 class ToMe(GroupSelector):
     """Bipartite soft matching on attention keys, in rounds, until the budget is met.
 
-    A round deals what is left into even and odd places; the r even tokens with the closest odd partner are merged into
-    it. A merged token is the mean of all source tokens in it, which is the mean by area; so is its key. The paper
-    merges a little in every layer; here everything happens once, behind the tower, with the keys of one layer. A merged
-    token is read at the place of the odd token that it grew from.
+    A round deals what is left into even and odd places; the r = ceil(rho S) even tokens of S with the closest odd
+    partner are merged into it. A merged token is the mean of all source tokens in it, which is the mean by area; so is
+    its key. The paper merges a little in every layer; here everything happens once, behind the tower, with the keys of
+    one layer. A merged token is read at the place of the odd token that it grew from.
 
     Args:
         budget: tokens per picture.
         scope: each view by itself, as in the paper, or the whole picture.
-        r: tokens that a round merges away from each view; at most every second.
+        rho: share of its places that a view loses in a round, at most every second; the paper's r is 4 to 8 % of a
+            picture. A large share merges even tokens whether or not anything resembles them.
         layer: whose keys: an index into the tower's layers (from the end if negative), or a share of its depth.
     """
 
-    def __init__(self, *, budget: Budget, scope: Scope = "per_view", r: int = 32, layer: int | float = -1) -> None:
+    def __init__(
+        self, *, budget: Budget, scope: Scope = "per_view", rho: float = 0.0625, layer: int | float = -1
+    ) -> None:
         super().__init__(budget=budget, scope=scope)
-        if r < 1:
-            raise ValueError(f"r={r}: give at least 1 token per round")
-        self.r, self.layer = r, layer
+        self.rho, self.layer = share_per_round(rho), layer
         self.tap = f"keys@{layer}"
         self.needs = frozenset({self.tap})
 
@@ -41,27 +42,29 @@ class ToMe(GroupSelector):
             sum_BGSD = groups(features.taps[self.tap].float().mean(-2))
             sum_BGSD = self.finite(sum_BGSD, groups)
             s = sum_BGSD.shape[2]
-            owner_BGS = torch.arange(s, device=sum_BGSD.device).expand(groups.valid_BGS.shape)
+            r = math.ceil(self.rho * s)
+            own_BGS = torch.arange(s, device=sum_BGSD.device).expand(groups.valid_BGS.shape)
+            owner_BGS, place_S1 = own_BGS, own_BGS[0, 0, :, None]
             line = Line.of(groups.valid_BGS)
-            least = min(s, max(groups.most, self.r, 2))
-            for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), self.r)):
+            least = min(s, max(groups.most, r, 2))
+            for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), r)):
                 even, odd = line.even(), line.odd()
-                sum_BGED = rows(sum_BGSD, even)
                 # The direction of a sum is the direction of its mean: sizes need not be known.
-                near_BGEO = unit(sum_BGED) @ unit(rows(sum_BGSD, odd)).transpose(-1, -2)
-                closest = near_BGEO.masked_fill(~line.odd_used()[..., None, :], -2.0).max(-1)
-                drop_BG = torch.minimum(line.n_BG - groups.quota_BG, line.odd_used().sum(-1)).clamp_max(self.r)
-                gone_BGE = line.worst(closest.values, drop_BG)
-                into_BGE = odd.gather(-1, closest.indices)
-                slots = torch.arange(odd.shape[-1], device=odd.device)
-                joins_BGEO = gone_BGE[..., None] & (closest.indices[..., None] == slots)
-                added_BGOD = joins_BGEO.float().transpose(-1, -2) @ sum_BGED
-                place_BGOD = odd[..., None].expand_as(added_BGOD)
-                sum_BGSD = sum_BGSD.scatter(2, place_BGOD, sum_BGSD.gather(2, place_BGOD) + added_BGOD)
-                moved_BGS = torch.arange(s, device=odd.device).expand_as(owner_BGS)
-                moved_BGS = moved_BGS.scatter(-1, even, torch.where(gone_BGE, into_BGE, even))
-                owner_BGS = moved_BGS.gather(-1, owner_BGS)
-                line = line.without(gone_BGE, max(line.place_BGM.shape[-1] - self.r, least))
+                near_BGEO = products(
+                    unit(rows(sum_BGSD, even)), unit(rows(sum_BGSD, odd)), line.odd_used(), otherwise=-2.0
+                )
+                drop_BG = torch.minimum(line.n_BG - groups.quota_BG, line.odd_used().sum(-1)).clamp_max(r)
+                gone_BGE = line.worst(near_BGEO.amax(-1), drop_BG)
+                # No more than r tokens go, so who joins whom is a question of r rows.
+                goer_BGR = torch.sort(gone_BGE.to(torch.uint8), dim=-1, descending=True, stable=True).indices
+                goer_BGR = goer_BGR[..., :r]
+                from_BGR = even.gather(-1, goer_BGR)
+                into_BGR = odd.gather(-1, rows(near_BGEO, goer_BGR).argmax(-1))
+                into_BGR = torch.where(gone_BGE.gather(-1, goer_BGR), into_BGR, from_BGR)
+                joins_BGSR = (into_BGR[..., None, :] == place_S1) & (into_BGR != from_BGR)[..., None, :]
+                sum_BGSD = sum_BGSD + joins_BGSR.float() @ rows(sum_BGSD, from_BGR)
+                owner_BGS = own_BGS.scatter(-1, from_BGR, into_BGR).gather(-1, owner_BGS)
+                line = line.without(gone_BGE, max(line.place_BGM.shape[-1] - r, least))
             stays_BGS = line.mask(s)
         chosen = chosen_tokens(features, groups, stays_BGS, None, k)
         sums_BTD, number_BT = absorb(features, groups, chosen, stays_BGS, owner_BGS, groups.valid_BGS)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from baselines.groups import GroupSelector, Scope, absorb, chosen_tokens, spread, take
+from baselines.similarity import products
 from shirg import Budget, Selection, Source, VisionFeatures
 
 
@@ -44,7 +45,7 @@ class VisionZip(GroupSelector):
             rest_BGS = groups.valid_BGS & ~dominant_BGS
             target_BGS = spread(rest_BGS, merged_BG)
             k_BGSD = self.unit_keys(features, groups, self.keys)
-            near_BGSS = (k_BGSD @ k_BGSD.transpose(-1, -2)).masked_fill(~target_BGS[..., None, :], -torch.inf)
+            near_BGSS = products(k_BGSD, k_BGSD, target_BGS, -2.0)
             owner_BGS = near_BGSS.argmax(-1)
             member_BGS = rest_BGS & ~target_BGS & target_BGS.any(-1, keepdim=True)
             stays_BGS = dominant_BGS | target_BGS

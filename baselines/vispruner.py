@@ -5,9 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, rounds_of, take
+from baselines.groups import Groups, GroupSelector, Scope, rounds_of, share_per_round, take
 from baselines.pairs import Line
+from baselines.similarity import gram, rows
 from shirg import Budget, VisionFeatures
+
+FAR = -4.0
+"""Added to a cosine, it makes it smaller than any other."""
 
 
 class VisPruner(GroupSelector):
@@ -21,7 +25,7 @@ class VisPruner(GroupSelector):
         budget: tokens per picture.
         scope: each view by itself, or the whole picture, as in the paper, which has one view.
         important: share of the budget that goes to attention.
-        drop: tokens that a round drops from each view.
+        rho: share of its places that a view loses in a round; the authors drop 8 of 576.
         layer: whose attention: an index into the tower's layers (from the end if negative), or a share of its depth.
     """
 
@@ -31,15 +35,13 @@ class VisPruner(GroupSelector):
         budget: Budget,
         scope: Scope = "per_view",
         important: float = 0.5,
-        drop: int = 8,
+        rho: float = 0.014,
         layer: int | float = -1,
     ) -> None:
         super().__init__(budget=budget, scope=scope)
         if not 0 <= important <= 1:
             raise ValueError(f"important={important}: give the share of the budget for attention, 0 to 1")
-        if drop < 1:
-            raise ValueError(f"drop={drop}: give at least 1 token per round")
-        self.important, self.drop, self.layer = important, drop, layer
+        self.important, self.rho, self.layer = important, share_per_round(rho), layer
         self.tap = f"attention@{layer}"
         self.needs = frozenset({self.tap})
 
@@ -51,20 +53,21 @@ class VisPruner(GroupSelector):
 
     def different(self, features: VisionFeatures, groups: Groups, important_BGS: Tensor) -> Tensor:
         """Which of the others are left when as many as the quota asks for have no close relative."""
-        x_BGSD = self.unit_tokens(features, groups)
-        cosine_BGC = (x_BGSD @ x_BGSD.transpose(-1, -2)).flatten(-2)
-        s = x_BGSD.shape[2]
+        s = groups.valid_BGS.shape[-1]
+        drop = math.ceil(self.rho * s)
         target_BG = groups.quota_BG - important_BGS.sum(-1)
         line = Line.of(groups.valid_BGS & ~important_BGS)
         # No more than this is in use at the beginning, and at the end.
         most = min(s, math.ceil(s * (1 - self.important * groups.share)) + 2)
-        least = min(most, max(math.ceil(groups.most * (1 - self.important)) + 1, self.drop, 2))
-        line = Line(line.place_BGM[..., :most], line.n_BG)
-        for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), self.drop)):
-            # A slot that is not in use repeats the first one, which changes no maximum.
-            even, odd = line.even(), torch.where(line.odd_used(), line.odd(), line.odd()[..., :1])
-            pair_BGEO = cosine_BGC.gather(-1, (even[..., :, None] * s + odd[..., None, :]).flatten(-2))
-            closest_BGE = pair_BGEO.unflatten(-1, (even.shape[-1], odd.shape[-1])).amax(-1)
-            drop_BG = torch.minimum(line.n_BG - target_BG, line.even_used().sum(-1)).clamp_max(self.drop)
-            line = line.without(line.worst(closest_BGE, drop_BG), max(line.place_BGM.shape[-1] - self.drop, least))
-        return line.mask(s)
+        least = min(most, max(math.ceil(groups.most * (1 - self.important)) + 1, drop, 2))
+        place_BGM = line.place_BGM[..., :most]
+        cosine_BGMM = gram(rows(self.unit_tokens(features, groups), place_BGM))
+        line = Line(torch.arange(most, device=place_BGM.device).expand_as(place_BGM), line.n_BG)
+        for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), drop)):
+            # Whole rows with the columns that are not odd put out of reach: far faster than to pick the pairs.
+            reach_BGM = torch.full_like(cosine_BGMM[..., 0], FAR)
+            reach_BGM = reach_BGM.scatter(-1, line.odd(), torch.where(line.odd_used(), 0.0, FAR))
+            closest_BGE = rows(cosine_BGMM, line.even()).add_(reach_BGM[..., None, :]).amax(-1)
+            drop_BG = torch.minimum(line.n_BG - target_BG, line.even_used().sum(-1)).clamp_max(drop)
+            line = line.without(line.worst(closest_BGE, drop_BG), max(line.place_BGM.shape[-1] - drop, least))
+        return torch.zeros_like(groups.valid_BGS).scatter(-1, place_BGM, line.mask(most))

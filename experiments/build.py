@@ -20,13 +20,15 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.data.batches import Shuffled, Stream
+from experiments.data.mixture import Mixture, check_weights
 from experiments.data.sample import Dataset
 from experiments.schema import CONF
 from experiments.study.record import local_folder
 from shirg import Selector
 
 if TYPE_CHECKING:
-    from lavida_adapter import CacheSelector, DecodeConfig, Lavida
+    from lavida_adapter import CachePacker, CacheSelector, DecodeConfig, Lavida, LavidaConfig
     from lavida_adapter.relevance import Relevance
 
 _SWITCHES = ("prefix_attention", "drop_token_after_image")
@@ -35,6 +37,8 @@ _SWITCHES = ("prefix_attention", "drop_token_after_image")
 
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     """The dataset of `data=...`; an empty one raises."""
+    if "parts" in OmegaConf.select(cfg, group):
+        raise ValueError(f"{group}: a mixture is for training; evaluate its parts one by one")
     dataset = _instantiate(cfg, group)
     assert isinstance(dataset, Dataset)
     if not len(dataset):
@@ -42,13 +46,34 @@ def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     return dataset
 
 
-def build_model(cfg: DictConfig, device: torch.device, adapter: str | None = None) -> "Lavida":
-    """The model of `model=...` with its adapter, ready to answer.
+def build_parts(cfg: DictConfig) -> dict[str, Dataset]:
+    """The datasets to train on by name: those of a mixture that have a weight, or the one of `data=...`."""
+    if "parts" not in cfg.data:
+        return {"data": build_dataset(cfg)}
+    weights = _weights(cfg)
+    return {name: build_dataset(cfg, f"data.parts.{name}") for name in cfg.data.parts if weights[name]}
+
+
+def build_stream(cfg: DictConfig, parts: Mapping[str, Dataset]) -> Stream:
+    """The samples of those datasets without end, in an order of their own."""
+    if "parts" not in cfg.data:
+        return Shuffled(parts["data"], cfg.seed)
+    return Mixture(parts=parts, weights={name: _weights(cfg)[name] for name in parts}, seed=cfg.data.seed)
+
+
+def _weights(cfg: DictConfig) -> dict[str, float]:
+    weights = {str(name): float(weight) for name, weight in cfg.data.weights.items()}
+    check_weights([str(name) for name in cfg.data.parts], weights)
+    return weights
+
+
+def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
+    """The model of `model=...`, ready to answer.
 
     `model.path` is a folder (relative ones start at the repository) or a hub id; without it the model is built from
     `model.config` with random weights.
     """
-    from lavida_adapter import Lavida, load_adapter, merge_lora
+    from lavida_adapter import Lavida
 
     spec = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(spec, dict)
@@ -64,36 +89,46 @@ def build_model(cfg: DictConfig, device: torch.device, adapter: str | None = Non
     else:
         model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device)
     model.config = replace(model.config, **{k: spec[k] for k in _SWITCHES if spec.get(k) is not None})
-    if adapter is not None:
-        load_adapter(model, _adapter_folder(adapter))
-        merge_lora(model)
     if cfg.attention == "flash" and find_spec("flash_attn") is None:
         raise ValueError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
     model.lm.backend = str(cfg.attention)  # type: ignore[assignment]  # the schema allows only backends
     return model.eval().requires_grad_(False)
 
 
-def build_selector(cfg: DictConfig, budgets: Mapping[str, int]) -> Selector:
-    """The selector of `selector=...`, with the budget's name replaced by the model's number for it."""
-    fixed = {}
+def adapt(adapter: str | None, model: "Lavida", selector: Selector) -> None:
+    """Merges a trained adapter into model and selector; None leaves both as they are."""
+    if adapter is not None:
+        from lavida_adapter import load_adapter, merge_lora
+
+        load_adapter(model, _adapter_folder(adapter), selector)
+        merge_lora(model, selector)
+
+
+def build_selector(cfg: DictConfig, budgets: Mapping[str, int], config: "LavidaConfig | None" = None) -> Selector:
+    """The selector of `selector=...`, with the model's numbers for the name of a budget and for `coord_width: auto`."""
+    fixed: dict[str, Any] = {}
     if "budget" in cfg.selector:
         fixed["budget"] = resolve_budget(cfg.selector.budget, budgets)
+    if config is not None and cfg.selector.get("coord_width") == "auto":
+        projected = cfg.selector.scaffold.space == "post"
+        fixed["coord_width"] = config.lm.d_model if projected else config.vision.hidden_size
     selector = _instantiate(cfg, "selector", fixed)
     if not isinstance(selector, Selector):
         raise ValueError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
     return selector
 
 
-def build_cache_selector(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector | None":
-    """The selector of `cache=...`, with its budget's name replaced by a number; None for cache=none."""
+def build_cache(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector | CachePacker | None":
+    """What `cache=...` does to the prefix cache, a budget's name replaced by a number; None for cache=none."""
+    from lavida_adapter import CachePacker, CacheSelector
+
     if "_target_" not in cfg.cache:
         return None
-    from lavida_adapter import CacheSelector
-
-    selector = _instantiate(cfg, "cache", {"budget": resolve_budget(cfg.cache.budget, budgets)})
-    if not isinstance(selector, CacheSelector):
-        raise ValueError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector")
-    return selector
+    fixed = {"budget": resolve_budget(cfg.cache.budget, budgets)} if "budget" in cfg.cache else {}
+    made = _instantiate(cfg, "cache", fixed)
+    if not isinstance(made, CacheSelector | CachePacker):
+        raise ValueError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector or CachePacker")
+    return made
 
 
 def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
@@ -156,7 +191,7 @@ def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["ma
 
 def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:
     """Checks the knobs of a plug-in against its constructor, then builds it."""
-    node = cfg[group]
+    node = OmegaConf.select(cfg, group)
     if "_target_" not in node:
         raise ValueError(f"{group}: the config has no _target_; choose an option, for example {group}=NAME")
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
@@ -181,7 +216,7 @@ def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = 
 
 def _defaults(group: str, target: str) -> Mapping[str, Any]:
     """The knobs of the option that builds this target, as its file has them."""
-    for path in sorted((CONF / group).glob("*.yaml")):
+    for path in sorted((CONF / group.partition(".")[0]).glob("*.yaml")):
         option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
         if isinstance(option, dict) and option.get("_target_") == target:
             return {str(k): v for k, v in option.items()}

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,8 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.schema import CONF, VERSION_BASE
+from experiments.shorthand import expand
+from experiments.study import watch
 
 _jobs: list[tuple[Path, bool]] = []
+_died: list[str] = []
+
+
+class JobFailed(Exception):
+    """A job in another process failed, and has said why."""
 
 
 def finished(folder: Path, ok: bool) -> None:
@@ -32,7 +39,9 @@ def run(main: Callable[[], Any], verb: str) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        main()
+        for words in _command_lines(verb):
+            sys.argv[1:] = words
+            _call(main)
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
@@ -43,15 +52,49 @@ def run(main: Callable[[], Any], verb: str) -> None:
     except KeyboardInterrupt:
         fail("interrupted; the same command with resume=true goes on from here", code=130)
     if any(ok for _, ok in _jobs):
+        from experiments.report.writer import publish
         from experiments.study.table import print_table
 
         for study in dict.fromkeys(folder.parent for folder, _ in _jobs):
+            publish(study)
             print_table(study)
+    for sentence in _died:
+        fail(
+            f"a job ended without a word ({sentence}): it was cancelled, killed or lost its machine; the others go on "
+            "by themselves, and the same command with resume=true runs what is missing"
+        )
     if not all(ok for _, ok in _jobs):
         sys.exit(1)
 
 
-def fail(sentence: str, code: int = 1) -> None:
+def _call(main: Callable[[], Any]) -> None:
+    """One command line; what its jobs said in other processes is heard to the end, also when one of them died."""
+    try:
+        main()
+    except JobFailed:
+        pass
+    except watch.Abandoned as error:
+        _died.append(str(error))
+    except Exception as error:
+        # submitit is optional and slow to import, so its errors are known by name.
+        if isinstance(error, RuntimeError) and '"srun"' in str(error):
+            fail("hydra/launcher=slurm: there is no srun here; start it where SLURM is, or take hydra/launcher=local")
+        if type(error).__name__ not in ("UncompletedJobError", "FailedJobError"):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
+        _died.append(" ... ".join(dict.fromkeys((lines[0], lines[-1]))))
+    finally:
+        _jobs.extend(watch.stop_all().items())
+
+
+def _command_lines(verb: str) -> list[list[str]]:
+    try:
+        return expand(verb, sys.argv[1:])
+    except ValueError as error:
+        fail(str(error))
+
+
+def fail(sentence: str, code: int = 1) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
@@ -61,6 +104,8 @@ def explain(error: BaseException, verb: str, argv: Sequence[str]) -> str:
     """What is wrong with the command line or the config, and what would be right, in one sentence."""
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if name.startswith("submitit_"):
+            return "hydra/launcher: the launchers need submitit; pip install -c constraints.txt -e '.[slurm]'"
         return f"{group}={name}: there is no such option; choose one of {', '.join(sorted(error.options))}"
     text = str(error)
     cause = error.__cause__ or error
@@ -83,7 +128,8 @@ def _unknown_key(key: str, verb: str, argv: Sequence[str]) -> str:
     """Names the knobs that stand where the mistyped one was looked for."""
     parent, _, name = key.rpartition(".")
     group = parent.split(".")[0]
-    for overrides in _group_choices(group, argv):
+    choices = _group_choices(group, argv)
+    for overrides in choices:
         with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
             cfg = compose(verb, overrides=overrides, return_hydra_config=True)
         picked = cfg.hydra.runtime.choices.get(group)
@@ -99,6 +145,9 @@ def _unknown_key(key: str, verb: str, argv: Sequence[str]) -> str:
             return f"{key}: there is no such key; the keys are {', '.join(valid)}"
         where = f"{group}={picked}" if picked and parent == group else parent
         return f"{key}: {where} has no such knob; " + (f"it has {', '.join(valid)}" if valid else "it has none")
+    if len(choices) > 1:
+        # Hydra first composes the sweep without what is swept, that is with the group's default.
+        return f"{key}: where {group}= is swept, write it with two plus signs: ++{key}=..."
     return f"{key}: there is no such key; `python {verb}.py --cfg job` lists them"
 
 

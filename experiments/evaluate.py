@@ -5,25 +5,31 @@ batch that is missing and ends with the answers of an undisturbed one.
 """
 
 import hashlib
-import random
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from experiments import build, measure
-from experiments.data.sample import Dataset, Sample
+from experiments import build, measure, memory, roofline
+from experiments.adapters import adapter_path
+from experiments.data.limit import draw_ids, ids_hash
+from experiments.data.sample import Dataset, Sample, Traced
 from experiments.data.shuffle import other_questions
+from experiments.metrics.cleaning import CLEANER
 from experiments.mirror import mirror
 from experiments.progress import Progress
 from experiments.report.shots import pick_shots, save_shot
+from experiments.report.tokenmap import MAPS, TokenWatch, save_map
+from experiments.scoring import text_metrics
 from experiments.study import record
 from experiments.study.job import JOURNAL, SHOTS, Job
 from experiments.study.samples import write_samples
 from experiments.study.summary import summarise
-from experiments.system import Row, System, text_metrics
+from experiments.system import Row, System
 from experiments.tokens import TokenGeometry
+from lavida_adapter.attention import kernel_of
 
 
 def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
@@ -35,22 +41,27 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     # The data first: what is wrong with it should not wait for the weights.
     dataset = build.build_dataset(cfg)
-    samples = choose(dataset, cfg.limit, cfg.seed)
+    everything = choose(dataset, cfg.limit, cfg.seed)
+    samples = part(everything, cfg.shard, cfg.shards)
+    ids = ids_hash(sample.id for sample in samples)
+    print(f"data  {dataset.name} {dataset.split}: {len(samples)} of {len(dataset)} samples, ids {ids}")
     logger = build.build_logger(cfg)
     decode = build.build_decode(cfg, dataset)
-    model = build.build_model(cfg, device, cfg.adapter)
-    selector = build.build_selector(cfg, model.config.budgets).to(device).eval()
-    cache_selector = build.build_cache_selector(cfg, model.config.budgets)
+    adapter = adapter_path(cfg.adapter, cfg.model, job.identity.choices["selector"])
+    model = build.build_model(cfg, device)
+    selector = build.build_selector(cfg, model.config.budgets, model.config).to(device).eval()
+    build.adapt(adapter, model, selector)
+    cache = build.build_cache(cfg, model.config.budgets)
     system = System(
         model=model,
         selector=selector,
         relevance=build.build_relevance(cfg, selector),
         decode=decode,
-        cache_selector=cache_selector,
+        cache=cache,
         scorers=text_metrics(dataset.metric_names),
         geometry=TokenGeometry(model.config, selector.geometry),
         seed=cfg.seed,
-        asked=other_questions(samples, cfg.seed) if cfg.shuffle_questions else None,
+        asked=other_questions(everything, cfg.seed) if cfg.shuffle_questions else None,
     )
     if cfg.shuffle_questions and not (system.relevance is not None and system.relevance.reads_question):
         raise ValueError(
@@ -59,49 +70,85 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         )
     weights = build.fingerprint(model)
     measure.reset_peak_memory(device)
-    rows, timings = answer_all(system, samples, job, cfg, weights)
+    rows, timings = answer_all(system, samples, pick_shots(everything, cfg.shots), job, cfg, weights)
+    summary = summarise(rows, tuple(system.scorers))
     write_samples(job.folder / record.SAMPLES, rows)
-    sections = {
+    sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
             "parameters": sum(p.numel() for p in model.parameters()),
-            "trainable_parameters": build.adapter_size(cfg.adapter),
+            "trainable_parameters": build.adapter_size(adapter),
             "weights": weights,
         },
         "selector": {"class": type(selector).__name__, "stage": selector.stage, "budget": selector.budget},
         "cache": None
-        if cache_selector is None
-        else {"class": type(cache_selector).__name__, "after": cache_selector.after, "budget": cache_selector.budget},
+        if cache is None
+        else {
+            "class": type(cache).__name__,
+            "after": getattr(cache, "after", "prefill"),
+            "budget": getattr(cache, "budget", None),
+        },
         "data": {
             "name": dataset.name,
             "split": dataset.split,
             "n": len(rows),
             "of": len(dataset),
-            "ids": hashlib.sha256("\n".join(row["id"] for row in rows).encode()).hexdigest()[:16],
+            "ids": ids,
+            "prompt": prompt_hash(cfg.data, decode.max_new_tokens),
+            "cleaner": CLEANER,
+            **({"found": dict(dataset.provenance)} if isinstance(dataset, Traced) else {}),
         },
-        **summarise(rows, tuple(system.scorers)),
-        "environment": record.environment(device, cfg.dtype),
+        **summary,
+        "environment": {
+            **record.environment(device, cfg.dtype),
+            "attention": kernel_of(model.lm.backend, device, model.dtype, model.config.lm),
+        },
         "times": {**measure.summarise_stages(timings), "peak_memory_mib": measure.peak_memory_mib(device)},
     }
+    if decode.prefix_cache:
+        cost = roofline.cost_of(model.config.lm, model.dtype)
+        floor = roofline.eval_floor(cost, rows, decode.max_new_tokens, cfg.batch_size)
+        limits = roofline.known_limits(job.folder.parent, device, model.dtype)
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        sections["times"]["flags"] = roofline.flags(sections["times"], held, limits, floor)
     mirror(logger, job, sections, rows)
     return sections
 
 
+def budget_of(system: System) -> int:
+    """Vision tokens of a prompt, as far as the configuration tells."""
+    budget = system.selector.budget
+    return budget if isinstance(budget, int) else system.model.config.budgets["full" if budget is None else "base"]
+
+
 def choose(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
-    """All samples in order, or `limit` of them drawn with the seed; the order stays."""
+    """All samples, or `limit` of them drawn with the seed by their ids; the dataset's order stays."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: give a positive number of samples, or null for all of them")
-    indices: Iterable[int] = range(len(dataset))
-    if limit is not None and limit < len(dataset):
-        indices = sorted(random.Random(seed).sample(range(len(dataset)), limit))
-    samples = [dataset[i] for i in indices]
+    samples = [dataset[i] for i in range(len(dataset))]
     if len({sample.id for sample in samples}) < len(samples):
         raise ValueError(f"data: {dataset.name} has two samples with the same id; answers could not be told apart")
-    return samples
+    drawn = draw_ids([sample.id for sample in samples], limit, seed)
+    return [sample for sample in samples if sample.id in drawn]
+
+
+def prompt_hash(data: DictConfig, max_new_tokens: int) -> str:
+    """How a question becomes a prompt and how long the answer may be: 16 hex digits that rows can be compared by."""
+    recipe = [data.get("suffix", ""), bool(data.get("capitalise", False)), max_new_tokens]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
+def part(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
+    """Every `shards`-th sample, from number `shard` on."""
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard={shard} shards={shards}: shards are numbered from 0 to shards - 1")
+    if len(samples) < shards:
+        raise ValueError(f"shards={shards}: there are only {len(samples)} samples")
+    return samples[shard::shards]
 
 
 def answer_all(
-    system: System, samples: Sequence[Sample], job: Job, cfg: DictConfig, weights: str
+    system: System, samples: Sequence[Sample], shots: Mapping[str, int], job: Job, cfg: DictConfig, weights: str
 ) -> tuple[list[Row], list[dict[str, float]]]:
     """Every sample's row, and for every batch the milliseconds per sample by stage.
 
@@ -109,20 +156,24 @@ def answer_all(
     """
     size: int = cfg.batch_size
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-    shots = pick_shots(samples, cfg.shots)
-    with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress:
+    watch = TokenWatch(system.selector, list(shots)[:MAPS])
+    with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
             raise ValueError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
         done = len(journal.entries)
         progress.advance(sum(map(len, batches[:done])))
         for number, batch in enumerate(batches[done:]):
-            answers = system.answer(batch)
+            with memory.told(system.model, len(batch), budget_of(system)):
+                answers = system.answer(batch)
             for sample, image, selection, row in zip(
                 batch, answers.images, answers.selections, answers.rows, strict=True
             ):
                 if sample.id in shots:
-                    fine_area = system.geometry(image.size).fine_area
-                    save_shot(job.folder / SHOTS, shots[sample.id], image, selection, row, sample.boxes, fine_area)
+                    shot, folder = shots[sample.id], job.folder / SHOTS
+                    save_shot(folder, shot, image, selection, row, sample.boxes, system.geometry)
+                    if sample.id in watch.tokens:
+                        eligible_N = system.geometry(image.size).eligible_N
+                        save_map(folder, shot, watch.tokens.pop(sample.id), eligible_N, row["kept"])
             journal.append({"weights": weights, "warm_up": number == 0, "ms": answers.ms, "rows": answers.rows})
             progress.advance(len(batch))
         entries = journal.entries

@@ -1,6 +1,8 @@
 """How long each stage takes and how much memory a job needs, without disturbing what is measured."""
 
+import resource
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,10 +63,26 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def peak_mib(device: torch.device) -> float:
+    """What training shows: the peak of the accelerator, on a CPU that of the whole process."""
+    on_device = peak_memory_mib(device)
+    if on_device is not None:
+        return on_device
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is a CUDA device if there is one, else the CPU; processes that share a machine take one device each."""
+    if local_rank and name.startswith("cuda:"):
+        raise ValueError(f"device={name}: processes that train together take a device each; give device=cuda")
+    if name == "auto" or (name == "cuda" and local_rank):
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        if local_rank >= (count := torch.cuda.device_count()) and name != "cpu":
+            raise ValueError(
+                f"process {local_rank} of this machine sees {count} CUDA devices: start one process for each device "
+                "(under SLURM, with --gpus-per-node rather than --gpus-per-task)"
+            )
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -11,30 +12,41 @@ EVERY_S = 30.0
 
 
 class Progress:
-    """Counts samples of a job."""
+    """Counts what a job works through."""
 
-    def __init__(self, title: str, total: int) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self._spoke = time.monotonic()
+    def __init__(self, title: str, total: int, unit: str = "samples", done: int = 0) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._first, self._began = done, time.monotonic()
+        self._spoke = self._began
+        self._note = ""
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
         if sys.stdout.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Bar(*columns)
-            self._task = self._bar.add_task(self.title, total=self.total)
+            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"))
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
             self._bar.start()
         else:
-            print(f"run   {self.title}: {self.total} samples", flush=True)
+            print(f"run   {self.title}: {self.total} {self.unit}", flush=True)
         return self
 
-    def advance(self, n: int) -> None:
+    def advance(self, n: int, note: str = "") -> None:
+        """`note` is shown behind the count; an empty one leaves what stands there."""
         self.done += n
+        self._note = note or self._note
         if self._bar is not None:
-            self._bar.advance(self._task, n)
+            self._bar.update(self._task, advance=n, note=self._note)
         elif time.monotonic() - self._spoke > EVERY_S:
             self._spoke = time.monotonic()
-            print(f"      {self.title}: {self.done} of {self.total}", flush=True)
+            print(
+                f"      {self.title}: {self.done} of {self.total}, {self._left()} left  {self._note}".rstrip(),
+                flush=True,
+            )
+
+    def _left(self) -> timedelta:
+        pace_s = (time.monotonic() - self._began) / max(1, self.done - self._first)
+        return timedelta(seconds=round(pace_s * (self.total - self.done)))
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

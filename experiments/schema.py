@@ -51,6 +51,12 @@ class Remasking(StrEnum):
     random = "random"
 
 
+class Engine(StrEnum):
+    eager = "eager"
+    compile = "compile"
+    graph = "graph"
+
+
 class Time(StrEnum):
     uniform = "uniform"
     logit_normal = "logit_normal"
@@ -60,6 +66,14 @@ class Time(StrEnum):
 class Weighting(StrEnum):
     none = "none"
     inverse_time = "inverse_time"
+
+
+class Strategy(StrEnum):
+    """One process; a copy of everything in each; or a copy of what is trained and a part of the base in each."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class Stage(StrEnum):
@@ -87,6 +101,9 @@ class Decode:
     temperature: float = 0.0
     prefix_cache: bool = True
     allow_mask_token: bool = False
+    threshold: float | None = None
+    early_stop: bool = False
+    engine: Engine = Engine.eager
 
 
 @dataclass
@@ -115,10 +132,13 @@ class Eval(Run):
     batch_size: int = 16
     limit: int | None = None
     """Evaluate this many samples, drawn with the seed; the row is marked."""
+    shards: int = 1
+    """Jobs that share one dataset; `shard` says which part this one answers."""
+    shard: int = 0
     shots: int = 8
     """Samples whose picture and kept tokens the report shows."""
     adapter: str | None = None
-    """Folder of a LoRA adapter written by train.py."""
+    """Folder of a LoRA adapter; or a name in `adapters/` beside the weights, `own` being the selector's."""
     shuffle_questions: bool = False
     """Rank tokens by another sample's question: the control of every selector that knows the question."""
     decode: Decode = field(default_factory=Decode)
@@ -136,6 +156,8 @@ class Optim:
     lr_floor: float = 0.1
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of vision_tower, mm_projector, image_newline, transformer or selector, where not `lr`."""
 
 
 @dataclass
@@ -148,6 +170,17 @@ class Objective:
     prefix_mask: bool = False
     extra_padding: int = 128
     answer_tokens: int | None = None
+    alignment: float = 0.0
+    adaptive_k: float = 0.0
+
+
+@dataclass
+class Grow:
+    """The fields of `lavida_adapter.growth.Growth`."""
+
+    start: int = 16
+    patience: int = 200
+    gain: float = 0.01
 
 
 @dataclass
@@ -158,13 +191,33 @@ class Lora:
     alpha: float | None = None
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)
+    ranks: dict[str, int] = field(default_factory=dict)
     train_whole: list[str] = field(default_factory=list)
+    grow: Grow | None = None
+
+
+@dataclass
+class Mix:
+    """Selectors that an adapter is trained for, beside the run's own knobs: one of them at each step."""
+
+    budgets: list[Any] = field(default_factory=list)
+    """One is drawn at each step; "pooled" is LaViDa's own tokens. Empty: the selector's own."""
+    geometries: list[str] = field(default_factory=list)
+    """Taken in turn; budgets in numbers shrink with the number of tokens. Empty: the selector's own."""
 
 
 @dataclass
 class Trainer:
+    strategy: Strategy = Strategy.single
+    """Several processes are started by torchrun or srun."""
+    num_nodes: int = 1
+    workers: int = 0
+    """Processes that draw batches ahead of time, for each process that trains."""
     precision: str = "32-true"
+    """Lightning's name; 32-true leaves every weight in the dtype in which it was loaded."""
     clip: float = 1.0
+    gradient_checkpointing: bool = False
+    """Layers keep their input alone and run again in the backward pass."""
     log_every: int = 25
     checkpoint_every: int = 200
 
@@ -178,13 +231,23 @@ class Train(Run):
     optim: Optim = field(default_factory=Optim)
     objective: Objective = field(default_factory=Objective)
     lora: Lora = field(default_factory=Lora)
+    mix: Mix = field(default_factory=Mix)
     trainer: Trainer = field(default_factory=Trainer)
+    pictures: dict[str, int] = field(default_factory=dict)
+    """Pictures of each family in a step of the stages "vision" and "align"."""
     text: dict[str, Any] = field(default_factory=dict)
     """The curriculum of the stage "text"."""
     check: dict[str, Any] = field(default_factory=dict)
     """Questions that a gate asks."""
     gate: dict[str, float] = field(default_factory=dict)
     """Least value of each figure that the stage must reach."""
+    plan: bool = False
+    """Says what the run would train and need, and does nothing."""
+
+
+def override_key(word: str) -> str:
+    """The key of an override: `selector.budget` of `++selector.budget=80`."""
+    return word.partition("=")[0].lstrip("+~")
 
 
 def job_name(verb: str, override_dirname: str) -> str:
@@ -209,6 +272,8 @@ def describe_groups(verb: str) -> str:
             lines.append(f"{group} (default {default})")
             for path in sorted((CONF / group).glob("*.yaml")):
                 lines.append(f"  {path.stem:<18} {_description(path)}".rstrip())
+    sweeps = [path for path in sorted((CONF / "sweep").glob("*.yaml")) if f"\n{verb}:" in path.read_text()]
+    lines += ["sweep (stands for several jobs)", *(f"  {path.stem:<18} {_description(path)}" for path in sweeps)]
     return "\n".join(lines)
 
 

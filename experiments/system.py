@@ -11,12 +11,14 @@ from torch import Tensor
 
 from experiments.data.sample import Sample
 from experiments.measure import StageTimer
-from experiments.metrics import TextMetric, metric
+from experiments.scoring import Scorer, score_answer
 from experiments.tokens import TokenGeometry, check_counts, count_sources, recall
+from lavida_adapter import CachePacker, CacheSelector
+from lavida_adapter.drift import drift
 from shirg import Selection, Selector, Source
 
 if TYPE_CHECKING:
-    from lavida_adapter import CacheSelector, DecodeConfig, Lavida, Prefix
+    from lavida_adapter import DecodeConfig, Generation, Lavida, Prefix
     from lavida_adapter.relevance import Relevance
 
 Row = dict[str, Any]
@@ -42,9 +44,10 @@ class System:
     selector: Selector
     relevance: "Relevance | None"
     decode: "DecodeConfig"
-    cache_selector: "CacheSelector | None"
-    scorers: dict[str, TextMetric]
-    """Text metrics by name, the headline first."""
+    cache: "CacheSelector | CachePacker | None"
+    """What is done to the prefix cache, if anything."""
+    scorers: dict[str, Scorer]
+    """Metrics of answers by name, the headline first."""
     geometry: TokenGeometry
     seed: int
     asked: Mapping[str, str] | None = None
@@ -70,19 +73,49 @@ class System:
             timer=timer,
         )
         generation = self.model.generate(
-            prefix, self.decode, cache_selector=self.cache_selector, generator=self._generator(batch), timer=timer
+            prefix,
+            self.decode,
+            cache_selector=self.cache if isinstance(self.cache, CacheSelector) else None,
+            cache_packer=self.cache if isinstance(self.cache, CachePacker) else None,
+            generator=self._generator(batch),
+            timer=timer,
         )
         ms = timer.collect()
+        moved = self._drift(prefix, generation)
         left = prefix.selections
         if generation.cached_BP is not None:
             left = tuple(left_in_cache(prefix, generation.cached_BP))
         rows = [
-            self._row(sample, image.size, selection, cached, text, n_visual, n_prefix)
-            for sample, image, selection, cached, text, n_visual, n_prefix in zip(
-                batch, images, prefix.selections, left, generation.texts, prefix.n_visual, prefix.n_tokens, strict=True
+            self._row(sample, image.size, selection, cached, text, n_visual, n_prefix) | {"n_steps": n_steps} | extra
+            for sample, image, selection, cached, text, n_visual, n_prefix, n_steps, extra in zip(
+                batch,
+                images,
+                prefix.selections,
+                left,
+                generation.texts,
+                prefix.n_visual,
+                prefix.n_tokens,
+                generation.steps,
+                moved,
+                strict=True,
             )
         ]
         return Answers(rows, images, left, ms)
+
+    def _drift(self, prefix: "Prefix", generation: "Generation") -> list[Row]:
+        """For each prompt the bytes of its cache, and where the cache was made smaller, what that moved; not timed."""
+        n = len(prefix.n_tokens)
+        if generation.cache is None:
+            return [{"cache_bytes": None, "drift": None, "same_top1": None}] * n
+        size = generation.cache.n_bytes / n
+        if self.cache is None:
+            return [{"cache_bytes": size, "drift": None, "same_top1": None}] * n
+        whole = self.model.prefill(prefix)
+        found = drift(self.model.lm, whole, generation.cache, self.decode.max_new_tokens)
+        return [
+            {"cache_bytes": size, "drift": most, "same_top1": same}
+            for most, same in zip(found.most, found.same_top1, strict=True)
+        ]
 
     def _generator(self, batch: Sequence[Sample]) -> torch.Generator:
         """Seeded by the seed and the batch, so that a resumed job draws what the undisturbed one drew."""
@@ -109,14 +142,17 @@ class System:
             "question": sample.question,
             "prompt": sample.prompt,
             "answers": list(sample.answers),
+            "target": sample.target,
             "prediction": text,
-            "scores": {n: m.score(prediction=text, references=sample.answers) for n, m in self.scorers.items()},
+            "scores": score_answer(self.scorers, text, sample.answers, sample.target),
             "subtask": sample.subtask,
             "group": str(sample.meta.get("group", "")),
             "density": str(sample.meta.get("density", "")),
+            "place": str(sample.meta.get("place", "")),
+            "entity": str(sample.meta.get("entity", "")),
             "n_visual": n_visual,
             "n_prefix": n_prefix,
-            "n_cache": None if self.cache_selector is None else int(left.mask_BT.sum()),
+            "n_cache": int(left.mask_BT.sum()) if isinstance(self.cache, CacheSelector) else None,
             "kept": kept_T.tolist(),
             "sources": sources,
             "recall": recall(sample.boxes, kept_T, self.geometry, size),
@@ -143,11 +179,3 @@ def load_pictures(batch: Sequence[Sample]) -> list[Image.Image]:
         if picture_of(sample) not in pictures:
             pictures[picture_of(sample)] = sample.load_image()
     return [pictures[picture_of(sample)] for sample in batch]
-
-
-def text_metrics(names: Sequence[str]) -> dict[str, TextMetric]:
-    """The metrics that score answers, headline first; token metrics are computed from the selections instead."""
-    scorers = {name: m for name in names if isinstance(m := metric(name), TextMetric)}
-    if not scorers:
-        raise ValueError(f"data.metrics={list(names)} scores no answers: name a text metric, for example exact_match")
-    return scorers

@@ -5,11 +5,15 @@ is the optional flash-attn package, which knows no mask and therefore serves sin
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+if TYPE_CHECKING:
+    from lavida_adapter.config import LladaConfig
 
 Backend = Literal["sdpa", "math", "flash"]
 
@@ -43,6 +47,14 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
         out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BHQD, k_BHKD, v_BHKD)))
         return out.transpose(1, 2)
     raise ValueError(f"attention backend {backend!r}: choose sdpa, math or flash")
+
+
+def kernel_of(backend: Backend, device: torch.device, dtype: torch.dtype, heads: "LladaConfig") -> str:
+    """The backend, and for "sdpa" the kernel that torch chooses for an answer against a prefix without padding."""
+    if backend != "sdpa":
+        return backend
+    q, k = (torch.empty(1, heads.n_heads, n, heads.head_dim, device=device, dtype=dtype) for n in (32, 1056))
+    return f"sdpa ({SDPBackend(torch._fused_sdp_choice(q, k, k)).name.lower()})"
 
 
 def attention_weights(q_BHQD: Tensor, k_BHKD: Tensor, mask: Tensor | None) -> Tensor:

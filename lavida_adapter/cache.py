@@ -5,10 +5,53 @@ nor has to guess where its own tokens start (docs/lavida.md, "Prefix cache").
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class StoredPrefix(Protocol):
+    """A prefix as the denoising steps read it, layer by layer; whatever is behind it does not change any more."""
+
+    @property
+    def next_position_B(self) -> Tensor: ...
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of what is kept between steps."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a layer has to be expanded each time it is read."""
+
+    def n_slots(self, layer: int) -> int: ...
+
+    def mask(self, layer: int) -> Tensor | None:
+        """bool [B, P]: False in padding slots; None when there are none."""
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [B, H, P, Dh] in the model's own type."""
+
+
+class Slots:
+    """A key and a value tensor [B, H, P + A, Dh] for each layer: a prefix is written once, an answer behind it at every
+    step. Nothing is concatenated."""
+
+    def __init__(self, like_BHPD: Tensor, lengths: Sequence[int], n_answer: int) -> None:
+        """`lengths`: prefix slots of each layer."""
+        b, h, _, d = like_BHPD.shape
+        # Zeros, because what nobody writes to is multiplied by an attention weight of 0.
+        self.keys = tuple(like_BHPD.new_zeros(b, h, n + n_answer, d) for n in lengths)
+        self.values = tuple(torch.zeros_like(k) for k in self.keys)
+        self.n_answer = n_answer
+
+    def write(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> None:
+        """Puts a prefix, or the beginning of one, where it belongs."""
+        self.keys[layer][:, :, : keys_BHPD.shape[2]].copy_(keys_BHPD)
+        self.values[layer][:, :, : values_BHPD.shape[2]].copy_(values_BHPD)
 
 
 @dataclass(frozen=True)
@@ -25,6 +68,21 @@ class PrefixCache:
     """int64: the position each key was rotated to."""
     next_position_B: Tensor
     """int64: the position of the first answer token."""
+    slots: Slots | None = None
+    """The longer tensors that keys and values are the beginning of, when the prefill left room for an answer."""
+
+    @property
+    def is_packed(self) -> bool:
+        return False
+
+    def n_slots(self, layer: int) -> int:
+        return self.keys[layer].shape[2]
+
+    def mask(self, layer: int) -> Tensor | None:
+        return self.mask_BP
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer], self.values[layer]
 
     def take(self, slot_BK: Tensor, mask_BK: Tensor | None) -> "PrefixCache":
         """A cache of the given slots alone; keys stay at the positions that they were rotated to."""

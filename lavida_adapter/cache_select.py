@@ -30,6 +30,8 @@ class FirstStep:
     """float32: from each answer slot to each slot of the prefix, averaged over heads and layers."""
     open_BA: Tensor
     """bool: slots that the step left masked."""
+    logits_BAW: Tensor
+    """What the step predicted for each answer slot."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class CacheSelector:
     def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         """Scores [B, P] in float32; larger is kept first. Picture slots alone are read; no `first` after prefill."""
         raise NotImplementedError(f"{type(self).__name__} must override score")
+
+    def deserved(self, prefix: Prefix, first: FirstStep | None, counts: tuple[int, ...]) -> Tensor | None:
+        """How many of its `counts` each prompt keeps [B], where that depends on content; None: all. Shapes stay."""
+        return None
 
     def check(self, prefix: Prefix, decode: DecodeConfig) -> None:
         """Refuses what this selector cannot do, before anything is computed.
@@ -100,20 +106,26 @@ class CacheSelector:
         scores_BP = self.score(lm, cache, prefix, first).float()
         assert_finite(scores_BP, prefix.visual_BP, type(self).__name__)
         counts = self.counts(prefix)
-        kept_BP = keep_best(scores_BP, prefix, counts)
+        deserved_B = self.deserved(prefix, first, counts)
+        kept_BP = keep_best(scores_BP, prefix, counts, deserved_B)
         given = zip(prefix.n_tokens, prefix.n_visual, counts, strict=True)
         lengths = [total - visual + kept for total, visual, kept in given]
         n = max(lengths)
         slot_BK = torch.sort(~kept_BP, dim=-1, stable=True).indices[:, :n]
         is_real_BK = torch.arange(n, device=kept_BP.device) < kept_BP.sum(-1, keepdim=True)
-        short = cache.take(slot_BK, None if min(lengths) == n else is_real_BK)
+        full = deserved_B is None and min(lengths) == n
+        short = cache.take(slot_BK, None if full else is_real_BK)
         return Shortened(reindex(short, lm) if self.positions == "reindex" else short, kept_BP)
 
 
-def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...]) -> Tensor:
-    """Slots [B, P] that stay: all text, and each row's `counts` best picture slots; equal scores go to the first."""
+def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], deserved_B: Tensor | None = None) -> Tensor:
+    """Slots [B, P] that stay: all text, and each row's `counts` best picture slots; equal scores go to the first.
+
+    With `deserved_B`, only so many of them.
+    """
     ranked_BK = stable_topk(scores_BP.masked_fill(~prefix.visual_BP, float("-inf")), max(counts))
-    count_B1 = torch.tensor(counts, device=scores_BP.device)[:, None]
+    count_B = torch.tensor(counts, device=scores_BP.device)
+    count_B1 = (count_B if deserved_B is None else torch.minimum(count_B, deserved_B))[:, None]
     is_kept_BK = torch.arange(max(counts), device=scores_BP.device) < count_B1
     text_BP = prefix.mask_BP & ~prefix.visual_BP
     return torch.zeros_like(text_BP).scatter(1, ranked_BK, is_kept_BK) | text_BP

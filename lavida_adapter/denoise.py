@@ -6,16 +6,21 @@ docs/lavida.md, "Denoising" and "Remasking".
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lavida_adapter.cache import StoredPrefix
+from lavida_adapter.choose import REMASKING, Draw, Rule, decide
 from lavida_adapter.schedule import SCHEDULES, tokens_per_step
 
-REMASKING = ("low_confidence", "margin", "entropy", "random")
+Engine = Literal["eager", "compile", "graph"]
+"""How steps are launched: one kernel after the other, compiled by torch, or replayed as a CUDA graph."""
 
-LogitsFn = Callable[[Tensor], Tensor]
-"""Answer ids [B, A] -> logits [B, A, vocabulary]."""
+LogitsFn = Callable[[Tensor, Tensor | None], Tensor]
+"""Answer ids [B, A] and the slots that matter [B, M], None for all -> their logits [B, M, vocabulary], in a tensor that
+the loop may change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,12 @@ class DecodeConfig:
     """False runs prompt and answer together at every step, as the reference does without its prefix mode."""
     allow_mask_token: bool = False
     """True lets a step commit the mask token itself, which leaves a hole: the reference's behaviour."""
+    threshold: float | None = None
+    """Commits every token that is at least so probable, and one in any case (Fast-dLLM, arXiv 2505.22618); the number
+    of steps then depends on the answer."""
+    early_stop: bool = False
+    """Ends an answer when everything behind its first eos is eos or still masked: those masks become eos."""
+    engine: Engine = "eager"
     keep_history: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +69,14 @@ class DecodeConfig:
                 f"decode: step_ratio={self.step_ratio}, step_per_block={self.step_per_block} leave no step for a block "
                 f"of {self.block} tokens"
             )
+        if self.engine not in get_args(Engine):
+            raise ValueError(f"decode.engine={self.engine!r}: choose one of {', '.join(get_args(Engine))}")
+        if self.engine != "eager" and not self.prefix_cache:
+            raise ValueError(
+                f"decode.engine={self.engine} runs steps over a prefix cache, and with decode.prefix_cache=false there "
+                "is none: choose decode.engine=eager"
+            )
+        self._check_threshold()
         if self.schedule not in SCHEDULES:
             raise ValueError(f"decode.schedule={self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
         if not 0 < self.shift < math.inf:
@@ -66,6 +85,22 @@ class DecodeConfig:
             raise ValueError(f"decode.remasking={self.remasking!r}: choose one of {', '.join(REMASKING)}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"decode.temperature={self.temperature}: give 0 or more")
+
+    def _check_threshold(self) -> None:
+        if self.threshold is None:
+            return
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"decode.threshold={self.threshold}: give a probability, above 0 and at most 1")
+        if self.step_ratio is not None or self.step_per_block is not None or self.schedule != "none":
+            raise ValueError(
+                "decode.threshold decides itself how many tokens a step commits: leave out step_ratio, step_per_block "
+                "and schedule"
+            )
+        if self.remasking != "low_confidence":
+            raise ValueError(
+                f"decode.threshold is a probability, and decode.remasking={self.remasking} ranks by something else: "
+                "choose low_confidence"
+            )
 
     @property
     def block(self) -> int:
@@ -76,6 +111,10 @@ class DecodeConfig:
         if self.step_per_block is not None:
             return min(self.step_per_block, self.block)
         return self.block if self.step_ratio is None else int(self.block * self.step_ratio)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.remasking, self.temperature, self.threshold)
 
     @property
     def steps(self) -> int:
@@ -91,10 +130,14 @@ class Generation:
     texts: tuple[str, ...]
     forwards: int
     """Denoising forwards; the prefix is not counted."""
+    steps: tuple[int, ...]
+    """For each answer, the forwards that found it unfinished."""
     history: tuple[Tensor, ...] = ()
     """The answer after every step, when asked for."""
     cached_BP: Tensor | None = None
     """bool: the prefix's slots that were in the cache at the end; None when nobody was asked to shorten it."""
+    cache: StoredPrefix | None = None
+    """What the last step read; None without a prefix cache."""
 
 
 def start(batch: int, config: DecodeConfig, mask_id: int, draft: Sequence[int], device: torch.device) -> Tensor:
@@ -114,60 +157,78 @@ def start(batch: int, config: DecodeConfig, mask_id: int, draft: Sequence[int], 
 
 
 def denoise(
-    logits_of: LogitsFn, ids_BA: Tensor, config: DecodeConfig, mask_id: int, generator: torch.Generator | None = None
-) -> tuple[Tensor, int, list[Tensor]]:
-    """Fills every mask of `ids_BA`; returns the ids, the number of forwards and the history.
+    logits_of: LogitsFn,
+    ids_BA: Tensor,
+    config: DecodeConfig,
+    mask_id: int,
+    generator: torch.Generator | None = None,
+    *,
+    eos_id: int | None = None,
+    all_slots: bool = False,
+) -> tuple[Tensor, int, list[int], list[Tensor]]:
+    """Fills every mask of `ids_BA`; returns the ids, the number of forwards in all and for each row, and the history.
 
     Schedules are computed per row, so that a row's answer does not depend on its batch-mates. Committed tokens never
-    change; no token ends the answer early.
+    change. With `all_slots` every step asks for the logits of a whole block, so that shapes stay the same.
     """
+    if config.early_stop and eos_id is None:
+        raise ValueError("decode.early_stop=true needs the model's eos token")
     ids_BA = ids_BA.clone()
     history: list[Tensor] = []
-    forwards = 0
+    forwards, steps = 0, [0] * len(ids_BA)
+    # What a step leaves masked follows from the schedule, unless what it finds out decides.
+    must_look = config.allow_mask_token or config.early_stop or config.threshold is not None
     for begin in range(0, config.max_new_tokens, config.block):
-        end = begin + config.block
-        n_masks = (ids_BA[:, begin:end] == mask_id).sum(-1).tolist()
-        counts = [tokens_per_step(n, config.steps_per_block, config.schedule, config.shift) for n in n_masks]
+        here = slice(begin, begin + config.block)
+        left = (ids_BA[:, here] == mask_id).sum(-1).tolist()
+        counts = [tokens_per_step(n, config.steps_per_block, config.schedule, config.shift) for n in left]
         for step in range(max(map(len, counts))):
-            masked_BA = ids_BA == mask_id
-            masked_BA[:, end:] = False
-            if not masked_BA[:, begin:end].any():
+            if not any(left):
                 break
-            logits = logits_of(ids_BA)
+            ks = [min(count[step] if step < len(count) else 0, n) for count, n in zip(counts, left, strict=True)]
+            want_BM, open_BM = wanted(ids_BA, mask_id, here, config.block if all_slots else max(left))
+            logits_BMW = logits_of(ids_BA, want_BM)
             forwards += 1
-            token_BA, confidence_BA = choose(logits, config, mask_id, generator)
-            confidence_BA = confidence_BA.masked_fill(~masked_BA, float("-inf"))
-            commit_BA = torch.zeros_like(masked_BA)
-            for row, count in enumerate(counts):
-                k = count[step] if step < len(count) else 0
-                commit_BA[row, confidence_BA[row].topk(k).indices] = True
-            ids_BA = torch.where(commit_BA, token_BA, ids_BA)
+            steps = [taken + (n > 0) for taken, n in zip(steps, left, strict=True)]
+            if not config.allow_mask_token:
+                logits_BMW[..., mask_id] = float("-inf")
+            draw = Draw(generator, ids_BA.shape[1], want_BM)
+            tokens_BM, commit_BM = decide(logits_BMW, open_BM, ks, config.rule, draw)
+            ids_BA = write(ids_BA, want_BM, tokens_BM, commit_BM)
+            if config.early_stop:
+                assert eos_id is not None
+                ids_BA = stop_early(ids_BA, mask_id, eos_id)
             if config.keep_history:
-                history.append(ids_BA.clone())
-    return ids_BA, forwards, history
+                history.append(ids_BA)
+            if must_look:
+                left = (ids_BA[:, here] == mask_id).sum(-1).tolist()
+            else:
+                left = [n - k for n, k in zip(left, ks, strict=True)]
+    return ids_BA, forwards, steps, history
 
 
-def choose(
-    logits_BAW: Tensor, config: DecodeConfig, mask_id: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """The candidate token of every slot and its confidence in float64 [B, A].
+def wanted(ids_BA: Tensor, mask_id: int, here: slice, m: int) -> tuple[Tensor | None, Tensor]:
+    """The first `m` slots [B, m] of a block, masked ones first, None for the whole answer; and which are masked."""
+    open_BA = ids_BA[:, here] == mask_id
+    if m == open_BA.shape[1]:
+        if m == ids_BA.shape[1]:
+            return None, open_BA
+        return torch.arange(here.start, here.stop, device=ids_BA.device).expand(len(ids_BA), -1), open_BA
+    order_BM = torch.sort(~open_BA, dim=-1, stable=True).indices[:, :m]
+    return here.start + order_BM, open_BA.gather(1, order_BM)
 
-    Confidence is read from the clean logits; temperature perturbs the candidate alone (Gumbel noise in float64).
-    """
-    logits = logits_BAW.to(torch.float64, copy=True)
-    if not config.allow_mask_token:
-        logits[..., mask_id] = float("-inf")
-    if config.temperature > 0:
-        u = torch.rand(logits.shape, dtype=torch.float64, device=logits.device, generator=generator)
-        token_BA = (logits.exp() / (-torch.log(u)) ** config.temperature).argmax(-1)
-    else:
-        token_BA = logits.argmax(-1)
-    if config.remasking == "random":
-        return token_BA, torch.rand(token_BA.shape, dtype=torch.float64, device=logits.device, generator=generator)
-    p = logits.softmax(-1)
-    if config.remasking == "low_confidence":
-        return token_BA, p.gather(-1, token_BA[..., None])[..., 0]
-    if config.remasking == "margin":
-        top = p.topk(2, dim=-1).values
-        return token_BA, top[..., 0] - top[..., 1]
-    return token_BA, (p * torch.log(p + 1e-10)).sum(-1)
+
+def write(ids_BA: Tensor, want_BM: Tensor | None, tokens_BM: Tensor, commit_BM: Tensor) -> Tensor:
+    """The answer with the committed candidates in it."""
+    if want_BM is None:
+        return torch.where(commit_BM, tokens_BM, ids_BA)
+    return ids_BA.scatter(1, want_BM, torch.where(commit_BM, tokens_BM, ids_BA.gather(1, want_BM)))
+
+
+def stop_early(ids_BA: Tensor, mask_id: int, eos_id: int) -> Tensor:
+    """Fills with eos what is still masked in rows where nothing before an eos is masked and all behind it is eos."""
+    is_mask, is_eos = ids_BA == mask_id, ids_BA == eos_id
+    behind_BA = is_eos.cumsum(-1) > 0
+    ended_B1 = is_eos.any(-1, keepdim=True) & (behind_BA | ~is_mask).all(-1, keepdim=True)
+    ended_B1 &= (~behind_BA | is_eos | is_mask).all(-1, keepdim=True)
+    return ids_BA.masked_fill(ended_B1 & is_mask, eos_id)

@@ -1,9 +1,11 @@
 """Pictures cut in other ways than LaViDa's: the notes' canvases (docs/method.md, "Geometries").
 
-Sizes follow the tower's own view: a canvas of 7/4 of it (672 pixels for 384), a foveal view of 7/6 of it (448).
+Sizes follow the tower's own view: a canvas of 7/4 of it (672 pixels for 384), a foveal view of 7/6 of it (448), a
+single view of 7/4 or of 4/3 (512).
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 from PIL import Image
@@ -16,6 +18,7 @@ from lavida_adapter.views import (
     inside,
     letterbox_box,
     make_views,
+    own_layout,
     own_pooling,
     pooled_count,
     to_tensor,
@@ -24,10 +27,12 @@ from shirg import Geometry, Pooling, TokenLayout, crops_layout, fovea_layout, mo
 
 CANVAS, FOVEA = (7, 4), (7, 6)
 """Sizes as ratios to the tower's view."""
+SINGLE: dict[Geometry, tuple[int, int]] = {"single_672": CANVAS, "single_512": (4, 3)}
+"""Geometries of one squashed view, and its size."""
 
 
 def cells_of(vision: VisionConfig, ratio: tuple[int, int]) -> int:
-    """Whole patches along a canvas whose side is `ratio` of a view's: 48 for (7, 4) and 32 for (7, 6) of 384 pixels."""
+    """Whole patches along a canvas whose side is `ratio` of a view's: 48 for (7, 4), 36 for (4, 3) of 384 pixels."""
     return ratio[0] * vision.image_size // (ratio[1] * vision.patch_size)
 
 
@@ -39,7 +44,7 @@ def cut(image: Image.Image, config: LavidaConfig, geometry: Geometry) -> Views:
     layout = geometry_layout(config, geometry)
     size, edge = image.size, layout.canvas_px[0]
     count = pooled_count(size, config)
-    if geometry == "single_672":
+    if geometry in SINGLE:
         views, box = [squash(image, edge)], (0.0, 0.0, 1.0, 1.0)
         return Views(to_tensor(views), layout, everything(layout), box, size, count)
     whole = cells_of(config.vision, CANVAS) * config.vision.patch_size
@@ -56,6 +61,23 @@ def cut(image: Image.Image, config: LavidaConfig, geometry: Geometry) -> Views:
         views = [_pasted(scaled, left - col * patch, top - row * patch, px, px) for row, col in origins]
     box = (left / edge, top / edge, (left + width) / edge, (top + height) / edge)
     return Views(to_tensor(views), layout, inside(layout, box), box, size, count)
+
+
+def ready(picture: Image.Image | Views, config: LavidaConfig, geometry: Geometry) -> Views:
+    """The views of a picture, cut now or, in training, ahead of time and perhaps in another process.
+
+    Raises:
+        ValueError: for views of another geometry.
+    """
+    if not isinstance(picture, Views):
+        return cut(picture, config, geometry)
+    own = geometry == "lavida_tiles"
+    layout = own_layout(picture.size, config) if own else geometry_layout(config, geometry)
+    if len(picture.valid_N) != layout.n_tokens or getattr(picture, "layout", layout) is not layout:
+        raise ValueError(
+            f"a picture was cut for another geometry than {geometry}: cut it for the selector that it meets"
+        )
+    return replace(picture, layout=layout)
 
 
 def squash(image: Image.Image, edge: int) -> Image.Image:
@@ -91,9 +113,10 @@ def _layout(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int) -
     if geometry == "fovea":
         cells = cells_of(vision, FOVEA)
         return fovea_layout(cells, patch, _pooling(own, cells, most))
+    if geometry in SINGLE:
+        cells = cells_of(vision, SINGLE[geometry])
+        return single_layout(cells, patch, _pooling(own, cells, most), geometry)
     cells = cells_of(vision, CANVAS)
-    if geometry == "single_672":
-        return single_layout(cells, patch, _pooling(own, cells, most))
     return crops_layout(cells, vision.side, patch, _pooling(own, vision.side, most))
 
 

@@ -1,4 +1,4 @@
-"""LLaDA: a bidirectional Llama-style transformer that fills masks. Under 200 lines, one file.
+"""LLaDA: a bidirectional Llama-style transformer that fills masks, in one file.
 
 docs/lavida.md, "Language model" and "Rotary positions". Module names are those of the published checkpoint. Note the
 two `ff_out`: the down projection of a block and the language-model head.
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavida_adapter.attention import Backend, Watch, attend, attention_mask
-from lavida_adapter.cache import PrefixCache
+from lavida_adapter.cache import PrefixCache, Slots
 from lavida_adapter.config import LladaConfig
+from lavida_adapter.recompute import run_block
 
 
 class RMSNorm(nn.Module):
@@ -97,6 +98,22 @@ class Block(nn.Module):
         u = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(u)) * self.up_proj(u))
 
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        backend: Backend,
+        past: tuple[Tensor, Tensor] | None = None,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The block's output, and the keys and values of its input; `past` holds what else its tokens may see."""
+        u = self.attn_norm(x)
+        k, v = self.keys_values(u, cos, sin)
+        seen = (k, v) if past is None else (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2))
+        return self.mix(x, u, *seen, cos, sin, mask, backend, watch), k, v
+
 
 class Llada(nn.Module):
     """The transformer, from embeddings to logits. Attention is bidirectional.
@@ -113,12 +130,15 @@ class Llada(nn.Module):
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.backend: Backend = "sdpa"
+        self.recompute = False
+        """Whether blocks run again in the backward pass instead of keeping what they computed."""
 
     @property
     def layers(self) -> Sequence[Block]:
         return cast("Sequence[Block]", self.blocks)
 
-    def _angles(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the rotary positions."""
         return rotary_angles(positions_BL, self.config.head_dim, self.config.rope_theta)
 
     def forward(
@@ -138,49 +158,60 @@ class Llada(nn.Module):
         x = embeds_BLD
         if positions_BL is None:
             positions_BL = torch.arange(x.shape[1], device=x.device)[None]
-        cos, sin = self._angles(positions_BL)
+        cos, sin = self.angles(positions_BL)
         mask = attention_mask(mask_BL, visual_BL)
         for block in self.layers:
             if hidden is not None:
                 hidden.append(x)
-            u = block.attn_norm(x)
-            k, v = block.keys_values(u, cos, sin)
-            x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
+            x, _, _ = run_block(self.recompute, block, x, cos, sin, mask, self.backend)
         x = self.ln_f(x)
         if hidden is not None:
             hidden.append(x)
         return x
 
     def prefill(
-        self, embeds_BPD: Tensor, mask_BP: Tensor | None = None, visual_BP: Tensor | None = None
+        self,
+        embeds_BPD: Tensor,
+        mask_BP: Tensor | None = None,
+        visual_BP: Tensor | None = None,
+        room: int = 0,
+        watch: Watch | None = None,
     ) -> PrefixCache:
-        """Keys and values of the prefix; differentiable.
+        """Keys and values of the prefix, with `room` for so many answer tokens behind them; differentiable without.
 
         The last block only has to deliver its keys and values: nothing reads the prefix states behind it.
         """
         x = embeds_BPD
         b, p = x.shape[:2]
         positions_BP = torch.arange(p, device=x.device).expand(b, p)
-        cos, sin = self._angles(positions_BP[:1])
+        cos, sin = self.angles(positions_BP[:1])
         mask = attention_mask(mask_BP, visual_BP)
         keys, values = [], []
+        slots: Slots | None = None
         for i, block in enumerate(self.layers):
-            u = block.attn_norm(x)
-            k, v = block.keys_values(u, cos, sin)
+            if i + 1 < len(self.layers):
+                x, k, v = run_block(self.recompute, block, x, cos, sin, mask, self.backend, None, watch)
+            else:
+                u = block.attn_norm(x)
+                k, v = block.keys_values(u, cos, sin)
+                if watch is not None:
+                    watch(block.queries(u, cos, sin), k, mask)
+            if room:
+                slots = slots or Slots(k, [p] * len(self.layers), room)
+                k, v = (whole[i][:, :, :p].copy_(new) for whole, new in ((slots.keys, k), (slots.values, v)))
             keys.append(k)
             values.append(v)
-            if i + 1 < len(self.layers):
-                x = block.mix(x, u, k, v, cos, sin, mask, self.backend)
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
-        return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B)
+        return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B, slots)
 
-    def decode(
-        self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None, watch: Watch | None = None
-    ) -> Tensor:
-        """States [B, A, D] of answer tokens that see the cached prefix and one another; `mask_BA` marks real ones."""
+    def decode(self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None) -> Tensor:
+        """States [B, A, D] of answer tokens that see the cached prefix and one another; `mask_BA` marks real ones.
+
+        Differentiable, for training; at inference `lavida_adapter.engine` computes the same without concatenating.
+        """
         x = embeds_BAD
         b, a = x.shape[:2]
-        cos, sin = self._angles(cache.next_position_B[:, None] + torch.arange(a, device=x.device))
+        cos, sin = self.angles(cache.next_position_B[:, None] + torch.arange(a, device=x.device))
         mask = None
         if cache.mask_BP is not None or mask_BA is not None:
             parts = (cache.mask_BP, mask_BA)
@@ -188,11 +219,8 @@ class Llada(nn.Module):
             ones = (torch.ones(b, n, dtype=torch.bool, device=x.device) for n in sizes)
             seen_BK = torch.cat([o if m is None else m for m, o in zip(parts, ones, strict=True)], dim=1)
             mask = attention_mask(seen_BK, None)
-        for block, past_k, past_v in zip(self.layers, cache.keys, cache.values, strict=True):
-            u = block.attn_norm(x)
-            k, v = block.keys_values(u, cos, sin)
-            k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-            x = block.mix(x, u, k, v, cos, sin, mask, self.backend, watch)
+        for block, past in zip(self.layers, zip(cache.keys, cache.values, strict=True), strict=True):
+            x, _, _ = run_block(self.recompute, block, x, cos, sin, mask, self.backend, past)
         return self.ln_f(x)
 
     def logits(self, states: Tensor) -> Tensor:

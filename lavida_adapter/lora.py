@@ -1,17 +1,14 @@
 """LoRA through peft: exact targets, an adapter file of its own, and the base it belongs to.
 
-Hu et al. 2021, arXiv 2106.09685. Names are the checkpoint's own ("mm_projector.0", "transformer.blocks.0.q_proj"); a
-pattern that does not name existing linear layers raises, so that a typing error can never train nothing.
+Hu et al. 2021, arXiv 2106.09685; docs/method.md, "Recipes". Names are those of `lavida_adapter.targets`.
 """
 
-import difflib
-import itertools
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import peft
 import torch
@@ -20,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lavida_adapter.checkpoint import fingerprint
+from lavida_adapter.growth import Growth, RankGrowth
+from lavida_adapter.targets import check_parts, expand, part_of
+from shirg import Selector
 
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
@@ -37,9 +37,14 @@ class LoraConfig:
     """Scale of the update times rank; None is twice the rank."""
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
-    """Names below `model.`, with {a,b} for alternatives, {0-3} for ranges and * for every layer number."""
+    """Names below `model.` or "selector", with {a,b} for alternatives, {0-3} for ranges, {:4/26} for the first layers
+    by share, and * for every layer number."""
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of single parts, at the scale of the others."""
     train_whole: tuple[str, ...] = ()
     """Modules or parameters trained without LoRA, named the same way."""
+    grow: Growth | None = None
+    """Begins with fewer ranks than `rank` and adds the others when the loss stops falling."""
 
     def __post_init__(self) -> None:
         if self.rank < 0 or not 0 <= self.dropout < 1:
@@ -50,80 +55,165 @@ class LoraConfig:
             raise ValueError(f"lora.alpha={self.alpha}: give a positive number, or null for twice the rank")
         if self.rank > 0 and not self.targets:
             raise ValueError(f"lora.rank={self.rank} has no lora.targets: name linear layers, or give lora.rank=0")
+        check_parts("lora.ranks", list(self.ranks))
+        if wrong := {part: rank for part, rank in self.ranks.items() if rank < 1}:
+            raise ValueError(f"lora.ranks={wrong}: give ranks >= 1; what is not named in lora.targets has none")
+        if self.grow is not None and self.grow.start >= self.rank:
+            raise ValueError(f"lora.grow.start={self.grow.start}: give a rank below lora.rank={self.rank}, or no grow")
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """A config as it stands in a file: lists for tuples, and the growth as a mapping."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+        if fields.get("grow") is not None:
+            fields["grow"] = Growth(**fields["grow"])
+        return cls(**fields)
+
+    def rank_of(self, name: str) -> int:
+        return self.ranks.get(part_of(name), self.rank)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied by."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
-def expand(pattern: str, names: Sequence[str]) -> list[str]:
-    """The existing names that a pattern stands for, every alternative of it.
+@dataclass(frozen=True)
+class Trained:
+    """What of one part of the model is trained, and how."""
 
-    Raises:
-        ValueError: when an alternative names nothing; the nearest names are listed.
-    """
-    parts = re.split(r"(\{[^}]*\})", pattern)
-    choices = [_alternatives(p[1:-1], pattern) if p.startswith("{") else [p] for p in parts]
-    found: list[str] = []
-    for concrete in ("".join(choice) for choice in itertools.product(*choices)):
-        regex = re.compile(re.escape(concrete).replace(r"\*", r"\d+"))
-        hits = [name for name in names if regex.fullmatch(name)]
-        if not hits:
-            near = ", ".join(difflib.get_close_matches(concrete, names, n=3, cutoff=0))
-            raise ValueError(f"lora: {concrete!r} names nothing in this model; the nearest names are {near}")
-        found += hits
-    return found
+    part: str
+    rank: int | None
+    """None for parameters that are trained whole."""
+    modules: int
+    parameters: int
+
+    def __str__(self) -> str:
+        how = "whole" if self.rank is None else f"LoRA, rank {self.rank}"
+        layers = f"{self.modules} layer{'s' if self.modules > 1 else ''}"
+        return f"{self.part}: {self.parameters:,} parameters ({how}, {layers})"
 
 
-def add_lora(model: "Lavida", config: LoraConfig) -> dict[str, int]:
-    """Freezes the model, then makes the adapter trainable; returns trainable parameters by part.
+def add_lora(model: "Lavida", config: LoraConfig, selector: Selector | None = None) -> list[Trained]:
+    """Freezes model and selector, then makes the adapter trainable; says what is trained, part by part.
+
+    LoRA's factors are float32 whatever the base is: bfloat16 would round most updates away.
 
     Raises:
         ValueError: for a target that is not an existing linear layer, an adapter that would train nothing or a layer
-            in two ways, or a model that carries an adapter already.
+            in two ways, layers of the selector that it leaves out, or a model that carries an adapter already.
     """
-    if any("lora_" in name for name, _ in model.named_parameters()):
+    tree = _tree(model, selector)
+    if any("lora_" in name for name, _ in tree.named_parameters()):
         raise ValueError("the model carries LoRA layers already: merge them (lavida_adapter.merge_lora) first")
-    model.requires_grad_(False)
-    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    tree.requires_grad_(False)
+    linears = [_short(name) for name, module in tree.named_modules() if isinstance(module, nn.Linear)]
     patterns = config.targets if config.rank > 0 else ()
     targets = list(dict.fromkeys(name for pattern in patterns for name in expand(pattern, linears)))
-    whole = _whole(model, config)
+    whole = _whole(tree, config)
     if both := sorted({t for t in targets for name in whole if name.startswith(f"{t}.")}):
         raise ValueError(f"lora.targets and lora.train_whole both name {', '.join(both[:3])}: give it to one of them")
-    counts: dict[str, int] = {}
-    if targets:
-        alpha = 2 * config.rank if config.alpha is None else config.alpha
-        lora = peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # only ever divided by the rank: a float will do
-            lora_dropout=config.dropout,
-            # peft matches a list by suffix, which would confuse the two ff_out; an expression matches the whole name.
-            target_modules="(?:" + "|".join(re.escape("model." + t) for t in targets) + ")",
-        )
-        peft.inject_adapter_in_model(lora, model)
-        injected = [n for n, m in model.model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-        if sorted(injected) != sorted(targets):
-            raise RuntimeError(f"peft adapted {len(injected)} modules, expected {len(targets)}")
-        counts["lora"] = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
-    for name, parameter in whole.items():
-        parameter.requires_grad_(True)
-        counts[name] = parameter.numel()
-    if not counts:
+    if not targets and not whole:
         raise ValueError("lora: nothing would be trained; give lora.rank > 0 with targets, or lora.train_whole")
-    return counts
+    if idle := sorted(config.ranks.keys() - {part_of(t) for t in targets}) if targets else []:
+        raise ValueError(f"lora.ranks.{idle[0]}: lora.targets has no layer of it; add one, or take the rank out")
+    own = [f"selector.{name}" for name, _ in selector.named_parameters()] if selector is not None else []
+    if left := [n for n in own if n not in whole and not any(n.startswith(f"{t}.") for t in targets)]:
+        raise ValueError(
+            f"the selector has a layer of its own that would stay as it begins, {left[0].rpartition('.')[0]}: add it "
+            "to lora.targets or lora.train_whole, or switch it off in the selector"
+        )
+    if targets:
+        _inject(tree, config, targets)
+    for parameter in whole.values():
+        parameter.requires_grad_(True)
+    return _counts(tree, config, targets, whole)
 
 
-def _whole(model: "Lavida", config: LoraConfig) -> dict[str, nn.Parameter]:
-    """The parameters that are trained without LoRA, by their names in the checkpoint below `model.`."""
-    parameters = {name.replace(".base_layer", ""): p for name, p in model.model.named_parameters()}
+def _inject(tree: nn.ModuleDict, config: LoraConfig, targets: list[str]) -> None:
+    own = {re.escape(_full(t)): config.rank_of(t) for t in targets if config.rank_of(t) != config.rank}
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # only ever divided by the rank
+        lora_dropout=config.dropout,
+        rank_pattern=own,
+        alpha_pattern={name: config.scale * rank for name, rank in own.items()},
+        # peft matches a list by suffix, which would confuse the two ff_out; an expression matches the whole name.
+        target_modules="(?:" + "|".join(re.escape(_full(t)) for t in targets) + ")",
+    )
+    peft.inject_adapter_in_model(lora, tree)
+    injected = [_short(name) for name, _ in lora_layers(tree)]
+    if sorted(injected) != sorted(targets):
+        raise RuntimeError(f"peft adapted {len(injected)} modules, expected {len(targets)}")
+    for name, parameter in tree.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def _counts(
+    tree: nn.ModuleDict, config: LoraConfig, targets: list[str], whole: Mapping[str, nn.Parameter]
+) -> list[Trained]:
+    found = []
+    factors = {_short(n): p.numel() for n, p in tree.named_parameters() if "lora_" in n}
+    for part in dict.fromkeys(part_of(t) for t in targets):
+        layers = [t for t in targets if part_of(t) == part]
+        size = sum(n for name, n in factors.items() if part_of(name) == part)
+        found.append(Trained(part, config.rank_of(layers[0]), len(layers), size))
+    for part in dict.fromkeys(part_of(name) for name in whole):
+        mine = {name: p for name, p in whole.items() if part_of(name) == part}
+        layers_of = {name.rpartition(".")[0] or name for name in mine}
+        found.append(Trained(part, None, len(layers_of), sum(p.numel() for p in mine.values())))
+    return found
+
+
+def lora_layers(*modules: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and LoRA layers of some modules."""
+    for module in modules:
+        for name, layer in module.named_modules():
+            if isinstance(layer, peft.tuners.lora.LoraLayer):
+                yield name, layer
+
+
+def rank_growth(config: LoraConfig, *modules: nn.Module) -> RankGrowth | None:
+    """What adds ranks to the adapter of these modules while it is trained; None where it begins with all of them."""
+    if config.grow is None:
+        return None
+    factors = [layer.lora_B["default"].weight for _, layer in lora_layers(*modules)]
+    return RankGrowth(config.grow, config.rank, factors)
+
+
+def trained_parameters(model: "Lavida", selector: Selector | None = None) -> dict[str, nn.Parameter]:
+    """What is trained of both, by the names that an adapter file has."""
+    return {name: p for name, p in _tree(model, selector).named_parameters() if p.requires_grad}
+
+
+def _tree(model: "Lavida", selector: Selector | None) -> nn.ModuleDict:
+    """Model and selector as one tree: checkpoint names for the one, "selector" before the other's."""
+    return nn.ModuleDict({"model": model.model} | ({} if selector is None else {"selector": selector}))
+
+
+def _full(name: str) -> str:
+    return name if part_of(name) == "selector" else f"model.{name}"
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.").replace(".base_layer", "")
+
+
+def _whole(tree: nn.ModuleDict, config: LoraConfig) -> dict[str, nn.Parameter]:
+    """The parameters that are trained without LoRA, by their short names."""
+    parameters = {_short(name): p for name, p in tree.named_parameters() if "lora_" not in name}
     above = sorted({".".join(n.split(".")[:i]) for n in parameters for i in range(1, n.count(".") + 2)})
     chosen = [name for pattern in config.train_whole for name in expand(pattern, above)]
     return {n: p for n, p in parameters.items() if any(n == name or n.startswith(f"{name}.") for name in chosen)}
 
 
-def save_adapter(model: "Lavida", config: LoraConfig, folder: str | Path) -> None:
+def save_adapter(model: "Lavida", config: LoraConfig, folder: str | Path, selector: Selector | None = None) -> None:
     """Writes the trained tensors alone, with their configuration and the fingerprint of the base."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-    meta = {"lora": asdict(config), "base": base_fingerprint(model, config)}
+    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_parameters(model, selector).items()}
+    meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector)}
     for name, write in (
         (ADAPTER, lambda p: save_file(tensors, p)),
         (META, lambda p: p.write_text(json.dumps(meta, indent=2))),
@@ -133,12 +223,12 @@ def save_adapter(model: "Lavida", config: LoraConfig, folder: str | Path) -> Non
         temporary.replace(folder / name)
 
 
-def load_adapter(model: "Lavida", folder: str | Path) -> LoraConfig:
-    """Puts a saved adapter on its base.
+def load_adapter(model: "Lavida", folder: str | Path, selector: Selector | None = None) -> LoraConfig:
+    """Puts a saved adapter on its base, and what it trained of a selector on a selector of the same kind.
 
     Raises:
         FileNotFoundError: no adapter there.
-        ValueError: the adapter belongs to another base, or its tensors do not fit.
+        ValueError: the adapter belongs to another base or selector, or its tensors do not fit.
     """
     folder = Path(folder)
     if not (folder / META).is_file() or not (folder / ADAPTER).is_file():
@@ -147,15 +237,20 @@ def load_adapter(model: "Lavida", folder: str | Path) -> LoraConfig:
         )
     try:
         meta = json.loads((folder / META).read_text())
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["lora"].items()}
-        config, base = LoraConfig(**fields), meta["base"]
+        config, base = LoraConfig.from_dict(meta["lora"]), meta["base"]
         tensors = load_file(folder / ADAPTER)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
-    if base != base_fingerprint(model, config):
+    if own := sorted(name for name in tensors if part_of(name) == "selector"):
+        if selector is None or not any(True for _ in selector.parameters()):
+            raise ValueError(
+                f"the adapter in {folder} holds {own[0]}, a layer of a selector that this one does not have: give the "
+                "selector's knobs as train.py printed them"
+            )
+    if base != base_fingerprint(model, config, selector):
         raise ValueError(f"the adapter in {folder} was trained on another base checkpoint: load that one (model.path=)")
-    add_lora(model, config)
-    wanted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    add_lora(model, config, selector)
+    wanted = trained_parameters(model, selector)
     if tensors.keys() != wanted.keys() or any(tensors[n].shape != p.shape for n, p in wanted.items()):
         raise ValueError(f"the tensors in {folder / ADAPTER} are not those that its {META} describes")
     with torch.no_grad():
@@ -164,26 +259,15 @@ def load_adapter(model: "Lavida", folder: str | Path) -> LoraConfig:
     return config
 
 
-def base_fingerprint(model: "Lavida", config: LoraConfig) -> str:
+def base_fingerprint(model: "Lavida", config: LoraConfig, selector: Selector | None = None) -> str:
     """Fingerprint of what the adapter leaves as it is; the parameters trained whole are not part of it."""
-    return fingerprint(model, skip=tuple(f"model.{name}" for name in _whole(model, config)))
+    return fingerprint(model, skip=tuple(_full(name) for name in _whole(_tree(model, selector), config)))
 
 
-def merge_lora(model: "Lavida") -> None:
-    """Folds the low-rank updates into the base weights and removes the LoRA layers."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            module.merge()
+def merge_lora(*modules: nn.Module) -> None:
+    """Folds the low-rank updates of model and selector into the base weights and removes the LoRA layers."""
+    for module in modules:
+        for name, layer in list(lora_layers(module)):
+            layer.merge()
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config  # peft's own note that an adapter is there
-
-
-def _alternatives(text: str, pattern: str) -> list[str]:
-    """The names that `a,b` or `0-3` between braces stands for."""
-    if span := re.fullmatch(r"(\d+)-(\d+)", text):
-        if int(span[1]) > int(span[2]):
-            raise ValueError(f"lora: the range {{{text}}} in {pattern!r} is empty: write the smaller number first")
-        return [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
-    return text.split(",")
+            setattr(module.get_submodule(owner), leaf, layer.get_base_layer())

@@ -5,6 +5,7 @@ The module tree carries the names of the published checkpoint, so that weights, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,14 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavida_adapter.cache import PrefixCache
+from lavida_adapter.attention import Watch
+from lavida_adapter.auxiliary import adaptive_k_loss, alignment, row_losses
+from lavida_adapter.cache import PrefixCache, StoredPrefix
+from lavida_adapter.cache_pack import CachePacker
 from lavida_adapter.cache_select import CacheSelector
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.copies import states_of_copies
-from lavida_adapter.denoise import DecodeConfig, Generation, LogitsFn, denoise, start
+from lavida_adapter.denoise import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
+from lavida_adapter.engine import pick
 from lavida_adapter.llada import Llada
 from lavida_adapter.objective import (
     ObjectiveConfig,
+    Tally,
     extra_padding,
     mask_probability,
     masked_cross_entropy,
@@ -32,9 +38,11 @@ from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
 from lavida_adapter.prompt import IGNORE, prompt_ids, training_example
 from lavida_adapter.relevance import Relevance
+from lavida_adapter.replay import Recorder
+from lavida_adapter.share import ALONE, Share
 from lavida_adapter.steps import CachedSteps
 from lavida_adapter.timer import NoTimer, Pausing, Timer
-from lavida_adapter.views import pooled_count
+from lavida_adapter.views import Views, pooled_count
 from lavida_adapter.vision import VisionTower
 from shirg import Selector
 
@@ -43,7 +51,8 @@ from shirg import Selector
 class TrainBatch:
     """Examples to learn from; pictures that are the same object are encoded once."""
 
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image | Views]
+    """Pictures, or what `geometries.cut` made of them for the selector of the step."""
     questions: Sequence[str]
     answers: Sequence[str]
     ids: Sequence[str]
@@ -51,6 +60,8 @@ class TrainBatch:
     """The questions with the dataset's suffix; the questions themselves when None."""
     boxes: Sequence[Boxes] | None = None
     """Where each example's evidence is, as fractions of its picture; only an oracle looks."""
+    histories: Sequence[Sequence[str]] | None = None
+    """The turns before each question, the user's and the assistant's alternating."""
 
 
 class _Body(nn.Module):
@@ -72,6 +83,7 @@ class Lavida(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Body(config)
+        self._recorders: dict[str, Recorder] = {}
         self._initialise()
 
     @torch.no_grad()
@@ -111,11 +123,16 @@ class Lavida(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.image_newline.dtype
+        """That of the base; what is trained may be wider."""
+        return self.lm.wte.weight.dtype
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Blocks of tower and language model run again in the backward pass: less memory, a third more time."""
+        self.lm.recompute = self.model.vision_tower.recompute = on
 
     def encode(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image | Views],
         questions: Sequence[str],
         selector: Selector,
         *,
@@ -154,16 +171,18 @@ class Lavida(nn.Module):
         decode: DecodeConfig,
         *,
         cache_selector: CacheSelector | None = None,
+        cache_packer: CachePacker | None = None,
         draft: Sequence[int] = (),
         generator: torch.Generator | None = None,
         timer: Timer | None = None,
     ) -> Generation:
         """Answers for a prefix. The cache is written once; with `decode.prefix_cache=False` there is none.
 
-        A `cache_selector` cuts the cache once, after the prefill or after the first step.
+        A `cache_selector` cuts the cache once, after the prefill or after the first step; a `cache_packer` stores it in
+        less memory.
 
         Raises:
-            ValueError: when prompt and answer together exceed the model's context, or the cache selector cannot work.
+            ValueError: when prompt and answer together exceed the model's context, or the cache cannot be treated so.
         """
         timer = Pausing(timer or NoTimer())
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
@@ -172,25 +191,68 @@ class Lavida(nn.Module):
                 f"prompt and answer need {longest} positions, the model has {self.config.lm.max_sequence_length}: "
                 "lower the budget or decode.max_new_tokens"
             )
-        if cache_selector is not None:
-            cache_selector.check(prefix, decode)
+        if cache_selector is not None and cache_packer is not None:
+            raise ValueError("a prefix cache can be cut or packed: give cache_selector or cache_packer")
+        for treatment in (cache_selector, cache_packer):
+            if treatment is not None:
+                treatment.check(prefix, decode)
         mask_id = self.config.lm.mask_token_id
         answer_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, draft, self.device)
         cached = None
         if decode.prefix_cache:
             with timer.stage("prefill"):
-                cache = self.prefill(prefix)
-            cached = CachedSteps(self.lm, prefix, cache, cache_selector, timer)
+                watch = None if cache_packer is None else cache_packer.watch(prefix)
+                cache: StoredPrefix = self.prefill(prefix, decode.max_new_tokens if cache_packer is None else 0, watch)
+            if cache_packer is not None:
+                assert isinstance(cache, PrefixCache)
+                with timer.stage("cache"):
+                    cache = cache_packer(cache, prefix, watch)
+            recorder = None if decode.engine == "eager" else self._recorder(decode.engine)
+            cached = CachedSteps(self.lm, prefix, cache, decode.max_new_tokens, cache_selector, timer, recorder)
         with timer.stage("denoise"):
-            logits_of: LogitsFn = cached or (lambda ids: self.lm.logits(self.forward_whole(prefix, self.lm.wte(ids))))
-            ids_BA, forwards, history = denoise(logits_of, answer_BA, decode, mask_id, generator)
+            logits_of: LogitsFn = cached or partial(self._logits_whole, prefix)
+            eos_id = self.config.lm.eos_token_id
+            ids_BA, forwards, steps, history = denoise(
+                logits_of,
+                answer_BA,
+                decode,
+                mask_id,
+                generator,
+                eos_id=eos_id,
+                # Shapes that stay the same; on a GPU the wider step costs nothing, its weights do.
+                all_slots=decode.engine != "eager" or self.device.type == "cuda",
+            )
         texts = self.tokenizer.batch_decode(ids_BA.tolist(), skip_special_tokens=True)
-        left_BP = None if cached is None else cached.cached_BP
-        return Generation(ids_BA, tuple(text.strip() for text in texts), forwards, tuple(history), left_BP)
+        return Generation(
+            ids_BA,
+            tuple(text.strip() for text in texts),
+            forwards,
+            tuple(steps),
+            tuple(history),
+            None if cached is None else cached.cached_BP,
+            None if cached is None else cached.cache,
+        )
 
-    def prefill(self, prefix: Prefix) -> PrefixCache:
-        """The prefix cache of a prefix, under the model's prefix attention."""
-        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP))
+    def prefill(self, prefix: Prefix, room: int = 0, watch: Watch | None = None) -> PrefixCache:
+        """The prefix cache of a prefix, under the model's prefix attention, with room for so many answer tokens."""
+        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), room, watch)
+
+    def _recorder(self, engine: Engine) -> Recorder:
+        """The recorder of this model's steps, with what it has recorded already.
+
+        Raises:
+            ValueError: for CUDA graphs on a CPU.
+        """
+        assert engine != "eager"
+        if engine == "graph" and self.device.type != "cuda":
+            raise ValueError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
+        if self._recorders.get(engine) is None or self._recorders[engine].lm is not self.lm:
+            self._recorders[engine] = Recorder(self.lm, engine)
+        return self._recorders[engine]
+
+    def _logits_whole(self, prefix: Prefix, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
+        states_BAD = self.forward_whole(prefix, self.lm.wte(ids_BA))
+        return self.lm.logits(states_BAD if want_BM is None else pick(states_BAD, want_BM))
 
     def forward_whole(self, prefix: Prefix, answer_BAD: Tensor) -> Tensor:
         """States [B, A, D] of the answer in one pass over prompt and answer, without a cache: the prompt sees it too.
@@ -225,16 +287,23 @@ class Lavida(nn.Module):
         generator: torch.Generator,
         *,
         relevance: Relevance | None = None,
+        share: Share = ALONE,
+        tally: Tally | None = None,
     ) -> Tensor:
-        """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies."""
-        timer = NoTimer()
-        blocks, _ = picture_blocks(
+        """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies.
+
+        A batch that is one process's `share` of a global one gets a loss whose mean over the processes is the global
+        batch's. `tally` is filled in.
+        """
+        timer, tally = NoTimer(), tally or Tally()
+        blocks, selections = picture_blocks(
             self, batch.images, batch.questions, batch.ids, selector, relevance, timer, batch.boxes
         )
         prompts = batch.questions if batch.prompts is None else batch.prompts
+        histories = [()] * len(prompts) if batch.histories is None else batch.histories
         examples = [
-            training_example(self.tokenizer, prompt, answer, self.config)
-            for prompt, answer in zip(prompts, batch.answers, strict=True)
+            training_example(self.tokenizer, prompt, answer, self.config, history=history)
+            for prompt, answer, history in zip(prompts, batch.answers, histories, strict=True)
         ]
         rows, labels = pad_answers(
             [e.prompt for e in examples],
@@ -242,8 +311,16 @@ class Lavida(nn.Module):
             eos=self.config.lm.eos_token_id,
             extra=extra_padding(objective, generator),
             least=objective.answer_tokens or 0,
+            agree=share.largest,
         )
-        return self.loss_of_rows(rows, labels, blocks, objective, generator)
+        loss = self.loss_of_rows(rows, labels, blocks, objective, generator, share=share, tally=tally)
+        if objective.alignment:
+            tally.terms["alignment"] = alignment(self, batch, blocks, selections)
+            loss = loss + objective.alignment * tally.terms["alignment"]
+        if objective.adaptive_k and tally.row_loss_B is not None:
+            tally.terms["adaptive_k"] = adaptive_k_loss(selections, tally.row_loss_B)
+            loss = loss + objective.adaptive_k * tally.terms["adaptive_k"]
+        return loss
 
     def loss_of_rows(
         self,
@@ -252,36 +329,61 @@ class Lavida(nn.Module):
         blocks: Sequence[Tensor],
         objective: ObjectiveConfig,
         generator: torch.Generator,
+        *,
+        share: Share = ALONE,
+        tally: Tally | None = None,
     ) -> Tensor:
-        """The loss of token rows with one picture block each.
+        """The loss of token rows with one picture block each; what exceeds the model's context is cut off on the right.
 
         Raises:
             ValueError: for a row without a target: it would teach nothing.
         """
+        max_length = self.config.tokenizer_model_max_length
+        room = [max_length - len(block) + 1 for block in blocks]
+        rows = [row[:n] for row, n in zip(rows, room, strict=True)]
+        labels = [label[:n] for label, n in zip(labels, room, strict=True)]
         for i, label in enumerate(labels):
             if all(token == IGNORE for token in label):
                 raise ValueError(f"training row {i} has no target token: its answer was empty or cut away")
-        max_length = self.config.tokenizer_model_max_length
         whole, labels_BL = splice(rows, blocks, self.lm.wte, max_length=max_length, labels=labels)
         b, length = labels_BL.shape
-        t_B = sample_times(b, objective.time, generator, self.device)
-        u_BL = torch.rand(b, length, generator=generator, device=self.device)
-        return self.loss_of_draw(whole, labels_BL, t_B, u_BL, objective)
+        whole_b, longest = b * share.world, share.largest(length)
+        t_B = share.rows(sample_times(whole_b, objective.time, generator, self.device))
+        u_BL = share.rows(torch.rand(whole_b, longest, generator=generator, device=self.device))
+        if tally is not None:
+            tally.tokens = sum(len(row) - 1 + len(block) for row, block in zip(rows, blocks, strict=True))
+        return self.loss_of_draw(whole, labels_BL, t_B, u_BL, objective, share=share, tally=tally)
 
     def loss_of_draw(
-        self, whole: Prefix, labels_BL: Tensor, t_B: Tensor, u_BL: Tensor, objective: ObjectiveConfig
+        self,
+        whole: Prefix,
+        labels_BL: Tensor,
+        t_B: Tensor,
+        u_BL: Tensor,
+        objective: ObjectiveConfig,
+        *,
+        share: Share = ALONE,
+        tally: Tally | None = None,
     ) -> Tensor:
-        """The loss of spliced rows at noise levels `t_B`, with one uniform draw `u_BL` per position."""
+        """The loss of spliced rows at noise levels `t_B`, with one uniform draw `u_BL` per position.
+
+        Draws beyond a row's end count for its minimum alone.
+        """
         target_BL = labels_BL != IGNORE
-        masked_BL, complement_BL = masked_targets(target_BL, t_B, u_BL)
+        masked_BL, complement_BL = masked_targets(target_BL, t_B, u_BL[:, : labels_BL.shape[1]], u_BL.amin(-1))
         copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
         masked_CL = torch.cat(copies)
         states = states_of_copies(self, whole, labels_BL, masked_CL, prefix_mask=objective.prefix_mask)
         logits_MW, labels_M = self.lm.logits(states[masked_CL]), labels_BL.repeat(len(copies), 1)[masked_CL]
+        if tally is not None:
+            tally.masked, tally.right = len(labels_M), (logits_MW.detach().argmax(-1) == labels_M).sum()
+            if objective.adaptive_k:
+                row_M = masked_CL.nonzero()[:, 0] % len(labels_BL)
+                tally.row_loss_B = row_losses(logits_MW, labels_M, row_M, len(labels_BL))
         if objective.weighting == "none":
-            return masked_cross_entropy(logits_MW, labels_M)
+            return masked_cross_entropy(logits_MW, labels_M, n_targets=max(1.0, share.mean(len(labels_M))))
         p_B = mask_probability(t_B)
         # Either copy alone estimates the same loss without bias: together they are averaged.
         weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
         weight_M = weight_C[:, None].expand_as(masked_CL)[masked_CL]
-        return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=target_BL.sum())
+        return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=share.mean(int(target_BL.sum())))

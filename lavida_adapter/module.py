@@ -1,17 +1,24 @@
 """Training with Lightning: what every stage shares, and LaViDa's own objective."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from lavida_adapter.growth import RankGrowth
+from lavida_adapter.mix import Mix
 from lavida_adapter.model import Lavida, TrainBatch
-from lavida_adapter.objective import ObjectiveConfig
+from lavida_adapter.objective import ObjectiveConfig, Tally
 from lavida_adapter.relevance import Relevance
+from lavida_adapter.share import Share
+from lavida_adapter.targets import check_parts, part_of
 from shirg import Selector
 
 
@@ -26,8 +33,13 @@ class OptimConfig:
     """The last learning rate as a share of the highest."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Highest learning rates of single parts of the model, or of its selector; the others have `lr`."""
 
     def __post_init__(self) -> None:
+        check_parts("optim.rates", list(self.rates))
+        if wrong := {part: rate for part, rate in self.rates.items() if not 0 < rate < math.inf}:
+            raise ValueError(f"optim.rates={wrong}: give rates above 0; what is not trained has none")
         if self.steps < 1 or not self.lr > 0 or not 0 <= self.warmup <= self.steps or not 0 <= self.lr_floor <= 1:
             raise ValueError(
                 "training needs steps >= 1, lr > 0, 0 <= warmup <= steps and 0 <= lr_floor <= 1, got "
@@ -50,6 +62,9 @@ class Trainable(L.LightningModule):
         self.model = model
         self.optim = optim
         self.seed = seed
+        self.tally: Tally | None = None
+        self._ids: tuple[str, ...] = ()
+        self._loss = torch.zeros(())
         # Checkpoints hold what is trained and nothing else: the base is a file of its own.
         self.strict_loading = False
 
@@ -57,20 +72,51 @@ class Trainable(L.LightningModule):
         raise NotImplementedError(f"{type(self).__name__} must say what the loss of a batch is")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        # One generator per step and rank: a run that is stopped and resumed draws what the undisturbed run drew.
-        seed = self.seed * 1_000_003 + self.global_step + (self.global_rank << 40)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        loss = self.loss(batch, generator)
-        self.log("loss", loss, prog_bar=True, batch_size=1)
+        # One generator per step, the same on every rank: a run that is stopped and resumed, on this number of processes
+        # or another, draws what the undisturbed run drew. Dropout draws from the global state, each rank its own.
+        self._ids = tuple(getattr(batch, "ids", ()))
+        seed = self.seed * 1_000_003 + self.global_step
+        torch.manual_seed(seed + (self.global_rank << 40))
+        loss = self.loss(batch, torch.Generator(self.device).manual_seed(seed))
+        self._loss = loss.detach()
+        self.log("loss", loss, batch_size=1, sync_dist=True)
+        if self.tally is not None and self.tally.right is not None:
+            self.log("accuracy", self.tally.right / max(1, self.tally.masked), batch_size=1, sync_dist=True)
         self.log("lr", self.optim.lr * self.optim.scale(self.global_step), batch_size=1)
         return loss
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stops before the optimiser can spread a NaN or an infinity; all processes stop together."""
+        found = {"loss": self._loss}
+        if self.trainer.precision != "16-mixed":  # which looks for the largest scale that overflows
+            found["gradient"] = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+            self.log("grad_norm", found["gradient"], batch_size=1)
+        # One look at the device for both.
+        finite = torch.stack([value.float() for value in found.values()]).isfinite().tolist()
+        bad = [what for what, good in zip(found, finite, strict=True) if not good]
+        if self.trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
+            what = bad[0] if bad else "loss"
+            is_ = f"is {found[what].item()}, with the samples {', '.join(self._ids) or '(no ids)'}"
+            saver = self.trainer.checkpoint_callback
+            saved = getattr(saver, "last_model_path", "") or "none was written yet"
+            raise ValueError(
+                f"the {what} of step {self.global_step} {is_ if bad else 'is not finite in another process'}: stopped "
+                f"before it was used; last good checkpoint: {saved}; lower optim.lr=, or look at these samples"
+            )
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = [p for p in self.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("nothing requires a gradient: there is nothing to train")
+        if idle := sorted(self.optim.rates.keys() - {part_of(name) for name in trained}):
+            raise ValueError(f"optim.rates.{idle[0]}: nothing of it is trained; take it out, or train it")
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in trained.items():
+            groups.setdefault(self.optim.rates.get(part_of(name), self.optim.lr), []).append(parameter)
         optimizer = torch.optim.AdamW(
-            trained, lr=self.optim.lr, betas=self.optim.betas, weight_decay=self.optim.weight_decay
+            [{"params": parameters, "lr": rate} for rate, parameters in groups.items()],
+            betas=self.optim.betas,
+            weight_decay=self.optim.weight_decay,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -81,7 +127,10 @@ class Trainable(L.LightningModule):
 
 
 class LavidaModule(Trainable):
-    """LaViDa's masked-diffusion objective with a selector in the middle."""
+    """LaViDa's masked-diffusion objective with a selector in the middle.
+
+    A base in bfloat16 computes in bfloat16; what is trained of it is held in float32, which small updates need.
+    """
 
     def __init__(
         self,
@@ -91,11 +140,54 @@ class LavidaModule(Trainable):
         objective: ObjectiveConfig,
         optim: OptimConfig,
         seed: int,
+        *,
+        mix: Mix | None = None,
+        growth: RankGrowth | None = None,
     ) -> None:
+        """`mix` says which selector each step trains with, `selector` itself where there is none."""
         super().__init__(model, optim, seed)
+        if model.dtype == torch.float16:
+            raise ValueError("dtype=float16 loses small gradients in training: choose dtype=bfloat16 or float32")
         self.selector = selector
         self.relevance = relevance
         self.objective = objective
+        self.mix = mix
+        self.growth = growth
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context in which wide trained parameters and a narrow base work together."""
+        narrow = self.model.dtype == torch.bfloat16
+        return torch.autocast(self.model.device.type, torch.bfloat16) if narrow else nullcontext()
 
     def loss(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
-        return self.model.loss(batch, self.selector, self.objective, generator, relevance=self.relevance)
+        selector = self.selector if self.mix is None else self.mix.at(self.seed, self.global_step)
+        self.tally = Tally()
+        with self.precision():
+            loss = self.model.loss(
+                batch,
+                selector,
+                self.objective,
+                generator,
+                relevance=self.relevance,
+                share=Share.here(),
+                tally=self.tally,
+            )
+        for name, term in self.tally.terms.items():
+            self.log(f"loss_{name}", term.detach(), batch_size=1, sync_dist=True)
+        if self.growth is not None:
+            if (mean := self.growth.observe(loss)) is not None:
+                self.growth.decide(self.trainer.strategy.reduce(torch.tensor(mean), reduce_op="mean").item())
+            self.log("lora_rank", float(self.growth.rank), batch_size=1)
+        return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.growth is not None:
+            checkpoint["growth"] = self.growth.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.growth is not None:
+            self.growth.load_state_dict(checkpoint["growth"])

@@ -3,8 +3,9 @@
 docs/lavida.md, "Training objective". Draws are arguments, so that a test can replay the reference's.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -32,6 +33,10 @@ class ObjectiveConfig:
     """Up to this many end-of-text tokens are appended to the longest answer of a batch, half of the time."""
     answer_tokens: int | None = None
     """Pads every answer with end-of-text to at least the length at which it will be decoded."""
+    alignment: float = 0.0
+    """Weight of the contrast between a prompt's picture tokens and its question's words; 0 leaves it out."""
+    adaptive_k: float = 0.0
+    """Weight of the error of a selector's head that expects the loss of its budget; 0.1 in the notes."""
 
     def __post_init__(self) -> None:
         choices = {"time": ("uniform", "logit_normal", "mode"), "weighting": ("none", "inverse_time")}
@@ -40,8 +45,26 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.extra_padding < 0:
             raise ValueError(f"objective.extra_padding={self.extra_padding}: give 0 or more")
+        for name in ("alignment", "adaptive_k"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"objective.{name}={getattr(self, name)}: give a weight >= 0")
         if self.answer_tokens is not None and self.answer_tokens < 1:
             raise ValueError(f"objective.answer_tokens={self.answer_tokens}: give at least 1, or null")
+
+
+@dataclass
+class Tally:
+    """What the last loss looked at, for progress and curves."""
+
+    tokens: int = 0
+    """Positions of all rows, pictures included, counted once for both copies."""
+    masked: int = 0
+    right: Tensor | None = None
+    """How many of the masked targets the model would have filled in correctly."""
+    row_loss_B: Tensor | None = None
+    """Mean cross entropy of each row's masked targets, where a head learns from it."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """The parts of a loss that has several, before their weights."""
 
 
 def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -80,12 +103,12 @@ def masked_targets(
 
 
 def masked_cross_entropy(
-    logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None, n_targets: Tensor | int | None = None
+    logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None, n_targets: float | None = None
 ) -> Tensor:
     """Cross entropy of the M masked targets in float32, without a label shift: the plain mean over them.
 
-    With weights it is their weighted sum over `n_targets`, all targets of the batch, masked or not. A draw that masks
-    nothing has a loss of 0.
+    With weights it is their weighted sum; it is divided by `n_targets` where given. A draw that masks nothing has a
+    loss of 0.
     """
     loss_M = F.cross_entropy(logits_MW.float(), labels_M, reduction="none")
     if weight_M is not None:
@@ -94,14 +117,21 @@ def masked_cross_entropy(
 
 
 def pad_answers(
-    prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]], *, eos: int, extra: int, least: int = 0
+    prompts: Sequence[tuple[int, ...]],
+    answers: Sequence[tuple[int, ...]],
+    *,
+    eos: int,
+    extra: int,
+    least: int = 0,
+    agree: Callable[[int], int] = int,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Rows of equal length before the picture goes in, and their labels: all padding is an end-of-text target.
 
-    The longest row grows by `extra`; every answer has at least `least` tokens.
+    The longest row grows by `extra`; every answer has at least `least` tokens. `agree` turns the length that these rows
+    need into the one they get, where others share their batch.
     """
     pairs = list(zip(prompts, answers, strict=True))
-    length = max(len(p) + max(len(a) + extra, least) for p, a in pairs)
+    length = agree(max(len(p) + max(len(a) + extra, least) for p, a in pairs))
     rows, labels = [], []
     for prompt, answer in pairs:
         tail = [*answer, *[eos] * (length - len(prompt) - len(answer))]

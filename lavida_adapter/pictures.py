@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavida_adapter.geometries import cut
+from lavida_adapter.geometries import ready
 from lavida_adapter.prefix import picture_block
 from lavida_adapter.prompt import encode_text
-from lavida_adapter.relevance import Context, Relevance
+from lavida_adapter.relevance import Context, NoRelevance, Relevance
 from lavida_adapter.timer import Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels
 from shirg import Selection, Selector, VisionFeatures
@@ -28,7 +28,7 @@ Boxes = Sequence[tuple[float, float, float, float]]
 
 def picture_blocks(
     model: "Lavida",
-    images: Sequence[Image.Image],
+    images: Sequence[Image.Image | Views],
     questions: Sequence[str],
     ids: Sequence[str],
     selector: Selector,
@@ -39,7 +39,7 @@ def picture_blocks(
     """Each prompt's picture tokens [n, D] in the language model's space, and the selections (B = 1) behind them."""
     distinct = list({id(image): image for image in images}.values())
     with timer.stage("views"):
-        views = [cut(image, model.config, selector.geometry) for image in distinct]
+        views = [ready(image, model.config, selector.geometry) for image in distinct]
     with timer.stage("tower"):
         states, taps = run_tower(model, views, selector.needs - {"encoder", "pixels"})
     picture_at = {id(image): i for i, image in enumerate(distinct)}
@@ -49,10 +49,13 @@ def picture_blocks(
     for layout in {id(v.layout): v.layout for v in views}.values():
         rows = [i for i, picture in enumerate(picture_of) if views[picture].layout is layout]
         shown = list(dict.fromkeys(picture_of[i] for i in rows))
+        place = [shown.index(picture_of[i]) for i in rows]
+        # One selection serves every prompt about a picture, if nothing that it depends on is the prompt's own.
+        asking = [rows[place.index(e)] for e in range(len(shown))] if is_shared(selector, relevance) else rows
         group = PictureGroup(
             [views[i] for i in shown],
             torch.stack([states[i] for i in shown]),
-            torch.tensor([shown.index(picture_of[i]) for i in rows], device=model.device),
+            torch.tensor([shown.index(picture_of[i]) for i in asking], device=model.device),
             model.model.mm_projector,
         )
         recorded = {name: torch.stack([tensors[i] for i in shown]) for name, tensors in taps.items()}
@@ -60,21 +63,28 @@ def picture_blocks(
             recorded["pixels"] = torch.stack([patch_pixels(views[i].pixels_V3SS, layout) for i in shown]).to(
                 model.device
             )
-        features = group.features(tuple(ids[i] for i in rows), recorded)
+        features = group.features(tuple(ids[i] for i in asking), recorded)
         if boxes is not None:
-            features = replace(features, boxes=tuple(tuple(boxes[i]) for i in rows))
+            features = replace(features, boxes=tuple(tuple(boxes[i]) for i in asking))
         if relevance is not None and selector.uses_relevance:
             with timer.stage("relevance"):
-                texts = [questions[i].strip() for i in rows]
+                texts = [questions[i].strip() for i in asking]
                 asked = [encode_text(model.tokenizer, text) for text in texts]
                 asked_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in asked]
                 context = Context(group.projected, asked_Q, model.lm.wte, texts, model.model.vision_tower)
                 features = replace(features, relevance_BN=relevance(features, context))
         selection, tokens_BTD = select(features, group, selector, timer)
-        for j, i in enumerate(rows):
+        for at, i in enumerate(rows):
+            j = place[at] if len(asking) < len(rows) else at
             selections[i] = _row(selection, j)
             blocks[i] = picture_block(selections[i], tokens_BTD[j], model.model.image_newline)
     return [blocks[i] for i in range(len(images))], tuple(selections[i] for i in range(len(images)))
+
+
+def is_shared(selector: Selector, relevance: Relevance | None) -> bool:
+    """Whether a selection depends on the picture alone, and not on who asks what about it."""
+    ranks_alone = not selector.uses_relevance or isinstance(relevance, NoRelevance)
+    return ranks_alone and not selector.reads_sample
 
 
 def run_tower(
@@ -148,4 +158,5 @@ def select(features: VisionFeatures, group: PictureGroup, selector: Selector, ti
 def _row(selection: Selection, b: int) -> Selection:
     row = {f: getattr(selection, f)[b : b + 1] for f in ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")}
     scores = None if selection.scores_BN is None else selection.scores_BN[b : b + 1]
-    return Selection(**row, scores_BN=scores)
+    expected = None if selection.expected_B is None else selection.expected_B[b : b + 1]
+    return Selection(**row, scores_BN=scores, expected_B=expected)

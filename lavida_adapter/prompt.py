@@ -58,22 +58,26 @@ def render(turns: Sequence[str], config: LavidaConfig) -> tuple[tuple[Piece, ...
     return (before,), tuple(after)
 
 
-def prompt_ids(tokenizer: Any, question: str, config: LavidaConfig, *, training: bool = False) -> tuple[int, ...]:
-    """Ids of the whole prompt with one `IMAGE` placeholder.
+def prompt_ids(
+    tokenizer: Any, question: str, config: LavidaConfig, *, history: Sequence[str] = (), training: bool = False
+) -> tuple[int, ...]:
+    """Ids of the whole prompt with one `IMAGE` placeholder; `history` are the turns before, user and assistant.
 
     At inference the reference loses the first token after the picture (the newline); `config.drop_token_after_image`
     decides whether that is reproduced. Training has always kept it.
     """
-    chunks = [encode(tokenizer, pieces) for pieces in render([question], config)]
+    chunks = [encode(tokenizer, pieces) for pieces in render([*history, question], config)]
     return join_at_images(chunks, drop_first=config.drop_token_after_image and not training)
 
 
-def training_example(tokenizer: Any, question: str, answer: str, config: LavidaConfig) -> Example:
+def training_example(
+    tokenizer: Any, question: str, answer: str, config: LavidaConfig, *, history: Sequence[str] = ()
+) -> Example:
     """Ids of one round of a conversation. The answer is stripped, as the template strips every message."""
     text = answer.strip()
     if not text:
         raise ValueError(f"the training example {question!r} has an empty answer: drop it from the data")
-    prompt = prompt_ids(tokenizer, question, config, training=True)
+    prompt = prompt_ids(tokenizer, question, config, history=history, training=True)
     return Example(prompt, encode(tokenizer, [Piece(text, False), Piece(EOT, True)]))
 
 

@@ -3,10 +3,12 @@
 from torch import Tensor
 
 from lavida_adapter.attention import attention_weights
-from lavida_adapter.cache import PrefixCache
+from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.cache_select import CacheSelector, FirstStep, Shortened
+from lavida_adapter.engine import Steps, pick
 from lavida_adapter.llada import Llada
 from lavida_adapter.prefix import Prefix
+from lavida_adapter.replay import Recorder, ReplayedSteps
 from lavida_adapter.timer import Timer
 
 
@@ -17,13 +19,25 @@ class CachedSteps:
     """
 
     def __init__(
-        self, lm: Llada, prefix: Prefix, cache: PrefixCache, selector: CacheSelector | None, timer: Timer
+        self,
+        lm: Llada,
+        prefix: Prefix,
+        cache: StoredPrefix,
+        n_answer: int,
+        selector: CacheSelector | None,
+        timer: Timer,
+        recorder: Recorder | None = None,
     ) -> None:
-        self.lm, self.prefix, self.cache, self.timer = lm, prefix, cache, timer
+        """With a `recorder` steps are replayed; the step that a selector watches never is."""
+        self.lm, self.prefix, self.timer = lm, prefix, timer
+        self.cache: StoredPrefix = cache
+        self._n_answer = n_answer
+        self._recorder = recorder
+        self._steps: Steps | ReplayedSteps | None = None
         self._kept_BP = prefix.mask_BP
         self._selector = selector
         self._pending = selector
-        self._seen: AttentionMean | None = None
+        self._seen: tuple[AttentionMean, Tensor] | None = None
         if selector is not None and selector.after == "prefill":
             self._cut(None)
 
@@ -32,19 +46,28 @@ class CachedSteps:
         """Slots of the prefix that are in the cache; None without a selector."""
         return None if self._selector is None else self._kept_BP
 
-    def __call__(self, ids_BA: Tensor) -> Tensor:
+    def __call__(self, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
         if self._seen is not None:
-            self._cut(FirstStep(self._seen.mean_BAP, ids_BA == self.lm.config.mask_token_id))
-        watch = None
+            attention, logits_BAW = self._seen
+            self._cut(FirstStep(attention.mean_BAP, ids_BA == self.lm.config.mask_token_id, logits_BAW))
         if self._pending is not None:
-            watch = self._seen = AttentionMean(self.cache.positions_BP.shape[1])
-        return self.lm.logits(self.lm.decode(self.lm.wte(ids_BA), self.cache, watch=watch))
+            watch = AttentionMean(self.cache.n_slots(0))
+            logits_BAW = Steps(self.lm, self.cache, self._n_answer)(ids_BA, watch=watch)
+            self._seen = watch, logits_BAW.clone()  # the loop may write to what it gets
+            return logits_BAW if want_BM is None else pick(logits_BAW, want_BM)
+        if self._steps is None:
+            if self._recorder is None:
+                self._steps = Steps(self.lm, self.cache, self._n_answer)
+            else:
+                self._steps = ReplayedSteps(self._recorder, self.cache)
+        return self._steps(ids_BA, want_BM)
 
     def _cut(self, first: FirstStep | None) -> None:
-        assert self._pending is not None
+        assert self._pending is not None and isinstance(self.cache, PrefixCache)
         with self.timer.stage("cache"):
             cut: Shortened = self._pending(self.lm, self.cache, self.prefix, first)
         self.cache, self._kept_BP, self._pending, self._seen = cut.cache, cut.kept_BP, None, None
+        self._steps = None
 
 
 class AttentionMean:

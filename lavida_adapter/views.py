@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Views:
-    """One picture, ready for the vision tower."""
+    """One picture, ready for the vision tower.
+
+    Between processes it travels without its layout, which every process has one of; `geometries.ready` gives it back.
+    """
 
     pixels_V3SS: Tensor
     """float32 in [-1, 1]: base view first, then the tiles row by row."""
@@ -34,6 +38,9 @@ class Views:
     """(width, height) of the original picture."""
     base_count: int | None = None
     """What LaViDa itself would feed for this picture; None where the layout is LaViDa's own."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "layout"}
 
 
 def choose_canvas(size: Size, canvases: Sequence[Size]) -> Size:
@@ -143,13 +150,18 @@ def own_pooling(config: LavidaConfig) -> Pooling:
     return Pooling(side=config.pooled_side, mode=config.mm_spatial_pool_mode, merge=config.mm_patch_merge_type)
 
 
-def pooled_count(size: Size, config: LavidaConfig) -> int:
-    """How many tokens LaViDa itself feeds for a picture of this size, newlines included."""
+def own_layout(size: Size, config: LavidaConfig) -> TokenLayout:
+    """The layout that LaViDa itself gives a picture of this size."""
     grid = (0, 0)
     if config.image_aspect_ratio == "anyres":
         width, height = choose_canvas(size, config.image_grid_pinpoints)
         grid = (height // config.vision.image_size, width // config.vision.image_size)
-    return _pooled_count(canvas_layout(config, grid), size)
+    return canvas_layout(config, grid)
+
+
+def pooled_count(size: Size, config: LavidaConfig) -> int:
+    """How many tokens LaViDa itself feeds for a picture of this size, newlines included."""
+    return _pooled_count(own_layout(size, config), size)
 
 
 @lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from lavida_adapter.config import VisionConfig
+from lavida_adapter.recompute import run_block
 
 TAPS = ("keys", "attention", "input", "post_norm")
 """What a layer can record: its attention keys [V, n, H, D/H]; the attention that each token receives from its own view,
@@ -52,6 +53,8 @@ class VisionTower(nn.Module):
         sizes = {**asdict(config), "num_hidden_layers": config.num_hidden_layers - 1, "vision_use_head": False}
         # Modules built by hand get no attention kernel from transformers' loader: without this they run the eager one.
         self.vision_tower = _Tower(SiglipVisionConfig.from_dict(sizes, attn_implementation="sdpa"))
+        self.recompute = False
+        """Whether layers run again in the backward pass instead of keeping what they computed."""
 
     @property
     def layers(self) -> Sequence[SiglipEncoderLayer]:
@@ -72,20 +75,8 @@ class VisionTower(nn.Module):
         resized = pixels_V3SS.shape[-1] != self.config.image_size
         x = self.vision_tower.vision_model.embeddings(pixels_V3SS, interpolate_pos_encoding=resized)
         for i, layer in enumerate(self.layers):
-            here = {what for what, at in wanted.values() if at == i}
-            found: dict[str, Tensor] = {}
-            h = layer.layer_norm1(x)
-            if "input" in here:
-                found["input"] = x
-            if "keys" in here:
-                found["keys"] = layer.self_attn.k_proj(h).unflatten(-1, (self.config.num_attention_heads, -1))
-            if "attention" in here:
-                found["attention"] = attention_received(layer.self_attn, h)
-            x = x + layer.self_attn(h)[0]
-            h = layer.layer_norm2(x)
-            if "post_norm" in here:
-                found["post_norm"] = h
-            x = x + layer.mlp(h)
+            here = frozenset(what for what, at in wanted.values() if at == i)
+            x, found = run_block(self.recompute, _through, layer, x, here)
             # Two spellings of one tap ("keys@2" and "keys@-1") are both answered.
             recorded |= {tap: found[what] for tap, (what, at) in wanted.items() if at == i}
         return x, recorded
@@ -103,6 +94,23 @@ class VisionTower(nn.Module):
                 "counted from the end if negative, or a share of the depth from 0.0 to below 1.0"
             )
         return what, index % n
+
+
+def _through(layer: SiglipEncoderLayer, x: Tensor, here: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A layer's output, and the recordings that are wanted of it."""
+    found: dict[str, Tensor] = {}
+    h = layer.layer_norm1(x)
+    if "input" in here:
+        found["input"] = x
+    if "keys" in here:
+        found["keys"] = layer.self_attn.k_proj(h).unflatten(-1, (layer.self_attn.num_heads, -1))
+    if "attention" in here:
+        found["attention"] = attention_received(layer.self_attn, h)
+    x = x + layer.self_attn(h)[0]
+    h = layer.layer_norm2(x)
+    if "post_norm" in here:
+        found["post_norm"] = h
+    return x + layer.mlp(h), found
 
 
 def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 128) -> Tensor:

@@ -1,9 +1,12 @@
 """Telling the language model where a token sits (docs/method.md, "Coordinate embedding")."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+
+from shirg.selection import Selection, Source
 
 FREQUENCIES = 16
 
@@ -24,6 +27,17 @@ class CoordEmbed(nn.Module):
         """[B, T, width] of boxes (x0, y0, x1, y1) in fractions of the picture."""
         embedding: Tensor = self.linear(sincos(box_BT4).to(self.linear.weight.dtype))
         return embedding
+
+    def added_to(self, selection: Selection) -> Selection:
+        """The selection with the embedding on all tokens but newlines and unused slots."""
+        tokens_BTD, width = selection.tokens_BTD, self.linear.out_features
+        if tokens_BTD.shape[-1] != width:
+            raise ValueError(
+                f"coord_width={width}, but the tokens are {tokens_BTD.shape[-1]} wide; set coord_width to that"
+            )
+        used_BT1 = (selection.mask_BT & (selection.source_BT != int(Source.NEWLINE)))[..., None]
+        shift_BTD = self(selection.box_BT4) * used_BT1
+        return replace(selection, tokens_BTD=tokens_BTD + shift_BTD.to(tokens_BTD.dtype))
 
 
 def sincos(box_BT4: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shirg.geometry import area_weights, subdivide
 from shirg.seats import Seats
-from shirg.selection import Selection, Source, VisionFeatures
+from shirg.selection import Selection, Source, VisionFeatures, assert_finite
 
 ScaffoldSource = Literal["global", "canvas"]
 
@@ -38,6 +38,7 @@ def scaffold_tokens(features: VisionFeatures, seats: Seats, size: int, source: S
     box_BM4 = there.take(features.box_BN4())
     frame_B4 = torch.cat([box_BM4[:, 0, :2], box_BM4[:, -1, 2:]], dim=-1)
     mask_BS = area_B.flatten(1) > 0
+    assert_finite(mean_B.detach().sum(-1).flatten(1), mask_BS, "the scaffold")
     return Selection(
         tokens_BTD=mean_B.flatten(1, 2).to(features.tokens_BND.dtype),
         index_BT=torch.full_like(mask_BS, -1, dtype=torch.int64),

@@ -3,13 +3,15 @@
 docs/method.md, "Terms", defines every term; its section "Variants" says which knobs make which of the notes' methods.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from shirg.adaptive import AdaptiveHead, deserve
 from shirg.coords import CoordEmbed
 from shirg.coverage import scaffold_tokens, summary_token
 from shirg.knobs import (
@@ -29,7 +31,7 @@ from shirg.knobs import (
 )
 from shirg.merging import Merge, match
 from shirg.newline import close_rows, used_rows
-from shirg.ranking import boost_representatives, count_by_entropy, marginal_relevance, tiers
+from shirg.ranking import boost_representatives, marginal_relevance, tiers
 from shirg.refusals import refuse_idle_knobs
 from shirg.scoring import CropTerm, Norm
 from shirg.seats import Dedup, Seats, average_cells, seat
@@ -77,7 +79,8 @@ class ShirgGate(Selector):
         coverage: side in cells of the regions that each keep their best token; 0 for none.
         merge: `mode` "tome" merges the most similar neighbours, a `share` of the cells, before the choice.
         diversity: `mode` "mmr" picks one by one, each less `weight` x its largest cosine to those before; slow.
-        adaptive: `mode` "entropy" lets a picture keep the first of `levels` (shares of K) that holds what is relevant.
+        adaptive: `mode` "entropy" lets a picture keep the first of `levels` (shares of K) that holds what is relevant,
+            "head" the first that a head, which has to be trained, expects to be as good as all K.
         scaffold: `size`, `source` and `space`; "post" pools projected tokens and turns this into a selector of stage
             "post", which needs the tap "encoder" to score by.
         summary: a last token, the mean of all that were not kept.
@@ -162,6 +165,14 @@ class ShirgGate(Selector):
                 "coord_embed=sincos_linear and coord_width (the tokens' width) go together: set both or none"
             )
         self.coords = None if coord_width is None else CoordEmbed(width=coord_width)
+        self.head = AdaptiveHead(self.adaptive) if self.adaptive.mode == "head" else None
+        self.level: int | None = None
+
+    def at_level(self, level: int) -> Self:
+        """This gate, parameters shared, with all pictures at one of `adaptive.levels`: what its head trains with."""
+        fixed = copy.copy(self)
+        fixed.level = level
+        return fixed
 
     def select(self, features: VisionFeatures) -> Selection:
         layout, side = features.layout, self.scaffold.side(features.layout)
@@ -173,11 +184,16 @@ class ShirgGate(Selector):
             if self.newline == "row" and self.budget == "matched":
                 keep_B = (keep_B - rows_BR.sum(-1)).clamp_min(0)
             seats = seat(layout, usable_BN, features.relevance_BN, self.dedup)
-            scores_BP = self._terms.score(features, self._states(features), seats)
+            ranks_global = self._ranks_global(features, k)
+            scores_BP = self._terms.score(features, self._states(features), seats, ranks_global)
             assert_finite(scores_BP, seats.usable_BP, type(self).__name__)
+            for row_P, ranks in zip(scores_BP, ranks_global, strict=True):
+                row_P[: 0 if ranks else layout.n_global] = -torch.inf
             merge, competing, competing_BP = self._merge(features, seats, scores_BP)
+        deserved_B, expected_B = self._deserve(layout, competing, competing_BP, k)
+        with torch.no_grad():
             ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k)
-            keep_B = torch.minimum(self._count(layout, competing, competing_BP, k, keep_B), available_B)
+            keep_B = torch.minimum(torch.minimum(keep_B, deserved_B), available_B)
         source, fused_BN, box_BN4 = self._fuse(features, seats, merge)
         scores_BN = scores_BP[:, tables(layout).place_N]
         chosen = keep(source, ranked_BK, keep_B, scores_BN=scores_BN)
@@ -191,13 +207,15 @@ class ShirgGate(Selector):
             parts.insert(0, self._with_coords(scaffold_tokens(features, seats, side, self.scaffold.source)))
         if self.summary:
             parts.append(self._with_coords(summary_token(features, usable_BN, taken_BN)))
-        return replace(join(*parts), scores_BN=scores_BN)
+        return replace(join(*parts), scores_BN=scores_BN, expected_B=expected_B)
 
     def score(self, features: VisionFeatures) -> Tensor:
         """Scores [B, N] of all tokens, padding included; tokens that share a cell have the score of its winner."""
         usable_BN = features.valid_BN if self.mask_padding else torch.ones_like(features.valid_BN)
         seats = seat(features.layout, usable_BN, features.relevance_BN, self.dedup)
-        return self._terms.score(features, self._states(features), seats)[:, tables(features.layout).place_N]
+        everywhere = (True,) * len(features.ids)
+        scores_BP = self._terms.score(features, self._states(features), seats, everywhere)
+        return scores_BP[:, tables(features.layout).place_N]
 
     def _states(self, features: VisionFeatures) -> Tensor:
         """The encoder states, which are what is scored."""
@@ -218,6 +236,17 @@ class ShirgGate(Selector):
     def _first(self, layout: TokenLayout) -> int:
         """The first place that competes; those before it only fill up."""
         return layout.n_global if self.views == "tiles" and layout.canvas != (0, 0) else 0
+
+    def _ranks_global(self, features: VisionFeatures, k: int) -> tuple[bool, ...]:
+        """Whether each picture's global view must be ranked: it competes, or the picture may have too few tile tokens.
+
+        Known on the host, and picture by picture, so that no choice depends on a batch-mate.
+        """
+        layout = features.layout
+        if not self._first(layout):
+            return (True,) * len(features.ids)
+        usable = features.n_valid if self.mask_padding else (layout.n_tokens,) * len(features.ids)
+        return tuple(n - layout.n_global - self._merged(layout) < k for n in usable)
 
     def _merge(self, features: VisionFeatures, seats: Seats, scores_BP: Tensor) -> tuple[Merge | None, Seats, Tensor]:
         """What merges, and the places and scores that are left to compete."""
@@ -287,7 +316,7 @@ class ShirgGate(Selector):
             picks = min(k, worth_BX.shape[1])
             worth_BX = marginal_relevance(worth_BX, usable_BX, states_BXD, picks, self.diversity.weight)
         groups = [(token_BX, worth_BX, usable_BX)]
-        if first:
+        if first and any(self._ranks_global(features, k)):
             groups.append((seats.token_BP[:, :first], scores_BP[:, :first], seats.usable_BP[:, :first] & fills))
         if seats.shared:
             order_BN = layout.order_N.expand_as(usable_BN)
@@ -297,15 +326,10 @@ class ShirgGate(Selector):
             groups.append((order_BN, worth_BN, spare_BN.gather(1, order_BN)))
         return tiers(groups, k)
 
-    def _count(self, layout: TokenLayout, seats: Seats, scores_BP: Tensor, k: int, keep_B: Tensor) -> Tensor:
-        """How many tokens [B] the content deserves."""
-        if self.adaptive.mode == "none":
-            return keep_B
+    def _deserve(self, layout: TokenLayout, seats: Seats, scores_BP: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        """How many tokens [B] the content deserves, and the loss [B] that a head expects of them."""
         first = self._first(layout)
-        counts = [max(1, int(level * k)) for level in self.adaptive.levels]
-        temperature = self.adaptive.temperature
-        deserved_B = count_by_entropy(scores_BP[:, first:], seats.usable_BP[:, first:], counts, temperature)
-        return torch.minimum(keep_B, deserved_B)
+        return deserve(self.adaptive, self.head, self.level, scores_BP[:, first:], seats.usable_BP[:, first:], k)
 
     @staticmethod
     def _used(ranked_BK: Tensor, keep_B: Tensor) -> Tensor:
@@ -341,16 +365,7 @@ class ShirgGate(Selector):
                 )
 
     def _with_coords(self, selection: Selection) -> Selection:
-        if self.coords is None:
-            return selection
-        tokens_BTD, width = selection.tokens_BTD, self.coords.linear.out_features
-        if tokens_BTD.shape[-1] != width:
-            raise ValueError(
-                f"coord_width={width}, but the tokens are {tokens_BTD.shape[-1]} wide; set coord_width to that"
-            )
-        used_BT1 = (selection.mask_BT & (selection.source_BT != int(Source.NEWLINE)))[..., None]
-        shift_BTD = self.coords(selection.box_BT4) * used_BT1
-        return replace(selection, tokens_BTD=tokens_BTD + shift_BTD.to(tokens_BTD.dtype))
+        return selection if self.coords is None else self.coords.added_to(selection)
 
 
 def _fine(layout: TokenLayout) -> tuple[slice, tuple[int, int]]:

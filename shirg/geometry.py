@@ -71,9 +71,9 @@ def crops_layout(cells: int, side: int, patch_px: int, pooling: Pooling) -> Toke
     return _square(origins, [Role.CROP] * 5, cells, side, patch_px, pooling, "seed_canvas48")
 
 
-def single_layout(cells: int, patch_px: int, pooling: Pooling) -> TokenLayout:
+def single_layout(cells: int, patch_px: int, pooling: Pooling, geometry: Geometry = "single_672") -> TokenLayout:
     """One view of cells x cells patches that shows the whole picture at a finer scale; it is its own canvas."""
-    return _square([(0, 0)], [Role.TILE], cells, cells, patch_px, pooling, "single_672")
+    return _square([(0, 0)], [Role.TILE], cells, cells, patch_px, pooling, geometry)
 
 
 def fovea_layout(cells: int, patch_px: int, pooling: Pooling) -> TokenLayout:

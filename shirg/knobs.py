@@ -139,19 +139,29 @@ class Diversity:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Whether a picture may keep fewer tokens: the first of `levels`, shares of K, that holds what is relevant."""
+    """Whether a picture may keep fewer tokens: the first of `levels`, shares of K, that is enough.
 
-    mode: Literal["none", "entropy"] = "none"
+    "entropy": that holds what is relevant at `temperature`; "head": whose loss a trained head expects to be at most
+    `tolerance` above that of all K.
+    """
+
+    mode: Literal["none", "entropy", "head"] = "none"
     levels: Sequence[float] = (0.5, 0.75, 1.0)
-    temperature: float = 0.5
+    temperature: float = 0.3
+    tolerance: float = 0.01
 
     def __post_init__(self) -> None:
-        one_of("adaptive.mode", self.mode, Literal["none", "entropy"])
+        one_of("adaptive.mode", self.mode, Literal["none", "entropy", "head"])
         object.__setattr__(self, "levels", tuple(self.levels))
         rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
         if not self.levels or not rising or self.levels[0] <= 0 or self.levels[-1] != 1:
             raise ValueError(f"adaptive.levels={list(self.levels)}: give rising shares of the budget that end with 1")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"adaptive.temperature={self.temperature}: give a number above 0")
-        if self.mode == "none" and (self.levels, self.temperature) != (Adaptive.levels, Adaptive.temperature):
-            raise ValueError("adaptive.levels and adaptive.temperature mean nothing with adaptive.mode=none")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"adaptive.tolerance={self.tolerance}: give a number >= 0")
+        if self.mode == "none" and self.levels != Adaptive.levels:
+            raise ValueError("adaptive.levels means nothing with adaptive.mode=none")
+        for knob, mode in (("temperature", "entropy"), ("tolerance", "head")):
+            if self.mode != mode and getattr(self, knob) != getattr(Adaptive, knob):
+                raise ValueError(f"adaptive.{knob} means nothing with adaptive.mode={self.mode}; it is for {mode}")

@@ -1,7 +1,4 @@
-"""From scores to a ranking: representatives, diversity, and how many tokens a picture deserves.
-
-docs/method.md, "Coverage", "Diversity" and "Budget by content".
-"""
+"""From scores to a ranking: representatives and diversity (docs/method.md, "Coverage" and "Diversity")."""
 
 from collections.abc import Sequence
 
@@ -62,16 +59,3 @@ def marginal_relevance(scores_BP: Tensor, usable_BP: Tensor, states_BPD: Tensor,
         cosine_BP = (unit_BPD @ picked_BD1).squeeze(-1)
         nearest_BP = cosine_BP if step == 0 else torch.maximum(nearest_BP, cosine_BP)
     return rank_BP
-
-
-def count_by_entropy(scores_BP: Tensor, usable_BP: Tensor, levels: Sequence[int], temperature: float) -> Tensor:
-    """The smallest level [B] that holds the effective number of relevant tokens, else the largest.
-
-    That number is exp(entropy) of softmax(score / temperature): as many equally relevant tokens would be as uncertain.
-    """
-    logit_BP = (scores_BP / temperature).masked_fill(~usable_BP, -1e30)
-    log_p_BP = logit_BP.log_softmax(-1)
-    entropy_B = -(log_p_BP.exp() * log_p_BP.masked_fill(~usable_BP, 0.0)).sum(-1)
-    level_L = torch.tensor(sorted(levels), device=scores_BP.device)
-    too_small_BL = level_L < entropy_B.exp()[:, None] * (1 - 1e-5)
-    return level_L[too_small_BL.sum(-1).clamp_max(len(levels) - 1)]

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from shirg.gate import ShirgGate
 
+SINGLE = ("single_672", "single_512")
+"""Geometries of one view of the whole picture."""
 HAS_GLOBAL = ("lavida_tiles", "fovea")
 """Geometries with a view of the whole picture beside the canvas."""
 
@@ -45,8 +47,11 @@ def refuse_idle_knobs(gate: "ShirgGate") -> None:
         "underflow=raise is what views=all does anyway where there are too few tokens; choose global or mask": (
             gate.underflow == "raise" and gate.views == "all"
         ),
-        "mask_padding=False: geometry=single_672 fills its view and has no padding; leave it at true": (
-            not gate.mask_padding and gate.geometry == "single_672"
+        f"mask_padding=False: geometry={gate.geometry} fills its view and has no padding; leave it at true": (
+            not gate.mask_padding and gate.geometry in SINGLE
+        ),
+        f"underflow={gate.underflow}: geometry={gate.geometry} has no padding, never too few; leave it at global": (
+            gate.underflow != "global" and gate.geometry in SINGLE
         ),
         f"dedup={gate.dedup}: only the crops of geometry=seed_canvas48 share cells; choose relevance": (
             gate.dedup != "relevance" and not overlaps

@@ -16,45 +16,68 @@ CropTerm = Literal["none", "border", "centre", "literal"]
 
 EPS = 1e-6
 CLAMP = 3.0
-ROWS = 8
+ROWS = 18
+"""Rows of a grid that are compared at a time on a CPU: few enough to stay in its cache, in few enough calls."""
 # Each undirected edge of the 8-neighbourhood once: right, down, down right, down left.
 EDGES = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 
-def unit(tokens_RCD: Tensor) -> Tensor:
+def unit(tokens_XD: Tensor) -> Tensor:
     """Tokens scaled to length 1; a zero token stays zero, one whose length overflows becomes NaN."""
-    norm_RC1 = torch.linalg.vector_norm(tokens_RCD, dim=-1, keepdim=True)
-    norm_RC1 = norm_RC1.masked_fill(norm_RC1.isinf(), float("nan"))
-    return torch.div(tokens_RCD, norm_RC1.masked_fill(norm_RC1 == 0, 1.0))
+    return tokens_XD / _length(tokens_XD)
 
 
-def neighbour_term(tokens_RCD: Tensor, valid_RC: Tensor, metric: Metric) -> Tensor:
+def unit_on_grid(tokens_ND: Tensor, token_RC: Tensor) -> Tensor:
+    """float32 [R, C, D]: a copy of the tokens at the cells of a grid, scaled to length 1 in place."""
+    copy_RCD = torch.unflatten(tokens_ND.index_select(0, token_RC.flatten()).float(), 0, token_RC.shape)
+    return copy_RCD.div_(_length(copy_RCD))
+
+
+def _length(tokens_XD: Tensor) -> Tensor:
+    norm_X1: Tensor = torch.linalg.vector_norm(tokens_XD, dim=-1, keepdim=True)
+    return norm_X1.masked_fill(norm_X1.isinf(), float("nan")).masked_fill(norm_X1 == 0, 1.0)
+
+
+def neighbour_term(tokens_ND: Tensor, token_RC: Tensor, valid_RC: Tensor, metric: Metric) -> Tensor:
     """Mean distance [R, C] of each token of a grid to its existing, valid 8-neighbours; 0 where it has none.
+
+    `token_RC` says which of the N tokens is at each cell, `valid_RC` which cells count.
 
     `feature_l2`: distance of unit tokens, 0 to 2. `feature_cos`: half its square, which is 1 - cosine.
     `position`: distance of cells; the same for every inner token, kept as the literal reading of the notes.
     `local_var`: mean squared deviation over channels from the mean of the 3 x 3 window.
     """
     if metric == "local_var":
-        return _local_variance(unit(tokens_RCD.float()), valid_RC)
-    x_RCD = tokens_RCD if metric == "position" else unit(tokens_RCD.float())
+        return _local_variance(unit_on_grid(tokens_ND, token_RC), valid_RC)
     weight_RC = valid_RC.float()
     total_RC, count_RC = torch.zeros_like(weight_RC), torch.zeros_like(weight_RC)
-    for down, right in EDGES:
-        (a, b), pads = _ends(x_RCD, down, right), _pads(down, right)
+    for (down, right), distance in zip(EDGES, _edge_distances(tokens_ND, token_RC, metric), strict=True):
         both = torch.mul(*_ends(weight_RC[..., None], down, right)).squeeze(-1)
-        if metric == "position":
-            distance = torch.full_like(both, (down * down + right * right) ** 0.5)
-        else:
-            # A difference, not a dot product: exact for equal tokens, where 2 - 2 cos would leave rounding noise that
-            # the z-score then blows up. Few rows at a time stay in cache, and beat banded matrix products on a CPU.
-            blocks = zip(torch.split(a, ROWS), torch.split(b, ROWS), strict=True)
-            distance = torch.cat([torch.linalg.vector_norm(p - q, dim=-1) for p, q in blocks])
-            distance = distance.square() / 2 if metric == "feature_cos" else distance
-        for pad in pads:
+        for pad in _pads(down, right):
             total_RC = total_RC + F.pad(distance * both, pad)
             count_RC = count_RC + F.pad(both, pad)
     return total_RC / count_RC.clamp_min(1)
+
+
+def _edge_distances(tokens_ND: Tensor, token_RC: Tensor, metric: Metric) -> list[Tensor]:
+    """The distance of both ends of each edge, one grid for each direction of EDGES."""
+    rows, cols = token_RC.shape
+    if metric == "position":
+        shapes = [(rows - down, cols - abs(right)) for down, right in EDGES]
+        far = [(down * down + right * right) ** 0.5 for down, right in EDGES]
+        return [torch.full(shape, d, device=tokens_ND.device) for shape, d in zip(shapes, far, strict=True)]
+    step = ROWS if tokens_ND.device.type == "cpu" else rows
+    parts: list[list[Tensor]] = [[] for _ in EDGES]
+    for first in range(0, rows, step):
+        # One row more, for the edges that lead out of the block; the edges inside that row are the next block's.
+        block_RCD = unit_on_grid(tokens_ND, token_RC[first : first + step + 1])
+        for part, (down, right) in zip(parts, EDGES, strict=True):
+            a, b = _ends(block_RCD if down else block_RCD[:step], down, right)
+            # A difference, not a dot product: exact for equal tokens, where 2 - 2 cos would leave rounding noise that
+            # the z-score then blows up; and on a CPU no slower than banded matrix products.
+            part.append(torch.linalg.vector_norm(a - b, dim=-1))
+    distances = [torch.cat(part) for part in parts]
+    return [d.square() / 2 for d in distances] if metric == "feature_cos" else distances
 
 
 def _ends(grid_RCD: Tensor, down: int, right: int) -> tuple[Tensor, Tensor]:

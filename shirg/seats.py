@@ -33,10 +33,6 @@ class Seats:
         index = self.token_BP.view(*self.token_BP.shape, *[1] * (values_BN.ndim - 2))
         return values_BN.gather(1, index.expand(-1, -1, *values_BN.shape[2:]))
 
-    def take_one(self, states_ND: Tensor, picture: int) -> Tensor:
-        """The states of one picture at its places [P, D]."""
-        return states_ND.index_select(0, self.token_BP[picture])
-
 
 def seat(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | None, dedup: Dedup) -> Seats:
     """Gives each canvas cell to one of its tokens: the most relevant, or ("border") the one deepest inside its view.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 Budget = int | Literal["matched"]
 Stage = Literal["pre", "post"]
-Geometry = Literal["lavida_tiles", "seed_canvas48", "single_672", "fovea"]
+Geometry = Literal["lavida_tiles", "seed_canvas48", "single_672", "single_512", "fovea"]
 """How a picture is cut into views (docs/method.md, "Geometries")."""
 
 
@@ -190,6 +190,8 @@ class Selection:
     """bool: False for slots that this picture does not use."""
     scores_BN: Tensor | None = None
     """float32: what the tokens were ranked by, for overlays."""
+    expected_B: Tensor | None = None
+    """float32: the loss that a trained head expects of this choice; it carries the head's gradient."""
 
 
 def assert_finite(scores_BN: Tensor, valid_BN: Tensor, who: str) -> None:
@@ -280,6 +282,8 @@ class Selector(nn.Module):
     """True when `features.relevance_BN` must be given."""
     geometry: Geometry = "lavida_tiles"
     """How the adapter has to cut pictures into views for this selector."""
+    reads_sample: bool = False
+    """True when `ids` or `boxes` matter: prompts about one picture then get a selection each, whatever ranks."""
     may_use_less: bool = False
     """True when a picture may use fewer tokens than its budget."""
 

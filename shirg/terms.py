@@ -1,11 +1,13 @@
 """The score of a gate: its terms at every place, made comparable and added up (docs/method.md, "Terms")."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, unflatten
 
+from shirg.kernels import score as kernel
 from shirg.knobs import Neighbor, NormScope, Weights
 from shirg.scoring import CropTerm, Norm, centre_term, crop_term, neighbour_term, normalise
 from shirg.seats import Seats
@@ -13,8 +15,8 @@ from shirg.selection import TokenLayout, VisionFeatures
 from shirg.tables import tables
 from shirg.texture import EdgeSpace, VarianceOf, channel_variance, edge_term, neighbourhood_variance, pixel_edges
 
-GridTerm = Callable[[Tensor, Tensor], Tensor]
-"""Tokens [R, C, D] and validity [R, C] of a grid to values [R, C]."""
+GridTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Tokens [N, D], which of them is at each cell [R, C] and which cells count [R, C] to values [R, C]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +31,17 @@ class Terms:
     norm_scope: NormScope
     crop_term: CropTerm
 
-    def score(self, features: VisionFeatures, states_BND: Tensor, seats: Seats) -> Tensor:
-        """float32 [B, P], padding included, of encoder states."""
+    def score(self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]) -> Tensor:
+        """float32 [B, P], padding included, of encoder states.
+
+        Where `ranks_global` is False nobody reads the scores of a picture's global view, and some terms leave it out.
+        """
         layout, weights = features.layout, self.weights
-        score_BP = torch.zeros_like(seats.usable_BP, dtype=torch.float32)
-        if weights.similarity:
-            assert features.relevance_BN is not None
-            relevance_BP = seats.take(features.relevance_BN.float())
-            score_BP = score_BP + weights.similarity * self._comparable(relevance_BP, seats, layout)
-        for weight, values_BP in self._local(features, states_BND, seats):
+        if self._fits_kernel(states_BND):
+            score_BP = self._by_kernel(features, states_BND, seats)
+        else:
+            score_BP = self.relevance_and_neighbours(features, states_BND, seats, ranks_global)
+        for weight, values_BP in self._texture(features, states_BND, seats, ranks_global):
             score_BP = score_BP + weight * self._comparable(values_BP, seats, layout)
         if weights.centre:
             centre_BP = centre_term(tables(layout).centre_P2).expand_as(score_BP)
@@ -48,22 +52,65 @@ class Terms:
             score_BP = score_BP - weights.crop * seats.take(lost_N.expand_as(features.valid_BN))
         return score_BP
 
-    def _local(self, features: VisionFeatures, states_BND: Tensor, seats: Seats) -> list[tuple[float, Tensor]]:
-        """Weights, with their signs, and values [B, P] of the terms that look at the tokens themselves."""
+    def relevance_and_neighbours(
+        self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]
+    ) -> Tensor:
+        """float32 [B, P]: the two terms of SHIRG-980, which `shirg.kernels.score` has a kernel for."""
+        layout, weights = features.layout, self.weights
+        score_BP = torch.zeros_like(seats.usable_BP, dtype=torch.float32)
+        if weights.similarity:
+            assert features.relevance_BN is not None
+            relevance_BP = seats.take(features.relevance_BN.float())
+            score_BP = score_BP + weights.similarity * self._comparable(relevance_BP, seats, layout)
+        if weights.neighbor:
+            term = partial(neighbour_term, metric=self.neighbor.metric)
+            distance_BP = self._comparable(_on_grids(term, states_BND, seats, layout, ranks_global), seats, layout)
+            score_BP = score_BP + self.neighbor.sign * weights.neighbor * distance_BP
+        return score_BP
+
+    def _fits_kernel(self, states_BND: Tensor) -> bool:
+        return (
+            states_BND.is_cuda
+            and kernel.available()
+            and self.weights.neighbor > 0
+            and self.neighbor.metric in ("feature_l2", "feature_cos")
+            and self.norm in ("zscore", "none")
+            and self.norm_scope == "image"
+        )
+
+    def _by_kernel(self, features: VisionFeatures, states_BND: Tensor, seats: Seats) -> Tensor:
+        layout, weights = features.layout, self.weights
+        relevance_BN = features.relevance_BN if weights.similarity else None
+        found: Tensor = kernel.relevance_and_neighbours(
+            states_BND,
+            seats.token_BP,
+            seats.usable_BP,
+            torch.zeros_like(seats.token_BP).float() if relevance_BN is None else seats.take(relevance_BN.float()),
+            layout.n_global,
+            layout.side,
+            max(layout.canvas[1], 1),
+            weights.similarity,
+            self.neighbor.sign * weights.neighbor,
+            self.neighbor.metric == "feature_cos",
+            self.norm == "zscore",
+        )
+        return found
+
+    def _texture(
+        self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]
+    ) -> list[tuple[float, Tensor]]:
+        """Weights and values [B, P] of how busy the tokens are."""
         weights, layout = self.weights, features.layout
         found: list[tuple[float, Tensor]] = []
-        if weights.neighbor:
-            metric = self.neighbor.metric
-            values = _on_grids(states_BND, seats, layout, lambda x, valid: neighbour_term(x, valid, metric))
-            found.append((self.neighbor.sign * weights.neighbor, values))
         if weights.variance and self.variance_of == "channels":
             found.append((weights.variance, seats.take(channel_variance(states_BND))))
         elif weights.variance:
-            found.append((weights.variance, _on_grids(states_BND, seats, layout, neighbourhood_variance)))
+            values_BP = _on_grids(neighbourhood_variance, states_BND, seats, layout, ranks_global)
+            found.append((weights.variance, values_BP))
         if weights.edge and self.edge_space == "pixels":
             found.append((weights.edge, seats.take(pixel_edges(features.taps["pixels"]))))
         elif weights.edge:
-            found.append((weights.edge, _on_grids(states_BND, seats, layout, edge_term, by_view=True)))
+            found.append((weights.edge, _on_grids(edge_term, states_BND, seats, layout, ranks_global, by_view=True)))
         return found
 
     def _comparable(self, values_BP: Tensor, seats: Seats, layout: TokenLayout) -> Tensor:
@@ -81,31 +128,54 @@ class Terms:
 
 
 def _on_grids(
-    states_BND: Tensor, seats: Seats, layout: TokenLayout, term: GridTerm, *, by_view: bool = False
+    term: GridTerm,
+    states_BND: Tensor,
+    seats: Seats,
+    layout: TokenLayout,
+    ranks_global: Sequence[bool],
+    *,
+    by_view: bool = False,
 ) -> Tensor:
-    """A term of grids at all places [B, P]: the global view and the canvas are two grids.
+    """A term of grids at all places [B, P]; zeros stand for a global view that is not ranked.
 
-    `by_view` takes each tile as a grid of its own, because a tower that sees one tile knows nothing of the next.
     One picture at a time: its temporaries stay in cache, and its score cannot depend on its batch-mates.
     """
-    n, side = layout.n_global, layout.side
-    table = tables(layout)
     rows = []
-    for picture, states_ND in enumerate(states_BND):
-        states_PD, usable_P = seats.take_one(states_ND, picture), seats.usable_BP[picture]
-        square = (side, side)
-        parts = [term(unflatten(states_PD[:n], 0, square), unflatten(usable_P[:n], 0, square))] if n else []
-        states_MD, usable_M = states_PD[n:], usable_P[n:]
-        if by_view and not layout.overlaps and layout.canvas != (0, 0):
-            split = (-1, side, side)
-            tiles = zip(
-                unflatten(states_MD[table.by_tile_M], 0, split),
-                unflatten(usable_M[table.by_tile_M], 0, split),
-                strict=True,
-            )
-            by_tile = torch.cat([term(x, usable).flatten() for x, usable in tiles])
-            parts.append(by_tile[table.from_tile_M])
-        elif layout.canvas != (0, 0):
-            parts.append(term(unflatten(states_MD, 0, layout.canvas), unflatten(usable_M, 0, layout.canvas)))
-        rows.append(torch.cat([part.flatten() for part in parts]))
+    for picture, ranks in enumerate(ranks_global):
+        of_grid = partial(term, states_BND[picture])
+        token_P, usable_P = seats.token_BP[picture], seats.usable_BP[picture]
+        rows.append(_on_grids_of_one(of_grid, token_P, usable_P, layout, ranks, by_view))
     return torch.stack(rows)
+
+
+def _on_grids_of_one(
+    term: Callable[[Tensor, Tensor], Tensor],
+    token_P: Tensor,
+    usable_P: Tensor,
+    layout: TokenLayout,
+    ranks_global: bool,
+    by_view: bool,
+) -> Tensor:
+    """The global view and the canvas are two grids.
+
+    `by_view` takes each tile as a grid of its own, because a tower that sees one tile knows nothing of the next.
+    """
+
+    def on(token_X: Tensor, usable_X: Tensor, shape: tuple[int, int]) -> Tensor:
+        return term(unflatten(token_X, 0, shape), unflatten(usable_X, 0, shape)).flatten()
+
+    n, square = layout.n_global, (layout.side, layout.side)
+    parts = []
+    if n and ranks_global:
+        parts.append(on(token_P[:n], usable_P[:n], square))
+    elif n:
+        parts.append(torch.zeros_like(usable_P[:n], dtype=torch.float32))
+    token_M, usable_M = token_P[n:], usable_P[n:]
+    if by_view and not layout.overlaps and layout.canvas != (0, 0):
+        table = tables(layout)
+        tiles = [unflatten(x_M[table.by_tile_M], 0, (-1, layout.side**2)) for x_M in (token_M, usable_M)]
+        by_tile = torch.cat([on(token_X, usable_X, square) for token_X, usable_X in zip(*tiles, strict=True)])
+        parts.append(by_tile[table.from_tile_M])
+    elif layout.canvas != (0, 0):
+        parts.append(on(token_M, usable_M, layout.canvas))
+    return torch.cat(parts)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shirg.scoring import neighbour_term, unit
+from shirg.scoring import neighbour_term, unit_on_grid
 
 VarianceOf = Literal["channels", "neighbourhood"]
 EdgeSpace = Literal["features", "pixels"]
@@ -17,17 +17,17 @@ def channel_variance(states_XD: Tensor) -> Tensor:
     return states_XD.float().var(-1, unbiased=False)
 
 
-def neighbourhood_variance(states_RCD: Tensor, valid_RC: Tensor) -> Tensor:
+def neighbourhood_variance(states_ND: Tensor, token_RC: Tensor, valid_RC: Tensor) -> Tensor:
     """Mean squared deviation [R, C] of unit tokens from the mean of their 3 x 3 window."""
-    return neighbour_term(states_RCD, valid_RC, "local_var")
+    return neighbour_term(states_ND, token_RC, valid_RC, "local_var")
 
 
-def edge_term(states_RCD: Tensor, valid_RC: Tensor) -> Tensor:
+def edge_term(states_ND: Tensor, token_RC: Tensor, valid_RC: Tensor) -> Tensor:
     """Mean over channels of |sum over the 4 neighbours of (x - neighbour)| [R, C], of unit tokens.
 
     A neighbour that is missing or not valid counts as equal, so that neither a border nor padding is an edge.
     """
-    x_RCD, weight_RC1 = unit(states_RCD.float()), valid_RC[..., None].float()
+    x_RCD, weight_RC1 = unit_on_grid(states_ND, token_RC), valid_RC[..., None].float()
     total = torch.zeros_like(x_RCD)
     down = (x_RCD[:-1] - x_RCD[1:]) * weight_RC1[:-1] * weight_RC1[1:]
     right = (x_RCD[:, :-1] - x_RCD[:, 1:]) * weight_RC1[:, :-1] * weight_RC1[:, 1:]

@@ -14,14 +14,16 @@ CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
 
 @dataclass(frozen=True)
 class Case:
-    """A selector, the knobs it is tested with, and for each knob a value that must change something or raise.
+    """A selector, the knobs it is tested with, and for each knob a value that must change something.
 
-    A changed value may bring other knobs along: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}.
+    A changed value may bring other knobs along: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}. `refused` names
+    the knobs whose changed value means nothing beside the others and must raise.
     """
 
     build: Callable[..., Selector]
     knobs: dict[str, Any] = field(default_factory=dict)
     flips: dict[str, Any] = field(default_factory=dict)
+    refused: frozenset[str] = frozenset()
 
 
 GATE_FLIPS: dict[str, Any] = {
@@ -44,45 +46,73 @@ GATE_FLIPS: dict[str, Any] = {
     "scaffold": {"scaffold": {"size": 2, "source": "canvas"}},
     "summary": True,
     "newline": "row",
-    "underflow": {"underflow": "raise", "budget": 300},
+    "underflow": {"underflow": "mask", "budget": 150},
     "coord_embed": "sincos_linear",
     "coord_width": 16,
 }
 
 
-def preset(name: str, budget: int = 60, **flips: Any) -> Case:
+EVERY_TERM = {"centre": 0.2, "variance": 0.2, "edge": 0.3, "crop": 0.2}
+COORDS = frozenset({"coord_embed", "coord_width"})
+"""Each needs the other, and an embedding starts at zero: tests/shirg/test_gate.py trains one."""
+NO_CELL_IS_SHARED = COORDS | {"dedup"}
+ONE_VIEW = NO_CELL_IS_SHARED | {"views", "norm_scope", "mask_padding", "underflow"}
+TOO_LARGE = {"underflow": {"underflow": "mask", "budget": 300}}
+
+
+def preset(name: str, refused: frozenset[str], budget: int = 60, **flips: Any) -> Case:
     """A variant of SHIRG: the knobs of its own file, at a budget of the test."""
     knobs = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     own = {knob: value for knob, value in knobs.items() if knob != "defaults"}
-    return Case(ShirgGate, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips})
+    return Case(ShirgGate, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips}, refused=refused)
 
 
 FAMILY = {
-    "shirg": Case(ShirgGate, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS),
-    "shirg_div": preset("shirg_div", neighbor={"neighbor": {"sign": -1}}),
-    "shirg_672": preset("shirg_672"),
-    "shirg_v2": preset("shirg_v2", views="tiles", norm_scope="image", summary=False),
-    "shirg_fixed": preset("shirg_fixed"),
-    "shirg_x": preset("shirg_x"),
-    "shirg_fovea": preset("shirg_fovea", geometry="lavida_tiles"),
+    "shirg": Case(ShirgGate, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS, refused=NO_CELL_IS_SHARED),
+    "shirg_div": preset("shirg_div", NO_CELL_IS_SHARED, neighbor={"neighbor": {"sign": -1}}, coverage=5),
+    "shirg_672": preset("shirg_672", ONE_VIEW),
+    "shirg_v2": preset(
+        "shirg_v2",
+        NO_CELL_IS_SHARED,
+        geometry={"geometry": "fovea", "norm_scope": "image"},
+        views="tiles",
+        norm_scope="image",
+        summary=False,
+        **TOO_LARGE,
+    ),
+    "shirg_fixed": preset("shirg_fixed", ONE_VIEW),
+    "shirg_x": preset("shirg_x", ONE_VIEW),
+    "shirg_fovea": preset("shirg_fovea", NO_CELL_IS_SHARED | {"norm_scope"}, geometry="lavida_tiles"),
 }
 OTHERS = {
     "seed_canvas48": Case(
         ShirgGate,
         {"budget": 60, "geometry": "seed_canvas48", "crop_term": "border", "scaffold": {"size": 2, "source": "canvas"}},
-        flips={**GATE_FLIPS, "crop_term": "centre", "scaffold": {"scaffold": {"size": 3, "source": "canvas"}}},
+        flips={
+            **GATE_FLIPS,
+            **TOO_LARGE,
+            "crop_term": "centre",
+            "scaffold": {"scaffold": {"size": 3, "source": "canvas"}},
+        },
+        refused=COORDS | {"views", "norm_scope"},
     ),
     "cell_means": Case(
         ShirgGate,
         {"budget": 60, "geometry": "seed_canvas48", "dedup": "mean", "underflow": "mask", "scaffold": {"size": 0}},
-        flips={**GATE_FLIPS, "dedup": "relevance", "underflow": "global", "scaffold": {"scaffold": {"size": 1}}},
+        flips={
+            **GATE_FLIPS,
+            "dedup": "relevance",
+            "underflow": "global",
+            "scaffold": {"scaffold": {"size": 2, "source": "canvas"}},
+        },
+        refused=COORDS | {"geometry", "views", "norm_scope", "merge", "underflow"},
     ),
     "everything": Case(
         ShirgGate,
         {
             "budget": 60,
             "views": "all",
-            "weights": {"centre": 0.2, "variance": 0.2, "edge": 0.3, "crop": 0.2},
+            "weights": EVERY_TERM,
             "edge_space": "pixels",
             "crop_term": "literal",
             "merge": {"mode": "tome", "share": 0.2},
@@ -92,17 +122,24 @@ OTHERS = {
         },
         flips={
             **GATE_FLIPS,
+            **TOO_LARGE,
+            "geometry": {"geometry": "fovea", "crop_term": "none"},
             "views": "tiles",
+            "weights": {"weights": {**EVERY_TERM, "centre": 0.9}},
+            "neighbor": {"neighbor": {"sign": 1}},
+            "variance_of": "neighbourhood",
             "edge_space": "features",
             "crop_term": "none",
             "merge": {"merge": {"mode": "none"}},
             "summary": False,
         },
+        refused=NO_CELL_IS_SHARED,
     ),
     "mmr": Case(
         ShirgGate,
         {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}},
         flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
+        refused=NO_CELL_IS_SHARED | {"coverage"},
     ),
 }
 """Selectors without a file of their own: settings that the files leave out."""

@@ -1,9 +1,13 @@
 """Options shared by all tests."""
 
+import os
 from pathlib import Path
 
-import pytest
-import torch
+# Before anything imports huggingface_hub, which reads it once: no test depends on the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

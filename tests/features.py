@@ -126,7 +126,9 @@ def recorded(tokens: Tensor) -> dict[str, Tensor]:
     """What a tower could have recorded of these tokens: every tap that a selector asks for, in the tower's dtypes."""
     x, width = tokens.float(), tokens.shape[-1]
     generator = torch.Generator().manual_seed(11)
-    taps = {"encoder": tokens, "input@-1": tokens + 0.5, "post_norm@-1": F.layer_norm(x, (width,)).to(tokens.dtype)}
+    normed = F.layer_norm(x, (width,)).to(tokens.dtype)
+    taps = {"encoder": tokens, "input@-1": tokens + 0.5, "post_norm@-1": normed}
+    taps |= {"input@-2": tokens.flip(-1), "post_norm@-2": normed}
     for layer in ("0.83", "-1", "-2"):
         key, query = torch.randn(width, 16, generator=generator), torch.randn(width, generator=generator)
         taps[f"keys@{layer}"] = (x @ key).unflatten(-1, (2, 8)).to(tokens.dtype)

@@ -28,12 +28,23 @@ from baselines import (
     VisPruner,
 )
 from shirg import Selection, Selector, Source, VisionFeatures
-from tests.cases import CONF, FAMILY, OTHERS, Case
+from tests.cases import CONF, COORDS, FAMILY, OTHERS, Case
 from tests.features import GRIDS, SIZES, differs, features_for, permute_views, projector, recorded, through
 
 SELECTED = ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")
 
-
+TOPV_FLIPS: dict[str, Any] = {
+    "budget": 61,
+    "scope": "global",
+    "marginals": "balanced_cols_last",
+    "layer": -2,
+    "alpha": 0.1,
+    "beta": 0.1,
+    "gamma": 1.0,
+    "sigma": 1.0,
+    "eps": 1.0,
+    "recover": 0.5,
+}
 SELECTORS = {
     "pooled": Case(Pooled),
     "full": Case(Full, flips={"newline": "none", "geometry": "single_672"}),
@@ -56,30 +67,17 @@ SELECTORS = {
             "layer": -1,
         },
     ),
-    "topv": Case(
-        TopV,
-        {"budget": 60},
-        flips={
-            "budget": 61,
-            "scope": "global",
-            "marginals": "balanced_cols_last",
-            "alpha": 0.1,
-            "beta": 0.1,
-            "gamma": 1.0,
-            "sigma": 1.0,
-            "eps": 1.0,
-            "recover": 0.5,
-        },
-    ),
+    "topv": Case(TopV, {"budget": 60}, flips={**TOPV_FLIPS, "importance": "own"}),
+    "topv_own": Case(TopV, {"budget": 60, "importance": "own"}, flips={**TOPV_FLIPS, "importance": "total"}),
     "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
     "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "sign": -1}),
     "vispruner": Case(
-        VisPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "important": 0.2, "drop": 1, "layer": -2}
+        VisPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "important": 0.2, "rho": 0.1, "layer": -2}
     ),
     "visionzip": Case(
         VisionZip, {"budget": 60}, flips={"budget": 61, "scope": "global", "contextual": 0.5, "layer": -2}
     ),
-    "tome": Case(ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "r": 2, "layer": -2}),
+    "tome": Case(ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.4, "layer": -2}),
     **FAMILY,
 }
 ALL = {**SELECTORS, **OTHERS}
@@ -134,9 +132,14 @@ def test_shapes_and_types(selector: Selector, grid: tuple[int, int]) -> None:
 def test_kept_tokens_are_source_tokens_each_once_in_reading_order(selector: Selector, grid: tuple[int, int]) -> None:
     features = features_for(selector, grid, sizes=SIZES[grid])
     chosen = selector(features)
+    assert_kept(features, chosen)
+
+
+def assert_kept(features: VisionFeatures, chosen: Selection) -> None:
+    """Kept tokens are valid source tokens, unchanged, each once and in reading order; unused slots are empty."""
     kept = is_kept(chosen)
     assert torch.equal(chosen.index_BT >= 0, kept)
-    for sample in range(3):
+    for sample in range(len(features.ids)):
         index = chosen.index_BT[sample][kept[sample]]
         assert bool(features.valid_BN[sample, index].all()), "padding is never kept"
         assert bool((features.layout.rank_N[index].diff() > 0).all()), "each once, in reading order"
@@ -193,6 +196,15 @@ def test_repeats_bit_for_bit(case: Case, selector: Selector) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_is_given_stays_as_it_is(selector: Selector) -> None:
+    features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
+    given = {f.name: getattr(features, f.name) for f in fields(features)} | dict(features.taps)
+    before = {name: value.clone() for name, value in given.items() if isinstance(value, torch.Tensor)}
+    selector(features)
+    for name, value in before.items():
+        assert torch.equal(given[name], value), name
+
+
 def test_a_picture_does_not_depend_on_its_batch_mates(selector: Selector) -> None:
     features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
     together = selector(features)
@@ -223,6 +235,14 @@ def test_the_numbering_of_views_means_nothing(selector: Selector, views: tuple[i
     assert torch.equal(here.mask_BT, there.mask_BT)
     for name in ("tokens_BTD", "source_BT", "box_BT4"):
         assert torch.equal(getattr(here, name)[here.mask_BT], getattr(there, name)[here.mask_BT]), name
+
+
+def test_who_asks_matters_only_where_it_is_said(selector: Selector) -> None:
+    """Selections are shared between prompts about one picture, unless `reads_sample` says that they cannot be."""
+    features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
+    others = replace(features, ids=tuple(f"other {i}" for i in features.ids), boxes=((),) * len(features.ids))
+    if not selector.reads_sample:
+        assert same(selector(features), selector(others))
 
 
 def test_scale_changes_no_choice(selector: Selector) -> None:
@@ -298,22 +318,36 @@ def on_device(features: VisionFeatures, device: str) -> VisionFeatures:
     return replace(features, layout=features.layout.to(device), taps=taps, **moved)
 
 
-def test_every_knob_changes_something_or_raises(case: Case) -> None:
-    parameters = inspect.signature(case.build).parameters
-    assert set(case.flips) == set(parameters), "a flip for each knob"
-    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
+def test_every_knob_changes_something_or_is_refused(case: Case) -> None:
     for knob, value in case.flips.items():
         flipped = value if isinstance(value, dict) else {knob: value}
         base = {**case.knobs, **{k: v for k, v in flipped.items() if k != knob}}
-        try:
-            there = read(case.build(**{**base, **flipped}))
-        except ValueError:
-            continue
-        assert differs(read(case.build(**base)), there), knob
+        here, there = read(case, base), read(case, {**base, **flipped})
+        if knob in case.refused:
+            assert here is not None and there is None, f"{knob} must be refused here"
+        else:
+            assert there is not None and (here is None or differs(here, there)), knob
 
 
-def read(selector: Selector) -> Selection:
-    return through(selector, features_for(selector, (2, 2), sizes=[(640, 480), (300, 1000)]))
+def test_no_knob_is_left_out() -> None:
+    """Each knob is flipped in each case, and each knob of each class is somewhere seen to change something."""
+    live: dict[Any, set[str]] = {}
+    for case in ALL.values():
+        parameters = inspect.signature(case.build).parameters
+        assert set(case.flips) == set(parameters) and case.refused <= set(parameters)
+        assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
+        live.setdefault(case.build, set()).update(set(case.flips) - case.refused)
+    for build, knobs in live.items():
+        assert knobs | COORDS >= set(inspect.signature(build).parameters), build
+
+
+def read(case: Case, knobs: dict[str, Any]) -> Selection | None:
+    """What the language model reads; None where the selector refuses the knobs or the pictures."""
+    try:
+        selector = case.build(**knobs)
+        return through(selector, features_for(selector, (2, 2), sizes=[(640, 480), (300, 1000)]))
+    except ValueError:
+        return None
 
 
 def test_an_unknown_knob_is_refused(case: Case) -> None:

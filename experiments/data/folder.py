@@ -1,25 +1,27 @@
 """`data=folder`: anybody's pictures, with one question a line in metadata.jsonl."""
 
 import json
-import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments.data.limit import draw_ids
 from experiments.data.picture import load_picture
 from experiments.data.sample import Sample
 
 
 @dataclass(frozen=True)
-class _Row:
+class FolderRow:
     id: str
     file_name: str
     path: Path
     question: str
     answers: tuple[str, ...]
+    fields: dict[str, Any]
+    """All that the line says."""
 
 
 class Folder:
@@ -68,13 +70,22 @@ class Folder:
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens
         self._suffix = suffix
-        self._rows = _subset(_read(folder, metadata), limit, seed)
+        self._rows = _subset(read_folder(folder, metadata), limit, seed)
+        self.dropped: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        row = self._rows[index]
+        return self._sample(self._rows[index])
+
+    def keep(self, fits: Callable[[Sample], bool], reason: str) -> None:
+        rows = [row for row in self._rows if fits(self._sample(row))]
+        if lost := len(self._rows) - len(rows):
+            self.dropped[reason] += lost
+        self._rows = rows
+
+    def _sample(self, row: FolderRow) -> Sample:
         return Sample(
             id=row.id,
             dataset=self.name,
@@ -88,13 +99,14 @@ class Folder:
         )
 
 
-def _read(folder: Path, metadata: str) -> list[_Row]:
+def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
+    """Every line of the metadata file, checked; raises what `Folder` raises."""
     path = folder / metadata
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: write one JSON object a line with file_name, question and answers"
         )
-    rows: list[_Row] = []
+    rows: list[FolderRow] = []
     line_of_id: dict[str, int] = {}
     seen_of_file: Counter[str] = Counter()
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
@@ -103,12 +115,13 @@ def _read(folder: Path, metadata: str) -> list[_Row]:
         where = f"{path}, line {number}"
         fields = _parse(line, where)
         file_name = _text(fields, "file_name", where)
-        row = _Row(
+        row = FolderRow(
             id=_given_id(fields, where) or f"{file_name}#{seen_of_file[file_name]}",
             file_name=file_name,
             path=_picture_path(folder, file_name, where),
             question=_text(fields, "question", where),
             answers=_answers(fields, where),
+            fields=fields,
         )
         if row.id in line_of_id:
             raise ValueError(f"{where}: id {row.id!r} is also on line {line_of_id[row.id]}; ids must be unique")
@@ -172,11 +185,7 @@ def _picture_path(folder: Path, file_name: str, where: str) -> Path:
     return folder / relative
 
 
-def _subset(rows: list[_Row], limit: int | None, seed: int) -> list[_Row]:
-    """`limit` rows in file order; which ones depends on the ids and the seed, not on the order of the lines."""
-    if limit is None or limit >= len(rows):
-        return rows
-    ids = sorted(row.id for row in rows)
-    random.Random(seed).shuffle(ids)
-    chosen = set(ids[:limit])
+def _subset(rows: list[FolderRow], limit: int | None, seed: int) -> list[FolderRow]:
+    """`limit` rows in file order."""
+    chosen = draw_ids([row.id for row in rows], limit, seed)
     return [row for row in rows if row.id in chosen]

@@ -1,92 +1,65 @@
-"""Training batches from a dataset: the same batch for the same step in every run, wherever it starts."""
+"""Batches to Lightning, drawn here or ahead of time by worker processes."""
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from experiments.data.sample import Dataset, Sample
-from lavida_adapter import TrainBatch
-
+T = TypeVar("T")
 Draw = Callable[[int], Any]
 """Step -> batch."""
 
 
 class Steps(IterableDataset[Any]):
-    """Batches of the steps from `begin` to `end`."""
+    """Batches of the steps from `begin` to `end`; of several workers each draws every so many, and the loader takes
+    turns among them, so that the order is that of the steps."""
 
     def __init__(self, draw: Draw, begin: int, end: int) -> None:
         self.draw, self.begin, self.end = draw, begin, end
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self.draw, range(self.begin, self.end))
+        worker = get_worker_info()
+        if worker is None:
+            return ahead(map(self.draw, range(self.begin, self.end)))
+        return map(self.draw, range(self.begin + worker.id, self.end, worker.num_workers))
+
+
+def ahead(items: Iterator[T], n: int = 2) -> Iterator[T]:
+    """The items in their order, the next `n` made by a thread while one is in use."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(next, items, end) for _ in range(n))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(thread.submit(next, items, end))
+            yield cast(T, item)
 
 
 class TrainData(L.LightningDataModule):
-    """Feeds a stage step by step; a resumed run goes on with the batch of its own step."""
+    """Feeds a stage step by step; a resumed run goes on with the batch of its own step.
 
-    def __init__(self, draw: Draw, steps: int) -> None:
+    Without workers a thread draws ahead. Workers are processes, started afresh rather than forked, which CUDA does not
+    survive; they touch no device.
+    """
+
+    def __init__(self, draw: Draw, steps: int, workers: int = 0) -> None:
         super().__init__()
-        self.draw, self.steps = draw, steps
+        if workers < 0:
+            raise ValueError(f"trainer.workers={workers}: give 0 or more")
+        self.draw, self.steps, self.workers = draw, steps, workers
 
     def train_dataloader(self) -> DataLoader[Any]:
         done = self.trainer.global_step if self.trainer is not None else 0
-        return DataLoader(Steps(self.draw, done, self.steps), batch_size=None)
+        return DataLoader(
+            Steps(self.draw, done, self.steps),
+            batch_size=None,
+            num_workers=self.workers,
+            multiprocessing_context="spawn" if self.workers else None,
+        )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         # Batches hold pictures and texts; the model puts what it makes of them on its own device.
         return batch
-
-
-class Batches:
-    """Draws a training batch by its step: every sample once per epoch, in an order that depends on seed and epoch.
-
-    Samples that share a picture stay together, so that a batch encodes each of its pictures once.
-    """
-
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give at least 1")
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.block = dataset.questions_per_picture
-        self.n_blocks = -(-len(dataset) // self.block)
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def __call__(self, step: int) -> TrainBatch:
-        return collate([self.dataset[i] for i in self.indices(step)])
-
-    def indices(self, step: int) -> list[int]:
-        begin = step * self.batch_size
-        return [self._at(i) for i in range(begin, begin + self.batch_size)]
-
-    def _at(self, place: int) -> int:
-        epoch, within = divmod(place, self.n_blocks * self.block)
-        if self._order[0] != epoch:
-            order = list(range(self.n_blocks))
-            random.Random(f"{self.seed}|{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        block, turn = divmod(within, self.block)
-        return min(self._order[1][block] * self.block + turn, len(self.dataset) - 1)
-
-
-def collate(samples: Sequence[Sample]) -> TrainBatch:
-    """A batch of samples; each picture is loaded once, and the first answer is the one to learn."""
-    pictures: dict[Any, Image.Image] = {}
-    images = []
-    for sample in samples:
-        key = sample.meta.get("picture", sample.id)
-        if key not in pictures:
-            pictures[key] = sample.load_image()
-        images.append(pictures[key])
-    return TrainBatch(
-        images=images,
-        questions=[s.question for s in samples],
-        answers=[s.answers[0] for s in samples],
-        ids=[s.id for s in samples],
-        prompts=[s.prompt for s in samples],
-        boxes=[s.boxes for s in samples],
-    )

@@ -1,5 +1,6 @@
 """Picture files to RGB. One rule for every dataset, so that the same file always gives the same pixels."""
 
+import io
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -13,18 +14,27 @@ def load_picture(path: Path) -> Image.Image:
 
     A picture beyond `PIL.Image.MAX_IMAGE_PIXELS` is refused: Pillow only warns about some of them.
     """
+    return _load(path, str(path))
+
+
+def read_picture(data: bytes, where: str) -> Image.Image:
+    """`load_picture` for a file that a table holds; `where` names it in messages."""
+    return _load(io.BytesIO(data), where)
+
+
+def _load(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
-        with Image.open(path) as file:
+        with Image.open(file) as picture:
             limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and file.width * file.height > limit:
+            if limit is not None and picture.width * picture.height > limit:
                 raise Image.DecompressionBombError(
-                    f"{file.width}x{file.height} is more than {limit} pixels; "
+                    f"{picture.width}x{picture.height} is more than {limit} pixels; "
                     "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
                 )
-            return _to_rgb(ImageOps.exif_transpose(file))
+            return _to_rgb(ImageOps.exif_transpose(picture))
     # Decoders of broken files raise whatever they trip over: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); replace it or remove its rows") from error
+        raise ValueError(f"{where}: cannot be read as a picture ({error}); replace it or remove its rows") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """What every dataset yields, so that training and evaluation never ask where a picture comes from."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -27,11 +28,16 @@ class Sample:
     """What the model is asked: the question and the dataset's own suffix."""
     answers: tuple[str, ...]
     """Accepted answers, in the dataset's order."""
+    target: str = ""
+    """The one answer to learn, where the dataset names one; "" is the first of `answers`."""
     subtask: str = ""
+    history: tuple[str, ...] = ()
+    """The turns before in a conversation, the user's and the assistant's alternating."""
     boxes: tuple[Box, ...] = ()
     """Where the evidence is; empty when nobody knows."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """"picture" names the picture, so that samples that share one are resampled together; the rest is the dataset's."""
+    """"picture" names the picture, so that samples that share one are resampled together; "place" and "entity" are
+    the EntityGrid-style probe's; the rest is the dataset's."""
 
 
 @runtime_checkable
@@ -50,3 +56,28 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """A dataset that knows more about where its samples came from than its config says."""
+
+    provenance: Mapping[str, str]
+
+
+@runtime_checkable
+class Varied(Protocol):
+    """A dataset whose samples are others in each epoch."""
+
+    def at(self, index: int, epoch: int) -> Sample: ...
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A dataset that has its texts at hand and can do without some of its samples."""
+
+    dropped: Counter[str]
+    """How many were left out, by reason."""
+
+    def keep(self, fits: Callable[[Sample], bool], reason: str) -> None:
+        """Drops and counts what does not fit."""

@@ -1,14 +1,16 @@
-"""The tiny model's tokenizer: bytes, LLaDA's special tokens, and whole words for the glyph task.
+"""The tiny model's tokenizer: bytes, LLaDA's special tokens, and whole words for the synthetic tasks.
 
 Bytes make any text round-trip; the words keep the tiny prompts short: "digit red" and "letter K" are two tokens each,
-and every answer of the glyph task is one.
+"where red disc" is three; an answer is one token, or two characters of one token each.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from experiments.data.synthetic import words
 from experiments.data.synthetic.glyphs.vocabulary import ASPECTS, CHARS, COLOURS, SHAPES, TASKS
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
@@ -48,8 +50,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *HEADERS)])
     # A task word owns the space behind it: stripping the space instead would lose it when decoding.
     core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in TASKS])
-    words = dict.fromkeys((*ASPECTS, *COLOURS[1:], *SHAPES[1:]))
-    core.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    core.add_tokens([_whole(word) for word in dict.fromkeys((*ASPECTS, *COLOURS[1:], *SHAPES[1:]))])
+    # Behind the words of the glyph task, so that those keep their ids. A kind follows a colour and owns the space.
+    core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in words.TASKS])
+    core.add_tokens([AddedToken(f" {kind}", normalized=False) for kind in words.KINDS])
+    core.add_tokens([_whole(word) for word in (words.THING, words.YES, words.NO, *words.PLACES)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=BOS,
@@ -61,15 +66,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def _whole(word: str) -> AddedToken:
+    return AddedToken(word, single_word=True, normalized=False)
+
+
 def glyph_tokens(tokenizer: PreTrainedTokenizerFast) -> GlyphTokens:
     """The one token of each char, colour, shape, task and aspect; raises when a word is not one token."""
 
-    def one(text: str) -> int:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise ValueError(f"{text!r} is {len(ids)} tokens; the glyph task needs a tokenizer of build_tokenizer()")
-        return int(ids[0])
-
+    one = partial(_one_token, tokenizer)
     return GlyphTokens(
         char=tuple(one(char or BLANK) for char in CHARS),
         colour=tuple(one(colour or BLANK) for colour in COLOURS),
@@ -78,6 +82,20 @@ def glyph_tokens(tokenizer: PreTrainedTokenizerFast) -> GlyphTokens:
         aspect=tuple(one(aspect) for aspect in ASPECTS),
         blank=one(BLANK),
     )
+
+
+def word_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """The one token of each word that names a stamp of the task families."""
+    texts = {word: word for word in (*CHARS[1:], *COLOURS[1:], *SHAPES[1:], *words.PLACES)}
+    texts |= {kind: f" {kind}" for kind in words.KINDS}
+    return {word: _one_token(tokenizer, text) for word, text in texts.items()}
+
+
+def _one_token(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens; the synthetic tasks need a tokenizer of build_tokenizer()")
+    return int(ids[0])
 
 
 def _byte_symbols() -> list[str]:

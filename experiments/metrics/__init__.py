@@ -1,39 +1,71 @@
-"""Answer metrics and token recall; each scores one sample by a pure function and averages as a torchmetrics module."""
+"""Answer metrics and token recall; each scores by a pure function and averages as a torchmetrics module.
 
+A name with "_clean" behind it is the metric of cleaned answers: "anls_clean" beside "anls".
+"""
+
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+from torchmetrics import Metric
+
 from experiments.metrics.anls import Anls, anls
-from experiments.metrics.exact_match import ExactMatch, exact_match
+from experiments.metrics.cider_d import CiderD, cider_d
+from experiments.metrics.entity_match import EntityMatch, entity_match
+from experiments.metrics.exact_match import ExactMatch, TargetMatch, exact_match
 from experiments.metrics.mean import SampleMean, TextMetric
 from experiments.metrics.recall import EntityRecall, entity_recall
 from experiments.metrics.relaxed_accuracy import RelaxedAccuracy, relaxed_accuracy
+from experiments.metrics.squad import SquadExactMatch, TokenF1
+from experiments.metrics.vqa_accuracy import VqaAccuracy, vqa_accuracy
 
-METRICS: dict[str, type[SampleMean]] = {
+CLEAN = "_clean"
+METRICS: dict[str, Callable[..., Metric]] = {
     "anls": Anls,
+    "cider_d": CiderD,
+    "entity_match": EntityMatch,
     "entity_recall": EntityRecall,
     "exact_match": ExactMatch,
     "relaxed_accuracy": RelaxedAccuracy,
+    "relaxed_strict_year": partial(RelaxedAccuracy, strict_year=True),
+    "squad_exact_match": SquadExactMatch,
+    "target_match": TargetMatch,
+    "textvqa_accuracy": partial(VqaAccuracy, rules="textvqa"),
+    "token_f1": TokenF1,
+    "vqa_accuracy": VqaAccuracy,
 }
+"""By name; those that read answers take `clean`."""
 
 
-def metric(name: str, **options: Any) -> SampleMean:
+def metric(name: str, **options: Any) -> Metric:
     """A fresh metric by name."""
-    if name not in METRICS:
-        raise ValueError(f"metric {name!r} does not exist: choose from {', '.join(METRICS)}")
-    return METRICS[name](**options)
+    base = name.removesuffix(CLEAN)
+    if base not in METRICS or (base != name and base == "entity_recall"):
+        known = ", ".join(METRICS)
+        raise ValueError(f"metric {name!r} does not exist: choose from {known}, or one of them with {CLEAN} behind it")
+    return METRICS[base](**options, **({"clean": True} if base != name else {}))
 
 
 __all__ = [
     "METRICS",
     "Anls",
+    "CiderD",
+    "EntityMatch",
     "EntityRecall",
     "ExactMatch",
     "RelaxedAccuracy",
     "SampleMean",
+    "SquadExactMatch",
+    "TargetMatch",
     "TextMetric",
+    "TokenF1",
+    "VqaAccuracy",
     "anls",
+    "cider_d",
+    "entity_match",
     "entity_recall",
     "exact_match",
     "metric",
     "relaxed_accuracy",
+    "vqa_accuracy",
 ]

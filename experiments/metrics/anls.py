@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from experiments.metrics.exact_match import clean
+from experiments.metrics.exact_match import fold
 from experiments.metrics.mean import TextMetric
 
 
@@ -13,7 +13,7 @@ def anls(
 ) -> float | None:
     """Similarity in [0, 1] to the nearest reference; None without references.
 
-    The edits are counted on the cleaned texts but divided by the length of the texts as given, in upper case (where
+    The edits are counted on the folded texts but divided by the length of the texts as given, in upper case (where
     some letters become two): outer and repeated spaces therefore raise the score unless the caller removes them.
 
     Args:
@@ -29,18 +29,18 @@ def anls(
 
 def _distance(prediction: str, reference: str) -> float:
     longest = max(len(prediction.upper()), len(reference.upper()))
-    return Levenshtein.distance(clean(prediction), clean(reference)) / longest if longest else 0.0
+    return Levenshtein.distance(fold(prediction), fold(reference)) / longest if longest else 0.0
 
 
 class Anls(TextMetric):
     """Mean similarity to the nearest reference."""
 
-    def __init__(self, *, threshold: float = 0.5, strict_threshold: bool = False) -> None:
-        super().__init__()
+    def __init__(self, *, threshold: float = 0.5, strict_threshold: bool = False, clean: bool = False) -> None:
+        super().__init__(clean=clean)
         self.threshold = threshold
         self.strict_threshold = strict_threshold
 
-    def score(self, *, prediction: str, references: Sequence[str]) -> float | None:
+    def compare(self, prediction: str, references: Sequence[str]) -> float | None:
         return anls(
             prediction=prediction,
             references=references,

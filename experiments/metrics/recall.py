@@ -55,14 +55,12 @@ def entity_recall(
 class EntityRecall(SampleMean):
     """Mean share of target tokens kept, over the samples that have boxes."""
 
-    reads = "tokens"
-
     def score(
         self, *, boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligible_N: Tensor, kept_T: Tensor
     ) -> float | None:
         return entity_recall(boxes=boxes, token_box_N4=token_box_N4, eligible_N=eligible_N, kept_T=kept_T)
 
     def update(
-        self, *, boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligible_N: Tensor, kept_T: Tensor
+        self, *, boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligible_N: Tensor, kept_T: Tensor, id: str
     ) -> None:
-        self.add(self.score(boxes=boxes, token_box_N4=token_box_N4, eligible_N=eligible_N, kept_T=kept_T))
+        self.add([id], [self.score(boxes=boxes, token_box_N4=token_box_N4, eligible_N=eligible_N, kept_T=kept_T)])

@@ -5,16 +5,21 @@ is one bidirectional block, letters are not learned (docs/method.md, "The tiny t
 image-first attention, and settles on the attention of the model as shipped in its last steps; the gate uses that one.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.data.synthetic.board import generator as seeded
+from experiments.data.synthetic.contexts import Context, draw_contexts
+from experiments.data.synthetic.families import FAMILIES
 from experiments.data.synthetic.glyphs import Lookups, draw_lookups
 from experiments.data.synthetic.glyphs.lookup import DIGIT
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS
-from experiments.data.tokenizer import glyph_tokens
+from experiments.data.tokenizer import glyph_tokens, word_tokens
 from lavida_adapter import DecodeConfig, Lavida, ObjectiveConfig
 from lavida_adapter.config import PrefixAttention
 from lavida_adapter.module import OptimConfig, Trainable
@@ -22,18 +27,28 @@ from lavida_adapter.objective import pad_answers
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import prompt_ids, training_example
 
+ANSWER = 3
+"""Slots of an answer: two characters and an end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """Contexts of `first` cells, then a ramp, then `last` cells; about `tokens` cells per step throughout."""
+    """Contexts of `first` cells, then a ramp, then `last` cells; about `tokens` cells per step at the first."""
 
     first: int = 6
     last: int = 64
-    hold: float = 0.45
-    ramp: float = 0.25
+    hold: float = 0.5
+    ramp: float = 0.2
     settle: float = 0.15
     """Share of the steps, at the end, under the attention of the model as shipped."""
     tokens: int = 2500
+    growth: float = 1.6
+    """Cells per step at the last over those at the first: there are far fewer questions in long contexts."""
+    alone: float = 0.2
+    """Share of the steps, at the start, with glyph contexts alone: the look-up is found sooner in one thing."""
+    glyphs: float = 0.5
+    """Share of the later contexts that are of glyph pictures; the families share the rest."""
+    families: Mapping[str, int] = field(default_factory=lambda: {"chart": 1, "shapes": 1})
 
     def __post_init__(self) -> None:
         if not 0 < self.ramp or min(self.hold, self.settle) < 0 or self.hold + self.ramp + self.settle > 1:
@@ -45,6 +60,25 @@ class Curriculum:
         """Context length when a share `done` of the steps is behind us."""
         along = min(1.0, max(0.0, (done - self.hold) / self.ramp))
         return round(self.first + (self.last - self.first) * along)
+
+    def counts(self, done: float) -> dict[str, int]:
+        """Contexts in a step, by family, when a share `done` of the steps is behind us."""
+        cells = self.cells(done)
+        along = (cells - self.first) / (self.last - self.first)
+        total = max(1, int(self.tokens * (1 + (self.growth - 1) * along)) // (cells + 5))
+        glyphs = max(1, round(total * self.glyphs)) if self.families and done >= self.alone else total
+        rest, whole = total - glyphs, sum(self.families.values())
+        return {"glyphs": glyphs} | {name: rest * share // whole for name, share in self.families.items()}
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Contexts of word bags and what is asked about each."""
+
+    word_BNW: Tensor
+    """int64 token ids of the words in each cell; -1 where there are fewer."""
+    asked: Sequence[tuple[str, str]]
+    """Question and answer."""
 
 
 class TextPretraining(Trainable):
@@ -66,21 +100,31 @@ class TextPretraining(Trainable):
         self.teaching = replace(model.config, prefix_attention=prefix_attention)
         model.requires_grad_(False)
         model.lm.requires_grad_(True)
-        words = glyph_tokens(model.tokenizer)
-        self.char_ids, self.colour_ids = torch.tensor(words.char), torch.tensor(words.colour)
+        self.words = glyph_tokens(model.tokenizer)
+        self.ids = word_tokens(model.tokenizer)
 
-    def draw(self, step: int) -> Lookups:
+    def draw(self, step: int) -> Bags:
         """The contexts of a step, the same in every run."""
-        cells = self.curriculum.cells(step / self.optim.steps)
-        batch = max(1, self.curriculum.tokens // (cells + 5))
-        return draw_lookups(np.random.default_rng([self.seed, step]), batch=batch, cells=cells)
+        done = step / self.optim.steps
+        cells, counts = self.curriculum.cells(done), self.curriculum.counts(done)
+        lookups = draw_lookups(np.random.default_rng([self.seed, step]), batch=counts.pop("glyphs"), cells=cells)
+        rng = seeded("text", self.seed, step)
+        contexts = [c for name, n in counts.items() for c in draw_contexts(rng, FAMILIES[name], n=n, cells=cells)]
+        parts = [self.glyph_bags(lookups), *([self.family_bags(contexts)] if contexts else [])]
+        width = max(part.word_BNW.shape[-1] for part in parts)
+        padded = [F.pad(part.word_BNW, (0, width - part.word_BNW.shape[-1]), value=-1) for part in parts]
+        return Bags(torch.cat(padded), [pair for part in parts for pair in part.asked])
 
-    def loss(self, batch: Lookups, generator: torch.Generator) -> Tensor:
-        context = self.context(batch)
+    def loss(self, batch: Bags, generator: torch.Generator) -> Tensor:
+        context = self.context(batch.word_BNW)
         context = context + self.noise * torch.randn(context.shape, generator=generator, device=context.device)
-        examples = [training_example(self.model.tokenizer, q, a, self.model.config) for q, a in questions(batch)]
+        examples = [training_example(self.model.tokenizer, q, a, self.model.config) for q, a in batch.asked]
         rows, labels = pad_answers(
-            [e.prompt for e in examples], [e.answer for e in examples], eos=self.model.config.lm.eos_token_id, extra=1
+            [e.prompt for e in examples],
+            [e.answer for e in examples],
+            eos=self.model.config.lm.eos_token_id,
+            extra=0,
+            least=ANSWER,
         )
         settling = self.global_step >= (1 - self.curriculum.settle) * self.optim.steps
         self.model.config = self.shipped if settling else self.teaching
@@ -89,26 +133,44 @@ class TextPretraining(Trainable):
         finally:
             self.model.config = self.shipped
 
-    def context(self, lookups: Lookups) -> Tensor:
-        """Word bags [B, N, D]: the sum of a char's and a colour's embedding; a blank where there is neither."""
-        char, colour = torch.from_numpy(lookups.char_BN), torch.from_numpy(lookups.colour_BN)
-        wte = self.model.lm.wte
-        bag = wte(self.char_ids[char]) + wte(self.colour_ids[colour]) * (colour > 0)[..., None]
-        return bag
+    def context(self, word_BNW: Tensor) -> Tensor:
+        """Word bags [B, N, D]: the sum of the words' embeddings."""
+        there = (word_BNW >= 0)[..., None]
+        return (self.model.lm.wte(word_BNW.clamp_min(0)) * there).sum(dim=2)
+
+    def glyph_bags(self, lookups: Lookups) -> Bags:
+        """A char and a colour, a grey char alone, or a blank."""
+        char_BN, colour_BN = torch.from_numpy(lookups.char_BN), torch.from_numpy(lookups.colour_BN)
+        colours = torch.tensor([-1, *self.words.colour[1:]])[colour_BN]
+        return Bags(torch.stack([torch.tensor(self.words.char)[char_BN], colours], dim=-1), questions(lookups))
+
+    def family_bags(self, contexts: Sequence[Context]) -> Bags:
+        """The words of a stamp, or a blank."""
+        width = max(1, *(len(bag) for context in contexts for bag in context.bags))
+        rows = [[[self.ids[word] for word in bag] or [self.words.blank] for bag in c.bags] for c in contexts]
+        padded = [[bag + [-1] * (width - len(bag)) for bag in row] for row in rows]
+        return Bags(torch.tensor(padded), [(c.question, c.answer) for c in contexts])
 
     @torch.no_grad()
     def gate(self, contexts: int = 256) -> dict[str, float]:
-        """Exact match of digit and letter lookups at full length, under the attention of the shipped model."""
+        """Exact match of each sort of look-up at full length, under the attention of the shipped model."""
+        cells = self.curriculum.last
         scores = {}
         for task in ("digit", "letter"):
             rng = np.random.default_rng([self.seed, 10**9])
-            lookups = draw_lookups(rng, batch=contexts, cells=self.curriculum.last, tasks=task)
-            asked = questions(lookups)
-            rows = [prompt_ids(self.model.tokenizer, question, self.model.config) for question, _ in asked]
-            prefix, _ = splice(rows, list(self.context(lookups)), self.model.lm.wte, max_length=10**6)
-            texts = self.model.generate(prefix, DecodeConfig(max_new_tokens=3)).texts
-            scores[f"{task}s"] = sum(t == answer for t, (_, answer) in zip(texts, asked, strict=True)) / contexts
+            lookups = draw_lookups(rng, batch=contexts, cells=cells, tasks=task)
+            scores[f"{task}s"] = self._right(self.glyph_bags(lookups))
+        for name in self.curriculum.families:
+            drawn = draw_contexts(seeded("text gate", self.seed), FAMILIES[name], n=contexts, cells=cells)
+            scores[name] = self._right(self.family_bags(drawn))
         return scores
+
+    def _right(self, bags: Bags) -> float:
+        """Share of the questions that the model answers right."""
+        rows = [prompt_ids(self.model.tokenizer, question, self.model.config) for question, _ in bags.asked]
+        prefix, _ = splice(rows, list(self.context(bags.word_BNW)), self.model.lm.wte, max_length=10**6)
+        texts = self.model.generate(prefix, DecodeConfig(max_new_tokens=ANSWER)).texts
+        return sum(t == answer for t, (_, answer) in zip(texts, bags.asked, strict=True)) / len(texts)
 
 
 def questions(lookups: Lookups) -> list[tuple[str, str]]:

@@ -1,12 +1,15 @@
-"""`python -m experiments.report outputs/STUDY [...]`: rebuilds tables and pages from what the jobs left behind."""
+"""python -m experiments.report outputs/STUDY [...]
+
+Rebuilds everything that a study shows from what its jobs left behind: table.{csv,parquet,md,tex}, report.html, figures/
+and deck.pptx.
+"""
 
 import sys
 from pathlib import Path
 
 from experiments.cli import fail
-from experiments.report.page import write_report
 from experiments.study.record import RESULT
-from experiments.study.table import print_table, refresh
+from experiments.study.table import print_table
 
 
 def main(arguments: list[str]) -> None:
@@ -20,11 +23,13 @@ def main(arguments: list[str]) -> None:
         if not any(study.glob(f"*/{RESULT}")):
             fail(f"{study} holds no job with a {RESULT}: evaluate something first, python eval.py study={study.name}")
         try:
-            refresh(study)
-            write_report(study)
+            from experiments.report.writer import publish
+
+            written = publish(study, files=True)
         except ValueError as error:
             fail(str(error))
         print_table(study)
+        print("written:", *(str(path.relative_to(study)) for path in written))
 
 
 if __name__ == "__main__":

@@ -81,11 +81,12 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
     device = measure.resolve_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    model = build.build_model(cfg, device, cfg.adapter)
+    model = build.build_model(cfg, device)
+    built = [build.build_selector(c, model.config.budgets, model.config).to(device).eval() for c in configs]
+    build.adapt(cfg.adapter, model, built[0])
     choices = []
     with torch.inference_mode():
-        for name, config in zip(selectors, configs, strict=True):
-            selector = build.build_selector(config, model.config.budgets).to(device).eval()
+        for name, config, selector in zip(selectors, configs, built, strict=True):
             relevance = build.build_relevance(config, selector)
             prefix = model.encode([image], [own["question"]], selector, relevance=relevance, ids=[path.name])
             choices.append(Choice(name, prefix.selections[0]))

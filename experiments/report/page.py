@@ -1,92 +1,100 @@
-"""`report.html`: a study on one page that opens anywhere, with no script and no request to the network."""
+"""`report.html`: a study on one page that opens anywhere and asks the network for nothing."""
 
 import base64
-import re
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-from experiments.report.shots import Shot, load_shots
+from experiments.report.browse import answers
+from experiments.report.cards import RIGHT, cards
+from experiments.study.compare import BASELINE
 from experiments.study.files import write_atomic
-from experiments.study.layout import columns, legend
+from experiments.study.layout import Column, columns, comparable, labels, legend, parts, unequal
 from experiments.study.record import read_result
-from experiments.study.rows import Row, collect
+from experiments.study.rows import Row
+
+if TYPE_CHECKING:
+    from experiments.report.plot import Drawn
 
 NAME = "report.html"
-SHOTS = "shots"
-MAX_SHOTS = 8
-LONGEST_ANSWER = 40
+DETAILS = frozenset({"prefix tokens", "select ms", "prefill ms", "cache ms", "denoise ms"})
+"""Columns that the page shows on request: the figures have them too."""
+OPEN_CARDS = 3
 _HERE = Path(__file__).parent
 
 Result = Mapping[str, Any]
 """A result.json."""
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What one job kept and answered."""
+def write_report(study: Path, rows: Sequence[Row], figures: "Sequence[Drawn]" = ()) -> Path:
+    """Writes the page from the jobs' own files; no dataset and no model is needed.
 
-    label: str
-    image: str
-    prediction: str
-    score: float | None
-    kept: str
-    recall: float | None
-
-
-@dataclass(frozen=True)
-class Card:
-    """One sample, as every job saw it."""
-
-    id: str
-    question: str
-    answers: tuple[str, ...]
-    kind: str
-    picture: str
-    seen: tuple[Seen, ...]
-
-
-def write_report(study: Path) -> Path:
-    """Writes the page from the jobs' own files; no dataset and no model is needed."""
-    rows = collect(study)
+    Args:
+        figures: none while the study is running; they take longer to draw than the rest.
+    """
     path = study / NAME
-    write_atomic(path, render(study, rows))
+    write_atomic(path, render(study, rows, figures))
     return path
 
 
-def render(study: Path, rows: Sequence[Row]) -> str:
+def render(study: Path, rows: Sequence[Row], figures: "Sequence[Drawn]" = ()) -> str:
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     results = [read_result(study / row["job"]) for row in rows]
     known = [result for result in results if result is not None]
     shown = columns(rows)
+    drawn = cards(study, rows)
+    equal = [not unequal(row) for row in rows]
+    indices = range(len(rows))
+    groups = [(title, [i for i in indices if any(rows[i] is row for row in part)]) for title, part in parts(rows)]
+    script = (_HERE / "page.js").read_text()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template("page.html").render(
         study=study.name,
         columns=shown,
         rows=rows,
+        labels=labels(rows),
+        details=DETAILS | ({"status"} if all(row["status"] == "ok" for row in rows) else set()),
+        open_cards=OPEN_CARDS,
+        groups=groups,
+        equal=equal,
+        equal_first=not all(equal) and sum(equal) > 1,
+        baseline=BASELINE,
         legend=legend(rows),
-        best=[_best(column.title, column.cells, rows) for column in shown],
+        directions=[direction(column) for column in shown],
+        best=[best(column, comparable(rows)) for column in shown],
         untrained=sorted({r["choices"]["model"] for r in known if r.get("model", {}).get("trained") is False}),
         synthetic=sorted({row["dataset"] for row in rows if (row["dataset"] or "").startswith("synth_")}),
+        unfinished=[row for row in rows if row["status"] != "ok"],
         facts=_facts(known),
-        commands=[result["command"] for result in known],
-        cards=_cards(study, rows),
+        figures=figures,
+        cards=drawn,
+        right=RIGHT,
         has_targets=any(row.get("recall mean") is not None for row in rows),
+        data=answers(study, rows, drawn),
+        style=Markup((_HERE / "page.css").read_text()),
+        script=Markup(script),
+        digest=digest,
     )
 
 
-def _best(title: str, cells: Sequence[str], rows: Sequence[Row]) -> set[int]:
-    """Rows with the highest score in a column of intervals; nothing is best among fewer than two."""
-    scores = [re.match(r"(-?[\d.]+) \[", cell) for cell in cells]  # not any text with a bracket: reasons are cells too
-    scored = {i: float(score[1]) for i, score in enumerate(scores) if score and " vs " not in f" {title}"}
-    if len(scored) < 2:
-        return set()
-    top = max(scored.values())
-    return {i for i, value in scored.items() if value == top}
+def best(column: Column, among: Sequence[bool]) -> set[int]:
+    """Rows with the highest score, or the lowest time or memory; nothing is best among fewer than two."""
+    sign = direction(column)
+    values = {i: sign * c.value for i, c in enumerate(column.cells) if sign and among[i] and c.value is not None}
+    return {i for i, value in values.items() if value == max(values.values())} if len(values) > 1 else set()
+
+
+def direction(column: Column) -> int:
+    """1 where more is better, -1 where less is, 0 where neither is."""
+    if column.kind == "score" or " vs " in f" {column.title}":
+        return 1
+    return -1 if column.title.endswith((" ms", " MiB")) else 0
 
 
 def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -106,10 +114,9 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def _model(result: Result) -> str:
-    model = result["model"]
-    return (
-        f"{result['choices']['model']}, {model['parameters'] / 1e6:.3g} M parameters, weights {model['weights'][:12]}"
-    )
+    model, stored = result["model"], result["config"]["stored"]["model"]
+    weights = f"weights {stored}" if stored else str(result["config"]["model"].get("path"))
+    return f"{result['choices']['model']}, {model['parameters'] / 1e6:.3g} M parameters, {weights}"
 
 
 def _data(result: Result) -> str:
@@ -130,47 +137,3 @@ def _software(result: Result) -> str:
 def _commit(result: Result) -> str:
     env = result["environment"]
     return (env["git"] or "unknown")[:12] + (" and local changes" if env["git_dirty"] else "")
-
-
-def _cards(study: Path, rows: Sequence[Row]) -> list[Card]:
-    seen: dict[str, list[tuple[str, Shot]]] = {}
-    differs = len({row["changes"] for row in rows}) > 1
-    for row in rows:
-        label = " ".join(filter(None, (row["selector"], row["budget"], row["changes"] if differs else "")))
-        for shot in load_shots(study / row["job"] / SHOTS):
-            seen.setdefault(shot.record["id"], []).append((label, shot))
-    common = sorted(seen, key=lambda sample: (-len(seen[sample]), list(seen).index(sample)))[:MAX_SHOTS]
-    return [_card(seen[sample]) for sample in common]
-
-
-def _card(views: Sequence[tuple[str, Shot]]) -> Card:
-    first = views[0][1].record
-    return Card(
-        id=first["id"],
-        question=first["question"],
-        answers=tuple(first["answers"]),
-        kind=" ".join(part for part in (first["group"], first["density"], first["subtask"]) if part),
-        picture=_inline(views[0][1].picture),
-        seen=tuple(
-            Seen(
-                label=label,
-                image=_inline(shot.overlay),
-                prediction=_printable(shot.record["prediction"]),
-                score=next(iter(shot.record["scores"].values())),
-                kept=f"{shot.record['n_visual']} tokens"
-                + "".join(f", {count} {source}" for source, count in shot.record["sources"].items() if count),
-                recall=shot.record["recall"],
-            )
-            for label, shot in views
-        ),
-    )
-
-
-def _printable(text: str) -> str:
-    """The text, not too long, with control characters spelt out, so that nothing a model says is invisible."""
-    spelt = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    return spelt if len(spelt) <= LONGEST_ANSWER else spelt[:LONGEST_ANSWER] + "..."
-
-
-def _inline(jpeg: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

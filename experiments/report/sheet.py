@@ -14,7 +14,7 @@ from experiments.tokens import TokenGeometry, count_sources, recall
 from shirg import Selection, Source
 
 GAP, LINE, TEXT = 14, 17, 13
-PER_ROW = 4
+MOST_PER_ROW = 5
 PAPER, INK = (18, 18, 22), (226, 226, 230)
 COLD_TO_HOT = np.array([(18, 10, 60), (110, 30, 130), (200, 60, 80), (250, 150, 40), (252, 250, 170)], dtype=np.float32)
 HEAT = 0.75
@@ -47,7 +47,7 @@ def sheet(
         [("the picture", overlay(image, [(0, 0, 1, 1)], [Source.KEPT], targets=boxes, longest=longest))]
     ]
     for choice in choices:
-        kept = _kept(image, choice.selection, geometry, boxes, longest)
+        kept = kept_map(image, choice.selection, geometry, boxes, longest)
         scores_BN = choice.selection.scores_BN
         heat = None if scores_BN is None else heat_map(image, scores_BN[0], geometry, longest=longest)
         below: Panel = ("scores of the tiles", heat) if heat is not None else ("no scores: it ranks nothing", None)
@@ -64,6 +64,21 @@ def describe(choice: Choice, geometry: TokenGeometry, size: tuple[int, int], box
     used_T = selection.mask_BT[0] & (selection.source_BT[0] == Source.KEPT)
     share = recall(boxes, selection.index_BT[0][used_T], geometry, size)
     return text if share is None else f"{text}; {share:.0%} of the target's tokens kept"
+
+
+def kept_map(
+    image: Image.Image, selection: Selection, geometry: TokenGeometry, boxes: Sequence[Box], longest: int
+) -> Image.Image:
+    """The picture, bright where the selection of one picture (B = 1) kept tokens."""
+    used_T = selection.mask_BT[0]
+    return overlay(
+        image,
+        selection.box_BT4[0][used_T].float().cpu().tolist(),
+        selection.source_BT[0][used_T].cpu().tolist(),
+        fine_area=geometry(image.size).fine_area,
+        targets=boxes,
+        longest=longest,
+    )
 
 
 def heat_map(image: Image.Image, score_N: Tensor, geometry: TokenGeometry, *, longest: int = 448) -> Image.Image | None:
@@ -88,40 +103,26 @@ def heat_map(image: Image.Image, score_N: Tensor, geometry: TokenGeometry, *, lo
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _kept(
-    image: Image.Image, selection: Selection, geometry: TokenGeometry, boxes: Sequence[Box], longest: int
-) -> Image.Image:
-    used_T = selection.mask_BT[0]
-    return overlay(
-        image,
-        selection.box_BT4[0][used_T].float().cpu().tolist(),
-        selection.source_BT[0][used_T].cpu().tolist(),
-        fine_area=geometry(image.size).fine_area,
-        targets=boxes,
-        longest=longest,
-    )
-
-
 def _compose(title: str, columns: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Columns of captioned pictures under a title, PER_ROW columns to a row."""
+    """Columns of captioned pictures under a title, at most MOST_PER_ROW columns to a row, rows of equal length."""
     pictures = [picture for column in columns for _, picture in column if picture is not None]
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     width = max(width, 240)
     font = ImageFont.load_default(TEXT)
     letters = max(8, int(width / (0.56 * TEXT)))
-    across = min(PER_ROW, len(columns))
+    rows = -(-len(columns) // MOST_PER_ROW)
+    across = -(-len(columns) // rows)
     head = textwrap.wrap(title, max(8, int((width + GAP) * across / (0.56 * TEXT))))
     captions = [[textwrap.wrap(text, letters) for text, _ in column] for column in columns]
     lines = max(len(caption) for column in captions for caption in column)
     panel = lines * LINE + height + GAP
     deep = max(len(column) for column in columns)
-    rows = -(-len(columns) // PER_ROW)
     top = len(head) * LINE + 2 * GAP
     paper = Image.new("RGB", (GAP + across * (width + GAP), top + rows * deep * panel), PAPER)
     pen = ImageDraw.Draw(paper)
     pen.multiline_text((GAP, GAP), "\n".join(head), INK, font, spacing=LINE - TEXT)
     for i, column in enumerate(columns):
-        x, y = GAP + i % PER_ROW * (width + GAP), top + i // PER_ROW * deep * panel
+        x, y = GAP + i % across * (width + GAP), top + i // across * deep * panel
         for (_, picture), caption in zip(column, captions[i], strict=True):
             pen.multiline_text((x, y), "\n".join(caption), INK, font, spacing=LINE - TEXT)
             if picture is not None:

@@ -10,7 +10,9 @@ from PIL import Image
 
 from experiments.data.sample import Box, Sample
 from experiments.report.overlay import overlay
+from experiments.report.sheet import heat_map, kept_map
 from experiments.study.files import read_json, write_atomic, write_json
+from experiments.tokens import TokenGeometry
 from shirg import Selection
 
 JPEG_QUALITY = 82
@@ -23,9 +25,12 @@ ENLARGE = 2
 class Shot:
     """One sample as one job saw it."""
 
+    number: int
     record: dict[str, Any]
     picture: bytes
     overlay: bytes
+    heat: bytes | None
+    """The scores that tokens were ranked by; None for a selector without any."""
 
 
 def pick_shots(samples: Sequence[Sample], n: int) -> dict[str, int]:
@@ -56,21 +61,15 @@ def save_shot(
     selection: Selection,
     row: dict[str, Any],
     boxes: Sequence[Box],
-    fine_area: float,
+    geometry: TokenGeometry,
 ) -> None:
-    """Writes NN.json, NN.jpg (the picture) and NN_kept.jpg (what was kept)."""
+    """Writes NN.json, NN.jpg (the picture), NN_kept.jpg (what was kept) and, of a ranking, NN_heat.jpg (its scores)."""
     longest = min(LONGEST, ENLARGE * max(image.size))
-    used_T = selection.mask_BT[0]
-    drawn = overlay(
-        image,
-        selection.box_BT4[0][used_T].float().cpu().tolist(),
-        selection.source_BT[0][used_T].cpu().tolist(),
-        fine_area=fine_area,
-        targets=boxes,
-        longest=longest,
-    )
     plain = overlay(image, [(0, 0, 1, 1)], [0], targets=boxes, longest=longest)
-    write_atomic(folder / f"{number:02d}_kept.jpg", _jpeg(drawn))
+    write_atomic(folder / f"{number:02d}_kept.jpg", _jpeg(kept_map(image, selection, geometry, boxes, longest)))
+    heat = None if selection.scores_BN is None else heat_map(image, selection.scores_BN[0], geometry, longest=longest)
+    if heat is not None:
+        write_atomic(folder / f"{number:02d}_heat.jpg", _jpeg(heat))
     write_atomic(folder / f"{number:02d}.jpg", _jpeg(plain))
     keys = (
         "id",
@@ -95,7 +94,9 @@ def load_shots(folder: Path) -> list[Shot]:
         pictures = [path.with_suffix(".jpg"), path.with_name(f"{path.stem}_kept.jpg")]
         record = read_json(path)
         if record is not None and all(picture.exists() for picture in pictures):
-            shots.append(Shot(record, *(picture.read_bytes() for picture in pictures)))
+            heat = path.with_name(f"{path.stem}_heat.jpg")
+            plain, kept = (picture.read_bytes() for picture in pictures)
+            shots.append(Shot(int(path.stem), record, plain, kept, heat.read_bytes() if heat.exists() else None))
     return shots
 
 

@@ -5,24 +5,27 @@ being told to. A config that changed since is refused, because its folder holds 
 """
 
 import linecache
+import os
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import cli
-from experiments.study import record
+from experiments import cli, memory
+from experiments.adapters import adapter_path
+from experiments.processes import Crew, assemble
+from experiments.study import record, watch
 from experiments.study.files import Journal, remove, write_atomic
 
 JOURNAL = "journal.jsonl"
@@ -39,6 +42,8 @@ class Job:
 
     folder: Path
     identity: record.Identity
+    crew: Crew
+    """The processes that do it together; the first one alone writes into the folder."""
 
     def journal(self) -> Journal:
         return Journal(self.folder / JOURNAL)
@@ -53,13 +58,24 @@ class Refused(ValueError):
 
 
 def run_job(cfg: DictConfig, work: Work) -> bool:
-    """Runs a verb as a job and keeps its study's table and report fresh; False when it failed or was refused."""
-    hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    """Runs a verb as a job and keeps its study's table and report fresh; False when it failed or was refused.
+
+    Of several processes the first decides whether the job runs, and keeps its record; the others only work.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
     ok = False
     try:
-        with FileLock(folder / record.LOCK, timeout=0):
-            ok = _run_locked(cfg, work, folder)
+        crew = assemble(cfg)
+        if not crew.first:
+            return _follow(cfg, work, folder, crew)
+        with ExitStack() as held:
+            identity = None
+            try:
+                held.enter_context(FileLock(folder / record.LOCK, timeout=0))
+                identity = _claim(cfg, folder)
+            finally:
+                crew.hear(identity is not None)
+            ok = identity is None or _carry_out(cfg, work, Job(folder, identity, crew))
     except Timeout:
         _say(folder, "another process is running this job; wait for it, or give another study=")
     except (ValueError, OSError) as error:
@@ -67,46 +83,87 @@ def run_job(cfg: DictConfig, work: Work) -> bool:
             raise
         _say(folder, str(error))
     cli.finished(folder, ok)
+    if not ok and watch.elsewhere():
+        # All that comes back to the process that waits is this; the sentence has been said.
+        raise cli.JobFailed(str(folder))
     return ok
 
 
-def _run_locked(cfg: DictConfig, work: Work, folder: Path) -> bool:
+def _claim(cfg: DictConfig, folder: Path) -> record.Identity | None:
+    """Which job this is; None when it is finished already. Raises Refused when it must not run."""
     try:
         identity = _identify(cfg, folder)
     except OmegaConfBaseException as error:
         raise Refused(cli.explain(error, HydraConfig.get().job.name, [])) from None
-    if not _admit(cfg, folder, identity):
-        print(f"skip  {identity.job}: finished already")
-        _refresh(folder.parent)
-        return True
-    job = Job(folder, identity)
+    if _admit(cfg, folder, identity):
+        return identity
+    _tell(folder, f"skip  {identity.job}: finished already")
+    _refresh(folder.parent)
+    return None
+
+
+def _carry_out(cfg: DictConfig, work: Work, job: Job) -> bool:
+    folder, identity = job.folder, job.identity
     began = time.perf_counter()
     times: dict[str, Any] = {"started": record.now()}
     record.write_result(folder, identity, "running", {"times": times})
     status: record.Status = "failed"
-    reason: str | None = None
+    reason = trace = None
     sections: Mapping[str, Any] = {}
     try:
         sections = work(cfg, job)
         status = "ok"
-    except torch.cuda.OutOfMemoryError as error:
-        status, reason = "oom", f"out of accelerator memory ({str(error).splitlines()[0]}): lower batch_size or budget"
     except Exception as error:
-        reason = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
-        write_atomic(folder / ERROR, traceback.format_exc())
-        if not is_bad_input(error):
-            traceback.print_exc()
+        if memory.is_out_of_memory(error):
+            told = isinstance(error, memory.OutOfMemory)
+            detail = str(error) if told else f"out of memory ({_first_line(error)}): lower batch_size= or budget="
+            status, reason = "oom", detail
+        else:
+            reason = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
+            trace = traceback.format_exc()
+            if not is_bad_input(error):
+                traceback.print_exc()
+    if status == "oom":
+        memory.release()
     seconds = time.perf_counter() - began
     times = {**times, **sections.get("times", {}), "finished": record.now(), "wall_s": seconds}
-    record.write_result(folder, identity, status, {**sections, "times": times}, reason)
-    if status == "ok":
-        remove(folder / JOURNAL)
-        remove(folder / ERROR)
-        print(f"ok    {identity.job}: {seconds:.1f} s", flush=True)
-    else:
+    try:
+        if trace is not None:
+            write_atomic(folder / ERROR, trace)
+        record.write_result(folder, identity, status, {**sections, "times": times}, reason)
+        if status == "ok":
+            remove(folder / JOURNAL)
+            remove(folder / ERROR)
+            _tell(folder, f"ok    {identity.job}: {seconds:.1f} s")
+        _refresh(folder.parent)
+    except OSError as error:
+        if status == "ok":
+            raise
+        # What stopped the job, a full disk say, keeps us from writing that down.
+        reason = f"{reason}; the job's record could not be written either ({error.strerror or error})"
+    if status != "ok":
         _say(folder, reason or status)
-    _refresh(folder.parent)
     return status == "ok"
+
+
+def _follow(cfg: DictConfig, work: Work, folder: Path, crew: Crew) -> bool:
+    """What a process does that is not the first: the work, if the first one says so, and a word when it fails."""
+    if not crew.hear(False):
+        return True
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            work(cfg, Job(folder, _identify(cfg, folder), crew))
+    except Exception as error:
+        if not is_bad_input(error):
+            raise
+        print(f"error: process {crew.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        cli.finished(folder, False)
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _identify(cfg: DictConfig, folder: Path) -> record.Identity:
@@ -114,7 +171,9 @@ def _identify(cfg: DictConfig, folder: Path) -> record.Identity:
     config = record.plain(cfg)
     config["stored"] = {
         "model": record.stored(config["model"].get("path")),
-        "adapter": record.stored(config.get("adapter")),
+        "adapter": record.stored(
+            adapter_path(config.get("adapter"), config["model"], hydra.runtime.choices["selector"])
+        ),
     }
     overrides = [str(o) for o in hydra.overrides.task if str(o).partition("=")[0] not in record.SESSION]
     return record.Identity(
@@ -176,14 +235,20 @@ def _refresh(study: Path) -> None:
     from experiments.report.page import write_report
     from experiments.study.table import refresh
 
-    if refresh(study):
-        write_report(study)
+    if rows := refresh(study):
+        write_report(study, rows)
+
+
+def _tell(folder: Path, line: str, ok: bool = True) -> None:
+    sys.stdout.flush()
+    print(line, file=sys.stdout if ok else sys.stderr, flush=True)
+    if watch.elsewhere():
+        watch.say(folder, ok, line)
 
 
 def _say(folder: Path, sentence: str) -> None:
     where = f"{folder.name}: " if HydraConfig.get().mode == RunMode.MULTIRUN else ""
-    sys.stdout.flush()
-    print(f"error: {where}{' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    _tell(folder, f"error: {where}{' '.join(sentence.split())}", ok=False)
 
 
 def _short(folder: Path) -> str:

@@ -1,68 +1,166 @@
 """How rows are shown to people: which columns, in which words."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from experiments.study.rows import BASELINE, Row
+from experiments.metrics import CLEAN
+from experiments.study.compare import BASELINE
+from experiments.study.rows import Row
+from experiments.study.significance import stars
 
+Kind = Literal["text", "count", "score", "difference", "cost"]
 _STAGES = ("select", "prefill", "cache", "denoise", "total")
 
 
 @dataclass(frozen=True)
+class Cell:
+    """What stands in the table, and what it is sorted by and drawn from."""
+
+    text: str = "-"
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    aside: str = ""
+    """A remark that has no place in the cell itself."""
+
+
+@dataclass(frozen=True)
 class Column:
-    """A column of the table that people read."""
+    """A column of the table that people read; scores and differences are in points, from 0 to 100."""
 
     title: str
-    cells: list[str]
+    kind: Kind
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        return [cell.text for cell in self.cells]
 
     @property
     def numeric(self) -> bool:
-        return self.title not in ("selector", "data", "changes", "status", "note")
+        return self.kind != "text"
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
     """What table.md and the terminal show; a column that says nothing is left out."""
-    subsets = list(
-        dict.fromkeys(k[:-5] for row in rows for k in row if k.startswith("subset ") and k.endswith(" mean"))
-    )
     shown = [
-        Column("selector", [str(row["selector"]) for row in rows]),
-        Column("data", [str(row["dataset"] or row["data"]) for row in rows]),
-        Column("budget", [str(row["budget"]) for row in rows]),
-        Column("changes", [row["changes"] for row in rows]),
-        Column("n", [_count(row["n"]) for row in rows]),
+        Column("selector", "text", [Cell(str(row["selector"])) for row in rows]),
+        Column("data", "text", [Cell(str(row["dataset"] or row["data"])) for row in rows]),
+        Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
+        Column("changes", "text", [Cell(row["changes"]) for row in rows]),
+        Column("n", "count", [_asked(row) for row in rows]),
+        Column("seeds", "count", [_seeds(row) for row in rows]),
     ]
-    for name in subsets:
-        shown.append(Column(name.removeprefix("subset "), [_interval(row, name) for row in rows]))
-    whole = [{} if any(f"{name} mean" in row for name in subsets) else row for row in rows]
-    for metric in dict.fromkeys(metric for row in whole for metric in row.get("metrics", "").split()):
-        shown.append(Column(metric, [_interval(row, metric) for row in whole]))
-    shown += [Column(name, [_difference(row, name) for row in rows]) for name in _differences(rows)]
-    shown.append(Column("recall", [_percent(row.get("recall mean")) for row in rows]))
-    shown.append(Column("visual tokens", [_range(row, "visual tokens") for row in rows]))
-    shown.append(Column("cache tokens", [_range(row, "cache tokens") for row in rows]))
-    shown.append(Column("prefix tokens", [_range(row, "prefix tokens") for row in rows]))
-    shown += [Column(f"{stage} ms", [_ms(row.get(f"{stage} ms")) for row in rows]) for stage in _STAGES]
-    shown.append(Column("peak MiB", [_count(row["peak memory MiB"]) for row in rows]))
-    shown.append(Column("trained parameters", [_count(row["trainable parameters"] or None) for row in rows]))
-    shown.append(Column("status", [row["status"] for row in rows]))
-    shown.append(Column("note", ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]))
+    shown += [Column(title, "score", [_quality(row, key) for row in part]) for title, key, part in qualities(rows)]
+    shown += [Column(name, "difference", [_effect(row, name) for row in rows]) for name in ("disc1", "disc2")]
+    shown += [Column(name, "difference", [_difference(row, name) for row in rows]) for name in differences(rows)]
+    shown.append(Column("recall", "score", [_percent(row.get("recall mean")) for row in rows]))
+    for name in ("visual tokens", "cache tokens", "prefix tokens"):
+        shown.append(Column(name, "cost", [_tokens(row, name) for row in rows]))
+    if len({row.get("steps mean") for row in rows}) > 1:
+        shown.append(Column("steps", "cost", [_range(row, "steps") for row in rows]))
+    if any(row.get("drift") is not None for row in rows):
+        shown.append(Column("cache KiB", "cost", [_kib(row.get("cache bytes")) for row in rows]))
+        shown.append(Column("max logit drift", "cost", [_drift(row.get("drift")) for row in rows]))
+        shown.append(Column("same top-1", "count", [_percent(row.get("same top1")) for row in rows]))
+    shown += [Column(f"{stage} ms", "cost", [_cost(row, f"{stage} ms") for row in rows]) for stage in _STAGES]
+    shown.append(Column("peak MiB", "cost", [_cost(row, "peak memory MiB") for row in rows]))
+    shown.append(Column("trained parameters", "count", [_count(row["trainable parameters"] or None) for row in rows]))
+    shown.append(Column("flags", "text", [Cell(row["flags"]) for row in rows]))
+    shown.append(Column("status", "text", [Cell(row["status"]) for row in rows]))
+    notes = ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]
+    shown.append(Column("note", "text", [Cell(note) for note in notes]))
     # What all rows share needs no column; the legend says it once.
-    failed = any(row["reason"] for row in rows)
+    failed = any(row["reason"] or row["flags"] for row in rows)
     sayable = ("data", "changes") if failed else ("data", "changes", "note")
-    shared = [c for c in shown if c.title in sayable and len(set(c.cells)) == 1]
-    return [column for column in shown if column not in shared and any(cell not in ("", "-") for cell in column.cells)]
+    shared = [c for c in shown if c.title in sayable and len(set(c.texts)) == 1]
+    return [column for column in shown if column not in shared and any(text not in ("", "-") for text in column.texts)]
+
+
+def qualities(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """Title, row key and rows of each score: by subset where a dataset has some, the metrics where it has none."""
+    subsets = [k[:-5] for row in rows for k in row if k.startswith("subset ") and k.endswith(" mean")]
+    found = [(name.removeprefix("subset "), name, list(rows)) for name in dict.fromkeys(subsets)]
+    whole = [{} if any(f"{name} mean" in row for name in subsets) else row for row in rows]
+    metrics = dict.fromkeys(metric for row in whole for metric in row.get("metrics", "").split())
+    subtasks = dict.fromkeys(k[:-5] for row in whole for k in row if k.startswith("subtask ") and k.endswith(" mean"))
+    found += [(metric, metric, whole) for metric in metrics]
+    return [*found, *((name.removeprefix("subtask "), name, whole) for name in subtasks)]
+
+
+def headlines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
+    """Title, row key and rows of the scores that figures show: of each dataset its subsets, or else its headline."""
+    found = []
+    for dataset in (sets := list(dict.fromkeys(row["dataset"] for row in rows))):
+        part = [row for row in rows if row["dataset"] == dataset]
+        named = [(title, key) for title, key, _ in qualities(part) if key.startswith("subset ")]
+        # A job that failed before its first answer has no metric to show.
+        metrics = list(dict.fromkeys(row["metric"] for row in part if row["metric"]))[:1]
+        for title, key in named or [(metric, metric) for metric in metrics]:
+            found.append((f"{dataset}: {title}" if len(sets) > 1 else title, key, part))
+    return found
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """Differences by group where there are groups: over all samples they would mix what should be told apart."""
+    names = dict.fromkeys(k[6:-5] for row in rows for k in row if k.startswith("delta ") and k.endswith(" mean"))
+    by_group = [name for name in names if not name.startswith("vs ")]
+    return by_group or list(names)
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A short name for each row that tells it from the others."""
+    budgets: dict[str, set[str]] = {}
+    for row in rows:
+        budgets.setdefault(row["selector"], set()).add(row["budget"])
+    shared = set.intersection(*(set(row["changes"].split()) for row in rows)) if rows else set()
+    many_sets = len({row["dataset"] for row in rows}) > 1
+    return [
+        " ".join(
+            filter(
+                None,
+                (
+                    row["selector"],
+                    row["budget"] if len(budgets[row["selector"]]) > 1 else "",
+                    *(short(change) for change in row["changes"].split() if change not in shared),
+                    row["dataset"] if many_sets else "",
+                ),
+            )
+        )
+        for row in rows
+    ]
+
+
+def short(change: str) -> str:
+    """An override without what everybody knows: `adapted` of adapter=own, the last folder of a path."""
+    key, _, value = change.partition("=")
+    if key == "adapter":
+        return "adapted" if value == "own" else f"adapter {value.rsplit('/', 1)[-1]}"
+    return value if key in ("experiment", "ablation") else change
+
+
+def parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows over whole datasets, then those over a part, which are never in one table with them; each with its title."""
+    whole, limited = ([row for row in rows if row["limited"] is part] for part in (False, True))
+    title = "Limited to a part of the samples, not comparable with whole sets:"
+    return [(heading, part) for heading, part in (("", whole), (title if whole else "", limited)) if part]
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table for a README or an issue."""
+    """The tables for a README or an issue."""
+    tables = [f"{title}\n\n{_markdown(part)}" if title else _markdown(part) for title, part in parts(rows)]
+    return "\n".join(tables) + f"\n{legend(rows)}\n"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
     shown = columns(rows)
     lines = [
         " | ".join(column.title for column in shown),
         " | ".join("---:" if column.numeric else "---" for column in shown),
-        *(" | ".join(_escape(column.cells[i]) for column in shown) for i in range(len(rows))),
+        *(" | ".join(_escape(column.texts[i]) for column in shown) for i in range(len(rows))),
     ]
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{legend(rows)}\n"
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
 def legend(rows: Sequence[Row]) -> str:
@@ -70,50 +168,148 @@ def legend(rows: Sequence[Row]) -> str:
     metrics = ", ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
     shared = [values.pop() for k in ("dataset", "changes", "note") if len(values := {row[k] for row in rows}) == 1]
     common = "; ".join(text for text in shared if text)
-    return (f"All rows: {common}. " if common else "") + (
+    sentences = [
+        f"All rows: {common}." if common else "",
         f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "
-        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample."
+        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample.",
+        _tests(rows),
+        "Several seeds: mean of their trainings, the interval for a new seed and a new picture, ± the spread of seeds."
+        if any(len(row["seeds"].split()) > 1 for row in rows)
+        else "",
+        f"(n x): times the visual tokens of {BASELINE}, not an equal budget."
+        if any(unequal(row) for row in rows)
+        else "",
+        _corpus_note(rows),
+    ]
+    return " ".join(filter(None, sentences))
+
+
+def _corpus_note(rows: Sequence[Row]) -> str:
+    """What a corpus metric's numbers are, where there is one."""
+    named = dict.fromkeys(key.removesuffix(" ceiling") for row in rows for key in row if key.endswith(" ceiling"))
+    if not named:
+        return ""
+    return f"{', '.join(named)}: times 100, as captioning papers print it, of a perfect predictor's."
+
+
+def unequal(row: Row) -> bool:
+    """Whether a row has another token budget than what it is compared to."""
+    return row.get("budget ratio") not in (None, 1.0)
+
+
+def comparable(rows: Sequence[Row]) -> list[bool]:
+    """Which rows may be called the best: those at the common budget and, where there are any, over whole datasets."""
+    whole = any(not row["limited"] for row in rows)
+    return [not unequal(row) and not (whole and row["limited"]) for row in rows]
+
+
+def flags(row: Row) -> dict[str, str]:
+    """Columns of a row whose figure cannot be, and why (experiments.roofline)."""
+    return dict(flag.split(": ", 1) for flag in row["flags"].split("; ") if flag)
+
+
+def _tests(rows: Sequence[Row]) -> str:
+    compared = differences(rows)
+    smallest = [row[f"delta {name} detectable"] for name in compared for row in rows if f"delta {name} mean" in row]
+    if not smallest:
+        return ""
+    low, high = (f"{100 * edge(smallest):.1f}" for edge in (min, max))
+    size = low if low == high else f"{low} to {high}"
+    return (
+        f"*: p < 0.05, exact sign test by picture (McNemar's where none is shared), Holm over the systems. Detectable "
+        f"at this n with 80 % power: {size} points."
     )
 
 
-def _interval(row: Row, name: str) -> str:
+def _seeds(row: Row) -> Cell:
+    count = len(row["seeds"].split())
+    return Cell(str(count), count) if count > 1 else Cell()
+
+
+def _asked(row: Row) -> Cell:
+    """The number of questions, and of how many where they are a part."""
+    cell = _count(row["n"])
+    return replace(cell, text=f"{cell.text} of {row['of']}") if row["limited"] and row["of"] else cell
+
+
+def _quality(row: Row, name: str) -> Cell:
+    """A score; of cleaned answers the mean is enough, since they stand beside the raw ones and move with them."""
+    cell = _percent(row.get(f"{name} mean")) if name.endswith(CLEAN) else _interval(row, name)
+    top = row.get(f"{name} ceiling")
+    return cell if top is None else replace(cell, text=f"{cell.text} of {_percent(top).text}")
+
+
+def _effect(row: Row, name: str) -> Cell:
+    """A difference within one system, between two kinds of question."""
     if row.get(f"{name} mean") is None:
-        return "-"
+        return Cell()
     mean, low, high = (100 * row[f"{name} {key}"] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return Cell(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", mean, low, high)
 
 
-def _differences(rows: Sequence[Row]) -> list[str]:
-    """Differences by group where there are groups: over all samples they would mix what should be told apart."""
-    names = [k[6:-5] for row in rows for k in row if k.startswith("delta ") and k.endswith(" mean")]
-    by_group = [name for name in dict.fromkeys(names) if not name.startswith("vs ")]
-    return by_group or list(dict.fromkeys(names))
-
-
-def _difference(row: Row, name: str) -> str:
-    if row.get(f"delta {name} mean") is None:
-        return "-"
-    mean, low, high = (100 * row[f"delta {name} {key}"] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _range(row: Row, name: str) -> str:
+def _interval(row: Mapping[str, float], name: str) -> Cell:
     if row.get(f"{name} mean") is None:
-        return "-"
-    low, high = row[f"{name} min"], row[f"{name} max"]
-    return str(low) if low == high else f"{row[f'{name} mean']:.0f} ({low}-{high})"
+        return Cell()
+    mean, low, high = (100 * row[f"{name} {key}"] for key in ("mean", "low", "high"))
+    between = row.get(f"{name} between")
+    aside = "" if between is None else f"± {100 * between:.1f}"
+    return Cell(" ".join(filter(None, (f"{mean:.1f}", aside, f"[{low:.1f}, {high:.1f}]"))), mean, low, high, aside)
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+def _difference(row: Row, name: str) -> Cell:
+    if row.get(f"delta {name} mean") is None:
+        return Cell()
+    mean, low, high = (100 * row[f"delta {name} {key}"] for key in ("mean", "low", "high"))
+    p = row[f"delta {name} p holm"]
+    return Cell(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{stars(p)}", mean, low, high, p_value(p))
 
 
-def _count(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+def p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _percent(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{100 * value:.1f}", 100 * value)
+
+
+def _tokens(row: Row, name: str) -> Cell:
+    """A mean and its range; what decides the budget says how many times the baseline's it is, where that is not 1."""
+    if row.get(f"{name} mean") is None:
+        return Cell()
+    text = _range(row, name).text
+    decides = "visual tokens" if row.get("cache tokens mean") is None else "cache tokens"
+    marked = f"{text} ({row['budget ratio']:.2g}x)" if unequal(row) and name == decides else text
+    return Cell(marked, row[f"{name} mean"])
+
+
+def _range(row: Row, name: str) -> Cell:
+    if row.get(f"{name} mean") is None:
+        return Cell()
+    low, high, mean = row[f"{name} min"], row[f"{name} max"], row[f"{name} mean"]
+    return Cell(str(low) if low == high else f"{mean:.{1 if high < 10 else 0}f} ({low}-{high})", mean)
+
+
+def _kib(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value / 1024:.1f}", value / 1024)
+
+
+def _drift(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value:.2g}", value)
+
+
+def _cost(row: Row, name: str) -> Cell:
+    value = row.get(name)
+    if name in flags(row):
+        return Cell("impossible", None, aside=flags(row)[name])
+    if value is None:
+        return Cell()
+    fine = name.endswith(" ms")
+    text = f"{value:.2f}" if fine and value < 10 else f"{value:.1f}" if fine and value < 100 else f"{value:.0f}"
+    return Cell(text, value)
+
+
+def _count(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value:.0f}", value)
 
 
 def _escape(cell: str) -> str:

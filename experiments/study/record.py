@@ -32,7 +32,7 @@ VOLATILE = ("times",)
 SESSION = frozenset({"resume", "overwrite"})
 """Keys that say how a job is started, not what it is: they are not written down."""
 
-_NOT_HASHED = frozenset({"study", "threads", "logger", "shots"})
+NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "trainer.num_nodes", "trainer.workers"})
 QUICK_BYTES = 2**26
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
 
@@ -56,8 +56,16 @@ class Identity:
 
 def config_hash(config: Mapping[str, Any]) -> str:
     """A digest of every config value that can change a result."""
-    relevant = {k: v for k, v in config.items() if k not in _NOT_HASHED}
+    relevant = _relevant(config)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _relevant(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if prefix + key not in NOT_HASHED
+    }
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -91,7 +99,7 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """Dotted names of the values that differ and count."""
     keys = []
     for key in sorted(old.keys() | new.keys()):
-        if not prefix and key in _NOT_HASHED:
+        if prefix + key in NOT_HASHED:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):

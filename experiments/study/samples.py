@@ -11,21 +11,29 @@ import pyarrow.parquet as pq
 
 from experiments.study.files import write_atomic
 
+RECALL = "recall"
 _COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
     "picture": pa.string(),
     "question": pa.string(),
     "prompt": pa.string(),
     "answers": pa.list_(pa.string()),
+    "target": pa.string(),
     "prediction": pa.string(),
     "subtask": pa.string(),
     "group": pa.string(),
     "density": pa.string(),
+    "place": pa.string(),
+    "entity": pa.string(),
     "n_visual": pa.int32(),
     "n_prefix": pa.int32(),
     "n_cache": pa.int32(),
     "kept": pa.list_(pa.int32()),
-    "recall": pa.float64(),
+    "n_steps": pa.int32(),
+    "cache_bytes": pa.float64(),
+    "drift": pa.float64(),
+    "same_top1": pa.float64(),
+    RECALL: pa.float64(),
     "batch": pa.int32(),
 }
 
@@ -44,21 +52,44 @@ def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_samples` wrote."""
+    return [_unflatten(flat) for flat in pq.read_table(path).to_pylist()]
+
+
 @dataclass(frozen=True)
 class Score:
     value: float
     picture: str
     group: str
+    density: str
+
+    @property
+    def subset(self) -> str:
+        """The column of the table that the sample counts in, "" when its dataset names no groups."""
+        return subset_name(self.group, self.density)
+
+
+def subset_name(group: str, density: str) -> str:
+    return " ".join(filter(None, (group, density)))
 
 
 def read_scores(path: Path, metric: str) -> dict[str, Score]:
-    """Scores by sample id; samples without one are left out."""
-    columns = pq.read_table(path, columns=["id", f"score_{metric}", "picture", "group"]).to_pydict().values()
+    """Scores by sample id, or with metric="recall" the share of evidence kept; samples without one are left out."""
+    column = metric if metric == RECALL else f"score_{metric}"
+    columns = pq.read_table(path, columns=["id", column, "picture", "group", "density"]).to_pydict().values()
     return {i: Score(*fields) for i, *fields in zip(*columns, strict=True) if fields[0] is not None}
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {key: row[key] for key in _COLUMNS}
+    flat = {key: row.get(key) for key in _COLUMNS}
     flat |= {f"score_{name}": score for name, score in row["scores"].items()}
     flat |= {f"n_{source}": count for source, count in row["sources"].items()}
     return flat | {f"ms_{stage}": ms for stage, ms in row["ms"].items()}
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    row = {key: flat[key] for key in _COLUMNS}
+    for part, kind in (("scores", "score_"), ("sources", "n_"), ("ms", "ms_")):
+        row[part] = {key.removeprefix(kind): flat[key] for key in flat if key.startswith(kind) and key not in _COLUMNS}
+    return row

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.study.files import write_atomic
-from experiments.study.layout import columns, legend, markdown
+from experiments.study.layout import columns, legend, markdown, parts
 from experiments.study.rows import Row, collect
+from experiments.study.shards import merge_shards
 
 NAME = "table"
 
@@ -26,6 +27,7 @@ def refresh(study: Path) -> list[Row]:
     """Reads every job of the study and rewrites its table; one process at a time."""
     study.mkdir(parents=True, exist_ok=True)
     with FileLock(study / f".{NAME}.lock"):
+        merge_shards(study)
         rows = collect(study)
         if not rows:
             return rows
@@ -40,18 +42,25 @@ def print_table(study: Path) -> None:
     rows = collect(study)
     if not rows:
         return
+    for title, part in parts(rows):
+        if title:
+            print(title)
+        _print(part)
+    print(legend(rows))
+    shown_as = study.relative_to(Path.cwd()) if study.is_relative_to(Path.cwd()) else study
+    print(f"table: {shown_as / NAME}.md   report: {shown_as / 'report.html'}")
+
+
+def _print(rows: Sequence[Row]) -> None:
     shown = columns(rows)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in shown:
         table.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")
     for i in range(len(rows)):
-        table.add_row(*(column.cells[i] for column in shown))
+        table.add_row(*(column.texts[i] for column in shown))
     console = Console()
-    wide = Console(width=max(console.width, 40 + sum(max(map(len, [c.title, *c.cells])) + 2 for c in shown)))
+    wide = Console(width=max(console.width, 40 + sum(max(map(len, [c.title, *c.texts])) + 2 for c in shown)))
     (console if console.is_terminal else wide).print(table)
-    print(legend(rows))
-    shown_as = study.relative_to(Path.cwd()) if study.is_relative_to(Path.cwd()) else study
-    print(f"table: {shown_as / NAME}.md   report: {shown_as / 'report.html'}")
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -1,5 +1,7 @@
 """The rivals against loops over tokens, on pictures with and without padding."""
 
+from math import ceil
+
 import pytest
 import torch
 
@@ -17,6 +19,10 @@ def pictures(grid: tuple[int, int]) -> VisionFeatures:
     return make_features(grid, side=6, sizes=SIZES[grid], width=24)
 
 
+def groups_of(features: VisionFeatures, scope: str) -> int:
+    return features.layout.n_views if scope == "per_view" else 1
+
+
 def kept(selector: GroupSelector, features: VisionFeatures) -> list[list[int]]:
     chosen = selector(features)
     return [index[mask].tolist() for index, mask in zip(chosen.index_BT, chosen.mask_BT, strict=True)]
@@ -28,12 +34,16 @@ def kept(selector: GroupSelector, features: VisionFeatures) -> list[list[int]]:
 def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budget: int) -> None:
     features = pictures(grid)
     common = {"budget": budget, "scope": scope}
+    three = {"rho": 2.5 / features.layout.n_tokens * groups_of(features, scope)}
     votes = {"tau": 0.6, "tau_step": 0.25, "votes": 2, "gamma": 3.0}
     pairs: list[tuple[GroupSelector, naive.Pick]] = [
         (Saint(**common), naive.saint(features, 0.0625, "keys@0.83")),
         (SaintVote(**common, **votes), naive.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83")),
         (DivPrune(**common), naive.divprune(features)),
-        (VisPruner(**common, drop=3), naive.vispruner(features, 0.5, 3, "attention@-1")),
+        (
+            VisPruner(**common, **three),
+            naive.vispruner(features, 0.5, 3, "attention@-1"),
+        ),
     ]
     for selector, pick in pairs:
         assert kept(selector, features) == naive.in_groups(features, scope, budget, pick), type(selector).__name__
@@ -63,12 +73,13 @@ def test_cdpruner_goes_by_relevance_when_the_width_is_used_up() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("r", [1, 5, 100])
-def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, r: int) -> None:
+@pytest.mark.parametrize("rho", [0.001, 0.1, 0.9])
+def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, rho: float) -> None:
     features = pictures(grid)
+    r = ceil(rho * features.layout.n_tokens / groups_of(features, scope))
     members: list[dict[int, list[int]]] = [{} for _ in features.ids]
     expected = naive.in_groups(features, scope, 20, naive.tome(features, r, "keys@-1", members))
-    chosen = ToMe(budget=20, scope=scope, r=r)(features)
+    chosen = ToMe(budget=20, scope=scope, rho=rho)(features)
     merged = 0
     for sample, tokens in enumerate(expected):
         for slot, token in enumerate(tokens):
@@ -130,5 +141,5 @@ def test_duplicates_go_first() -> None:
         tokens[0, token] = torch.eye(8)[place]
     features = make_features((0, 0), side=4, sizes=[(90, 90)], tokens=tokens)
     features.taps["keys@0.83"] = tokens[:, :, None]
-    for selector in (DivPrune(budget=5), Saint(budget=5), VisPruner(budget=5, important=0.0, drop=1)):
+    for selector in (DivPrune(budget=5), Saint(budget=5), VisPruner(budget=5, important=0.0, rho=0.01)):
         assert {1, 7, 8, 14} <= set(kept(selector, features)[0]), type(selector).__name__

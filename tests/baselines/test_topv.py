@@ -5,43 +5,67 @@ import math
 import pytest
 import torch
 
-from baselines import TopV
-from baselines.topv import transported
+from baselines import TopV, topv
+from baselines.topv import Marginals, scaling
 from tests.features import SIZES, make_features
 
 
 def importance(selector: TopV, grid: tuple[int, int] = (2, 2)) -> tuple[torch.Tensor, torch.Tensor]:
     features = make_features(grid, side=6, sizes=SIZES[grid])
     groups, _ = selector.groups(features)
-    return selector.importance(features, groups), groups.valid_BGS
+    return selector.rate(features, groups), groups.valid_BGS
 
 
-def test_importances_differ() -> None:
+@pytest.mark.parametrize("read", ["total", "own"])
+def test_importances_differ(read: str) -> None:
     """In a balanced problem the mass that leaves a source is prescribed; then all are equal and say nothing."""
-    found, valid = importance(TopV(budget=20))
+    found, valid = importance(TopV(budget=20, importance=read))
     spread = torch.stack([found[b, g][valid[b, g]].std() for b in range(3) for g in range(5) if valid[b, g].sum() > 5])
     assert float(spread.min()) > 0.05
     faint, _ = importance(TopV(budget=20, marginals="balanced_cols_last"))
     assert 0 < float(faint[0, 0].std()) < float(found[0, 0].std())
 
 
+def test_a_rare_token_gives_less_in_total_and_more_to_its_own_target() -> None:
+    """Fifteen alike and one that differs: what TopV keeps first depends on how its plan is read."""
+    tokens = torch.ones(1, 16, 8) + 0.01 * torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
+    tokens[0, 6] = torch.linspace(-1, 1, 8)
+    features = make_features((0, 0), side=4, sizes=[(90, 90)], tokens=tokens)
+    features.taps.update({"input@-1": tokens, "post_norm@-1": tokens + 0.3})
+
+    def rank(read: str) -> int:
+        selector = TopV(budget=4, importance=read, beta=0.0)
+        return int(
+            selector.rate(features, selector.groups(features)[0])[0, 0].argsort(descending=True).tolist().index(6)
+        )
+
+    assert rank("own") == 0
+    assert rank("total") == 15
+
+
 def test_the_plan_by_hand() -> None:
-    """Two sources, two targets: each target takes a mass of 1, split by the kernel."""
-    plan = torch.tensor([[[[3.0, 1.0], [1.0, 1.0]]]])
-    valid = torch.ones(1, 1, 2, dtype=torch.bool)
-    assert transported(plan, valid, "semi_relaxed").flatten().tolist() == [0.75 + 0.5, 0.25 + 0.5]
-    balanced = transported(plan, valid, "balanced_cols_last").flatten()
-    assert float(balanced.sum()) == pytest.approx(2) and abs(float(balanced[0]) - 1) < 0.05
+    """Two targets, two sources: each target, a row, takes a mass of 1, split by the kernel."""
+    kernel = torch.tensor([[[[3.0, 1.0], [1.0, 1.0]]]])
+
+    def plan(marginals: Marginals) -> torch.Tensor:
+        u, v = scaling(kernel, torch.ones(1, 1, 2, dtype=torch.bool), marginals)
+        return (v[..., :, None] * kernel * u[..., None, :])[0, 0]
+
+    assert plan("semi_relaxed").tolist() == [[0.75, 0.25], [0.5, 0.5]]
+    assert plan("balanced_cols_last").sum(1).tolist() == pytest.approx([1, 1])
+    assert abs(float(plan("balanced_cols_last")[:, 0].sum()) - 1) < 0.05
 
 
 @pytest.mark.parametrize("scope", ["per_view", "global"])
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2)])
-def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int]) -> None:
+def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topv, "ROWS", 5)
     features = make_features(grid, side=4, sizes=SIZES[grid])
     layout = features.layout
-    selector = TopV(budget=12, scope=scope, alpha=0.7, beta=1.3, gamma=0.5, sigma=3.0, eps=0.2)
-    groups, _ = selector.groups(features)
-    found = selector.importance(features, groups)
+    knobs = {"budget": 12, "scope": scope, "alpha": 0.7, "beta": 1.3, "gamma": 0.5, "sigma": 3.0, "eps": 0.2}
+    selectors = [TopV(**knobs), TopV(**knobs, importance="own")]
+    groups, _ = selectors[0].groups(features)
+    total_BGS, own_BGS = (selector.rate(features, groups) for selector in selectors)
     per_view = scope == "per_view"
     rows, cols = (4, 4) if per_view else layout.canvas
 
@@ -71,9 +95,12 @@ def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int]) -> No
                 for i, j in f
             }
             column = {j: sum(kernel[i, j] for i in tokens) for j in tokens}
-            expected = [sum(kernel[i, j] / column[j] for j in tokens) for i in tokens]
-            got = found[sample, g][groups.valid_BGS[sample, g]]
-            torch.testing.assert_close(got.double(), torch.tensor(expected).double(), rtol=1e-3, atol=1e-4)
+            total = [sum(kernel[i, j] / column[j] for j in tokens) for i in tokens]
+            own = [kernel[i, i] / column[i] for i in tokens]
+            valid = groups.valid_BGS[sample, g]
+            for found, expected in ((total_BGS, total), (own_BGS, own)):
+                got = found[sample, g][valid].double()
+                torch.testing.assert_close(got, torch.tensor(expected).double(), rtol=1e-3, atol=1e-4)
 
 
 def test_recovered_tokens_are_evenly_spread_over_the_pruned() -> None:

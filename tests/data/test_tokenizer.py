@@ -83,7 +83,7 @@ def test_saved_in_the_published_format(tmp_path: Path) -> None:
     text = "<|startoftext|>system\n\nletter K, été 漢<|eot_id|>"
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.encode(text) == encode(text) and loaded.decode(loaded.encode(text)) == text
-    assert len(loaded) == len(TOKENIZER) < 300
+    assert len(loaded) == len(TOKENIZER) < 330
     assert (loaded.eos_token_id, loaded.mask_token_id) == (TOKENIZER.eos_token_id, TOKENIZER.mask_token_id)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids == encode(text)
 

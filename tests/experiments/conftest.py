@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from PIL import Image
 
 from experiments.data.tokenizer import build_tokenizer
 from experiments.evaluate import evaluate
+from experiments.fit import fit
 from experiments.schema import CONF, VERSION_BASE
-from experiments.study.job import run_job
+from experiments.study.job import Work, run_job
 from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 
 ROOT = CONF.parent
-Eval = Callable[..., Path]
+Here = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -51,27 +53,46 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def eval_here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Eval:
+def eval_here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     """Runs eval's job in this process; returns the job's folder, which lies under tmp_path/outputs."""
+    return evaluator(tmp_path, tiny_weights, monkeypatch)
 
-    def run(*overrides: str, root: Path = tmp_path, ok: bool = True) -> Path:
-        root.mkdir(exist_ok=True)
-        monkeypatch.chdir(root)
-        with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
-            weights = [] if "model=small" in overrides else [f"model.path={tiny_weights}"]
-            cfg = compose("eval", [*weights, *overrides], return_hydra_config=True)
-        with open_dict(cfg):
-            folder = root / str(cfg.hydra.run.dir)
-            cfg.hydra.runtime.output_dir = str(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        OmegaConf.set_struct(cfg, True)
-        assert run_job(cfg, evaluate) is ok
-        return folder
 
-    return run
+def evaluator(home: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    return partial(_run_here, "eval", evaluate, monkeypatch, tiny_weights, root=home)
+
+
+@pytest.fixture
+def train_here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    """Runs train's job in this process, on one thread as other processes do."""
+    here = partial(_run_here, "train", fit, monkeypatch, tiny_weights, "threads=1", "device=cpu", root=tmp_path)
+    return partial(here, "optim.warmup=0")
+
+
+def _run_here(
+    verb: str,
+    work: Work,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_weights: Path,
+    *overrides: str,
+    root: Path,
+    ok: bool = True,
+) -> Path:
+    root.mkdir(exist_ok=True)
+    monkeypatch.chdir(root)
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=verb):
+        weights = [] if "model=small" in overrides else [f"model.path={tiny_weights}"]
+        cfg = compose(verb, [*weights, *overrides], return_hydra_config=True)
+    with open_dict(cfg):
+        folder = root / str(cfg.hydra.run.dir)
+        cfg.hydra.runtime.output_dir = str(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    OmegaConf.set_struct(cfg, True)
+    assert run_job(cfg, work) is ok
+    return folder
 
 
 @pytest.fixture
@@ -92,11 +113,11 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def start(verb: str, *overrides: str, cwd: Path) -> subprocess.Popen[str]:
-    """The entry point in a process of its own, as a user starts it."""
+def start(verb: str, *overrides: str, cwd: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen[str]:
+    """The entry point in a process of its own, as a user starts it, or in several that a launcher starts."""
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / f"{verb}.py"), *overrides],
+        [*launcher, str(ROOT / f"{verb}.py"), *overrides],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,

@@ -37,6 +37,13 @@ def test_rows_tell_what_was_fed_and_what_was_left(
     assert 0 < result["times"]["ms_per_sample"]["cache"] < result["times"]["ms_per_sample"]["total"]
 
 
+def test_an_adaptive_cache_is_told_row_by_row(eval_here: Eval) -> None:
+    job = eval_here("limit=12", "selector=shirg", "cache=adaptive_k", "cache.candidates=[1000,2000]")
+    rows = pq.read_table(job / "samples.parquet").to_pylist()
+    assert {row["n_cache"] for row in rows} == {40} and {row["n_visual"] for row in rows} == {80}
+    assert all(len(row["kept"]) == 24 for row in rows), "16 of the 40 are the scaffold"
+
+
 def test_the_table_shows_the_cache_where_one_was_cut(eval_here: Eval) -> None:
     eval_here("limit=6", "selector=pooled")
     study = eval_here(*FEW).parent
@@ -44,10 +51,10 @@ def test_the_table_shows_the_cache_where_one_was_cut(eval_here: Eval) -> None:
     assert "cache tokens" not in titles and "cache ms" not in titles
     eval_here(*FEW, "cache=redvtp")
     eval_here("limit=6", "selector=pooled", "cache=redvtp", "cache.budget=40")
-    shown = {c.title: c.cells for c in columns(collect(study))}
+    shown = {c.title: c.texts for c in columns(collect(study))}
     at = {(s, "redvtp" in c): i for i, (s, c) in enumerate(zip(shown["selector"], shown["changes"], strict=True))}
     cut, whole = at["full", True], at["full", False]
-    assert [shown["cache tokens"][i] for i in (cut, whole, at["pooled", True])] == ["80", "-", "40"]
+    assert [shown["cache tokens"][i] for i in (cut, whole, at["pooled", True])] == ["80", "-", "40 (0.5x)"]
     assert shown["visual tokens"][cut] == "336" and shown["budget"][cut] == "base (80)"
     assert float(shown["cache ms"][cut]) > 0 and shown["cache ms"][whole] == "-"
     assert shown["budget"][at["pooled", True]] == "40" and "cache=redvtp" in shown["changes"][cut]
@@ -95,4 +102,7 @@ def test_what_cannot_be(
 
 def test_a_target_that_is_no_cache_selector(eval_here: Eval, capfd: pytest.CaptureFixture[str]) -> None:
     eval_here(*FEW, "cache=redvtp", "cache._target_=baselines.controls.Random", "~cache.positions", ok=False)
-    assert "cache._target_=baselines.controls.Random is not a lavida_adapter.CacheSelector" in capfd.readouterr().err
+    assert (
+        "cache._target_=baselines.controls.Random is not a lavida_adapter.CacheSelector or CachePacker"
+        in capfd.readouterr().err
+    )

@@ -22,7 +22,8 @@ BUDGETS = {"base": 80, "wide": 100, "full": 320}
 
 
 def options() -> list[tuple[str, str]]:
-    return sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+    """Every option of every group; sweeps are command lines, which test_shorthand.py composes."""
+    return sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "sweep")
 
 
 def verbs_of(group: str, option: str = "") -> list[str]:
@@ -59,7 +60,7 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
     if "_target_" not in file:
         # A variant changes another option of its group; tests/test_contract.py compares its knobs.
         assert (option == "none" and group in ("logger", "cache")) or (
-            group == "selector" and file["defaults"] == ["shirg", "_self_"]
+            group == "selector" and file["defaults"] in (["shirg", "_self_"], ["topv", "_self_"])
         )
         return
     parameters = inspect.signature(get_class(str(file["_target_"]))).parameters
@@ -70,6 +71,7 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
         assert knobs.keys() == parameters.keys() - ({"scores"} if option == "external" else set())
         for name, value in knobs.items():
             default = parameters[name].default
+            default = list(default) if isinstance(default, tuple) else default
             if name != "budget" and default not in (inspect.Parameter.empty, None):
                 assert value == default, f"{group}={option}: {name} is {value} in the file and {default} in the code"
 
@@ -89,6 +91,30 @@ def test_selectors_are_built_with_the_budget_of_the_model(option: str, budget: s
         assert selector.budget == {"base": 80, "wide": 100, "matched": "matched", "77": 77}[budget]
     else:
         assert selector.budget is None
+
+
+ABLATIONS = sorted(path.stem for path in (CONF / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", ABLATIONS)
+def test_each_ablation_changes_shirg_and_is_built(option: str) -> None:
+    whole, ablated = (composed("eval", "selector=shirg", f"ablation={name}") for name in ("none", option))
+    build.build_relevance(ablated, build.build_selector(ablated, BUDGETS))
+    changed = {key for key in whole if whole[key] != ablated[key]}
+    # What the default does not have cannot be taken from it.
+    assert changed == (
+        set() if option in ("none", "no_coord") else {option.split("_")[0]} & {"relevance"} or {"selector"}
+    )
+
+
+def test_ablations_go_with_other_variants_and_the_command_line_has_the_last_word() -> None:
+    cfg = composed("eval", "selector=shirg_x", "ablation=no_scaffold")
+    assert build.build_selector(cfg, BUDGETS).budget == 74 and cfg.selector.scaffold.size == 0
+    cfg = composed("eval", "ablation=sign_flip", "selector.neighbor.sign=-1")
+    assert cfg.selector.neighbor.sign == -1
+    cfg = composed("eval", "ablation=sign_flip", "selector=random")
+    with pytest.raises(ValueError, match="selector.neighbor: Random has no such knob; it has budget, seed, geometry"):
+        build.build_selector(cfg, BUDGETS)
 
 
 @pytest.mark.parametrize("option", ["none", "lm_embed"])

@@ -57,7 +57,7 @@ def test_a_sheet_has_a_column_for_each_selector_and_wraps() -> None:
     geometry, scored = TokenGeometry(TOY), torch.randn(1, 320)
     few = sheet(WHITE, "t", [Choice("a", chosen([64], scored))], geometry, longest=240)
     many = sheet(WHITE, "t", [Choice("a", chosen([64], scored))] * 5, geometry, longest=240)
-    assert few.width == 14 + 2 * 254 and many.width == 14 + 4 * 254
+    assert few.width == 14 + 2 * 254 and many.width == 14 + 3 * 254
     assert many.height > 1.8 * few.height
 
 

@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.data.synthetic.board import generator
+from experiments.data.synthetic.doc import SynthDoc
 from experiments.data.synthetic.glyphs import draw_lookups, draw_patchwork, labels
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS
 from experiments.data.tokenizer import glyph_tokens
 from experiments.pretrain import Align, TextPretraining, VisionPretraining
-from experiments.pretrain.regions import N_CHARS, N_CLASSES, draw_regions
+from experiments.pretrain.regions import CLASS, draw_regions
 from experiments.pretrain.text import Curriculum, questions
 from lavida_adapter import Lavida, ObjectiveConfig
 from lavida_adapter.module import OptimConfig
 
+N_CHARS = 30
+"""Digits and letters are the first classes."""
 OPTIM = OptimConfig(steps=10, lr=1e-3)
 
 
@@ -32,27 +36,28 @@ def test_curriculum_holds_then_climbs_then_stays() -> None:
 
 
 def test_a_tile_token_shows_its_cell_and_a_global_token_the_mean_of_four(model: Lavida) -> None:
-    regions = draw_regions(model, seed=3, step=0, batch=1)
+    regions = draw_regions(model, seed=3, step=0, pictures={"glyphs": 1})
     label = labels(draw_patchwork(3, 0))
     share = regions.share_BNC[0]
-    assert share.shape == (320, N_CLASSES)
+    assert share.shape == (320, len(CLASS))
     for row, col in ((0, 0), (3, 11), (9, 2), (15, 15)):
         tile = 1 + 2 * (row // 8) + col // 8
         token = tile * 64 + (row % 8) * 8 + col % 8
         char = int(label.char_RC[row, col])
-        assert share[token, :N_CHARS].sum() == (char > 0)
-        assert char == 0 or share[token, char] == 1
+        named = CHARS[char] in CLASS  # foils have no name
+        assert share[token, :N_CHARS].sum() == named
+        assert not named or share[token, CLASS[CHARS[char]]] == 1
         coarse = share[(row // 2) * 8 + col // 2, :N_CHARS].sum()
         block = label.char_RC[row // 2 * 2 : row // 2 * 2 + 2, col // 2 * 2 : col // 2 * 2 + 2]
         assert coarse == pytest.approx((block > 0).mean())
 
 
 def test_align_wants_the_sum_of_the_words(model: Lavida) -> None:
-    stage = Align(model, OPTIM, seed=0)
+    stage = Align(model, OPTIM, seed=0, pictures={"glyphs": 1})
     words, wte = glyph_tokens(model.tokenizer), model.lm.wte.weight
-    share = torch.zeros(1, 2, N_CLASSES)
-    share[0, 0, CHARS.index("7")] = share[0, 0, N_CHARS + COLOURS.index("red")] = 1
-    target = stage.target(share)[0]
+    share = torch.zeros(1, 2, len(CLASS))
+    share[0, 0, CLASS["7"]] = share[0, 0, CLASS["red"]] = 1
+    target = stage.target(share, torch.tensor([[1.0, 0.0]]))[0]
     torch.testing.assert_close(target[0], wte[words.char[CHARS.index("7")]] + wte[words.colour[COLOURS.index("red")]])
     torch.testing.assert_close(target[1], wte[words.blank])
 
@@ -61,12 +66,39 @@ def test_text_stage_asks_what_the_context_holds(model: Lavida) -> None:
     stage = TextPretraining(model, OPTIM, 0, ObjectiveConfig(extra_padding=0), Curriculum(), "image_first", 0.1)
     lookups = draw_lookups(np.random.default_rng(0), batch=16, cells=12)
     words, wte = glyph_tokens(model.tokenizer), model.lm.wte.weight
-    context = stage.context(lookups)
+    context = stage.context(stage.glyph_bags(lookups).word_BNW)
     for row, (question, answer) in enumerate(questions(lookups)):
         task, argument = question.split()
         char, colour = (answer, argument) if task == "digit" else (argument, answer)
         word = wte[words.char[CHARS.index(char)]] + wte[words.colour[COLOURS.index(colour)]]
         assert ((context[row] - word).abs().amax(-1) < 1e-6).sum() == 1
+
+
+def test_text_stage_holds_the_words_of_every_family(model: Lavida) -> None:
+    """A stamp's bag is the sum of its words; each family has its share of the contexts."""
+    curriculum = Curriculum(tokens=400, alone=0.0, glyphs=0.5, families={"chart": 1, "doc": 3})
+    stage = TextPretraining(model, OPTIM, 0, ObjectiveConfig(extra_padding=0), curriculum, "image_first", 0.1)
+    bags = stage.draw(0)
+    tasks = [question.split()[0] for question, _ in bags.asked]
+    assert tasks.count("value") == 4 and tasks.count("field") == 13 and len(tasks) == 35
+    context, wte = stage.context(bags.word_BNW), model.lm.wte.weight
+    for row, (question, answer) in enumerate(bags.asked):
+        task, argument = question.split()
+        if task == "field":
+            words = [stage.ids[word] for word in (argument, "tens", answer[0])]
+            assert ((context[row] - wte[words].sum(0)).abs().amax(-1) < 1e-6).sum() == 1
+    assert curriculum.counts(1.0)["doc"] < curriculum.counts(0.0)["doc"]
+    assert Curriculum(alone=0.2).counts(0.1)["chart"] == 0 < Curriculum(alone=0.2).counts(0.2)["chart"]
+
+
+def test_boards_name_their_cells(model: Lavida) -> None:
+    regions = draw_regions(model, seed=3, step=0, pictures={"doc": 1})
+    board = SynthDoc.patchwork(generator("doc", "patchwork", 3, 0))
+    for stamp in board.stamps:
+        token = 64 * (1 + 2 * (stamp.row // 8) + stamp.col // 8) + stamp.row % 8 * 8 + stamp.col % 8
+        shown = {word for word, i in CLASS.items() if regions.share_BNC[0, token, i] > 0}
+        assert shown == set(stamp.words)
+        assert regions.filled_BN[0, token] == bool(stamp.words)
 
 
 def test_text_stage_teaches_image_first_and_settles_on_the_shipped_attention(
@@ -88,16 +120,17 @@ def test_text_stage_teaches_image_first_and_settles_on_the_shipped_attention(
 
 
 def test_vision_stage_trains_the_tower_and_what_reads_it(model: Lavida) -> None:
-    stage = VisionPretraining(model, OPTIM, seed=0)
-    stage.loss(draw_regions(model, 0, 0, 2), torch.Generator()).backward()
+    stage = VisionPretraining(model, OPTIM, 0, {"glyphs": 1, "chart": 1, "doc": 1})
+    stage.loss(stage.draw(0), torch.Generator()).backward()
     trained = {name for name, p in stage.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for name, p in stage.named_parameters() if name in trained)
     assert not any("post_layernorm" in name or "transformer" in name for name in trained)
-    assert 0 <= stage.gate(pictures=4)["tile_chars"] <= 1
+    reached = stage.gate(pictures=2)
+    assert reached.keys() == {"glyphs", "glyphs_global", "chart", "doc"} and all(0 <= x <= 1 for x in reached.values())
 
 
 def test_regions_refuse_a_canvas_of_another_size(model: Lavida) -> None:
     config = replace(model.config, image_grid_pinpoints=((192, 192),))
     other = Lavida(config, model.tokenizer)
     with pytest.raises(ValueError, match="rows of"):
-        draw_regions(other, 0, 0, 1)
+        draw_regions(other, 0, 0, {"glyphs": 1})

@@ -1,5 +1,7 @@
 """The page: self-contained, escaped, complete; the overlay: bright where kept."""
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -10,49 +12,76 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pptx import Presentation
 
 from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
 from experiments.report.overlay import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
 from experiments.report.shots import pick_shots
+from experiments.report.writer import publish
 from shirg import Source
 from tests.experiments.conftest import ROOT, result_of
 
 Eval = Callable[..., Path]
 
 
+NASTY = '<script>alert("x")</script> & "quotes" | `pipes` {{ 7 * 7 }} $x_1 \\input{y}\x07'
+
+
 def test_what_a_dataset_says_stays_text(eval_here: Eval, picture_folder: Callable[..., Path]) -> None:
-    nasty = '<script>alert("x")</script> & "quotes" | `pipes` {{ 7 * 7 }}'
-    folder = picture_folder("p|<b>pictures", [nasty, "plain"], answers=["<img src=x onerror=alert(1)>"])
-    study = eval_here("data=folder", f"data.root='{folder}'", "data.name='<i>name</i>'", "selector=pooled").parent
+    folder = picture_folder("p|<b>pictures", [NASTY, "plain"], answers=["<img src=x onerror=alert(1)>", "</script>"])
+    for selector in ("pooled", "shirg"):
+        study = eval_here(
+            f"data.root='{folder}'", "data=folder", "data.name='<i>name</i>'", f"selector={selector}"
+        ).parent
+    publish(study, files=True)
     page = (study / "report.html").read_text()
-    assert "<script" not in page and "onerror=alert(1)>" not in page.replace("&gt;", "")
+    assert page.count("<script") == 2 == page.count("</script>"), "the data and the code, both ours"
+    assert "onerror=alert(1)>" not in page.replace("&gt;", "")
     assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; &#34;quotes&#34;" in page
     assert "{{ 7 * 7 }}" in page
     assert "<i>name" not in page and "&lt;i&gt;name&lt;/i&gt;" in page
+    stored = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, flags=re.DOTALL)
+    assert stored is not None and NASTY in [sample["question"] for sample in json.loads(stored[1])["samples"]]
     lines = (study / "table.md").read_text().splitlines()
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines[:3]}) == 1
+    said = [
+        shape.text_frame.text
+        for slide in Presentation(study / "deck.pptx").slides
+        for shape in slide.shapes
+        if shape.has_text_frame
+    ]
+    assert any('<script>alert("x")</script>' in text for text in said)
 
 
 def test_the_page_asks_the_network_for_nothing_and_says_what_it_shows(eval_here: Eval) -> None:
     for selector in ("pooled", "shirg"):
         study = eval_here(f"selector={selector}", "limit=60").parent
     page = (study / "report.html").read_text()
-    assert not re.search(r'(?:src|href)=(?!"data:)', page)
+    assert not re.search(r'(?:src|href)=(?!"(?:data:|#))', page)
     assert "@import" not in page and "url(" not in page
-    assert page.count('<section class="sample">') == 8
-    assert page.count("data:image/jpeg;base64,") == 8 * 3
+    assert page.count('<section class="sample"') == 8
+    assert page.count("data:image/jpeg;base64,") == 8 * (1 + 2 + 1), (
+        "the picture, what each kept, and what one ranked by"
+    )
+    assert page.count('alt="scores of shirg"') == 8 and 'alt="scores of pooled' not in page
     assert "Untrained model." in page and "Synthetic data." in page
     for title in ("fine sparse", "fine dense", "guard sparse", "guard dense", "fine vs pooled", "recall", "select ms"):
-        assert f">{title}</th>" in page
+        assert f">{title}</button></th>" in page
     commands = {result_of(folder.parent)["command"].replace("'", "&#39;") for folder in study.glob("*/result.json")}
     assert all(command in page for command in commands)
+    script = re.search(r"<script>(.*)</script>", page, flags=re.DOTALL)
+    policy = re.search(r"script-src 'sha256-([^']+)'", page)
+    assert script is not None and policy is not None
+    assert base64.b64decode(policy[1]) == hashlib.sha256(script[1].encode()).digest()
 
 
-def test_the_page_can_be_written_again_from_the_files_alone(
+def test_everything_can_be_written_again_from_the_files_alone(
     eval_here: Eval, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    study = eval_here("selector=random", "limit=5").parent
+    study = eval_here("selector=random", "limit=5", "shots=0").parent
+    eval_here("selector=norm_topk", "limit=5", "shots=0")
+    publish(study)
     page, table = ((study / name).read_text() for name in ("report.html", "table.md"))
     for name in ("report.html", "table.md", "table.csv", "table.parquet"):
         (study / name).unlink()
@@ -61,12 +90,27 @@ def test_the_page_can_be_written_again_from_the_files_alone(
     assert (done.returncode, done.stderr) == (0, "")
     assert (study / "report.html").read_text() == page
     assert (study / "table.md").read_text() == table
+    assert "report.html table.tex figures deck.pptx" in done.stdout
     for folder, sentence in ((tmp_path / "absent", "no such folder"), (tmp_path, "holds no job")):
         with pytest.raises(SystemExit) as stop:
             rewrite([str(folder)])
         assert stop.value.code == 1
         (line,) = capfd.readouterr().err.splitlines()
         assert sentence in line
+
+
+def test_rows_over_a_part_stand_apart_and_are_in_no_figure(eval_here: Eval) -> None:
+    for few in ((), ("limit=8",)):
+        for selector in ("pooled", "random"):
+            study = eval_here(f"selector={selector}", "data.n=24", "shots=0", *few).parent
+    publish(study)
+    page = (study / "report.html").read_text()
+    whole, limited = re.findall(r"<tbody>(.*?)</tbody>", page.split('<table id="table"')[1], flags=re.DOTALL)[:2]
+    assert whole.count("<tr data-equal") == limited.count("<tr data-equal") == 2
+    assert "Limited to a part of the samples" in limited and "Limited to" not in whole
+    assert " best" in whole and "best" not in limited
+    figure = page.split('id="figure-latency"')[1].split("</div>")[0]
+    assert figure.count(">random</text>") == 1
 
 
 def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, Lavida, Prefix
-from shirg import Selector
+from lavida_adapter.relevance import LmEmbed, NoRelevance, Relevance
+from shirg import Selector, ShirgGate
 from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
 
 QUESTIONS = ("digit red", "What is in the top left corner of this page?", "x", "letter K", "how many shapes are there?")
@@ -93,6 +94,19 @@ def test_questions_about_one_picture_encode_it_once(monkeypatch: pytest.MonkeyPa
     alone = model.encode([picture((40, 40))], ["letter K"], Pooled())
     n = alone.n_tokens[0]
     torch.testing.assert_close(prefix.embeds_BPD[2, :n], alone.embeds_BPD[0], rtol=0, atol=1e-5)
+
+
+def test_another_question_keeps_other_tokens_only_where_relevance_reads_it() -> None:
+    model = tiny_model()
+    gate = ShirgGate(budget=40, scaffold={"size": 0})
+
+    def kept(question: str, relevance: Relevance) -> list[int]:
+        chosen = model.encode([picture((40, 40))], [question], gate, relevance=relevance).selections[0]
+        index: list[int] = chosen.index_BT[0].tolist()
+        return index
+
+    assert kept("digit red", LmEmbed()) != kept("letter K", LmEmbed())
+    assert kept("digit red", NoRelevance()) == kept("letter K", NoRelevance())
 
 
 def test_prompts_answer_and_questions_rank() -> None:

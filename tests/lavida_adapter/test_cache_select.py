@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from baselines import Full, Pooled
-from lavida_adapter import CacheSelector, DecodeConfig, FastV, Lavida, Prefix, RedVTP
+from lavida_adapter import AdaptiveK, CacheSelector, DecodeConfig, FastV, Lavida, Prefix, RedVTP
 from lavida_adapter.cache import PrefixCache
 from lavida_adapter.cache_select import FirstStep, reindex
 from lavida_adapter.denoise import denoise, start
+from lavida_adapter.engine import Steps, pick
 from lavida_adapter.fastv import prompt_attention
 from lavida_adapter.llada import rotary_angles, rotate
+from shirg import Selection, Source
 from tests.lavida_adapter.test_llada import dense, may_see
 from tests.lavida_adapter.tiny import SIZES, noise, picture, tiny_model
 
@@ -36,20 +38,34 @@ def model() -> Lavida:
 
 
 def made_prefix(seed: int = 0) -> Prefix:
-    """Two prompts of different lengths, with seven and five picture rows."""
-    return Prefix(noise(2, P, D, seed=seed) * MASK[..., None], MASK, VISUAL, n_matched=N_VISUAL)
+    """Two prompts of different lengths, with seven and five picture rows, of which the last is synthesised."""
+    embeds = noise(2, P, D, seed=seed) * MASK[..., None]
+    chosen = tuple(selection(n, noise(1, 9, seed=seed + b)) for b, n in enumerate(N_VISUAL))
+    return Prefix(embeds, MASK, VISUAL, selections=chosen, n_matched=N_VISUAL)
+
+
+def selection(n: int, scores: Tensor) -> Selection:
+    index = torch.tensor([[*range(n - 1), -1, -1]])
+    source = torch.where(index < 0, int(Source.SUMMARY), int(Source.KEPT))
+    mask = torch.arange(n + 1)[None] < n
+    return Selection(torch.zeros(1, n + 1, D), index, source, torch.zeros(1, n + 1, 4), mask, scores)
 
 
 def alone(prefix: Prefix, b: int) -> Prefix:
-    n = N_TOKENS[b]
+    n, one = N_TOKENS[b], slice(b, b + 1)
     return Prefix(
-        prefix.embeds_BPD[b : b + 1, :n], MASK[b : b + 1, :n], VISUAL[b : b + 1, :n], n_matched=N_VISUAL[b : b + 1]
+        prefix.embeds_BPD[one, :n],
+        MASK[one, :n],
+        VISUAL[one, :n],
+        selections=prefix.selections[one],
+        n_matched=N_VISUAL[one],
     )
 
 
 def first_step(seed: int = 7) -> FirstStep:
     attention_BAP = noise(2, A, P, seed=seed).softmax(-1)
-    return FirstStep(attention_BAP, torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool))
+    open_BA = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    return FirstStep(attention_BAP, open_BA, torch.zeros(2, A, 10))
 
 
 def best(scores: list[float], b: int, k: int) -> list[int]:
@@ -73,9 +89,11 @@ def row_and_mask(prefix: Prefix, b: int, answer: Tensor, image_first: bool, hidd
 KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
     FastV: {"budget": 3, "layer": 0, "queries": "text", "positions": "reindex"},
     RedVTP: {"budget": 3, "positions": "retain"},
+    AdaptiveK: {"budget": 3, "levels": (0.75, 1.0), "candidates": (2.0,), "positions": "reindex"},
 }
 """For every selector and each of its knobs, another value, which must change the cache."""
 CASES = list(KNOBS)
+ADAPTIVE: dict[str, Any] = {"budget": 4, "levels": (0.5, 1.0), "candidates": (20.0,)}
 
 
 @torch.no_grad()
@@ -204,7 +222,7 @@ def test_redvtp_from_the_first_mask_to_the_last(attention: str) -> None:
     seen: list[list[Tensor]] = [[], []]
     steps = []
 
-    def logits_of(ids_BA: Tensor) -> Tensor:
+    def logits_of(ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
         if len(steps) == 1:
             for b, n in enumerate(N_TOKENS):
                 left = [n + a for a in range(A) if ids_BA[b, a] == mask_id]
@@ -219,9 +237,9 @@ def test_redvtp_from_the_first_mask_to_the_last(attention: str) -> None:
             states.append(dense(lm, row, allowed, torch.arange(n + A), maps)[n:])
             seen[b] = seen[b] or maps
         steps.append(lm.logits(torch.stack(states)))
-        return steps[-1]
+        return steps[-1] if want_BM is None else pick(steps[-1], want_BM)
 
-    expected, forwards, history = denoise(
+    expected, forwards, _, history = denoise(
         logits_of, start(2, DECODE, mask_id, (), lm.wte.weight.device), replace(DECODE, keep_history=True), mask_id
     )
     assert forwards == got.forwards == A
@@ -238,19 +256,21 @@ def test_the_cache_is_written_once_and_cut_once(
     build: Callable[..., CacheSelector], model: Lavida, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix, digests, prefills = made_prefix(), [], []
-    decode, prefill = model.lm.decode, model.lm.prefill
+    step, prefill = Steps.__call__, model.lm.prefill
 
-    def watched(embeds: Tensor, cache: Any, *args: Any, **kwargs: Any) -> Tensor:
-        states = decode(embeds, cache, *args, **kwargs)
-        digests.append(cache.digest())
-        return states
+    def watched(steps: Steps, *args: Any, **kwargs: Any) -> Tensor:
+        logits = step(steps, *args, **kwargs)
+        layers = [steps.reader.open(i) for i in range(3)]
+        keys, values = (tuple(layer[kind][:, :, : layer[2]] for layer in layers) for kind in (0, 1))
+        digests.append(replace(steps.cache, keys=keys, values=values).digest())
+        return logits
 
-    monkeypatch.setattr(model.lm, "decode", watched)
+    monkeypatch.setattr(Steps, "__call__", watched)
     monkeypatch.setattr(model.lm, "prefill", lambda *a: (prefills.append(1), prefill(*a))[1])
     out = model.generate(prefix, DECODE, cache_selector=build(budget=2))
     assert out.forwards == len(digests) == A and len(prefills) == 1
     whole = prefill(prefix.embeds_BPD, MASK).digest()
-    if build is RedVTP:
+    if build(budget=2).after == "first_step":
         assert digests[0] == whole
         digests = digests[1:]
     assert len(set(digests)) == 1 and digests[0] != whole
@@ -304,7 +324,8 @@ def test_every_knob_changes_the_cache(build: Callable[..., CacheSelector], knob:
     assert KNOBS[build].keys() == inspect.signature(build).parameters.keys()
     prefix = made_prefix(3)
     cache = model.prefill(prefix)
-    before, after = (build(**knobs) for knobs in ({"budget": 2}, {"budget": 2, knob: KNOBS[build][knob]}))
+    base: dict[str, Any] = {"budget": 2} if build is not AdaptiveK else ADAPTIVE
+    before, after = (build(**knobs) for knobs in (base, {**base, knob: KNOBS[build][knob]}))
     one, other = (s(model.lm, cache, prefix, first_step()).cache for s in (before, after))
     assert one.digest() != other.digest()
 

@@ -1,6 +1,7 @@
 """The denoising loop over tables of logits whose right answers are known by hand."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavida_adapter.denoise import DecodeConfig, choose, denoise, start
+from lavida_adapter.choose import Draw, Rule, candidates, confidence, decide, is_clear, surest
+from lavida_adapter.denoise import DecodeConfig, LogitsFn, denoise, start, stop_early
+from lavida_adapter.engine import pick
 from lavida_adapter.schedule import tokens_per_step
 from tests.lavida_adapter.tiny import noise
 
-W, MASK = 6, 5
+W, MASK, EOS = 6, 5, 4
 # Probabilities of tokens 0..4 at four positions; what each rule is surest of differs.
 TABLE = torch.tensor(
     [
@@ -22,6 +25,7 @@ TABLE = torch.tensor(
         [0.00, 0.00, 0.44, 0.39, 0.17],  # largest 0.44, margin 0.05, entropy 1.03
     ]
 )
+NO_DRAW = Draw(None, 4, None)
 ORDER = {"low_confidence": [0, 2, 3, 1], "margin": [2, 1, 3, 0], "entropy": [0, 3, 2, 1]}
 
 
@@ -40,10 +44,24 @@ def lively(ids_BA: Tensor, seed: int = 0) -> Tensor:
     return logits
 
 
+def at(logits_of: Callable[[Tensor], Tensor]) -> LogitsFn:
+    """Logits of the slots that are asked for, in a tensor of their own."""
+
+    def asked(ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
+        logits = logits_of(ids_BA)
+        return logits.clone() if want_BM is None else pick(logits, want_BM)
+
+    return asked
+
+
 def run(logits_of: Any, batch: int = 1, draft: tuple[int, ...] = (), seed: int = 0, **knobs: Any) -> Any:
     config = DecodeConfig(keep_history=True, **knobs)
     ids = start(batch, config, MASK, draft, torch.device("cpu"))
-    return denoise(logits_of, ids, config, MASK, torch.Generator().manual_seed(seed))
+    found, forwards, steps, history = denoise(
+        at(logits_of), ids, config, MASK, torch.Generator().manual_seed(seed), eos_id=EOS
+    )
+    assert max(steps, default=0) <= forwards
+    return found, forwards, history
 
 
 def committed(history: list[Tensor], row: int = 0) -> list[list[int]]:
@@ -62,16 +80,17 @@ def test_remasking_rules_commit_the_surest_first(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", ORDER)
 def test_confidences_by_hand(rule: str) -> None:
-    config = DecodeConfig(max_new_tokens=4, remasking=rule)
-    tokens, confidence = choose(table(torch.zeros(1, 4, dtype=torch.int64)), config, MASK, None)
+    logits = table(torch.zeros(1, 4, dtype=torch.int64))
+    tokens = candidates(logits, 0.0, NO_DRAW)
+    sure = confidence(logits, tokens, rule)
     p = TABLE.double()
     expected = {
         "low_confidence": p.amax(-1),
         "margin": p.sort(-1).values[:, -1] - p.sort(-1).values[:, -2],
         "entropy": torch.special.xlogy(p, p).sum(-1),
     }[rule]
-    assert confidence.dtype == torch.float64
-    torch.testing.assert_close(confidence[0], expected, rtol=0, atol=1e-6)
+    assert sure.dtype == torch.float64
+    torch.testing.assert_close(sure[0], expected, rtol=0, atol=1e-6)
     assert tokens.tolist() == [[0, 0, 1, 2]]
 
 
@@ -172,12 +191,12 @@ def test_rows_are_independent_of_their_batch_mates() -> None:
     rows = torch.full((3, 6), MASK)
     rows[1, :2] = torch.tensor([3, 1])
     rows[2, 1:] = 4
-    together, forwards, history = denoise(lively, rows, config, MASK)
+    together, forwards, taken, history = denoise(at(lively), rows, config, MASK)
     for i, n_masks in enumerate((6, 4, 1)):
-        alone, steps, own = denoise(lively, rows[i : i + 1], config, MASK)
+        alone, steps, _, own = denoise(at(lively), rows[i : i + 1], config, MASK)
         counts = tokens_per_step(n_masks, 3, "shift")
         assert together[i].tolist() == alone[0].tolist()
-        assert steps == len(counts)
+        assert steps == taken[i] == len(counts)
         assert [h[i].tolist() for h in history[:steps]] == [h[0].tolist() for h in own]
         assert [(h == MASK).sum().item() for h in own] == [n_masks - sum(counts[: s + 1]) for s in range(steps)]
     assert forwards == 3
@@ -198,17 +217,100 @@ def test_temperature_is_reproducible_and_does_something() -> None:
 
 def test_a_temperature_of_one_samples_the_model() -> None:
     """Gumbel noise at temperature 1 draws from softmax; confidence comes from the clean logits."""
-    config = DecodeConfig(max_new_tokens=4, temperature=1.0)
     logits = table(torch.zeros(4000, 4, dtype=torch.int64))
-    tokens, confidence = choose(logits, config, MASK, torch.Generator().manual_seed(0))
+    draw = Draw(torch.Generator().manual_seed(0), 4, None)
+    tokens = candidates(logits, 1.0, draw)
+    sure = confidence(logits, tokens, "low_confidence")
     share = torch.nn.functional.one_hot(tokens, W)[..., :5].double().mean(0)
     torch.testing.assert_close(share, TABLE.double(), rtol=0, atol=0.03)
-    torch.testing.assert_close(confidence, TABLE.double().expand(4000, -1, -1).gather(-1, tokens[..., None])[..., 0])
+    torch.testing.assert_close(sure, TABLE.double().expand(4000, -1, -1).gather(-1, tokens[..., None])[..., 0])
+
+
+def test_a_threshold_commits_what_is_sure_and_one_token_in_any_case() -> None:
+    """Confidences are 0.50, 0.40, 0.46, 0.44; everything above the threshold goes at once."""
+    for threshold, steps in ((0.45, [[0, 2], [3], [1]]), (0.3, [[0, 1, 2, 3]]), (0.9, [[0], [2], [3], [1]])):
+        ids, forwards, history = run(table, max_new_tokens=4, threshold=threshold)
+        assert committed(history) == steps and forwards == len(steps)
+        assert ids.tolist() == [[0, 0, 1, 2]]
+
+
+def test_a_threshold_is_each_rows_own_affair() -> None:
+    config = DecodeConfig(max_new_tokens=6, threshold=0.5)
+    rows = torch.full((2, 6), MASK)
+    rows[1, :4] = 2
+    together, _, steps, _ = denoise(at(lively), rows, config, MASK)
+    for i in range(2):
+        alone, _, taken, _ = denoise(at(lively), rows[i : i + 1], config, MASK)
+        assert together[i].tolist() == alone[0].tolist() and [steps[i]] == taken
+
+
+def ending(ids_BA: Tensor) -> Tensor:
+    """Token 1 at position 0, then eos; the later, the surer, so that eos comes first."""
+    logits = torch.full((*ids_BA.shape, W), -4.0)
+    logits[:, 0, 1] = 1.0
+    logits[:, 1:, EOS] = 2.0 + torch.arange(ids_BA.shape[1] - 1)
+    return logits
+
+
+def test_early_stop_waits_for_what_is_before_an_eos() -> None:
+    whole, forwards, _ = run(ending, max_new_tokens=6)
+    assert forwards == 6
+    ids, forwards, _ = run(ending, max_new_tokens=6, early_stop=True)
+    assert ids.tolist() == whole.tolist() == [[1, EOS, EOS, EOS, EOS, EOS]]
+    assert forwards == 6, "the last eos are the surest: a mask lies before each of them until the end"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([1, 4, 5, 5], [1, 4, 4, 4]),
+        ([1, 4, 5, 4], [1, 4, 4, 4]),
+        ([1, 5, 4, 5], [1, 5, 4, 5]),  # a mask before the eos
+        ([1, 4, 5, 2], [1, 4, 5, 2]),  # a word behind it
+        ([1, 2, 3, 5], [1, 2, 3, 5]),  # no eos
+        ([4, 5, 5, 5], [4, 4, 4, 4]),
+    ],
+)
+def test_when_an_answer_has_ended(before: list[int], after: list[int]) -> None:
+    assert stop_early(torch.tensor([before, [5] * 4]), MASK, EOS).tolist() == [after, [5] * 4]
+
+
+def test_early_stop_takes_fewer_steps_where_the_first_tokens_are_surest() -> None:
+    def reading(ids_BA: Tensor) -> Tensor:
+        logits = ending(ids_BA)
+        logits[:, 1:, EOS] = 8.0 - torch.arange(ids_BA.shape[1] - 1)
+        logits[:, 0, 1] = 9.0
+        return logits
+
+    whole, all_steps, _ = run(reading, max_new_tokens=6, block_length=3)
+    ids, forwards, _ = run(reading, max_new_tokens=6, block_length=3, early_stop=True)
+    assert (ids.tolist(), all_steps, forwards) == (whole.tolist(), 6, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_float32_ranks_like_float64_or_steps_back(seed: int) -> None:
+    """Random logits, some of them within rounding of each other, some so sure that float32 sees 1 everywhere."""
+    logits = 4 * noise(8, 12, 300, seed=seed)
+    logits[1, 1] = logits[1, 0]
+    logits[1, 1, 0] += 3e-7
+    logits[2, :, 7] = 40.0 + noise(12, seed=seed)
+    logits[3] = logits[3, :1] + 1e-7 * noise(12, 300, seed=seed)
+    open_BM = torch.ones(8, 12, dtype=torch.bool)
+    open_BM[4, 6:] = False
+    stepped_back = 0
+    for k in (1, 3, 6):
+        for b in range(8):
+            row, here, ks = logits[b : b + 1], open_BM[b : b + 1], [k]
+            tokens, chosen = decide(row, here, ks, Rule(), NO_DRAW)
+            exact = surest(confidence(row, tokens, "low_confidence"), here, ks)
+            assert torch.equal(chosen, exact)
+            stepped_back += not is_clear(confidence(row, tokens, "low_confidence", torch.float32), here, ks)
+    assert 3 <= stepped_back <= 16
 
 
 def test_history_on_request() -> None:
     config = DecodeConfig(max_new_tokens=4)
-    assert denoise(table, start(1, config, MASK, (), torch.device("cpu")), config, MASK)[2] == []
+    assert denoise(at(table), start(1, config, MASK, (), torch.device("cpu")), config, MASK)[3] == []
 
 
 @pytest.mark.parametrize(
@@ -227,6 +329,11 @@ def test_history_on_request() -> None:
         ({"step_ratio": 0.0}, "decode.step_ratio=0.0"),
         ({"step_ratio": math.nan}, "decode.step_ratio=nan"),
         ({"schedule": "fast"}, "decode.schedule='fast': choose one of none, shift"),
+        ({"threshold": 0.0}, "decode.threshold=0.0: give a probability, above 0 and at most 1"),
+        ({"threshold": 0.9, "step_ratio": 0.5}, "leave out step_ratio, step_per_block and schedule"),
+        ({"threshold": 0.9, "remasking": "margin"}, "decode.remasking=margin ranks by something else"),
+        ({"engine": "fast"}, "decode.engine='fast': choose one of eager, compile, graph"),
+        ({"engine": "compile", "prefix_cache": False}, "with decode.prefix_cache=false there is none"),
         ({"shift": 0.0}, "decode.shift=0.0: give a positive number"),
         ({"remasking": "entrophy"}, "decode.remasking='entrophy': choose one of low_confidence, margin"),
         ({"temperature": -0.1}, "decode.temperature=-0.1: give 0 or more"),

@@ -1,5 +1,6 @@
 """The notes' geometries: what pixels each token sees, what the tower makes of them, what reaches the prefix."""
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,13 @@ from PIL import Image
 
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, add_lora
-from lavida_adapter.geometries import cells_of, cut, geometry_layout
+from lavida_adapter.geometries import SINGLE, cells_of, cut, geometry_layout, ready
 from lavida_adapter.relevance import LmEmbed
 from lavida_adapter.views import patch_pixels, pooled_count
 from shirg import Geometry, Selector, ShirgGate, Source
 from tests.lavida_adapter.tiny import PATCH, picture, tiny_config, tiny_model
 
-GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "fovea")
+GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "single_512", "fovea")
 
 
 def gate(geometry: Geometry, **knobs: Any) -> ShirgGate:
@@ -30,6 +31,7 @@ def test_true_sizes() -> None:
     assert counts == {
         "seed_canvas48": (3645, (672, 672)),
         "single_672": (2304, (672, 672)),
+        "single_512": (1296, (504, 504)),
         "fovea": (2048, (448, 448)),
     }
     assert geometry_layout(config, "fovea").pooling.most == 1008
@@ -40,8 +42,8 @@ def test_views_at_true_size(size: tuple[int, int]) -> None:
     config, image = LavidaConfig(), picture(size)
     views = {geometry: cut(image, config, geometry) for geometry in GEOMETRIES}
     shapes = [tuple(v.pixels_V3SS.shape) for v in views.values()]
-    assert shapes == [(5, 3, 384, 384), (1, 3, 672, 672), (2, 3, 448, 448)]
-    assert bool(views["single_672"].valid_N.all())
+    assert shapes == [(5, 3, 384, 384), (1, 3, 672, 672), (1, 3, 504, 504), (2, 3, 448, 448)]
+    assert all(bool(views[single].valid_N.all()) for single in SINGLE)
     for v in views.values():
         assert v.size == size and v.base_count == pooled_count(size, config)
         px = v.layout.canvas_px[0]
@@ -113,11 +115,13 @@ def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
             assert count == used and (used == 10 or selector.may_use_less)
             assert selection.source_BT[0, selection.mask_BT[0]].unique().tolist() in ([0, 1], [0])
     base = model.encode(images, questions, Pooled()).n_visual
-    matched = model.encode(images, questions, gate(geometry, budget="matched", underflow="mask"), relevance=LmEmbed())
+    short = {} if geometry in SINGLE else {"underflow": "mask"}  # a view without padding is never short of tokens
+    matched = model.encode(images, questions, gate(geometry, budget="matched", **short), relevance=LmEmbed())
     assert all(n <= b for n, b in zip(matched.n_visual, base, strict=True))
-    if geometry == "single_672":
-        assert matched.n_visual[0] == min(base[0], 25)
-        assert model.encode(images[:1], questions[:1], Full(newline="none", geometry=geometry)).n_visual == (25,)
+    if geometry in SINGLE:
+        cells = {"single_672": 25, "single_512": 16}[geometry]
+        assert matched.n_visual[0] == min(base[0], cells)
+        assert model.encode(images[:1], questions[:1], Full(newline="none", geometry=geometry)).n_visual == (cells,)
 
 
 def test_edges_of_pixels_reach_the_selector() -> None:
@@ -137,6 +141,7 @@ def test_edges_of_pixels_reach_the_selector() -> None:
 def test_the_prefix_cache_is_exact(geometry: Geometry, knobs: dict[str, Any]) -> None:
     """Answer states behind the cache equal those of one pass in which the prompt does not see the answer."""
     model = tiny_model()
+    knobs = {name: value for name, value in knobs.items() if name != "underflow" or geometry not in SINGLE}
     prefix = model.encode([picture((30, 22))], ["which one"], gate(geometry, **knobs), relevance=LmEmbed())
     answer = model.lm.wte(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():
@@ -192,3 +197,15 @@ def test_kept_tokens_are_the_towers_own() -> None:
     states = model.model.vision_tower(cut(image, model.config, "single_672").pixels_V3SS)[0][0]
     used = selection.source_BT[0] == int(Source.KEPT)
     assert torch.allclose(selection.tokens_BTD[0, used], states[selection.index_BT[0, used]], atol=1e-6)
+
+
+def test_views_cut_ahead_of_time_are_those_cut_now_and_fit_their_geometry_alone() -> None:
+    config, image = tiny_config(), picture((40, 30))
+    for geometry in ("lavida_tiles", "single_672"):
+        now = ready(image, config, geometry)
+        for ahead in (cut(image, config, geometry), pickle.loads(pickle.dumps(now))):
+            views = ready(ahead, config, geometry)
+            assert views.layout is now.layout and torch.equal(views.pixels_V3SS, now.pixels_V3SS)
+    for views in (cut(image, config, "fovea"), pickle.loads(pickle.dumps(cut(image, config, "fovea")))):
+        with pytest.raises(ValueError, match="cut for another geometry than single_672"):
+            ready(views, config, "single_672")

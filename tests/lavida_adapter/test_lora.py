@@ -21,7 +21,7 @@ from lavida_adapter import (
     merge_lora,
     save_adapter,
 )
-from lavida_adapter.lora import ADAPTER, META, expand
+from lavida_adapter.lora import ADAPTER, META, Trained
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 TOWER = "vision_tower.vision_tower.vision_model.encoder.layers"
@@ -77,10 +77,17 @@ def trained() -> Lavida:
 
 def test_exactly_the_named_layers_are_adapted() -> None:
     model = tiny_model()
-    counts = add_lora(model, CONFIG)
+    found = add_lora(model, CONFIG)
     assert adapted(model) == ADAPTED
-    shapes = {n: m.in_features + m.out_features for n, m in model.model.named_modules() if n in ADAPTED}
-    assert counts == {"lora": 3 * sum(shapes.values()), "image_newline": 32}
+    assert found == [
+        Trained("mm_projector", 3, 2, 3 * (16 + 32 + 32 + 32)),
+        Trained("vision_tower", 3, 2, 3 * 2 * (16 + 16)),
+        Trained("transformer", 3, 4, 3 * 2 * (32 + 32 + 48 + 32)),
+        Trained("image_newline", None, 1, 32),
+    ]
+    assert str(found[0]) == "mm_projector: 336 parameters (LoRA, rank 3, 2 layers)"
+    assert str(found[3]) == "image_newline: 32 parameters (whole, 1 layer)"
+    assert sum(f.parameters for f in found) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     training = {n for n, p in model.named_parameters() if p.requires_grad}
     lora = {f"model.{n}.lora_{x}.default.weight" for n in ADAPTED for x in "AB"}
     assert training == lora | {"model.image_newline"}
@@ -123,15 +130,6 @@ def test_names_that_do_not_exist(target: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         add_lora(model, LoraConfig(rank=2, targets=("mm_projector.0", target)))
     assert adapted(model) == set()
-
-
-def test_expand() -> None:
-    names = ["a.0.x", "a.1.x", "a.10.x", "a.0.y", "b"]
-    assert expand("a.*.x", names) == ["a.0.x", "a.1.x", "a.10.x"]
-    assert expand("a.{0,10}.{x}", names) == ["a.0.x", "a.10.x"]
-    assert expand("b", names) == ["b"]
-    with pytest.raises(ValueError, match=r"'a\+0.x' names nothing"):
-        expand("a+0.x", names)
 
 
 def test_gradients_at_the_first_step_and_after_it() -> None:
@@ -192,10 +190,11 @@ def test_alpha_scales_the_update(alpha: float | None) -> None:
 
 def test_rank_zero_trains_whole_modules_alone() -> None:
     model = tiny_model()
-    counts = add_lora(model, LoraConfig(rank=0, targets=TARGETS, train_whole=("image_newline", "mm_projector")))
+    found = add_lora(model, LoraConfig(rank=0, targets=TARGETS, train_whole=("image_newline", "mm_projector")))
     assert adapted(model) == set()
+    assert {(f.part, f.rank, f.modules) for f in found} == {("image_newline", None, 1), ("mm_projector", None, 2)}
     training = {n.removeprefix("model."): p.numel() for n, p in model.named_parameters() if p.requires_grad}
-    assert counts == training
+    assert sum(f.parameters for f in found) == sum(training.values())
     assert training.keys() == {"image_newline", *(f"mm_projector.{i}.{x}" for i in (0, 2) for x in ("weight", "bias"))}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from baselines import Pooled
 from lavida_adapter import Lavida, Prefix
 from lavida_adapter.prompt import encode_text
-from lavida_adapter.relevance import Context, LmEmbed
+from lavida_adapter.relevance import Context, LmEmbed, NoRelevance
 from lavida_adapter.views import make_views
 from shirg import Selection, Selector, Source, VisionFeatures
 from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
@@ -78,6 +78,43 @@ def test_choosing_commutes_with_projecting() -> None:
     for one, other in zip(pre.selections, post.selections, strict=True):
         assert torch.equal(one.index_BT, other.index_BT)
     torch.testing.assert_close(pre.embeds_BPD, post.embeds_BPD, rtol=0, atol=1e-5)
+
+
+class Counting(Pooled):
+    """Remembers how many prompts it chose for."""
+
+    def __init__(self, reads_sample: bool = False, uses_relevance: bool = False) -> None:
+        super().__init__()
+        self.reads_sample, self.uses_relevance = reads_sample, uses_relevance
+        self.seen: list[tuple[str, ...]] = []
+
+    def select(self, features: VisionFeatures) -> Selection:
+        self.seen.append(features.ids)
+        return super().select(features)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("selector", "relevance", "chosen_for"),
+    [
+        (Counting(), LmEmbed(), ("a", "c")),
+        (Counting(uses_relevance=True), NoRelevance(), ("a", "c")),
+        (Counting(uses_relevance=True), LmEmbed(), ("a", "b", "c", "d")),
+        (Counting(reads_sample=True), None, ("a", "b", "c", "d")),
+    ],
+)
+def test_questions_about_one_picture_share_its_selection(
+    selector: Counting, relevance: Any, chosen_for: tuple[str, ...]
+) -> None:
+    model, one, other = tiny_model(), picture((40, 40)), picture((40, 40), seed=1)
+    questions = ["digit red", "letter K", "digit blue", "x"]
+    together = model.encode([one, one, other, one], questions, selector, relevance=relevance, ids=["a", "b", "c", "d"])
+    assert selector.seen == [chosen_for]
+    for i, image in enumerate([one, one, other, one]):
+        alone = model.encode([image], questions[i : i + 1], Pooled(), ids=["z"])
+        n = alone.n_tokens[0]
+        torch.testing.assert_close(together.embeds_BPD[i, :n], alone.embeds_BPD[0], rtol=0, atol=1e-5)
+        assert torch.equal(together.selections[i].index_BT, alone.selections[0].index_BT)
 
 
 @torch.no_grad()

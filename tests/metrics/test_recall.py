@@ -73,8 +73,8 @@ def test_samples_without_boxes_are_left_out() -> None:
     assert recall([], [4]) is None
     scorer = metric("entity_recall")
     for boxes, kept in [([], [4]), ([(0.0, 0.0, 0.25, 0.25)], [4]), ([(0.0, 0.0, 0.5, 0.25)], [4])]:
-        scorer.update(boxes=boxes, token_box_N4=TOKENS, eligible_N=TILES, kept_T=torch.tensor(kept))
+        scorer.update(boxes=boxes, token_box_N4=TOKENS, eligible_N=TILES, kept_T=torch.tensor(kept), id=str(boxes))
     assert float(scorer.compute()) == 0.75
     scorer.reset()
-    scorer.update(boxes=[], token_box_N4=TOKENS, eligible_N=TILES, kept_T=torch.tensor([4]))
+    scorer.update(boxes=[], token_box_N4=TOKENS, eligible_N=TILES, kept_T=torch.tensor([4]), id="s")
     assert math.isnan(float(scorer.compute()))

@@ -1,16 +1,22 @@
 """Language model, cache, generation, schedules and training loss against the reference's numbers."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
-from lavida_adapter import DecodeConfig, Prefix
+import lavida_adapter.model as lavida
+from baselines import Pooled
+from lavida_adapter import DecodeConfig, ObjectiveConfig, Prefix, TrainBatch
 from lavida_adapter.copies import states_of_copies
 from lavida_adapter.llada import rotate
+from lavida_adapter.module import LavidaModule, OptimConfig
 from lavida_adapter.objective import mask_probability, masked_cross_entropy, masked_targets, pad_answers
 from lavida_adapter.prefix import splice
-from lavida_adapter.prompt import IGNORE
+from lavida_adapter.prompt import IGNORE, Example
 from lavida_adapter.schedule import tokens_per_step
+from lavida_adapter.share import Share
 from tests.parity.conftest import Golden
 from tests.parity.test_vision import picture_blocks
 
@@ -31,7 +37,7 @@ def test_cache_and_cached_logits(golden: Golden, close) -> None:
     prefix, suffix = saved["prefix_embeds"], lm.wte(saved["suffix_ids"])
     close("prefix logits", lm.logits(lm(prefix)), saved["prefix_logits"], 1e-3)
     cache = lm.prefill(prefix)
-    cos, sin = lm._angles(torch.arange(prefix.shape[1])[None])
+    cos, sin = lm.angles(torch.arange(prefix.shape[1])[None])
     for i, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
         close("cached keys (rotated)", key, rotate(saved[f"past_key_{i}"], cos, sin), 1e-4)
         close("cached values", value, saved[f"past_value_{i}"], 1e-4)
@@ -139,6 +145,40 @@ def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
     close("training logits", lm.logits(states[:, -behind:]), saved["logits_after_image"], 1e-3)
     loss = masked_cross_entropy(lm.logits(states[copies]), kept[copies])
     close("training loss", loss[None], saved["loss"], 1e-4)
+
+
+@dataclass(frozen=True)
+class Replay(Share):
+    """The fixture's draws in place of fresh ones."""
+
+    t_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    u_BL: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def rows(self, drawn_G: torch.Tensor) -> torch.Tensor:
+        found = self.t_B if drawn_G.dim() == 1 else self.u_BL
+        assert found.shape == drawn_G.shape
+        return found
+
+
+@torch.no_grad()
+def test_training_loss_through_the_module(golden: Golden, close, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures in, loss out: only the text's ids and the draws are the fixture's."""
+    saved, facts = golden.tensors("train_loss"), golden.json("facts")["facts"]["train"]
+    rows, labels = training_rows(saved, golden.ids["eos"])
+    prompts, answers = split_rows(rows, labels)
+    b, image = len(rows), golden.image(f"images/{facts['image']}")
+    ids = [str(i) for i in range(b)]
+    monkeypatch.setattr(lavida, "training_example", lambda _, i, *__, **___: Example(prompts[int(i)], answers[int(i)]))
+    extra = saved["input_ids"].shape[1] - max(map(len, rows))
+    monkeypatch.setattr(lavida, "extra_padding", lambda *_: extra)
+    (block,) = picture_blocks(golden, [image])
+    u_BL = torch.ones(b, saved["input_ids"].shape[1] - 1 + len(block))
+    u_BL[:, -saved["u_after_image"].shape[1] :] = saved["u_after_image"]
+    u_BL[:, 0] = saved["u_min"]  # a prompt token, so that it is the row's smallest and no target
+    monkeypatch.setattr(Share, "here", lambda: Replay(t_B=saved["t"], u_BL=u_BL))
+    module = LavidaModule(golden.model, Pooled(), None, ObjectiveConfig(), OptimConfig(steps=1, lr=1.0), seed=0)
+    loss = module.loss(TrainBatch([image] * b, ids, ids, ids), torch.Generator())
+    close("training loss, through the module", loss[None], saved["loss"], 1e-4)
 
 
 def training_rows(saved: dict[str, torch.Tensor], eos: int) -> tuple[list[list[int]], list[list[int]]]:

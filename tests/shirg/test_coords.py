@@ -1,8 +1,13 @@
 """The coordinate embedding: silent at the start, then a function of the box."""
 
+import pytest
 import torch
 
+from shirg import ShirgGate, Source
 from shirg.coords import CoordEmbed, sincos
+from tests.features import make_features
+
+SMALL = {"scaffold": {"size": 3}}
 
 
 def test_starts_silent_and_learns_at_once() -> None:
@@ -30,3 +35,20 @@ def test_widths_and_heights_count() -> None:
     # Same centre, so that the first half of each of sine and cosine agrees; sizes differ.
     assert torch.allclose(features[0].view(4, 32)[:2], features[1].view(4, 32)[:2])
     assert not torch.allclose(features[0].view(4, 32)[2:], features[1].view(4, 32)[2:])
+
+
+def test_coordinates_start_silent_and_then_count() -> None:
+    features = make_features((2, 2))
+    plain_gate = ShirgGate(budget=69, **SMALL)
+    gate = ShirgGate(budget=69, coord_embed="sincos_linear", coord_width=16, newline="row", **SMALL)
+    assert [name for name, _ in gate.named_parameters()] == ["coords.linear.weight", "coords.linear.bias"]
+    rows = ShirgGate(budget=69, newline="row", **SMALL)(features)
+    assert torch.equal(gate(features).tokens_BTD, rows.tokens_BTD)
+    assert gate.coords is not None
+    torch.nn.init.normal_(gate.coords.linear.weight, generator=torch.Generator().manual_seed(0))
+    moved = gate(features)
+    changed = (moved.tokens_BTD != rows.tokens_BTD).any(-1)
+    assert torch.equal(changed, moved.mask_BT & (moved.source_BT != int(Source.NEWLINE)))
+    assert torch.equal(moved.index_BT, rows.index_BT) and not list(plain_gate.parameters())
+    with pytest.raises(ValueError, match="coord_width=8, but the tokens are 16 wide"):
+        ShirgGate(budget=69, coord_embed="sincos_linear", coord_width=8, **SMALL)(features)

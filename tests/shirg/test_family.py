@@ -111,6 +111,19 @@ def test_equal_relevance_goes_to_the_token_deepest_in_its_crop_then_to_the_first
     )
 
 
+def test_who_stands_back_gets_no_gradient() -> None:
+    features = make_features(layout=geometry_layout("seed_canvas48", 6), sizes=[(640, 640)], seed=2)
+    x = features.tokens_BND.clone().requires_grad_()
+    gate = ShirgGate(budget=64, geometry="seed_canvas48", scaffold={"size": 2, "source": "canvas"})
+    (grad,) = torch.autograd.grad(gate(replace(features, tokens_BND=x)).tokens_BTD.sum(), x)
+    layout, r = features.layout, features.relevance_BN
+    assert r is not None
+    reached = set(grad[0].abs().sum(-1).nonzero().flatten().tolist())
+    cell_N = layout.cell_N2 @ torch.tensor([layout.canvas[1], 1])
+    winners = {max((cell_N == c).nonzero().flatten().tolist(), key=lambda i: float(r[0, i])) for c in cell_N.unique()}
+    assert reached == winners, "the scaffold reaches one token of each cell, and nothing the others"
+
+
 def test_means_of_cells() -> None:
     layout = geometry_layout("seed_canvas48", 6)
     features = make_features(layout=layout, sizes=[(640, 640)])

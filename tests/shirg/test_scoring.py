@@ -7,34 +7,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shirg import ShirgGate, scoring
 from shirg.scoring import crop_term, neighbour_term, normalise
-from tests.features import SIZES, make_features
+from tests.features import SIZES, layout_of, make_features
 from tests.shirg import plain
 
 METRICS = ("feature_l2", "feature_cos", "local_var", "position")
 
 
+def on_grid(tokens_RCD: torch.Tensor, valid_RC: torch.Tensor, metric: str) -> torch.Tensor:
+    """The neighbour term of tokens that are numbered along their grid."""
+    return neighbour_term(tokens_RCD.flatten(0, 1), torch.arange(valid_RC.numel()).view_as(valid_RC), valid_RC, metric)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 18])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("grid", [(2, 1), (1, 3)])
-def test_neighbour_term_equals_the_loop(metric: str, grid: tuple[int, int]) -> None:
+def test_neighbour_term_equals_the_loop(
+    metric: str, grid: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "ROWS", rows)
     features = make_features(grid, side=5, sizes=SIZES[grid][1:2])
     layout, n = features.layout, features.layout.n_global
-    x, valid = features.tokens_BND[0][layout.order_N], features.valid_BN[0][layout.order_N]
+    x, order, valid = features.tokens_BND[0], layout.order_N, features.valid_BN[0][layout.order_N]
     assert not bool(valid.all()) or grid == (1, 3)
-    square = (layout.side, layout.side)
-    fast = torch.cat(
-        [
-            neighbour_term(x[:n].unflatten(0, square), valid[:n].unflatten(0, square), metric).flatten(),
-            neighbour_term(x[n:].unflatten(0, layout.canvas), valid[n:].unflatten(0, layout.canvas), metric).flatten(),
-        ]
-    )
+    parts = []
+    for part, shape in ((slice(n), (layout.side, layout.side)), (slice(n, None), layout.canvas)):
+        term = neighbour_term(x, order[part].unflatten(0, shape), valid[part].unflatten(0, shape), metric)
+        parts.append(term.flatten())
+    fast = torch.cat(parts)
     slow = torch.tensor(plain.distance(features, 0, metric))[layout.order_N]
     assert torch.allclose(fast[valid], slow[valid], atol=1e-6)
     assert bool((fast[~valid] == 0).all()) or metric == "position"
 
 
 def test_distance_of_positions_is_a_constant_inside() -> None:
-    values = neighbour_term(torch.zeros(4, 4, 3), torch.ones(4, 4, dtype=torch.bool), "position")
+    values = on_grid(torch.zeros(4, 4, 3), torch.ones(4, 4, dtype=torch.bool), "position")
     assert float(values[1, 1]) == pytest.approx((4 + 4 * math.sqrt(2)) / 8)
     assert float(values[0, 1]) == pytest.approx((3 + 2 * math.sqrt(2)) / 5)
     assert float(values[0, 0]) == pytest.approx((2 + math.sqrt(2)) / 3)
@@ -44,22 +52,22 @@ def test_distance_of_positions_is_a_constant_inside() -> None:
 @pytest.mark.parametrize("metric", ["feature_l2", "feature_cos", "local_var"])
 def test_equal_tokens_are_at_distance_zero(metric: str) -> None:
     same = torch.randn(7).expand(6, 6, 7)
-    assert float(neighbour_term(same, torch.ones(6, 6, dtype=torch.bool), metric).max()) < 1e-12
+    assert float(on_grid(same, torch.ones(6, 6, dtype=torch.bool), metric).max()) < 1e-12
 
 
 def test_a_token_without_valid_neighbours_gets_zero_and_zero_tokens_count() -> None:
     valid = torch.zeros(3, 3, dtype=torch.bool)
     valid[0, 0] = True
-    assert float(neighbour_term(torch.randn(3, 3, 4), valid, "feature_l2").abs().max()) == 0
+    assert float(on_grid(torch.randn(3, 3, 4), valid, "feature_l2").abs().max()) == 0
     x = torch.zeros(1, 2, 4)
     x[0, 1, 0] = 5.0
-    distance = neighbour_term(x, torch.ones(1, 2, dtype=torch.bool), "feature_l2")
+    distance = on_grid(x, torch.ones(1, 2, dtype=torch.bool), "feature_l2")
     assert distance.tolist() == [[1.0, 1.0]]
 
 
 def test_overflow_is_not_silent() -> None:
     x = torch.full((2, 2, 8), 1e30)
-    assert bool(neighbour_term(x, torch.ones(2, 2, dtype=torch.bool), "feature_l2").isnan().all())
+    assert bool(on_grid(x, torch.ones(2, 2, dtype=torch.bool), "feature_l2").isnan().all())
 
 
 def test_zscore_by_hand() -> None:
@@ -101,3 +109,14 @@ def test_crop_terms() -> None:
     assert crop_term("border", border, tile, centre).tolist() == border.tolist()
     assert crop_term("centre", border, tile, centre).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
     assert crop_term("literal", border, tile, centre).tolist() == [0.0, 1.0, 0.5, 0.0, 0.5]
+
+
+def test_scores_tell_apart_what_half_precision_cannot() -> None:
+    """Relevance in steps of 1e-5 around 1, in a shuffled order: in float16 all of them are equal."""
+    layout = layout_of((2, 2), side=9)
+    place = torch.randperm(layout.n_tokens, generator=torch.Generator().manual_seed(0))
+    features = make_features(layout=layout, sizes=[(768, 768)], relevance=1 + 1e-5 * place[None])
+    gate = ShirgGate(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
+    tiles = [i for i in range(layout.n_tokens) if layout.role_N[i] == 1]
+    kept = gate(features).index_BT[0, 9:].tolist()
+    assert set(kept) == set(sorted(tiles, key=lambda i: -int(place[i]))[:60])

@@ -36,12 +36,12 @@ class Labels:
 def render(scene: Scene) -> Picture:
     """The picture [128, 128, 3] in uint8; everything random in it comes from `scene.look`."""
     rng = np.random.default_rng(scene.look)
-    jitter_RC = rng.integers(len(_JITTERED), size=(GRID, GRID))
-    ink_RCyx = _JITTERED[jitter_RC, scene.char_RC]
+    jitter_RC = rng.integers(len(JITTERED), size=(GRID, GRID))
+    ink_RCyx = JITTERED[jitter_RC, scene.char_RC]
     rgb_RC3 = _GLYPH_RGB[scene.colour_RC]
     for shape in scene.shapes:
         box = np.s_[shape.row : shape.row + SHAPE_SIDE, shape.col : shape.col + SHAPE_SIDE]
-        ink_RCyx[box] = _SHAPE_INK[shape.kind]
+        ink_RCyx[box] = SHAPE_INK[shape.kind]
         rgb_RC3[box] = _GLYPH_RGB[shape.colour] * DIM
     clean = BACKGROUND + ink_RCyx[..., None] * (rgb_RC3[:, :, None, None] - np.float32(BACKGROUND))
     picture = clean.transpose(0, 2, 1, 3, 4).reshape(PICTURE_PX, PICTURE_PX, 3)
@@ -63,7 +63,7 @@ def labels(scene: Scene) -> Labels:
     kind = np.zeros_like(char)
     for shape in scene.shapes:
         box = np.s_[shape.row : shape.row + SHAPE_SIDE, shape.col : shape.col + SHAPE_SIDE]
-        covered = _SHAPE_INK[shape.kind].mean(axis=(2, 3)) >= LABELLED_COVER
+        covered = SHAPE_INK[shape.kind].mean(axis=(2, 3)) >= LABELLED_COVER
         kind[box] = np.where(covered, shape.kind, 0)
         colour[box] = np.where(covered, shape.colour, 0)
     return Labels(np.where(char < FIRST_FOIL, char, 0), colour, kind)
@@ -93,6 +93,6 @@ def _shape_ink() -> npt.NDArray[np.float32]:
     return whole.reshape(len(SHAPES), SHAPE_SIDE, CELL_PX, SHAPE_SIDE, CELL_PX).transpose(0, 1, 3, 2, 4)
 
 
-_JITTERED = _jittered()
-_SHAPE_INK = _shape_ink()
+JITTERED = _jittered()
+SHAPE_INK = _shape_ink()
 _GLYPH_RGB = np.array([(GRAY,) * 3, *COLOUR_RGB.values()], dtype=np.float32)

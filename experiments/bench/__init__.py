@@ -1,0 +1,1 @@
+"""Timings of single parts at true size: `python -m experiments.bench`."""

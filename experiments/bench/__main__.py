@@ -1,0 +1,193 @@
+"""`python -m experiments.bench PART [options]`: how long one part takes at true size, as a table and as JSON.
+
+A new part is a file `experiments/bench/<part>.py` with `run(*, device, <its options>) -> Measured`, and
+one line in PARTS. It is imported when it runs, so that `--help` answers at once.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, runtime_checkable
+
+from experiments.cli import fail
+
+
+class Measured(Protocol):
+    """What a part hands back."""
+
+    def lines(self) -> list[str]:
+        """The table, as text."""
+
+    def report(self) -> dict[str, Any]:
+        """Everything that was measured, for JSON."""
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """What has a picture besides."""
+
+    def figure(self) -> str | None:
+        """A chart as SVG; None when there are too few points."""
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def positives(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def dtype(text: str) -> str:
+    if text not in ("float32", "bfloat16", "float16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not float32, bfloat16 or float16")
+    return text
+
+
+def names(text: str) -> list[str]:
+    return text.split(",")
+
+
+@dataclass(frozen=True)
+class Option:
+    help: str
+    read: Callable[[str], Any] = str
+
+
+OPTIONS = {
+    "dtype": Option("float32, bfloat16 or float16", dtype),
+    "batch": Option("batch sizes, separated by commas", positives),
+    "only": Option("some of them, separated by commas, knobs after a space; all when not given", names),
+    "repeats": Option("timed calls; the table has their median", positive),
+    "model": Option("an option of conf/model"),
+    "workers": Option("processes that draw batches ahead of time", whole),
+    "prompt": Option("tokens of the prompt, separated by commas", positives),
+    "answer": Option("tokens of the answer", positive),
+    "steps": Option("denoising steps; one for each token when not given", positive),
+    "engine": Option("eager, compile or graph, separated by commas", names),
+    "attention": Option("sdpa, math or flash"),
+    "selector": Option("an option of conf/selector"),
+    "samples": Option("questions to answer", positive),
+}
+"""What parts may ask for; every part has --device, --threads and --out besides."""
+
+
+@dataclass(frozen=True)
+class Part:
+    about: str
+    defaults: Mapping[str, str | None]
+    """Which of OPTIONS it takes, as one would type them; None for no value."""
+
+
+PARTS = {
+    "selectors": Part(
+        "every selector, beside a naive twin of SHIRG-980 and the vision tower",
+        {"dtype": "float32", "batch": "1,4", "repeats": "15", "only": None},
+    ),
+    "train": Part(
+        "training steps with an adapter, and the share of data, forward, backward and optimiser",
+        {"model": "tiny", "batch": "36", "workers": "0", "repeats": "20"},
+    ),
+    "decode": Part(
+        "prefill and denoising steps, beside a plain twin of the public reference and the physical floor",
+        {
+            "model": "bench_small",
+            "prompt": "1050",
+            "answer": "32",
+            "steps": None,
+            "batch": "1",
+            "engine": "eager",
+            "attention": "sdpa",
+            "repeats": "7",
+        },
+    ),
+    "prefill": Part(
+        "selection, prefill and step over ever more vision tokens, with fitted exponents",
+        {
+            "model": "bench_small",
+            "prompt": "500,1000,2000,4000,8000",
+            "answer": "32",
+            "batch": "1",
+            "selector": "norm_topk",
+            "attention": "sdpa",
+            "repeats": "3",
+        },
+    ),
+    "encode": Part(
+        "cutting pictures into views, and the tower over one or several pictures",
+        {"model": "bench_small", "batch": "1,4", "repeats": "5"},
+    ),
+    "cache": Part(
+        "prefix caches in fewer bits: bytes, milliseconds and how far logits move",
+        {"model": "bench_small", "prompt": "1050", "answer": "32", "batch": "1", "repeats": "7"},
+    ),
+    "end2end": Part(
+        "from picture to answer: samples per second by batch size, and whether answers stay the same",
+        {"model": "tiny", "batch": "1,16", "only": None, "samples": "96"},
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; `{self.prog} --help` lists what there is")
+        raise AssertionError
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m experiments.bench", description="How long one part takes at true size.")
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    for name, part in PARTS.items():
+        own = parts.add_parser(name, help=part.about, description=part.about)
+        own.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+        own.add_argument("--threads", type=positive, help="threads on the CPU; torch's own choice when not given")
+        own.add_argument("--out", type=Path, default=Path(f"outputs/bench/{name}.json"), help="where the JSON goes")
+        for key, default in part.defaults.items():
+            shown = "" if default is None else f" (default {default})"
+            own.add_argument(f"--{key}", type=OPTIONS[key].read, default=default, help=OPTIONS[key].help + shown)
+    # `model=tiny` is how the rest of the project spells `--model tiny`.
+    return parser.parse_args([f"--{a}" if re.match(r"[a-z]+=", a) else a for a in arguments])
+
+
+def main(arguments: list[str]) -> None:
+    given = parse(arguments)
+
+    import torch
+
+    from experiments.measure import resolve_device
+    from experiments.study.files import write_atomic, write_json
+    from experiments.study.record import environment
+
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    try:
+        device = resolve_device(given.device)
+        run = import_module(f"experiments.bench.{given.part}").run
+        measured: Measured = run(device=device, **{key: getattr(given, key) for key in PARTS[given.part].defaults})
+    except ValueError as error:
+        fail(str(error))
+    print("\n".join(measured.lines()))
+    command = shlex.join(["python", "-m", "experiments.bench", *arguments])
+    made_by = environment(device, getattr(given, "dtype", "float32"))
+    write_json(given.out, {"command": command, "environment": made_by, **measured.report()})
+    print(f"written: {given.out}")
+    figure = measured.figure() if isinstance(measured, Drawn) else None
+    if figure is not None:
+        write_atomic(given.out.with_suffix(".svg"), figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

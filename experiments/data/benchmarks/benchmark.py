@@ -1,0 +1,168 @@
+"""A public benchmark as a dataset, whichever of the three sources it is read from."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.data.benchmarks import hub as hub_source
+from experiments.data.benchmarks.chartqa import Chartqa
+from experiments.data.benchmarks.docvqa import Docvqa, Infovqa
+from experiments.data.benchmarks.rows import Item, Raw, Reader
+from experiments.data.benchmarks.textvqa import Textvqa
+from experiments.data.benchmarks.vqav2 import Vqav2
+from experiments.data.folder import read_folder
+from experiments.data.picture import load_picture
+from experiments.data.sample import Sample
+
+READERS: dict[str, Reader] = {
+    "chartqa": Chartqa(),
+    "docvqa": Docvqa(),
+    "infovqa": Infovqa(),
+    "textvqa": Textvqa(),
+    "vqav2": Vqav2(),
+}
+METADATA = "metadata.jsonl"
+
+Source = Literal["hub", "disk", "folder"]
+
+
+class Benchmark:
+    """One split of a benchmark; docs/data.md has the layouts.
+
+    Args:
+        name: which benchmark: chartqa, docvqa, infovqa, textvqa or vqav2.
+        source: "hub", a dataset repository; "disk", the official files; "folder", pictures with a metadata.jsonl.
+        split: "train", "val", "test" or whatever else the source has. A folder without folders for splits in it is
+            used whole.
+        root: where the files lie, or a folder of the benchmark's name with the files in it, for "disk" and "folder".
+        hub: repositories in order of preference, for "hub"; see `experiments.data.benchmarks.hub.candidates`.
+        streaming: fetch pictures one row group at a time instead of downloading the split, for "hub".
+        suffix: put after each question in the prompt.
+        capitalise: write the question with one capital letter, the first, as lmms-eval does for TextVQA.
+        max_new_tokens: room for the answer.
+        metrics: names of `experiments.metrics`; the first is the headline.
+
+    Raises:
+        FileNotFoundError: the split, its files or a picture is not there.
+        ValueError: the split does not exist, is empty, or has questions without answers.
+    """
+
+    questions_per_picture = 1
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        split: str,
+        suffix: str,
+        max_new_tokens: int,
+        metrics: Sequence[str],
+        source: Source = "hub",
+        root: str | None = None,
+        hub: Any = (),
+        streaming: bool = True,
+        capitalise: bool = False,
+    ) -> None:
+        if name not in READERS:
+            raise ValueError(f"data.name={name} does not exist: choose one of {', '.join(READERS)}")
+        split = "val" if split == "validation" else split
+        self.name = name
+        self.split = split
+        self.metric_names = tuple(metrics)
+        self.max_new_tokens = max_new_tokens
+        raws, self.provenance = read(READERS[name], name, source, split, root, hub, streaming)
+        items = [READERS[name].item(raw) for raw in raws]
+        self._samples = samples(name, split, raws, items, suffix=suffix, capitalise=capitalise)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+
+def read(
+    reader: Reader, name: str, source: str, split: str, root: str | None, hub: Any, streaming: bool
+) -> tuple[list[Raw], Mapping[str, str]]:
+    """The rows of a split, and where they came from."""
+    if source == "hub":
+        if root is not None:
+            raise ValueError(f"data.root={root} is not read with data.source=hub: give data.source=disk or folder")
+        found = hub_source.find(hub_source.candidates(hub), split)
+        raws = hub_source.read_hub(found, reader.columns, streaming)
+        where = {"id": found.candidate.id, "split": found.split, "revision": found.revision}
+        return _checked(raws, found.name), {"source": source, **where}
+    if root is None:
+        raise ValueError(f"data.source={source} needs data.root=DIR, the folder of the {name} files")
+    # One root may hold all benchmarks, each in a folder of its name, so that one sweep can read them all.
+    folder = next((f for f in (Path(root) / name, Path(root)) if f.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"data.root={root} does not exist: give the folder of the {name} files")
+    raws = list(reader.disk(folder, split)) if source == "disk" else _folder_rows(folder, split)
+    return _checked(raws, f"{name} ({split}) in {folder}"), {"source": source}
+
+
+def samples(
+    name: str, split: str, raws: Sequence[Raw], items: Sequence[Item], *, suffix: str, capitalise: bool = False
+) -> list[Sample]:
+    """Samples of the rows; all must have answers, and ids of their own."""
+    silent = [raw.where for raw, item in zip(raws, items, strict=True) if not item.answers]
+    if silent:
+        raise ValueError(
+            f"{name} ({split}): {len(silent)} of {len(items)} questions have no answers, the first is {silent[0]}; "
+            "choose a split whose answers are public, such as data.split=val"
+        )
+    numbered: Counter[str] = Counter()
+    made: dict[str, Sample] = {}
+    for raw, item in zip(raws, items, strict=True):
+        number = numbered[item.subtask]
+        numbered[item.subtask] += 1
+        key = item.id if item.id is not None else "/".join(filter(None, (split, item.subtask, str(number))))
+        if key in made:
+            raise ValueError(f"{raw.where}: the id {key} is taken already; ids must be unique")
+        asked = item.question.capitalize() if capitalise else item.question
+        made[key] = Sample(
+            id=key,
+            dataset=name,
+            split=split,
+            load_image=raw.load_image,
+            size=None,
+            question=item.question,
+            prompt=asked + suffix,
+            answers=item.answers,
+            target=item.target,
+            subtask=item.subtask,
+            boxes=item.boxes,
+            meta={"picture": item.picture or raw.picture, **item.meta},
+        )
+    return list(made.values())
+
+
+def _folder_rows(root: Path, split: str) -> list[Raw]:
+    """A folder of the split's name in the root, or the root itself where it is one set of pictures."""
+    folder = root / split
+    if not (folder / METADATA).is_file():
+        if not (root / METADATA).is_file():
+            others = sorted(path.parent.name for path in root.glob(f"*/{METADATA}"))
+            raise FileNotFoundError(
+                f"data.split={split} does not exist in {root}: "
+                + (f"it has {', '.join(others)}" if others else f"there is no {METADATA} in it")
+            )
+        folder = root
+    return [
+        Raw(
+            fields={**row.fields, "id": row.id, "question": row.question, "answers": row.answers},
+            where=f"{folder / METADATA}, {row.id}",
+            picture=row.file_name,
+            load_image=partial(load_picture, row.path),
+        )
+        for row in read_folder(folder, METADATA)
+    ]
+
+
+def _checked(raws: list[Raw], where: str) -> list[Raw]:
+    if not raws:
+        raise ValueError(f"{where} is empty: there are no questions in it")
+    return raws

@@ -1,0 +1,204 @@
+"""`source=hub`: parquet tables of a dataset repository, on the hub or in a folder of the same form.
+
+With `streaming` a table's small columns are read first and each picture when it is asked for, by row groups, so that
+eight samples do not cost seven gigabytes. Without it `datasets` downloads the whole split and keeps it, which also
+serves a machine without a network later.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfFileSystem
+from PIL import Image
+
+from experiments.data.benchmarks.rows import Raw
+from experiments.data.picture import load_picture, read_picture
+
+PICTURE = "image"
+ALIASES = {"val": "validation", "validation": "val"}
+"""Datasets call the same split by either name."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A dataset repository: an id of the hub or a folder."""
+
+    id: str
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    candidate: Candidate
+    split: str
+    builder: Any
+    """`datasets.DatasetBuilder`."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.candidate.id} ({self.split})"
+
+    @property
+    def files(self) -> list[str]:
+        """The split's files: addresses of the hub or paths."""
+        return [str(url) for url in (self.builder.config.data_files or {}).get(self.split, [])]
+
+    @property
+    def revision(self) -> str:
+        """The commit of a hub repository; "" for a folder."""
+        commit = re.search(r"@([0-9a-f]{40})/", "".join(self.files[:1]))
+        return commit[1] if commit else ""
+
+
+def candidates(hub: Any) -> list[Candidate]:
+    """From the config: an id, a mapping with id, config and revision, or a list of those."""
+    entries = [hub] if isinstance(hub, str | Mapping) else list(hub)
+    found = []
+    for entry in entries:
+        fields = {"id": entry} if isinstance(entry, str) else dict(entry)
+        if "id" not in fields or fields.keys() - {"id", "config", "revision"}:
+            raise ValueError(f"data.hub: {entry} must be an id, or have an id and, if needed, a config and a revision")
+        found.append(Candidate(**fields))
+    return found
+
+
+def find(tried: Sequence[Candidate], split: str) -> Found:
+    """The first candidate that can be read and has the split; what was passed over is printed.
+
+    Raises:
+        FileNotFoundError: none can be read.
+        ValueError: those that can be read have no such split.
+    """
+    reasons: dict[str, list[str]] = {}
+    splits = []
+    for candidate in tried:
+        try:
+            builder = datasets.load_dataset_builder(candidate.id, name=candidate.config, revision=candidate.revision)
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = _sentence(error).replace(f"'{candidate.id}'", "it")
+            reasons.setdefault(reason, []).append(candidate.id)
+            continue
+        offered = [str(s) for s in (builder.config.data_files or builder.info.splits or {})]
+        name = next((s for s in (split, ALIASES.get(split)) if s in offered), None)
+        if name is None:
+            splits.append(f"{candidate.id} has {', '.join(offered)}")
+            continue
+        for passed_over in (*_list(reasons), *splits):
+            print(f"data  passed over {passed_over}")
+        return Found(candidate, name, builder)
+    if splits:
+        raise ValueError(f"data.split={split} does not exist: {'; '.join(splits)}")
+    raise FileNotFoundError(
+        f"no dataset can be read ({'; '.join(_list(reasons)) or 'data.hub is empty'}): give another data.hub=ID, or "
+        "data.source=disk or folder with data.root=DIR"
+    )
+
+
+def _list(reasons: Mapping[str, Sequence[str]]) -> list[str]:
+    return [f"{', '.join(ids)}: {reason}" for reason, ids in reasons.items()]
+
+
+def read_hub(found: Found, columns: frozenset[str], streaming: bool) -> list[Raw]:
+    """Every row of the split, without its picture."""
+    # A folder is read where it lies: `datasets` would copy it, and takes folders of one name for each other.
+    in_place = Path(found.candidate.id).is_dir()
+    if not (streaming or in_place):
+        return _download(found, columns)
+    if not all(url.endswith(".parquet") for url in found.files):
+        raise ValueError(
+            f"{found.name} is not kept as parquet"
+            + (
+                "; convert it, or use data.source=folder"
+                if in_place
+                else ", which streaming needs: data.streaming=false"
+            )
+        )
+    return _stream(found, columns)
+
+
+def _stream(found: Found, columns: frozenset[str]) -> list[Raw]:
+    rows: list[Raw] = []
+    for url in found.files:
+        try:
+            table = _open(url)
+            names = _wanted(found, table.schema_arrow.names, columns)
+            groups = [table.read_row_group(g, columns=names).to_pylist() for g in range(table.num_row_groups)]
+        except ValueError:
+            raise
+        except Exception as error:  # whatever the network or a broken file brings
+            raise OSError(f"{url} cannot be read ({_sentence(error)}); try again, or data.streaming=false") from error
+        for group, fields_of_rows in enumerate(groups):
+            for index, fields in enumerate(fields_of_rows):
+                where = f"{found.name}, row {len(rows)}"
+                load = partial(_fetch, url, group, index, where)
+                rows.append(Raw(fields=fields, where=where, picture=f"row {len(rows)}", load_image=load))
+    return rows
+
+
+def _download(found: Found, columns: frozenset[str]) -> list[Raw]:
+    candidate = found.candidate
+    table = datasets.load_dataset(candidate.id, name=candidate.config, split=found.split, revision=candidate.revision)
+    names = _wanted(found, table.column_names, columns)
+    if isinstance(table.features[PICTURE], datasets.Image):
+        table = table.cast_column(PICTURE, datasets.Image(decode=False))
+    rows = []
+    for number, fields in enumerate(table.select_columns(names).to_list()):
+        where = f"{found.name}, row {number}"
+        load = partial(_pick, table, number, where)
+        rows.append(Raw(fields=fields, where=where, picture=f"row {number}", load_image=load))
+    return rows
+
+
+def _wanted(found: Found, names: Sequence[str], columns: frozenset[str]) -> list[str]:
+    if PICTURE not in names:
+        raise ValueError(f"{found.name} has no column {PICTURE!r}; it has {', '.join(names)}")
+    return [name for name in names if name in columns]
+
+
+@lru_cache(maxsize=8)
+def _open(url: str) -> pq.ParquetFile:
+    return pq.ParquetFile(HfFileSystem().open(url) if url.startswith("hf://") else url)
+
+
+@lru_cache(maxsize=2)
+def _pictures(url: str, group: int) -> list[Any]:
+    """The pictures of a row group, still encoded; neighbours are asked for one after the other."""
+    cells: list[Any] = _open(url).read_row_group(group, columns=[PICTURE]).column(PICTURE).to_pylist()
+    return cells
+
+
+def _fetch(url: str, group: int, index: int, where: str) -> Image.Image:
+    try:
+        cell = _pictures(url, group)[index]
+    except Exception as error:  # whatever the network brings
+        raise OSError(f"{where}: the picture cannot be fetched ({_sentence(error)}); resume=true goes on") from error
+    return _decode(cell, where)
+
+
+def _pick(table: Any, index: int, where: str) -> Image.Image:
+    return _decode(table[index][PICTURE], where)
+
+
+def _decode(cell: Any, where: str) -> Image.Image:
+    """A cell is the file's bytes, or a mapping with the bytes or a path."""
+    data = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if isinstance(data, bytes):
+        return read_picture(data, where)
+    path = cell.get("path") if isinstance(cell, Mapping) else None
+    if path and Path(path).is_file():
+        return load_picture(Path(path))
+    raise ValueError(f"{where}: has no picture; remove the row")
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of a message, without its end."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(" .:")

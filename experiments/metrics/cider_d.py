@@ -1,0 +1,146 @@
+"""CIDEr-D (Vedantam et al., 2015): n-grams weighted by how rare they are in the whole evaluated set.
+
+A score depends on the set: it cannot be averaged over batches or ranks, and values of different subsets cannot be
+compared. All texts are gathered and scored once. For one-word answers the score of a right answer is 2.5 of 10, so it
+is read beside its ceiling, the score of a perfect predictor on the same set.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.metrics.cleaning import clean_answer
+from experiments.metrics.mean import Gathered
+
+ORDERS = 4
+SIGMA = 6.0
+TOP = 10.0
+TOKENISER = "plain/1"
+"""Name and version; results carry it."""
+
+_TOKEN = re.compile(r"[-+]?(?=\d)(?:[\w'’./:+-]|(?<=\d),(?=\d))*[\w+]|[^\W_](?:[\w'’./:+-]*[\w+])?|[%$€£¥#&]")
+
+Tokens = Sequence[str]
+Item = tuple[Tokens, Sequence[Tokens]]
+"""A prediction and its references."""
+Grams = list[Counter[tuple[str, ...]]]
+"""Counts of n-grams for n = 1 to 4."""
+
+
+def tokenise(text: str) -> list[str]:
+    """Lower-case words and numbers; %, currency and # are words of their own, other punctuation is dropped.
+
+    It needs no Java and agrees with the Penn Treebank tokeniser on answers. It leaves clitics ("it's", "cannot")
+    whole, drops brackets and the last period of abbreviations, and keeps the euro sign.
+    """
+    return _TOKEN.findall(text.lower())
+
+
+def cider_d(items: Sequence[Item]) -> list[float]:
+    """The score of each item in [0, 10], with document frequencies of these items' references.
+
+    Every item needs a reference; a perfect answer scores 10 only from four words on, and 0 where every item has its
+    words.
+    """
+    corpus = _Corpus([references for _, references in items])
+    return [corpus.score(prediction, references) for prediction, references in items]
+
+
+def ceiling(items: Sequence[Item]) -> float:
+    """The corpus score of a predictor that always gives one of the references, the best one."""
+    corpus = _Corpus([references for _, references in items])
+    return math.fsum(max(corpus.score(r, references) for r in references) for _, references in items) / len(items)
+
+
+class _Corpus:
+    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+        self.frequency: Counter[tuple[str, ...]] = Counter()
+        for item in references:
+            if not item:
+                raise ValueError("CIDEr-D needs a reference for every item; leave out those without")
+            self.frequency.update({gram for text in item for counts in _grams(text) for gram in counts})
+        self.log_n = math.log(len(references)) if references else 0.0
+
+    def score(self, prediction: Tokens, references: Sequence[Tokens]) -> float:
+        return TOP * sum(self._similarity(_grams(prediction), _grams(r)) for r in references) / len(references)
+
+    def _similarity(self, guess: Grams, truth: Grams) -> float:
+        """Mean over orders of the clipped cosine, times a penalty on the difference in length."""
+        # Lengths are counted in bigrams, as the reference implementation does.
+        apart = sum(guess[1].values()) - sum(truth[1].values())
+        penalty = math.exp(-(apart**2) / (2 * SIGMA**2))
+        return sum(map(self._cosine, guess, truth)) * penalty / ORDERS
+
+    def _cosine(self, guess: Counter[tuple[str, ...]], truth: Counter[tuple[str, ...]]) -> float:
+        ours, theirs = self._weights(guess), self._weights(truth)
+        dot = sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs)
+        norm = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+        return dot / norm if norm else 0.0
+
+    def _weights(self, counts: Counter[tuple[str, ...]]) -> dict[tuple[str, ...], float]:
+        return {gram: n * (self.log_n - math.log(max(1, self.frequency[gram]))) for gram, n in counts.items()}
+
+
+def _grams(tokens: Tokens) -> Grams:
+    return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, ORDERS + 1)]
+
+
+class CiderD(Gathered):
+    """Corpus CIDEr-D of all samples that have references, each id once, whichever rank saw it.
+
+    `compute` gives "score" and "ceiling" in [0, 10] and their quotient "normalised"; NaN where nothing is to divide.
+    """
+
+    def __init__(self, *, clean: bool = False) -> None:
+        # Texts travel as bytes: ranks exchange tensors and nothing else.
+        super().__init__(text=torch.uint8)
+        self.clean = clean
+
+    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str]) -> None:
+        for prediction, accepted, sample in zip(predictions, references, ids, strict=True):
+            line = json.dumps([sample, prediction, list(accepted)]).encode() + b"\n"
+            self.record(text=torch.frombuffer(bytearray(line), dtype=torch.uint8))
+
+    def compute(self) -> dict[str, Tensor]:
+        lines = bytes(self.state("text").tolist()).splitlines()
+        once = {sample: (prediction, accepted) for sample, prediction, accepted in map(json.loads, reversed(lines))}
+        facts = self.facts(*zip(*once.values(), strict=True)) if once else {}
+        return {
+            key: torch.tensor(math.nan if facts.get(key) is None else facts[key], dtype=torch.float64)
+            for key in ("score", "ceiling", "normalised")
+        }
+
+    def scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float | None]:
+        """Each sample's score in the corpus of them all; None for a sample without references."""
+        values = iter(cider_d(self._items(predictions, references)))
+        return [next(values) if accepted else None for accepted in references]
+
+    def facts(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+        """The corpus score with what it must be read with."""
+        items = self._items(predictions, references)
+        if not items:
+            return {}
+        score, best = math.fsum(cider_d(items)) / len(items), ceiling(items)
+        lengths = [len(text) for _, accepted in items for text in accepted]
+        return {
+            "score": score,
+            "top": TOP,
+            "ceiling": best,
+            "normalised": score / best if best else None,
+            "n": len(items),
+            "reference_tokens": sum(lengths) / len(lengths),
+            "tokeniser": TOKENISER,
+        }
+
+    def _items(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Item]:
+        def tokens(text: str) -> list[str]:
+            return tokenise(clean_answer(text) if self.clean else text)
+
+        pairs = zip(predictions, references, strict=True)
+        return [(tokens(prediction), [tokens(r) for r in accepted]) for prediction, accepted in pairs if accepted]

@@ -1,0 +1,257 @@
+"""The figures of a study, each made from its rows; None where the study has nothing to show in it."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from experiments.report.cards import SHOTS, printable
+from experiments.report.costs import memory, name_bars, stages
+from experiments.report.curves import training
+from experiments.report.plot import ACCENT, GRID, INK, PALE, PAPER, SOFT, STYLE, Drawn, legend_columns, log_axis, panels
+from experiments.report.shots import load_shots
+from experiments.report.tokenmap import MAP, TokenMap, load_map, plane
+from experiments.study.compare import BASELINE, UNABLATED
+from experiments.study.layout import differences, headlines, labels, parts, short, unequal
+from experiments.study.rows import Row
+from experiments.study.significance import ALPHA
+
+MOST_PANELS = 6
+MOST_MAPS = 4
+WIDTH_OF_MAP = 1.35
+TRAINED = "adapter=own"
+LINES = ("-", "--", ":", "-.")
+SHAPES = "os^DvPX<>*ph"
+
+
+def draw(study: Path, rows: Sequence[Row]) -> list[Drawn]:
+    """All figures that the study allows; rows over a part of the samples only where there are no others."""
+    done = [row for row in rows if row["status"] == "ok"]
+    done = parts(done)[0][1] if done else []
+    with matplotlib.rc_context(STYLE):
+        found = [
+            pareto(done, "total ms", "milliseconds per sample", "pareto_latency"),
+            pareto(done, "visual tokens mean", "vision tokens in the prefix", "pareto_tokens"),
+            forest(done, BASELINE),
+            forest(done, UNABLATED),
+            budget_curve(done),
+            stages(done),
+            memory(done),
+            token_maps(study, done),
+            training(study),
+        ]
+    return [drawn for drawn in found if drawn is not None]
+
+
+def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> Drawn | None:
+    """Quality against a cost: every system with its interval, and the line that nobody beats on both."""
+    known = [row for row in rows if row.get(cost) is not None]
+    scores = headlines(known)[:MOST_PANELS]
+    if not scores or len(known) < 2:
+        return None
+    figure, axes = panels(len(scores), 2, 1.75, share_y=True)
+    told = {label: row for _, _, part in scores for row, label in zip(part, labels(part), strict=True)}
+    marks = dict(zip(told, styles(list(told.values())), strict=True))
+    for panel, (title, key, part) in zip(axes, scores, strict=True):
+        placed = [
+            (row, marks[label])
+            for row, label in zip(part, labels(part), strict=True)
+            if row.get(f"{key} mean") is not None
+        ]
+        points = [(row[cost], 100 * row[f"{key} mean"]) for row, _ in placed]
+        panel.plot(*zip(*frontier(points), strict=True), color=PALE, linewidth=1, zorder=1, drawstyle="steps-post")
+        log_axis(panel, [x for x, _ in points])
+        for (row, mark), (_, y), x in zip(placed, points, side_by_side(panel, [x for x, _ in points]), strict=True):
+            low, high = (100 * row[f"{key} {edge}"] for edge in ("low", "high"))
+            panel.plot([x, x], [low, high], color=mark["color"], linewidth=0.8, alpha=0.5, zorder=2)
+            panel.plot([x], [y], linestyle="none", markersize=4.5, zorder=3, **mark)
+        panel.set_title(title, loc="left")
+    lows = (row.get(f"{key} low") for _, key, part in scores for row in part)
+    lowest = min(100 * low for low in lows if low is not None)
+    axes[0].set_ylim(max(-3.0, lowest - 5), 104)
+    figure.supxlabel(axis, fontsize=7.5)
+    figure.supylabel("score, %", fontsize=7.5)
+    handles = [Line2D([], [], linestyle="none", markersize=4.5, **mark) for mark in marks.values()]
+    figure.legend(
+        handles,
+        list(told),
+        loc="outside upper left",
+        ncols=legend_columns(list(told)),
+        columnspacing=1.2,
+        handletextpad=0.2,
+    )
+    caption = (
+        f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both. "
+        f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
+        "Systems at the same place stand side by side."
+    )
+    return Drawn(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
+
+
+def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each system's mark: colour by family, shape by number within it, hollow where the budget is another."""
+    seen: Counter[str] = Counter()
+    marks = []
+    for row in rows:
+        tone = colour(row)
+        marks.append(
+            {
+                "color": tone,
+                "marker": SHAPES[seen[tone] % len(SHAPES)],
+                "markerfacecolor": PAPER if unequal(row) else tone,
+                "label": None,
+            }
+        )
+        seen[tone] += 1
+    return marks
+
+
+def side_by_side(panel: Axes, values: Sequence[float]) -> list[float]:
+    """Points at the same place on the x axis, moved apart by a hundredth or two of its length, six at most in all."""
+    axis = panel.get_xaxis_transform()
+    places = [float(axis.transform((value, 0))[0]) for value in values]
+    width = panel.bbox.width
+    groups: dict[int, list[int]] = {}
+    for i, place in enumerate(places):
+        groups.setdefault(round(place / (0.005 * width)), []).append(i)
+    for members in groups.values():
+        step = min(0.022, 0.06 / max(1, len(members) - 1)) * width
+        for number, i in enumerate(members):
+            places[i] += (number - (len(members) - 1) / 2) * step
+    inverse = axis.inverted()
+    return [float(inverse.transform((place, 0))[0]) for place in places]
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that are better than every cheaper one, from cheap to dear."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def budget_curve(rows: Sequence[Row]) -> Drawn | None:
+    """Quality over the number of tokens, one line for each selector that was run at several budgets."""
+    scores = [(title, key, part, curves) for title, key, part in headlines(rows) if (curves := _curves(part, key))]
+    scores = scores[:MOST_PANELS]
+    if not scores:
+        return None
+    figure, axes = panels(len(scores), 2, 1.9)
+    told: dict[str, Any] = {}
+    names = dict.fromkeys(name for *_, curves in scores for name in curves)
+    tones = {name: ACCENT if name.startswith("shirg") else SOFT for name in names}
+    for panel, (title, key, part, curves) in zip(axes, scores, strict=True):
+        base = next((row for row in part if row["selector"] == BASELINE and row.get(f"{key} mean") is not None), None)
+        if base is not None:
+            low, mean, high = (100 * base[f"{key} {edge}"] for edge in ("low", "mean", "high"))
+            panel.axhline(mean, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+            panel.axhspan(low, high, color=GRID, alpha=0.5, linewidth=0)
+        for name, line in curves.items():
+            x = [row["visual tokens mean"] for row in line]
+            lows, means, highs = ([100 * row[f"{key} {edge}"] for row in line] for edge in ("low", "mean", "high"))
+            like = [other for other in names if tones[other] == tones[name]]
+            style = LINES[like.index(name) % len(LINES)]
+            (told[name],) = panel.plot(
+                x, means, color=tones[name], linestyle=style, marker="o", markersize=3, linewidth=1.2
+            )
+            panel.vlines(x, lows, highs, color=tones[name], linewidth=0.9, alpha=0.5)
+        panel.set_title(title, loc="left")
+        log_axis(panel, [row["visual tokens mean"] for line in curves.values() for row in line])
+    figure.supylabel("score, %", fontsize=7.5)
+    figure.supxlabel("vision tokens in the prefix", fontsize=7.5)
+    figure.legend(list(told.values()), list(told), loc="outside upper left", ncols=legend_columns(list(told)))
+    caption = f"Score over the token budget with 95 % intervals; dashed: {BASELINE}, its interval shaded."
+    return Drawn("budget_curve", "Quality over the token budget", caption, figure)
+
+
+def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    """Rows that differ in nothing but the budget, and in the adapter trained for it, from few tokens to many."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        changes = (TRAINED if re.match(r"adapter=.*/", change) else change for change in row["changes"].split())
+        if row.get(f"{key} mean") is not None:
+            lines.setdefault(" ".join((row["selector"], *map(short, changes))), []).append(row)
+    return {
+        name: sorted(line, key=lambda row: row["visual tokens mean"])
+        for name, line in lines.items()
+        if len({row["visual tokens mean"] for row in line}) > 1
+    }
+
+
+def forest(rows: Sequence[Row], against: str) -> Drawn | None:
+    """Paired differences with their intervals, one line for each system."""
+    names = [name for name in differences(rows) if name.rpartition("vs ")[2] == against]
+    shown = [row for row in rows if any(f"delta {name} mean" in row for name in names)]
+    if not shown:
+        return None
+    figure, axes = panels(len(names), 3, 0.65 + 0.2 * len(shown), share_y=True)
+    for panel, name in zip(axes, names, strict=True):
+        panel.axvline(0, color=SOFT, linewidth=0.9)
+        for i, row in enumerate(shown):
+            if f"delta {name} mean" not in row:
+                continue
+            low, mean, high = (100 * row[f"delta {name} {key}"] for key in ("low", "mean", "high"))
+            panel.plot([low, high], [i, i], color=colour(row), linewidth=1.3)
+            sure = row[f"delta {name} p holm"] < ALPHA
+            panel.plot(
+                [mean], [i], "o", markersize=4.5, color=colour(row), markerfacecolor=colour(row) if sure else PAPER
+            )
+        panel.set_title(name, loc="left")
+        panel.set_xlabel("points")
+    name_bars(axes[0], shown)
+    caption = (
+        f"Differences to {'the method with nothing taken away' if against == UNABLATED else against} on the same "
+        "samples, in points, with 95 % intervals. Filled: p < 0.05 after Holm's correction over the systems."
+    )
+    title = "Ablations" if against == UNABLATED else f"Differences to {against}"
+    return Drawn("ablations" if against == UNABLATED else "differences", title, caption, figure)
+
+
+def colour(row: Row) -> str:
+    return ACCENT if row["selector"].startswith("shirg") else INK if row["selector"] == BASELINE else SOFT
+
+
+def token_maps(study: Path, rows: Sequence[Row]) -> Drawn | None:
+    """The tokens of a few pictures on a plane: what each system kept of them, and what it dropped."""
+    found: dict[tuple[str, int], dict[str, TokenMap]] = {}
+    questions: dict[tuple[str, int], str] = {}
+    # Equal budgets first: what a larger one keeps more of says little.
+    for row, label in sorted(zip(rows, labels(rows), strict=True), key=lambda pair: unequal(pair[0])):
+        for shot in load_shots(study / row["job"] / SHOTS):
+            path = study / row["job"] / SHOTS / MAP.format(shot.number)
+            if path.exists() and row.get("kept tokens") and row["selector"] != "full":
+                tokens = load_map(path)
+                # Another way of cutting the picture makes other tokens of it.
+                picture = (shot.record["id"], len(tokens.kept_N))
+                found.setdefault(picture, {})[label] = tokens
+                questions[picture] = shot.record["question"]
+    shown = {picture: list(seen.items())[:MOST_MAPS] for picture, seen in found.items() if len(seen) > 1}
+    if not shown:
+        return None
+    across = max(map(len, shown.values()))
+    figure, axes = panels(across * len(shown), across, WIDTH_OF_MAP)
+    method = ""
+    for number, seen in enumerate(shown.values()):
+        # One plane for all: the tower is the same, only the choice differs.
+        places_N2, method = plane(seen[0][1])
+        row_axes = axes[number * across : (number + 1) * across]
+        row_axes[0].set_ylabel(f"picture {number + 1}", fontsize=7)
+        for panel, (label, tokens) in zip(row_axes, seen, strict=False):
+            for kept, tone, size in ((False, PALE, 2), (True, ACCENT, 5)):
+                part_K2 = places_N2[tokens.kept_N == kept]
+                panel.scatter(part_K2[:, 0], part_K2[:, 1], s=size, color=tone, linewidths=0)
+            panel.set_title(label, fontsize=7)
+            panel.set_xticks([])
+            panel.set_yticks([])
+    asked = "; ".join(f"{n}: {printable(questions[picture])}" for n, picture in enumerate(shown, 1))
+    caption = (
+        f"Each dot is a vision token of one picture ({method}); blue: kept, grey: dropped. All panels of a row have "
+        f"the same places: those of the first system's tower. Questions: {asked}."
+    )
+    return Drawn("tokens", "Kept and dropped tokens", caption, figure)

@@ -1,0 +1,134 @@
+"""How every figure looks: paper width, small type, one accent; and how it becomes a file or a part of the page."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+WIDTH = 5.5
+"""Inches: the text width of a one-column paper. Type is 7 points and more at that width."""
+INK, SOFT, GRID, ACCENT, PALE, PAPER = "#1b1f24", "#626b76", "#dfe3e8", "#2456c9", "#a9b2bd", "#fefefe"
+THEMED = {
+    INK: "var(--ink)",
+    SOFT: "var(--soft)",
+    GRID: "var(--line)",
+    ACCENT: "var(--accent)",
+    PALE: "var(--pale)",
+    PAPER: "var(--card)",
+}
+"""What the page puts in the place of these colours, so that figures follow its light and dark themes."""
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "axes.edgecolor": GRID,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+RESOLUTION = 300
+LETTERS = 92
+"""Letters of a legend that fit on a line."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with what stands above and below it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+    def __post_init__(self) -> None:
+        # The layout is settled once: every format would settle it again.
+        with matplotlib.rc_context(STYLE):
+            self.figure.draw_without_rendering()
+        self.figure.set_layout_engine("none")
+
+    @cached_property
+    def svg(self) -> str:
+        """The figure as SVG, the same bytes every time."""
+        buffer = io.StringIO()
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
+
+    @cached_property
+    def png(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(buffer, format="png", dpi=RESOLUTION, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+    @property
+    def element(self) -> str:
+        """The figure as a part of the page: in the page's colours and type, as wide as its place."""
+        text = self.svg[self.svg.index("<svg") :]
+        for colour, variable in THEMED.items():
+            text = text.replace(colour, variable)
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        role = f'<svg role="img" aria-label="{self.title}"'
+        text = re.sub(r'<svg ([^>]*?)width="[\d.]+pt" height="[\d.]+pt"', rf"{role} \1", text)
+        return re.sub(r"\s*\n\s*", " ", text)
+
+
+def panels(n: int, across: int, height: float, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure of paper width with n panels, each `height` inches high."""
+    across = min(n, across)
+    rows = -(-n // across)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, across, squeeze=False, sharey=share_y)
+    axes = list(grid.flat)
+    for unused in axes[n:]:
+        unused.remove()
+    return figure, axes[:n]
+
+
+def legend_columns(names: Sequence[str]) -> int:
+    """How many of the names stand side by side at paper width."""
+    return max(1, min(4, LETTERS // (4 + max(map(len, names)))))
+
+
+def log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic x axis with a handful of round numbers, where values span more than a factor of three."""
+    if min(values) <= 0 or max(values) < 3 * min(values):
+        return
+    axes.set_xscale("log")
+    low, high = min(values) / 1.25, max(values) * 1.25
+    ticks = [m * 10.0**e for e in range(-3, 7) for m in (1, 1.5, 2, 3, 5, 7) if low <= m * 10.0**e <= high]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.set_xlim(low, high)

@@ -1,0 +1,73 @@
+"""The curves of a run: what was logged, averaged between points, in metrics.csv."""
+
+import csv
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from experiments.study.files import write_atomic
+
+METRICS = "metrics.csv"
+_LAST = frozenset({"lr"})
+"""Shown as it is at the point; everything else is the mean since the point before."""
+
+Point = dict[str, float]
+
+
+class History(Callback):
+    """Writes a point every so many steps, and after the last one.
+
+    The points are part of the checkpoint, so that the curve of a resumed run is that of an undisturbed one.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"trainer.log_every={every}: give at least 1")
+        self.path, self.every = path, every
+        self.points: list[Point] = []
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        for name, value in trainer.callback_metrics.items():
+            # Sums stay on the device: reading them at every step would make it wait.
+            before = 0 if name in _LAST else self._sums.get(name, 0)
+            self._sums[name] = before + value.detach().double()
+            self._counts[name] = 1 if name in _LAST else self._counts[name] + 1
+        step = trainer.global_step
+        if step % self.every == 0 or step == trainer.max_steps:
+            self.points.append({"step": step} | {n: float(s) / self._counts[n] for n, s in self._sums.items()})
+            self._sums.clear()
+            self._counts.clear()
+            if trainer.is_global_zero:
+                write_atomic(self.path, _csv(self.points))
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {"points": list(self.points), "sums": sums, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.points = list(state_dict["points"])
+        self._sums = {n: torch.tensor(s, dtype=torch.float64) for n, s in state_dict["sums"].items()}
+        self._counts = defaultdict(int, state_dict["counts"])
+
+
+def read_points(path: Path) -> list[Point]:
+    """The points of a metrics.csv; a name that a point lacks is left out of it."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def _csv(points: list[Point]) -> str:
+    names = list(dict.fromkeys(name for point in points for name in point))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({n: int(v) if n == "step" else repr(v) for n, v in point.items()} for point in points)
+    return out.getvalue()

@@ -1,0 +1,92 @@
+"""Relevance and neighbours of all places in one kernel (docs/method.md, "Terms").
+
+The torch twin is `Terms.relevance_and_neighbours` in shirg/terms.py. On a GPU that one moves every token through memory
+a dozen times, in as many launches; here a program holds the token of one place and reads each neighbour once.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+@torch.library.custom_op("shirg::relevance_and_neighbours", mutates_args=())
+def relevance_and_neighbours(
+    states_BND: Tensor,
+    token_BP: Tensor,
+    usable_BP: Tensor,
+    relevance_BP: Tensor,
+    n_global: int,
+    side: int,
+    canvas_cols: int,
+    similarity: float,
+    neighbor: float,
+    squared: bool,
+    zscore: bool,
+) -> Tensor:
+    """float32 [B, P]: similarity x relevance + neighbor x mean distance of unit tokens to their usable 8-neighbours.
+
+    Args:
+        token_BP: int64, the token at each place: `n_global` places of a grid `side` wide, then a canvas, row by row.
+        usable_BP: bool, which places count.
+        relevance_BP: float32.
+        canvas_cols: width of the canvas.
+        similarity: weight of the relevance.
+        neighbor: weight of the distance, with its sign.
+        squared: half the square of each distance, which is 1 - cosine, instead of the distance.
+        zscore: both terms as z-scores over the usable places of their grid, clamped to +-3.
+    """
+    from shirg.scoring import CLAMP, EPS
+
+    (batch, n, width), places = states_BND.shape, token_BP.shape[1]
+    score_BP = torch.empty(batch, places, dtype=torch.float32, device=states_BND.device)
+    distance_BP = torch.empty_like(score_BP)
+    done_B = torch.zeros(batch, dtype=torch.int32, device=states_BND.device)
+    _kernel()[(places, batch)](
+        states_BND.contiguous(),
+        token_BP.contiguous(),
+        usable_BP.contiguous(),
+        relevance_BP.contiguous(),
+        distance_BP,
+        done_B,
+        score_BP,
+        n,
+        width,
+        places,
+        n_global,
+        side,
+        canvas_cols,
+        similarity,
+        neighbor,
+        EPS,
+        CLAMP,
+        SQUARED=squared,
+        ZSCORE=zscore,
+        WIDTH=_power_of_two(width),
+        PLACES=_power_of_two(max(n_global, places - n_global)),
+    )
+    return score_BP
+
+
+@relevance_and_neighbours.register_fake
+def _(states_BND: Tensor, token_BP: Tensor, *_: Any) -> Tensor:
+    return states_BND.new_empty(token_BP.shape, dtype=torch.float32)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def _kernel() -> Any:
+    from shirg.kernels.score_triton import score_kernel
+
+    return score_kernel

@@ -1,0 +1,21 @@
+"""Products of tokens by their short cuts, against the products themselves."""
+
+import pytest
+import torch
+
+from baselines import similarity
+from baselines.similarity import gram, products, rows
+
+
+@pytest.mark.parametrize("block", [1, 3, 7, 100])
+def test_gram_is_the_product(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "BLOCK", block)
+    x = torch.randn(2, 3, 10, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(gram(x), x @ x.transpose(-1, -2), atol=1e-6)
+
+
+def test_rows_and_products_by_hand() -> None:
+    x = torch.tensor([[[[1.0, 0.0], [0.0, 1.0], [3.0, 4.0]]]])
+    assert rows(x, torch.tensor([[[2, 0]]])).tolist() == [[[[3.0, 4.0], [1.0, 0.0]]]]
+    used = torch.tensor([[[True, False, True]]])
+    assert products(x, x, used, -2.0).tolist() == [[[[1.0, -2.0, 3.0], [0.0, -2.0, 4.0], [3.0, -2.0, 25.0]]]]

@@ -1,0 +1,104 @@
+"""Jobs side by side: turns on one machine, news as they come, one exit code."""
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments.schema import CONF, VERSION_BASE
+from experiments.study import slots, watch
+from tests.experiments.conftest import finish, start
+from tests.experiments.test_job import table_without_times
+
+pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+
+
+def _occupy(began: Any, threads: int, log: Path) -> None:
+    began.wait()
+    with slots.turn(threads, "cpu") as name:
+        with open(log, "a") as file:
+            file.write(f"+{name}\n")
+        time.sleep(0.05)
+        with open(log, "a") as file:
+            file.write(f"-{name}\n")
+
+
+def test_jobs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    context = multiprocessing.get_context("fork")
+    began = context.Event()
+    jobs = [context.Process(target=_occupy, args=(began, 2, tmp_path / "log")) for _ in range(6)]
+    for job in jobs:
+        job.start()
+    began.set()
+    for job in jobs:
+        job.join(60)
+    lines = (tmp_path / "log").read_text().splitlines()
+    busy: set[str] = set()
+    most = 0
+    for line in lines:
+        if line[0] == "+":
+            assert line[1:] not in busy, "two jobs in one slot"
+            busy.add(line[1:])
+        else:
+            busy.remove(line[1:])
+        most = max(most, len(busy))
+    assert len(lines) == 12 and most == 2
+
+
+def test_a_gpu_slot_hides_the_other_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+
+    with slots.turn(None, "auto"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        with slots.turn(None, "auto"):
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+def test_a_job_of_nobodys_launcher_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    with slots.turn(1, "cpu") as name:
+        assert name is None
+
+
+def test_what_jobs_say_is_heard_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch.say(tmp_path / "old", True, "before the sweep")
+    listener = watch.Listener(tmp_path)
+    watch.say(tmp_path / "a", True, "ok    a")
+    watch.say(tmp_path / "b", False, "error: b: no")
+    listener.stop()
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("ok    a\n", "error: b: no\n")
+    assert listener.heard == {tmp_path / "a": True, tmp_path / "b": False}
+
+
+def test_side_by_side_fills_the_same_table(tiny_weights: Path, tmp_path: Path) -> None:
+    """One of the jobs cannot run: the others' rows are there, its reason is said at once, the exit code is 1."""
+    words = ["-m", f"model.path={tiny_weights}", "study=s", "selector=pooled,random", "budget=999", "data.n=8"]
+    words += ["threads=1", "device=cpu"]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    for folder in (together, alone):
+        folder.mkdir()
+    code, out, err = finish(start("eval", *words, "hydra/launcher=local", cwd=together))
+    assert finish(start("eval", *words, cwd=alone))[0] == code == 1
+    (reason,) = [line for line in err if line.startswith("error: ")]
+    assert "selector-random" in reason and "999" in reason
+    assert sum(line.startswith("ok ") for line in out.splitlines()) == 1
+    assert "Traceback" not in "\n".join(err)
+    assert table_without_times(together / "outputs/s") == table_without_times(alone / "outputs/s")
+
+
+def test_a_slurm_job_has_a_task_for_each_device() -> None:
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
+        launcher = compose("eval", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher")
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.timeout_min) == (1, 1, 1440)

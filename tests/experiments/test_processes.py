@@ -1,0 +1,119 @@
+"""Several processes, one job: who is who, one record, the loss curve of a single process."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from experiments.processes import Crew, assemble, launched
+from experiments.training.history import read_points
+from tests.experiments.conftest import Here, finish, result_of, start
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+VARIABLES = (
+    "TORCHELASTIC_RUN_ID",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "SLURM_STEP_ID",
+    "SLURM_PROCID",
+)
+OF_TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+OF_SRUN = {
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(**trainer: Any) -> DictConfig:
+    return OmegaConf.create({"device": "cpu", "trainer": {"strategy": "single", "num_nodes": 1} | trainer})
+
+
+@pytest.mark.parametrize(
+    ("variables", "crew"),
+    [
+        ({}, Crew()),
+        (OF_TORCHRUN, Crew(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
+        (OF_SRUN, Crew(launcher="srun", rank=2, world=4, local_rank=0, local_world=2)),
+        (OF_SRUN | OF_TORCHRUN, Crew(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Crew()),  # a batch script, not a task
+    ],
+)
+def test_launchers(variables: dict[str, str], crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == crew
+    assert crew.world == 1 or crew.nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "trainer", "message"),
+    [
+        ({}, {"strategy": "ddp"}, "trainer=ddp runs in processes that a launcher starts: torchrun --nproc_per_node=2"),
+        (OF_TORCHRUN, {}, "torchrun started 8 processes and this job runs in one: train with trainer=ddp"),
+        (
+            OF_TORCHRUN,
+            {"strategy": "ddp"},
+            "trainer.num_nodes=1, and torchrun started processes on 2: give trainer.num_nodes=2",
+        ),
+        (
+            OF_SRUN | {"SLURM_STEP_NUM_TASKS": "3"},
+            {"strategy": "ddp"},
+            "srun started 3 tasks on 2 nodes: start as many on",
+        ),
+    ],
+)
+def test_a_launcher_that_does_not_fit_the_config(
+    variables: dict[str, str], trainer: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        assemble(config(**trainer))
+
+
+def test_evaluation_refuses_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in OF_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="this job runs in one"):
+        assemble(OmegaConf.create({"device": "cpu"}))
+
+
+def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
+    """By torchrun, DDP and then the sharded base; the same batches, padding and draws, one folder for each run."""
+    words = ["selector=shirg", "optim.steps=3", "batch_size=6", "trainer.log_every=1", "trainer.checkpoint_every=2"]
+    words += ["objective.extra_padding=5", "objective.prefix_mask=false"]
+    alone = train_here(*words, "study=alone")
+    several = [f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", "device=cpu", "study=several", *words]
+    code, out, err = finish(start("train", "-m", "trainer=ddp,fsdp", *several, cwd=tmp_path, launcher=TORCHRUN))
+    assert code == 0, err
+    assert out.count("\nok    ") == 2 and out.count("written  ") == 2, "one of the processes speaks"
+    one = read_points(alone / "metrics.csv")
+    assert [point["step"] for point in one] == [1, 2, 3] and all(point["grad_norm"] > 1e-4 for point in one)
+    folders = sorted((tmp_path / "outputs/several").glob("train_*"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert not (folder / "checkpoints").exists()
+        assert result_of(folder)["times"]["processes"] == 2
+        two = read_points(folder / "metrics.csv")
+        for name in ("loss", "accuracy", "grad_norm", "lr"):
+            assert [p[name] for p in two] == pytest.approx([p[name] for p in one], abs=1e-4), name
+        ours, theirs = (load_file(path / "adapter/adapter.safetensors") for path in (folder, alone))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
+        assert (folder / "adapter/adapter.json").read_text() == (alone / "adapter/adapter.json").read_text()

@@ -1,0 +1,149 @@
+"""Training that is killed, interrupted or runs out of disk: nothing is lost, and the end is that of a calm run."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.training.checkpoints import SafeCheckpoints
+from experiments.training.history import read_points
+from tests.experiments.conftest import Here, finish, result_of, start
+from tests.experiments.test_job import lasting
+
+WORDS = ["selector=shirg", "batch_size=4", "trainer.log_every=2", "lora.dropout=0.1", "study=s"]
+ALONE = ["optim.warmup=0", "threads=1", "device=cpu"]
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """Weights and curve, byte by byte."""
+    names = ("metrics.csv", "adapter/adapter.safetensors", "adapter/adapter.json")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def wait_for_step(process: subprocess.Popen[str], root: Path, step: int) -> None:
+    """Until the curve of the run under `root` has reached a step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list(root.glob("outputs/s/*/metrics.csv"))
+        if found and read_points(found[0])[-1]["step"] >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was never reached: {process.poll()}")
+
+
+def last_step(folder: Path) -> int:
+    return int(SafeCheckpoints().load_checkpoint(folder / "checkpoints/last.ckpt")["global_step"])
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_killed_run_ends_as_a_calm_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
+    words = [*WORDS, "optim.steps=40", "trainer.checkpoint_every=5"]
+    calm = train_here(*words, root=tmp_path / "calm")
+    rough = tmp_path / "rough"
+    rough.mkdir()
+    process = start("train", f"model.path={tiny_weights}", *ALONE, *words, cwd=rough)
+    wait_for_step(process, rough, 8)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    (folder,) = (rough / "outputs/s").glob("train_*")
+    assert result_of(folder)["status"] == "running"
+    assert 5 <= last_step(folder) < 40, "killed too early or too late"
+    (folder / "checkpoints/.last.ckpt.1").write_bytes(b"torn")  # what a kill in the middle of writing leaves
+    at = last_step(folder)
+    with little_room(20_000):
+        train_here(*words, "resume=true", root=rough, ok=False)
+    reason = result_of(folder)["reason"]
+    assert "could not be written" in reason and "the last one is kept: make room and give resume=true" in reason
+    assert last_step(folder) == at
+    resumed = train_here(*words, "resume=true", root=rough)
+    assert resumed == folder and not (folder / "checkpoints").exists()
+    assert outcome(folder) == outcome(calm)
+    assert lasting(result_of(folder))["training"] == lasting(result_of(calm))["training"]
+
+
+@pytest.mark.slow
+def test_five_kills_at_random_steps(tiny_weights: Path, tmp_path: Path) -> None:
+    words = [f"model.path={tiny_weights}", *ALONE, *WORDS, "optim.steps=120", "trainer.checkpoint_every=7"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    for root in (calm, rough):
+        root.mkdir()
+    assert finish(start("train", *words, cwd=calm))[0] == 0
+    draw = random.Random(time.time_ns())
+    steps = sorted(draw.sample(range(2, 112, 2), 5))
+    print("killed after steps", steps)
+    for step in steps:
+        process = start("train", *words, "resume=true", cwd=rough)
+        wait_for_step(process, rough, step)
+        time.sleep(draw.random() / 20)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    assert finish(start("train", *words, "resume=true", cwd=rough))[0] == 0
+    (folder,), (calm_folder,) = ((root / "outputs/s").glob("train_*") for root in (rough, calm))
+    assert outcome(folder) == outcome(calm_folder)
+
+
+class _Killer:
+    """Kills the process that pickles it."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Printer:
+    """Code in a checkpoint, which must not run."""
+
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+def test_a_kill_while_writing_keeps_the_checkpoint_before_it(tmp_path: Path) -> None:
+    path, files = tmp_path / "last.ckpt", SafeCheckpoints()
+    files.save_checkpoint({"global_step": 3, "x": torch.ones(5)}, path)
+    child = os.fork()
+    if child == 0:
+        files.save_checkpoint({"global_step": 4, "x": torch.zeros(1000), "then": _Killer()}, path)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    found = files.load_checkpoint(path)
+    assert found["global_step"] == 3 and found["x"].tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_disk_without_room_keeps_the_checkpoint_before_it(first: bool, tmp_path: Path) -> None:
+    path, files = tmp_path / "last.ckpt", SafeCheckpoints()
+    if not first:
+        files.save_checkpoint({"global_step": 3, "x": torch.ones(5)}, path)
+    with little_room(100_000), pytest.raises(OSError) as failed:
+        files.save_checkpoint({"global_step": 4, "x": torch.zeros(200_000)}, path)
+    rest = "there is none before it" if first else "the last one is kept: make room and give resume=true"
+    assert str(failed.value) == f"the checkpoint of step 4 could not be written to {tmp_path} (File too large); {rest}"
+    assert os.listdir(tmp_path) == ([] if first else ["last.ckpt"])
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="last.ckpt is not a checkpoint: overwrite=true starts again"):
+        SafeCheckpoints().load_checkpoint(path)
+    torch.save({"code": _Printer()}, path)
+    with pytest.raises(ValueError, match="last.ckpt cannot be read .*: overwrite=true starts again"):
+        SafeCheckpoints().load_checkpoint(path)

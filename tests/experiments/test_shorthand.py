@@ -1,0 +1,108 @@
+"""`sweep=` and `run=` are written out before Hydra sees them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+
+from experiments.schema import CONF, VERSION_BASE
+from experiments.shorthand import SWEEPS, expand, sweep_overrides
+
+
+def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "ok") -> Path:
+    folder.mkdir(parents=True)
+    result = {
+        "version": 1,
+        "verb": "train",
+        "status": status,
+        "overrides": list(overrides),
+        "training": {"stage": stage, "artifact": f"{folder}/adapter"},
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_sweep_becomes_a_multirun() -> None:
+    assert expand("eval", ["sweep=main_table", "limit=8"]) == [
+        ["-m", "limit=8", "study=main_table", "experiment=B0,B1,S1,S2,P1", "adapter=null,own"]
+    ]
+
+
+def test_what_is_given_by_hand_replaces_what_the_sweep_brings() -> None:
+    (line,) = expand("eval", ["-m", "sweep=main_table", "experiment=B0,P1", "study=mine"])
+    assert line == ["-m", "experiment=B0,P1", "study=mine", "adapter=null,own"]
+
+
+def test_a_sweep_may_be_several_products() -> None:
+    lines = expand("eval", ["sweep=equal_budget", "adapter=null"])
+    assert ["selector=pooled,full" in line for line in lines] == [True, False]
+    assert all("adapter=null" in line and "adapter=null,random" not in line for line in lines)
+
+
+def test_a_line_without_shorthand_stays_as_it_is() -> None:
+    words = ["-m", "selector=pooled,full", "--cfg", "job"]
+    assert expand("eval", words) == [words]
+
+
+def _first(override: Override) -> str:
+    """The override with the first of its values."""
+    value = next(override.sweep_string_iterator()) if override.is_sweep_override() else None
+    return f"{override.key_or_group}={override.get_value_element_as_str() if value is None else value}"
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_point_of_every_sweep_composes(path: Path) -> None:
+    for verb in ("train", "eval"):
+        try:
+            products = sweep_overrides(verb, path.stem)
+        except ValueError:
+            continue
+        for product in products:
+            parsed = OverridesParser.create().parse_overrides(product)
+            first = [_first(o) for o in parsed if "glob(" not in str(o.input_line)]
+            with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=verb):
+                config = compose(verb, overrides=first)
+            assert config.study == path.stem
+
+
+def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
+    folder = trained(
+        tmp_path / "train_a", "selector=shirg", "selector.neighbor.sign=1", "lora.rank=8", "seed=3", "study=s"
+    )
+    assert expand("eval", [f"run={folder}", "data.n=9"]) == [
+        ["data.n=9", "selector=shirg", "selector.neighbor.sign=1", f"adapter={folder}/adapter"]
+    ]
+
+
+def test_runs_by_pattern(tmp_path: Path) -> None:
+    for name in ("train_b", "train_a"):
+        trained(tmp_path / name, f"selector={name}")
+    trained(tmp_path / "eval_c")
+    lines = expand("eval", [f"run={tmp_path}/*"])
+    assert [line[0] for line in lines] == ["selector=train_a", "selector=train_b"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "sentence"),
+    [
+        ("eval", ["sweep=main"], "sweep=main does not exist; the sweeps of eval.py are .*main_table"),
+        ("train", ["sweep=main_table"], "sweep=main_table is for eval.py; the sweeps of train.py are lora_rank"),
+        ("eval", ["sweep=main_table", "run=x"], "give one of them, once"),
+        ("train", ["run=x"], "run= is for eval.py"),
+        ("eval", ["run=nowhere"], "there is no result.json in it"),
+        ("eval", ["run=nowhere/*"], "no folder of a job of train.py matches"),
+    ],
+)
+def test_what_cannot_be_written_out(verb: str, words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        expand(verb, words)
+
+
+def test_a_run_must_have_trained_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="status failed: train it first"):
+        expand("eval", [f"run={trained(tmp_path / 'train_a', status='failed')}"])
+    with pytest.raises(ValueError, match="trained whole weights, not an adapter: use model.path="):
+        expand("eval", [f"run={trained(tmp_path / 'train_b', stage='base')}"])
