@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint mutants tiny adapters evidence clean
+.PHONY: setup demo test lint mutants tiny adapters ranks evidence clean
 
 setup: $(STAMP)
 
@@ -39,8 +39,9 @@ mutants: setup
 # Each stage starts from the weights of the one before it; a gate that fails stops the chain. What is finished is not
 # done again; to start over, delete the folder.
 SEED ?= 0
+THREADS ?= 2
 TINY := outputs/tiny_seed-$(SEED)
-TRAIN := $(BIN)/python train.py study=tiny_seed-$(SEED) seed=$(SEED) resume=true threads=2
+TRAIN := $(BIN)/python train.py study=tiny_seed-$(SEED) seed=$(SEED) resume=true threads=$(THREADS)
 tiny: setup
 	$(TRAIN) stage=vision model=tiny_scratch weights=$(TINY)/vision
 	$(TRAIN) stage=text model.path=$(TINY)/vision weights=$(TINY)/text
@@ -48,21 +49,28 @@ tiny: setup
 	$(TRAIN) stage=base selector=pooled model.path=$(TINY)/align weights=$(TINY)/base
 	@echo "weights: $(TINY)/base; use them with model.path=$(TINY)/base"
 
-# One adapter for each selector, all for the same steps from the same base.
-ADAPTERS := pooled full random shirg saint topv
-adapters: $(addprefix adapter-,$(ADAPTERS))
+# One adapter for each selector, all for the same steps from the same base; `mixed` reads any budget, whoever filled it.
+ADAPT = $(TRAIN) data=synth_mix_train model.path=$(TINY)/base weights=$(TINY)/base/adapters
+adapters: $(addprefix adapter-,pooled full random shirg saint topv mixed)
 adapter-%: setup
-	$(TRAIN) data=synth_mix_train selector=$* model.path=$(TINY)/base weights=$(TINY)/base/adapters/$*
+	$(ADAPT)/$* selector=$*
+adapter-mixed: setup
+	$(ADAPT)/mixed selector=random 'mix.budgets=[pooled,1/4 base,1/2 base,3/4 base,base]'
+ranks: $(addprefix rank-,16 32 64)
+rank-%: setup
+	$(ADAPT)/rank_$* selector=shirg lora.rank=$*
 
 # The whole chain once for each seed, then the sweeps over all of them: hours on two cores, and it may be stopped.
 SEEDS ?= 0 1 2 3 4
 space := $(subst ,, )
 comma := ,
 BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/tiny_seed-$(seed)/base))
+EVAL = $(BIN)/python eval.py model.path=$(BASES) 'data.density=[sparse,dense,hard]' data.n=2304 threads=$(THREADS) \
+  resume=true
 evidence: setup
-	for seed in $(SEEDS); do $(MAKE) tiny adapters SEED=$$seed || exit 1; done
-	for sweep in main_table equal_budget; do $(BIN)/python eval.py sweep=$$sweep model.path=$(BASES) \
-	  'data.density=[sparse,dense,hard]' data.n=2304 threads=2 resume=true || exit 1; done
+	for seed in $(SEEDS); do $(MAKE) tiny adapters ranks SEED=$$seed || exit 1; done
+	for sweep in main_table equal_budget budget_curve ablations; do $(EVAL) sweep=$$sweep || exit 1; done
+	$(EVAL) sweep=lora_rank adapter=rank_16,rank_32,rank_64
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -37,7 +37,9 @@ if ($("table") !== null) {
     const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
     const equal = $("equal") !== null && $("equal").checked;
     for (const row of all) {
-      const text = row.textContent.toLowerCase();
+      // What names the row is searched, not what was measured: "40" is a budget, not 0.40 ms.
+      const named = [...row.cells].filter((_, column) => /^(text|count)$/.test(heads[column]?.dataset.kind));
+      const text = named.map((cell) => cell.textContent).join(" ").toLowerCase();
       const keep = words.every((word) => text.includes(word)) && !(equal && row.dataset.equal === "0");
       row.classList.toggle("hidden", !keep);
     }
