@@ -150,9 +150,9 @@ def build_decode(cfg: DictConfig, dataset: Dataset) -> "DecodeConfig":
     return DecodeConfig(**{str(k): v for k, v in fields.items()})
 
 
-def build_logger(cfg: DictConfig) -> Any:
+def build_logger(cfg: DictConfig, fixed: Mapping[str, Any] | None = None) -> Any:
     """A Lightning logger, or None for logger=none."""
-    return _instantiate(cfg, "logger") if "_target_" in cfg.logger else None
+    return _instantiate(cfg, "logger", fixed) if "_target_" in cfg.logger else None
 
 
 def fingerprint(model: "Lavida") -> str:
