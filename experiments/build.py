@@ -168,7 +168,7 @@ def adapter_size(adapter: str | None) -> int:
         return 0
     from safetensors import safe_open
 
-    from lavida_adapter.lora import ADAPTER
+    from lavida_adapter.adapter import ADAPTER
 
     with safe_open(_adapter_folder(adapter) / ADAPTER, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)

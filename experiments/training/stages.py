@@ -100,7 +100,7 @@ def lora_config(cfg: DictConfig) -> LoraConfig:
     return LoraConfig.from_dict({str(k): v for k, v in plain.items()})
 
 
-def _optim(cfg: DictConfig) -> OptimConfig:
+def optim_config(cfg: DictConfig) -> OptimConfig:
     return OptimConfig(**_fields(cfg.optim))
 
 
@@ -118,7 +118,7 @@ def _fields(node: DictConfig) -> dict[str, Any]:
 def _vision(cfg: DictConfig, model: "Lavida") -> Stage:
     from experiments.pretrain import VisionPretraining
 
-    stage = VisionPretraining(model, _optim(cfg), cfg.seed, cfg.pictures)
+    stage = VisionPretraining(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
@@ -130,7 +130,7 @@ def _text(cfg: DictConfig, model: "Lavida") -> Stage:
     attention, noise = options.pop("prefix_attention"), options.pop("noise")
     stage = TextPretraining(
         model,
-        _optim(cfg),
+        optim_config(cfg),
         cfg.seed,
         objective_config(cfg),
         Curriculum(**options),
@@ -143,7 +143,7 @@ def _text(cfg: DictConfig, model: "Lavida") -> Stage:
 def _align(cfg: DictConfig, model: "Lavida") -> Stage:
     from experiments.pretrain import Align
 
-    stage = Align(model, _optim(cfg), cfg.seed, cfg.pictures)
+    stage = Align(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
@@ -178,7 +178,7 @@ def _through_selector(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
         selector,
         relevance,
         objective_config(cfg),
-        _optim(cfg),
+        optim_config(cfg),
         cfg.seed,
         mix=build_mix(cfg, model, selector),
         growth=rank_growth(lora_config(cfg), model, selector) if cfg.stage == "adapt" else None,
