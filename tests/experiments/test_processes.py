@@ -121,3 +121,19 @@ def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Pat
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
         assert (folder / "adapter/adapter.json").read_text() == (alone / "adapter/adapter.json").read_text()
+
+
+@pytest.mark.gpu
+def test_the_sharded_base_on_gpus(tiny_weights: Path, tmp_path: Path) -> None:
+    """Two steps in bfloat16 on all GPUs of this machine, of which one is enough, against a single process."""
+    n = torch.cuda.device_count()
+    words = [f"model.path={tiny_weights}", "selector=shirg", "optim.steps=2", "optim.warmup=0", f"batch_size={4 * n}"]
+    words += ["device=cuda", "dtype=bfloat16", "trainer.log_every=1", "trainer.gradient_checkpointing=true"]
+    launcher = (*TORCHRUN[:-1], f"--nproc_per_node={n}")
+    for trainer, by in (("default", (sys.executable,)), ("fsdp", launcher)):
+        code, _, err = finish(start("train", f"trainer={trainer}", "study=s", *words, cwd=tmp_path, launcher=by))
+        assert code == 0, err
+    one, sharded = sorted((tmp_path / "outputs/s").glob("train_*"))
+    assert result_of(sharded)["times"]["processes"] == n and result_of(sharded)["times"]["peak_mib"] > 1
+    losses = [[point["loss"] for point in read_points(folder / "metrics.csv")] for folder in (one, sharded)]
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=0.02)
