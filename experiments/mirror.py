@@ -119,18 +119,24 @@ class Mirror:
         try:
             send()
         except Exception as error:  # whatever a remote service can raise
-            print(f"warning: the logger failed ({error}); {self.job.folder} has everything", file=sys.stderr)
+            self._warn(error)
             self._close(failed=True)
 
     def _close(self, failed: bool) -> None:
         logger, self.logger = self.logger, None
         if logger is None:
             return
-        logger.finalize("failed" if failed else "success")
-        if self._in_wandb:
-            import wandb
+        try:
+            logger.finalize("failed" if failed else "success")
+            if self._in_wandb:
+                import wandb
 
-            wandb.finish(exit_code=int(failed))
+                wandb.finish(exit_code=int(failed))
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        print(f"warning: the logger failed ({error}); {self.job.folder} has everything", file=sys.stderr)
 
 
 def shows_pictures(cfg: DictConfig) -> bool:
