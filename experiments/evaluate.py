@@ -18,7 +18,7 @@ from experiments.data.limit import draw_ids, ids_hash
 from experiments.data.sample import Dataset, Sample, Traced
 from experiments.data.shuffle import other_questions
 from experiments.metrics.cleaning import CLEANER
-from experiments.mirror import mirror
+from experiments.mirror import Mirror
 from experiments.progress import Progress
 from experiments.report.shots import pick_shots, save_shot
 from experiments.report.tokenmap import MAPS, TokenWatch, save_map
@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     samples = part(everything, cfg.shard, cfg.shards)
     ids = ids_hash(sample.id for sample in samples)
     print(f"data  {dataset.name} {dataset.split}: {len(samples)} of {len(dataset)} samples, ids {ids}")
-    logger = build.build_logger(cfg)
+    mirror = Mirror.of(cfg, job)
     decode = build.build_decode(cfg, dataset)
     adapter = adapter_path(cfg.adapter, cfg.model, job.identity.choices["selector"])
     model = build.build_model(cfg, device)
@@ -111,7 +111,9 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         limits = roofline.known_limits(job.folder.parent, device, model.dtype)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         sections["times"]["flags"] = roofline.flags(sections["times"], held, limits, floor)
-    mirror(logger, job, sections, rows)
+    with mirror:  # only now: a logger has threads of its own, which would be timed too
+        mirror.begin()
+        mirror.end(sections, rows)
     return sections
 
 
