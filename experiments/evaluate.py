@@ -22,7 +22,7 @@ from experiments.mirror import mirror
 from experiments.progress import Progress
 from experiments.report.shots import pick_shots, save_shot
 from experiments.report.tokenmap import MAPS, TokenWatch, save_map
-from experiments.scoring import text_metrics
+from experiments.scoring import scorer_version, text_metrics
 from experiments.study import record
 from experiments.study.job import JOURNAL, SHOTS, Job
 from experiments.study.samples import write_samples
@@ -96,6 +96,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "ids": ids,
             "prompt": prompt_hash(cfg.data, decode.max_new_tokens),
             "cleaner": CLEANER,
+            "scorer": scorer_version(),
             **({"found": dict(dataset.provenance)} if isinstance(dataset, Traced) else {}),
         },
         **summary,
