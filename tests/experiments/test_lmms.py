@@ -1,10 +1,13 @@
 """lmms-eval's requests answered by our systems: the same answers and scores as our own evaluation's."""
 
+import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,11 @@ import pytest
 from PIL import Image
 
 from experiments.bridges.lmms import Answerer, Request
+from experiments.bridges.lmms_results import aggregate, export
 from experiments.data.synthetic.glyphs import SynthGlyphs
+from experiments.report.__main__ import main as report
 from experiments.schema import CONF
+from tests.data import official
 from tests.experiments.conftest import result_of
 from tests.experiments.test_job import rows_of
 
@@ -170,3 +176,98 @@ def test_lmms_eval_reports_our_own_score(tmp_path: Path, eval_here: Eval) -> Non
     score = result_of(ours)["quality"]["metrics"]["exact_match"]["mean"]
     assert results["results"]["local_glyphs"]["exact_match,none"] == score
     assert 0 < score < 1
+
+
+KEYS_OF_RESULTS = """results group_subtasks configs versions n-shot higher_is_better n-samples config git_hash
+git_branch lmms_eval_version date usage task_hashes model_source model_name model_name_sanitized system_instruction
+system_instruction_sha fewshot_as_multiturn chat_template chat_template_sha start_time end_time
+total_evaluation_time_seconds""".split()
+KEYS_OF_A_SAMPLE = ["doc_id", "target", "filtered_resps", "token_counts", "doc_hash", "exact_match", "input"]
+KEYS_OF_CONFIG = """model model_args model_backend batch_size batch_sizes device use_cache limit offset bootstrap_iters
+process_docs_parallel gen_kwargs random_seed numpy_seed torch_seed fewshot_seed resolved_cli_args""".split()
+"""What lmms-eval 0.7.3 writes; `test_lmms_eval_writes_these_keys` holds it to that."""
+
+
+def exported(study: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Results and samples of the study's only job."""
+    (results,), (samples,) = (list((study / "lmms").rglob(name)) for name in ("*_results.json", "*_samples_*.jsonl"))
+    return json.loads(results.read_text()), [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+def test_results_in_their_form(eval_here: Eval, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("selector=shirg", f"model.path={SHIPPED}", "adapter=own", "device=cpu", "shots=0", "data.density=sparse")
+    job = eval_here(*words, f"data.n={N}", "study=s")
+    report([str(job.parent), "--lmms"])
+    results, samples = exported(job.parent)
+    ours, rows = result_of(job), rows_of(job)
+    stamp = datetime.fromisoformat(ours["times"]["finished"]).strftime("%Y%m%d_%H%M%S")
+    folder = f"lmms/{job.name}/{stamp}"
+    assert capsys.readouterr().out.split() == [
+        "written:",
+        f"{folder}_samples_synth_glyphs.jsonl",
+        f"{folder}_results.json",
+    ]
+    assert list(results) == KEYS_OF_RESULTS and list(results["config"]) == KEYS_OF_CONFIG
+    assert all(list(sample) == KEYS_OF_A_SAMPLE for sample in samples)
+    assert [(s["doc_id"], s["filtered_resps"], s["exact_match"], s["target"], s["input"]) for s in samples] == [
+        (i, row["prediction"], row["score_exact_match"], row["answers"][0], row["prompt"]) for i, row in enumerate(rows)
+    ]
+    scores = [row["score_exact_match"] for row in rows]
+    error = statistics.stdev(scores) / N**0.5
+    found = results["results"]["synth_glyphs"]
+    assert list(found) == [
+        "alias",
+        *(f"exact_match{k},none" for k in ("", "_stderr", "_stderr_clt", "_stderr_clustered")),
+    ]
+    assert found["exact_match,none"] == ours["quality"]["metrics"]["exact_match"]["mean"]
+    assert found["exact_match_stderr,none"] == found["exact_match_stderr_clt,none"] == pytest.approx(error, rel=1e-12)
+    assert results["n-samples"] == {"synth_glyphs": {"original": N, "effective": N}}
+    hashes = "".join(f"sample_{i}{s['doc_hash']}" for i, s in enumerate(samples))
+    assert results["task_hashes"] == {"synth_glyphs": hashlib.sha256(hashes.encode()).hexdigest()}
+    assert results["config"]["model_args"] == ",".join(ours["overrides"]) and results["date"] == stamp
+
+
+def test_standard_errors_by_hand() -> None:
+    """Two pictures with two answers each: what the two share counts, as in lmms-eval's `clustered_stderr`."""
+    rows = [{"scores": {"m": s}, "picture": p} for s, p in ((1.0, "a"), (1.0, "a"), (0.0, "b"), (1.0, "b"))]
+    found = aggregate(rows, "m")
+    mean, variance = 0.75, (3 * 0.25**2 + 0.75**2) / 3
+    shared = 2 * 0.25 * 0.25 + 2 * -0.75 * 0.25
+    assert found["m,none"] == mean
+    assert found["m_stderr,none"] == pytest.approx((variance / 4) ** 0.5, rel=1e-12)
+    assert found["m_stderr_clustered,none"] == pytest.approx((variance / 4 + shared / 16) ** 0.5, rel=1e-12)
+    assert aggregate(rows[:1], "m") == {"m,none": 1.0} | dict.fromkeys(
+        ("m_stderr,none", "m_stderr_clt,none", "m_stderr_clustered,none"), "N/A"
+    )
+    assert aggregate([{"scores": {"m": None}, "picture": "a"}], "m") == {}
+
+
+def test_several_answers_and_none(eval_here: Eval, tmp_path: Path) -> None:
+    """Metrics of the corpus too; a study without a finished job exports nothing."""
+    read = official.write("docvqa", "disk", tmp_path / "pages")
+    job = eval_here(*read, "selector=pooled", "shots=0", "decode.max_new_tokens=4", "limit=5", "study=s")
+    export(job.parent)
+    results, samples = exported(job.parent)
+    assert samples[0]["target"] == str(rows_of(job)[0]["answers"]) and samples[0]["target"].startswith("['")
+    assert results["n-samples"] == {"docvqa": {"original": official.N, "effective": 5}}
+    assert results["configs"]["docvqa"]["generation_kwargs"] == {"max_new_tokens": 4, "do_sample": False}
+    assert results["higher_is_better"]["docvqa"] == dict.fromkeys(result_of(job)["quality"]["metrics"], True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no finished evaluation to export"):
+        export(tmp_path / "empty")
+
+
+def test_lmms_eval_writes_these_keys(tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval")
+    local_task(tmp_path / "tasks")
+    results, samples, _ = run_lmms(tmp_path, f"selector=pooled,model.path={SHIPPED}", "--limit", "6")
+    assert [key for key in results if key not in ("throughput", "efficiency")] == KEYS_OF_RESULTS
+    assert list(results["config"]) == KEYS_OF_CONFIG
+    assert all(list(sample) == KEYS_OF_A_SAMPLE for sample in samples) and len(samples) == 6
+    from lmms_eval.api.metrics import clustered_stderr
+
+    scores, pictures = [1.0, 1.0, 0.0, 1.0, 0.5], ["a", "a", "b", "b", "c"]
+    rows = [{"scores": {"m": s}, "picture": p} for s, p in zip(scores, pictures, strict=True)]
+    assert aggregate(rows, "m")["m_stderr_clustered,none"] == pytest.approx(
+        clustered_stderr(scores, pictures), rel=1e-12
+    )
