@@ -138,14 +138,14 @@ def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
     return provider
 
 
-def build_decode(cfg: DictConfig, dataset: Dataset) -> "DecodeConfig":
-    """How answers are generated; their length is the dataset's unless the config gives one."""
+def build_decode(cfg: DictConfig, max_new_tokens: int) -> "DecodeConfig":
+    """How answers are generated; their length is `max_new_tokens` unless the config gives one."""
     from lavida_adapter import DecodeConfig
 
     fields = OmegaConf.to_container(cfg.decode, resolve=True, enum_to_str=True)
     assert isinstance(fields, dict)
     if fields["max_new_tokens"] is None:
-        fields["max_new_tokens"] = dataset.max_new_tokens
+        fields["max_new_tokens"] = max_new_tokens
     return DecodeConfig(**{str(k): v for k, v in fields.items()})
 
 

@@ -39,9 +39,12 @@ def run(main: Callable[[], Any], verb: str) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        for words in _command_lines(verb):
-            sys.argv[1:] = words
-            _call(main)
+        if verb == "eval" and any(word.startswith("rescore=") for word in sys.argv[1:]):
+            _rescore(sys.argv[1:])
+        else:
+            for words in _command_lines(verb):
+                sys.argv[1:] = words
+                _call(main)
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
@@ -85,6 +88,16 @@ def _call(main: Callable[[], Any]) -> None:
         _died.append(" ... ".join(dict.fromkeys((lines[0], lines[-1]))))
     finally:
         _jobs.extend(watch.stop_all().items())
+
+
+def _rescore(words: Sequence[str]) -> None:
+    """Not a job: no config is composed, and Hydra never sees the words."""
+    from experiments.rescore import parse, rescore_all
+
+    try:
+        _jobs.extend(rescore_all(parse(words)).items())
+    except ValueError as error:
+        fail(str(error))
 
 
 def _command_lines(verb: str) -> list[list[str]]:
