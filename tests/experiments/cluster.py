@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("sinfo", "srun", "scancel", "slurmctld", "slurmd", "munged")
+PROGRAMS = ("sinfo", "squeue", "sbatch", "srun", "scancel", "scontrol", "slurmctld", "slurmd", "munged")
 CONFIG = """ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+KillWait=2
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
