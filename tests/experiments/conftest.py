@@ -125,7 +125,7 @@ def start(
 
     With `session` it and all that it starts are one process group, which can be killed as a whole.
     """
-    cwd.mkdir(exist_ok=True)
+    cwd.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [*launcher, str(ROOT / f"{verb}.py"), *overrides],
         cwd=cwd,
