@@ -139,7 +139,7 @@ def start(
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and the lines of standard error."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=500)
     return process.returncode, out, err.splitlines()
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
 LOCAL = "hydra/launcher=local"
 Answer = tuple[str, float]
-"""A sample's id and the milliseconds that it took: a sample that is answered again takes another time."""
+"""A sample's id and the milliseconds of its denoising: a sample that is answered again takes another time."""
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +125,19 @@ def answers(study: Path) -> Iterator[tuple[str, list[Answer]]]:
         if entries:
             yield (
                 folder.name,
-                [(row["id"], entry["ms"]["total"] / len(entry["rows"])) for entry in entries for row in entry["rows"]],
+                [
+                    (row["id"], entry["ms"]["denoise"] / len(entry["rows"]))
+                    for entry in entries
+                    for row in entry["rows"]
+                ],
             )
         elif (folder / "samples.parquet").exists():
             yield folder.name, finished(folder)
 
 
 def finished(folder: Path) -> list[Answer]:
-    columns = pq.read_table(folder / "samples.parquet", columns=["id", "ms_total"]).to_pydict()
-    return list(zip(columns["id"], columns["ms_total"], strict=True))
+    columns = pq.read_table(folder / "samples.parquet", columns=["id", "ms_denoise"]).to_pydict()
+    return list(zip(columns["id"], columns["ms_denoise"], strict=True))
 
 
 def check(study: Path, calm: Path, answered: dict[str, list[Answer]]) -> None:

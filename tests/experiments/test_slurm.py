@@ -16,7 +16,7 @@ from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_job import lasting, rows_of, table_without_times
 from tests.experiments.test_resume import last_step, wait_for_step
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 Cluster = dict[str, str]
 WORDS = ["data.n=480", "batch_size=4", "threads=1", "device=cpu", "study=s"]
 SLURM = "hydra/launcher=slurm"
@@ -159,7 +159,7 @@ def entries(journal: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(found: Callable[[], Path | None], process: subprocess.Popen[str]) -> Path:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if path := found():
             return path
