@@ -74,7 +74,11 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
                 ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True
             )
             if idle.stdout.strip() == "2":
-                yield environment
+                try:
+                    yield environment
+                finally:
+                    # What a failed test left running would outlive the daemons.
+                    subprocess.run(["scancel", "--quiet", "--full", "--signal=KILL", "--user=root"], env=environment)
                 return
             time.sleep(0.2)
         raise RuntimeError(f"SLURM did not come up: {idle.stderr}\n{(folder / 'slurmctld.log').read_text()[-2000:]}")
