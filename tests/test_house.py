@@ -185,7 +185,7 @@ def test_every_config_says_how_to_run_it(path: Path) -> None:
 @pytest.mark.parametrize("name", (*DOCUMENTS, "Makefile"))
 def test_documents_name_options_that_exist(name: str) -> None:
     text = (ROOT / name).read_text()
-    for group, values in re.findall(rf"(?<![\w.])({GROUPS})=([a-z]\w*(?:,[a-z]\w*)*)", text):
+    for group, values in re.findall(rf"(?<![\w.])({GROUPS})=([a-z]\w*(?:,[a-z]\w*\b(?!=))*)", text):
         for value in values.split(","):
             assert value in PLACEHOLDERS or (ROOT / "conf" / group / f"{value}.yaml").exists(), f"{group}={value}"
     for path in re.findall(r"(?<![\w.])selector\.([\w.]+)=", text):

@@ -197,6 +197,7 @@ def exported(study: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def test_results_in_their_form(eval_here: Eval, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("selector=shirg", f"model.path={SHIPPED}", "adapter=own", "device=cpu", "shots=0", "data.density=sparse")
     job = eval_here(*words, f"data.n={N}", "study=s")
+    capsys.readouterr()
     report([str(job.parent), "--lmms"])
     results, samples = exported(job.parent)
     ours, rows = result_of(job), rows_of(job)
