@@ -12,7 +12,7 @@ from torch import Tensor
 
 from baselines.groups import Groups, GroupSelector, Scope, share_per_round, take
 from baselines.pairs import Line
-from baselines.similarity import products, rows
+from baselines.similarity import product_strips, rows
 from shirg import Budget, VisionFeatures
 
 
@@ -116,6 +116,8 @@ class SaintVote(GroupSelector):
 
 def votes(even_GED: Tensor, odd_GOD: Tensor, used_GO: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """How many of the odd tokens resemble each even one by at least tau [G, E], and the sum of what they are above."""
-    over_GEO = products(even_GED, odd_GOD, used_GO, otherwise=tau - 1).sub_(tau)
-    above_GE = over_GEO.relu().sum(-1)
-    return over_GEO.ge_(0).sum(-1), above_GE
+    counts, above = [], []
+    for over_GRO in product_strips(even_GED, odd_GOD, used_GO, otherwise=tau - 1):
+        above.append(over_GRO.sub_(tau).relu().sum(-1))
+        counts.append(over_GRO.ge_(0).sum(-1))
+    return torch.cat(counts, dim=-1), torch.cat(above, dim=-1)

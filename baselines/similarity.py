@@ -1,5 +1,7 @@
 """Products of tokens with tokens, at the cost that a CPU has to pay for them."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,9 @@ from shirg import gather_tokens
 
 BLOCK = 456
 """Rows of a Gram matrix that are computed at a time: large enough for a fast product, an eighth of five views."""
+CACHED = 1 << 18
+"""Products that are handed out at a time where each is looked at only once: one megabyte, so that a core's cache holds
+them and the same memory serves again."""
 
 
 def gram(x_BGSD: Tensor) -> Tensor:
@@ -33,11 +38,21 @@ def rows(x_BGSD: Tensor, place_BGM: Tensor) -> Tensor:
 
 
 def products(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Tensor:
-    """Dot products [X, E, O]; `otherwise` with every b that is not used.
+    """Dot products [X, E, O]; `otherwise` with every b that is not used."""
+    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
+    return a @ b.transpose(-1, -2)
 
-    By one more channel, in which each a is 1: filling a matrix with a mask takes longer than computing it.
-    """
+
+def product_strips(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Iterator[Tensor]:
+    """The same, some of the E rows at a time; all of them where that costs nothing, which is not on a CPU."""
+    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
+    row = b[..., 0].numel()
+    for strip in a.split(max(1, CACHED // row) if a.device.type == "cpu" else a.shape[-2], dim=-2):
+        yield strip @ b.transpose(-1, -2)
+
+
+def _with_fill(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> tuple[Tensor, Tensor]:
+    """Both with one more channel, in which each a is 1: filling a matrix by a mask takes longer than computing it."""
     b_XOD = b_XOD * used_XO[..., None]
     fill_XO1 = torch.where(used_XO, 0.0, otherwise)[..., None]
-    a = torch.cat([a_XED, torch.ones_like(a_XED[..., :1])], dim=-1)
-    return a @ torch.cat([b_XOD, fill_XO1], dim=-1).transpose(-1, -2)
+    return torch.cat([a_XED, torch.ones_like(a_XED[..., :1])], dim=-1), torch.cat([b_XOD, fill_XO1], dim=-1)

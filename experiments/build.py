@@ -4,16 +4,14 @@ A knob that does not exist, a value of the wrong type, weights that are missing 
 sentence that says what to write instead.
 """
 
-import inspect
 import math
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from hydra.errors import InstantiationException
@@ -23,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.data.batches import Shuffled, Stream
 from experiments.data.mixture import Mixture, check_weights
 from experiments.data.sample import Dataset
+from experiments.knobs import check_knobs
 from experiments.schema import CONF
 from experiments.study.record import local_folder
 from shirg import Selector
@@ -139,14 +138,14 @@ def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
     return provider
 
 
-def build_decode(cfg: DictConfig, dataset: Dataset) -> "DecodeConfig":
-    """How answers are generated; their length is the dataset's unless the config gives one."""
+def build_decode(cfg: DictConfig, max_new_tokens: int) -> "DecodeConfig":
+    """How answers are generated; their length is `max_new_tokens` unless the config gives one."""
     from lavida_adapter import DecodeConfig
 
     fields = OmegaConf.to_container(cfg.decode, resolve=True, enum_to_str=True)
     assert isinstance(fields, dict)
     if fields["max_new_tokens"] is None:
-        fields["max_new_tokens"] = dataset.max_new_tokens
+        fields["max_new_tokens"] = max_new_tokens
     return DecodeConfig(**{str(k): v for k, v in fields.items()})
 
 
@@ -198,14 +197,7 @@ def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = 
     assert isinstance(values, dict)
     knobs = {str(k): v for k, v in values.items() if k != "_target_"} | dict(fixed or {})
     target = get_class(values["_target_"])
-    parameters = inspect.signature(target).parameters
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    if not takes_any and (unknown := sorted(knobs.keys() - parameters.keys())):
-        raise ValueError(f"{group}.{unknown[0]}: {target.__name__} has no such knob; it has {', '.join(parameters)}")
-    _compare_types(group, knobs, _defaults(group, values["_target_"]))
-    for name, value in knobs.items():
-        if name in parameters and not _fits(value, hint := parameters[name].annotation):
-            raise ValueError(f"{group}.{name}={value!r} is not {_describe(hint)}")
+    check_knobs(group, target, knobs, _defaults(group, values["_target_"]))
     try:
         return instantiate({"_target_": values["_target_"], **knobs}, _convert_="all", _recursive_=False)
     except InstantiationException as error:
@@ -221,44 +213,6 @@ def _defaults(group: str, target: str) -> Mapping[str, Any]:
         if isinstance(option, dict) and option.get("_target_") == target:
             return {str(k): v for k, v in option.items()}
     return {}
-
-
-def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses a text where the option's own file has a number or a truth value; nested knobs have no annotation."""
-    for name, default in defaults.items():
-        value = given.get(name)
-        if isinstance(default, Mapping) and isinstance(value, Mapping):
-            _compare_types(f"{where}.{name}", value, default)
-        elif isinstance(default, bool) and isinstance(value, str):
-            raise ValueError(f"{where}.{name}={value!r} is not true or false")
-        elif isinstance(default, int | float) and isinstance(value, str):
-            raise ValueError(f"{where}.{name}={value!r} is not a number")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a config value is of the annotated type; annotations beyond plain ones are left to the constructor."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str, types.NoneType):
-        return isinstance(value, hint)
-    return True
-
-
-def _describe(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.device) -> "Lavida":

@@ -22,68 +22,18 @@ MAX_NAME = 180
 """File systems allow 255 bytes; suffixes of lock and temporary files need some of them."""
 
 
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Attention(StrEnum):
-    """Kernels of the language model's attention: torch's choice, plain matrix products, or the flash-attn package."""
-
-    sdpa = "sdpa"
-    math = "math"
-    flash = "flash"
-
-
-class Schedule(StrEnum):
-    none = "none"
-    shift = "shift"
-    cosine = "cosine"
-    linear = "linear"
-    logit_normal = "logit_normal"
-
-
-class Remasking(StrEnum):
-    low_confidence = "low_confidence"
-    margin = "margin"
-    entropy = "entropy"
-    random = "random"
-
-
-class Engine(StrEnum):
-    eager = "eager"
-    compile = "compile"
-    graph = "graph"
-
-
-class Time(StrEnum):
-    uniform = "uniform"
-    logit_normal = "logit_normal"
-    mode = "mode"
-
-
-class Weighting(StrEnum):
-    none = "none"
-    inverse_time = "inverse_time"
-
-
-class Strategy(StrEnum):
-    """One process; a copy of everything in each; or a copy of what is trained and a part of the base in each."""
-
-    single = "single"
-    ddp = "ddp"
-    fsdp = "fsdp"
-
-
-class Stage(StrEnum):
-    """What train.py trains; all but the first make the tiny model's base."""
-
-    adapt = "adapt"
-    vision = "vision"
-    text = "text"
-    align = "align"
-    base = "base"
+Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
+Attention = StrEnum("Attention", ["sdpa", "math", "flash"])
+"""Kernels of the language model's attention: torch's choice, plain matrix products, or the flash-attn package."""
+Schedule = StrEnum("Schedule", ["none", "shift", "cosine", "linear", "logit_normal"])
+Remasking = StrEnum("Remasking", ["low_confidence", "margin", "entropy", "random"])
+Engine = StrEnum("Engine", ["eager", "compile", "graph"])
+Time = StrEnum("Time", ["uniform", "logit_normal", "mode"])
+Weighting = StrEnum("Weighting", ["none", "inverse_time"])
+Strategy = StrEnum("Strategy", ["single", "ddp", "fsdp"])
+"""One process; a copy of everything in each; or a copy of what is trained and a part of the base in each."""
+Stage = StrEnum("Stage", ["adapt", "vision", "text", "align", "base"])
+"""What train.py trains; all but the first make the tiny model's base."""
 
 
 @dataclass

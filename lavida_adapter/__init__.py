@@ -9,7 +9,8 @@ from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
 from lavida_adapter.denoise import DecodeConfig, Generation
 from lavida_adapter.fastv import FastV
 from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
-from lavida_adapter.model import Lavida, TrainBatch
+from lavida_adapter.loss import TrainBatch
+from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prefix import Prefix
 from lavida_adapter.redvtp import RedVTP

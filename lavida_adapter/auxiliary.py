@@ -14,7 +14,8 @@ from lavida_adapter.prompt import encode_text
 from shirg import Selection, Source
 
 if TYPE_CHECKING:
-    from lavida_adapter.model import Lavida, TrainBatch
+    from lavida_adapter.loss import TrainBatch
+    from lavida_adapter.model import Lavida
 
 TEMPERATURE = 0.07
 """Of the contrast between pictures and questions, as in CLIP at its start (arXiv 2103.00020)."""

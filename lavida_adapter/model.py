@@ -4,7 +4,7 @@ The module tree carries the names of the published checkpoint, so that weights, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -14,29 +14,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavida_adapter.attention import Watch
-from lavida_adapter.auxiliary import adaptive_k_loss, alignment, row_losses
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.cache_pack import CachePacker
 from lavida_adapter.cache_select import CacheSelector
 from lavida_adapter.config import LavidaConfig
-from lavida_adapter.copies import states_of_copies
 from lavida_adapter.denoise import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
 from lavida_adapter.engine import pick
 from lavida_adapter.llada import Llada
-from lavida_adapter.objective import (
-    ObjectiveConfig,
-    Tally,
-    extra_padding,
-    mask_probability,
-    masked_cross_entropy,
-    masked_targets,
-    pad_answers,
-    sample_times,
-)
+from lavida_adapter.loss import TrainBatch, batch_loss
+from lavida_adapter.objective import ObjectiveConfig, Tally
 from lavida_adapter.pictures import Boxes, picture_blocks
 from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
-from lavida_adapter.prompt import IGNORE, prompt_ids, training_example
+from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.replay import Recorder
 from lavida_adapter.share import ALONE, Share
@@ -45,23 +35,6 @@ from lavida_adapter.timer import NoTimer, Pausing, Timer
 from lavida_adapter.views import Views, pooled_count
 from lavida_adapter.vision import VisionTower
 from shirg import Selector
-
-
-@dataclass(frozen=True)
-class TrainBatch:
-    """Examples to learn from; pictures that are the same object are encoded once."""
-
-    images: Sequence[Image.Image | Views]
-    """Pictures, or what `geometries.cut` made of them for the selector of the step."""
-    questions: Sequence[str]
-    answers: Sequence[str]
-    ids: Sequence[str]
-    prompts: Sequence[str] | None = None
-    """The questions with the dataset's suffix; the questions themselves when None."""
-    boxes: Sequence[Boxes] | None = None
-    """Where each example's evidence is, as fractions of its picture; only an oracle looks."""
-    histories: Sequence[Sequence[str]] | None = None
-    """The turns before each question, the user's and the assistant's alternating."""
 
 
 class _Body(nn.Module):
@@ -295,95 +268,4 @@ class Lavida(nn.Module):
         A batch that is one process's `share` of a global one gets a loss whose mean over the processes is the global
         batch's. `tally` is filled in.
         """
-        timer, tally = NoTimer(), tally or Tally()
-        blocks, selections = picture_blocks(
-            self, batch.images, batch.questions, batch.ids, selector, relevance, timer, batch.boxes
-        )
-        prompts = batch.questions if batch.prompts is None else batch.prompts
-        histories = [()] * len(prompts) if batch.histories is None else batch.histories
-        examples = [
-            training_example(self.tokenizer, prompt, answer, self.config, history=history)
-            for prompt, answer, history in zip(prompts, batch.answers, histories, strict=True)
-        ]
-        rows, labels = pad_answers(
-            [e.prompt for e in examples],
-            [e.answer for e in examples],
-            eos=self.config.lm.eos_token_id,
-            extra=extra_padding(objective, generator),
-            least=objective.answer_tokens or 0,
-            agree=share.largest,
-        )
-        loss = self.loss_of_rows(rows, labels, blocks, objective, generator, share=share, tally=tally)
-        if objective.alignment:
-            tally.terms["alignment"] = alignment(self, batch, blocks, selections)
-            loss = loss + objective.alignment * tally.terms["alignment"]
-        if objective.adaptive_k and tally.row_loss_B is not None:
-            tally.terms["adaptive_k"] = adaptive_k_loss(selections, tally.row_loss_B)
-            loss = loss + objective.adaptive_k * tally.terms["adaptive_k"]
-        return loss
-
-    def loss_of_rows(
-        self,
-        rows: Sequence[Sequence[int]],
-        labels: Sequence[Sequence[int]],
-        blocks: Sequence[Tensor],
-        objective: ObjectiveConfig,
-        generator: torch.Generator,
-        *,
-        share: Share = ALONE,
-        tally: Tally | None = None,
-    ) -> Tensor:
-        """The loss of token rows with one picture block each; what exceeds the model's context is cut off on the right.
-
-        Raises:
-            ValueError: for a row without a target: it would teach nothing.
-        """
-        max_length = self.config.tokenizer_model_max_length
-        room = [max_length - len(block) + 1 for block in blocks]
-        rows = [row[:n] for row, n in zip(rows, room, strict=True)]
-        labels = [label[:n] for label, n in zip(labels, room, strict=True)]
-        for i, label in enumerate(labels):
-            if all(token == IGNORE for token in label):
-                raise ValueError(f"training row {i} has no target token: its answer was empty or cut away")
-        whole, labels_BL = splice(rows, blocks, self.lm.wte, max_length=max_length, labels=labels)
-        b, length = labels_BL.shape
-        whole_b, longest = b * share.world, share.largest(length)
-        t_B = share.rows(sample_times(whole_b, objective.time, generator, self.device))
-        u_BL = share.rows(torch.rand(whole_b, longest, generator=generator, device=self.device))
-        if tally is not None:
-            tally.tokens = sum(len(row) - 1 + len(block) for row, block in zip(rows, blocks, strict=True))
-        return self.loss_of_draw(whole, labels_BL, t_B, u_BL, objective, share=share, tally=tally)
-
-    def loss_of_draw(
-        self,
-        whole: Prefix,
-        labels_BL: Tensor,
-        t_B: Tensor,
-        u_BL: Tensor,
-        objective: ObjectiveConfig,
-        *,
-        share: Share = ALONE,
-        tally: Tally | None = None,
-    ) -> Tensor:
-        """The loss of spliced rows at noise levels `t_B`, with one uniform draw `u_BL` per position.
-
-        Draws beyond a row's end count for its minimum alone.
-        """
-        target_BL = labels_BL != IGNORE
-        masked_BL, complement_BL = masked_targets(target_BL, t_B, u_BL[:, : labels_BL.shape[1]], u_BL.amin(-1))
-        copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
-        masked_CL = torch.cat(copies)
-        states = states_of_copies(self, whole, labels_BL, masked_CL, prefix_mask=objective.prefix_mask)
-        logits_MW, labels_M = self.lm.logits(states[masked_CL]), labels_BL.repeat(len(copies), 1)[masked_CL]
-        if tally is not None:
-            tally.masked, tally.right = len(labels_M), (logits_MW.detach().argmax(-1) == labels_M).sum()
-            if objective.adaptive_k:
-                row_M = masked_CL.nonzero()[:, 0] % len(labels_BL)
-                tally.row_loss_B = row_losses(logits_MW, labels_M, row_M, len(labels_BL))
-        if objective.weighting == "none":
-            return masked_cross_entropy(logits_MW, labels_M, n_targets=max(1.0, share.mean(len(labels_M))))
-        p_B = mask_probability(t_B)
-        # Either copy alone estimates the same loss without bias: together they are averaged.
-        weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
-        weight_M = weight_C[:, None].expand_as(masked_CL)[masked_CL]
-        return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=share.mean(int(target_BL.sum())))
+        return batch_loss(self, batch, selector, objective, generator, relevance=relevance, share=share, tally=tally)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lavida_adapter.growth import RankGrowth
+from lavida_adapter.loss import TrainBatch
 from lavida_adapter.mix import Mix
-from lavida_adapter.model import Lavida, TrainBatch
+from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig, Tally
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.share import Share

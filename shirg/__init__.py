@@ -1,29 +1,11 @@
 """SHIRG: which vision tokens a diffusion vision-language model should keep before its prefix cache is built."""
 
+from shirg.budget import Budget, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
+from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
 from shirg.gate import ShirgGate
 from shirg.geometry import area_weights, crops_layout, fovea_layout, single_layout, subdivide, tiles_layout
 from shirg.newline import close_rows, used_rows
-from shirg.selection import (
-    Budget,
-    Geometry,
-    Pooling,
-    Role,
-    Selection,
-    Selector,
-    Source,
-    Stage,
-    TokenLayout,
-    VisionFeatures,
-    assert_finite,
-    gather_tokens,
-    join,
-    keep,
-    matched_count_B,
-    most_pooled,
-    pooled_count_B,
-    stable_topk,
-    unpad_bounds,
-)
+from shirg.selection import Selection, Selector, Source, Stage, assert_finite, gather_tokens, join, keep, stable_topk
 from shirg.tables import regions, tables
 
 __all__ = [

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shirg.features import VisionFeatures
 from shirg.geometry import area_weights, subdivide
 from shirg.seats import Seats
-from shirg.selection import Selection, Source, VisionFeatures, assert_finite
+from shirg.selection import Selection, Source, assert_finite
 
 ScaffoldSource = Literal["global", "canvas"]
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from shirg.adaptive import AdaptiveHead, deserve
+from shirg.budget import Budget
 from shirg.coords import CoordEmbed
 from shirg.coverage import scaffold_tokens, summary_token
+from shirg.features import Geometry, TokenLayout, VisionFeatures
 from shirg.knobs import (
     Adaptive,
     CoordKind,
@@ -29,25 +31,13 @@ from shirg.knobs import (
     group,
     one_of,
 )
-from shirg.merging import Merge, match
+from shirg.merging import cell_means, match
 from shirg.newline import close_rows, used_rows
 from shirg.ranking import boost_representatives, marginal_relevance, tiers
 from shirg.refusals import refuse_idle_knobs
 from shirg.scoring import CropTerm, Norm
 from shirg.seats import Dedup, Seats, average_cells, seat
-from shirg.selection import (
-    Budget,
-    Geometry,
-    Selection,
-    Selector,
-    Source,
-    TokenLayout,
-    VisionFeatures,
-    assert_finite,
-    gather_tokens,
-    join,
-    keep,
-)
+from shirg.selection import Selection, Selector, assert_finite, join, keep
 from shirg.tables import regions, tables
 from shirg.terms import Terms
 from shirg.texture import EdgeSpace, VarianceOf
@@ -189,19 +179,28 @@ class ShirgGate(Selector):
             assert_finite(scores_BP, seats.usable_BP, type(self).__name__)
             for row_P, ranks in zip(scores_BP, ranks_global, strict=True):
                 row_P[: 0 if ranks else layout.n_global] = -torch.inf
-            merge, competing, competing_BP = self._merge(features, seats, scores_BP)
-        deserved_B, expected_B = self._deserve(layout, competing, competing_BP, k)
+            merge, competing, competing_BP = None, seats, scores_BP
+            if self.merge.mode == "tome":
+                merge = match(layout, self._states(features), seats, self.merge.count(layout))
+                competing, competing_BP = merge.competitors(seats), merge.best(scores_BP)
+        first = self._first(layout)
+        deserved_B, expected_B = deserve(
+            self.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], k
+        )
         with torch.no_grad():
             ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k)
             keep_B = torch.minimum(torch.minimum(keep_B, deserved_B), available_B)
-        source, fused_BN, box_BN4 = self._fuse(features, seats, merge)
         scores_BN = scores_BP[:, tables(layout).place_N]
-        chosen = keep(source, ranked_BK, keep_B, scores_BN=scores_BN)
-        taken_BN = torch.zeros_like(usable_BN).scatter(1, ranked_BK, self._used(ranked_BK, keep_B))
+        means = None if merge is None else merge.means(features, seats)
+        if self.dedup == "mean":
+            means = cell_means(features)
+        chosen = keep(features if means is None else means.features, ranked_BK, keep_B, scores_BN=scores_BN)
+        kept_BK = torch.arange(k, device=ranked_BK.device) < keep_B[:, None]
+        taken_BN = torch.zeros_like(usable_BN).scatter(1, ranked_BK, kept_BK)
         if self.newline == "row":
             chosen = close_rows(chosen, features, rows_BR)
-        if fused_BN is not None:
-            chosen = _mark(chosen, fused_BN, box_BN4)
+        if means is not None:
+            chosen = means.marked(chosen)
         parts = [self._with_coords(chosen)]
         if side:
             parts.insert(0, self._with_coords(scaffold_tokens(features, seats, side, self.scaffold.source)))
@@ -246,55 +245,7 @@ class ShirgGate(Selector):
         if not self._first(layout):
             return (True,) * len(features.ids)
         usable = features.n_valid if self.mask_padding else (layout.n_tokens,) * len(features.ids)
-        return tuple(n - layout.n_global - self._merged(layout) < k for n in usable)
-
-    def _merge(self, features: VisionFeatures, seats: Seats, scores_BP: Tensor) -> tuple[Merge | None, Seats, Tensor]:
-        """What merges, and the places and scores that are left to compete."""
-        if self.merge.mode == "none":
-            return None, seats, scores_BP
-        layout = features.layout
-        part, shape = _fine(layout)
-        grid_BRCD = torch.unflatten(seats.take(self._states(features))[:, part], 1, shape)
-        usable_BRC = torch.unflatten(seats.usable_BP[:, part], 1, shape)
-        merge = match(grid_BRCD, usable_BRC, self._merged(layout))
-        best = merge.best(torch.unflatten(scores_BP[:, part], 1, shape)).flatten(1)
-        left = (usable_BRC & ~merge.gone_BRC).flatten(1)
-        n = part.start
-        competing = replace(seats, usable_BP=torch.cat([seats.usable_BP[:, :n], left], dim=1))
-        return merge, competing, torch.cat([scores_BP[:, :n], best], dim=1)
-
-    def _merged(self, layout: TokenLayout) -> int:
-        """How many cells merging may take away."""
-        rows, cols = _fine(layout)[1]
-        return int(self.merge.share * rows * cols) if self.merge.mode == "tome" else 0
-
-    def _fuse(
-        self, features: VisionFeatures, seats: Seats, merge: Merge | None
-    ) -> tuple[VisionFeatures, Tensor | None, Tensor]:
-        """Features whose merged tokens are means, which tokens those are [B, N], and all boxes [B, N, 4]."""
-        layout, box_BN4 = features.layout, features.box_BN4()
-        if self.dedup == "mean":
-            several_M = (tables(layout).candidate_MC >= 0).sum(-1) > 1
-            return features, several_M[tables(layout).place_N].expand_as(features.valid_BN), box_BN4
-        if merge is None:
-            return features, None, box_BN4
-        part, shape = _fine(layout)
-        cell_N = (tables(layout).place_N - part.start).clamp_min(0)
-        here_N = tables(layout).place_N >= part.start
-
-        def pooled(values_BND: Tensor) -> Tensor:
-            grid = torch.unflatten(seats.take(values_BND.float())[:, part], 1, shape)
-            return (merge.pool(grid) / size_BRC1).flatten(1, 2)[:, cell_N]
-
-        size_BRC1 = merge.pool(torch.ones_like(merge.step_BRC, dtype=torch.float32)[..., None])
-        fused_BN = (size_BRC1.flatten(1) > 1)[:, cell_N] & here_N
-        centre_BN2 = pooled((box_BN4[..., :2] + box_BN4[..., 2:]) / 2)
-        # Areas add up; the shape stays that of a cell.
-        half_BN2 = (box_BN4[..., 2:] - box_BN4[..., :2]) / 2 * size_BRC1.flatten(1)[:, cell_N, None].sqrt()
-        fused_box = torch.cat([centre_BN2 - half_BN2, centre_BN2 + half_BN2], dim=-1)
-        tokens = features.tokens_BND
-        tokens = torch.where(fused_BN[..., None], pooled(tokens).to(tokens.dtype), tokens)
-        return replace(features, tokens_BND=tokens), fused_BN, torch.where(fused_BN[..., None], fused_box, box_BN4)
+        return tuple(n - layout.n_global - self.merge.count(layout) < k for n in usable)
 
     def _rank(
         self, features: VisionFeatures, seats: Seats, scores_BP: Tensor, usable_BN: Tensor, k: int
@@ -326,15 +277,6 @@ class ShirgGate(Selector):
             groups.append((order_BN, worth_BN, spare_BN.gather(1, order_BN)))
         return tiers(groups, k)
 
-    def _deserve(self, layout: TokenLayout, seats: Seats, scores_BP: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """How many tokens [B] the content deserves, and the loss [B] that a head expects of them."""
-        first = self._first(layout)
-        return deserve(self.adaptive, self.head, self.level, scores_BP[:, first:], seats.usable_BP[:, first:], k)
-
-    @staticmethod
-    def _used(ranked_BK: Tensor, keep_B: Tensor) -> Tensor:
-        return torch.arange(ranked_BK.shape[1], device=ranked_BK.device) < keep_B[:, None]
-
     def resolve_budget(self, features: VisionFeatures) -> tuple[int, Tensor]:
         """What scaffold and summary leave of the budget: the static K and the count [B] that each picture keeps."""
         taken = self._synthesised(features.layout)
@@ -356,7 +298,7 @@ class ShirgGate(Selector):
         only_tiles = self.underflow == "raise" and self._first(layout) > 0
         for sample, n in zip(features.ids, features.n_valid, strict=True):
             have = n if self.mask_padding and self.underflow != "mask" else layout.n_tokens
-            have -= (layout.n_global if only_tiles else 0) + self._merged(layout)
+            have -= (layout.n_global if only_tiles else 0) + self.merge.count(layout)
             if have < wanted - taken:
                 raise ValueError(
                     f"{type(self).__name__}: budget {wanted} less {taken} for the scaffold asks for {wanted - taken} "
@@ -366,22 +308,3 @@ class ShirgGate(Selector):
 
     def _with_coords(self, selection: Selection) -> Selection:
         return selection if self.coords is None else self.coords.added_to(selection)
-
-
-def _fine(layout: TokenLayout) -> tuple[slice, tuple[int, int]]:
-    """The places of the finest grid, and its rows and columns: the canvas, or the only view."""
-    if layout.canvas == (0, 0):
-        return slice(0, None), (layout.side, layout.side)
-    return slice(layout.n_global, None), layout.canvas
-
-
-def _mark(chosen: Selection, fused_BN: Tensor, box_BN4: Tensor) -> Selection:
-    """Says of tokens that are means of several that they are no source tokens."""
-    index_BT = chosen.index_BT.clamp_min(0)
-    fused_BT = fused_BN.gather(1, index_BT) & (chosen.index_BT >= 0)
-    return replace(
-        chosen,
-        index_BT=chosen.index_BT.masked_fill(fused_BT, -1),
-        source_BT=chosen.source_BT.masked_fill(fused_BT, int(Source.MERGED)),
-        box_BT4=torch.where(fused_BT[..., None], gather_tokens(box_BN4, index_BT), chosen.box_BT4),
-    )

@@ -7,7 +7,7 @@ Nothing is inferred from a number of tokens: everything follows from the view, r
 import torch
 from torch import Tensor
 
-from shirg.selection import Geometry, Pooling, Role, TokenLayout
+from shirg.features import Geometry, Pooling, Role, TokenLayout
 
 _AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from shirg.coverage import ScaffoldSource
+from shirg.features import TokenLayout
 from shirg.scoring import Metric
-from shirg.selection import Stage, TokenLayout
+from shirg.selection import Stage
 
 G = TypeVar("G")
 
@@ -120,6 +121,11 @@ class Merging:
             raise ValueError(f"merge.share={self.share}: give a share above 0 and up to 0.5 of the cells")
         if self.mode == "none" and self.share != Merging.share:
             raise ValueError("merge.share means nothing with merge.mode=none")
+
+    def count(self, layout: TokenLayout) -> int:
+        """How many cells of this layout may go."""
+        rows, cols = layout.finest[1]
+        return int(self.share * rows * cols) if self.mode == "tome" else 0
 
 
 @dataclass(frozen=True)

@@ -1,56 +1,117 @@
-"""Merging neighbours that look the same, before the choice (docs/method.md, "Merging").
+"""Tokens that stand for several: neighbours that look the same, merged before the choice (docs/method.md, "Merging").
 
 After Bolya et al. 2022, "Token Merging", arXiv 2210.09461: a bipartite matching of a fixed size. Here the two sides are
 the fields of a chessboard, so that a token can only join one of its four neighbours.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shirg.features import TokenLayout, VisionFeatures
 from shirg.scoring import unit
-from shirg.selection import stable_topk
+from shirg.seats import Seats
+from shirg.selection import Selection, Source, gather_tokens, stable_topk
+from shirg.tables import tables
 
 STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 """Right, down, left, up: (rows, columns)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Merge:
-    """Which cells of a grid join which neighbour."""
+class Means:
+    """Features of which some tokens are means of several."""
 
+    features: VisionFeatures
+    is_mean_BN: Tensor
+    box_BN4: Tensor
+    """float32: where each token sits, the means at their centre of area."""
+
+    def marked(self, chosen: Selection) -> Selection:
+        """A choice from these features that says of the means among it that they are no source tokens."""
+        index_BT = chosen.index_BT.clamp_min(0)
+        is_mean_BT = self.is_mean_BN.gather(1, index_BT) & (chosen.index_BT >= 0)
+        return replace(
+            chosen,
+            index_BT=chosen.index_BT.masked_fill(is_mean_BT, -1),
+            source_BT=chosen.source_BT.masked_fill(is_mean_BT, int(Source.MERGED)),
+            box_BT4=torch.where(is_mean_BT[..., None], gather_tokens(self.box_BN4, index_BT), chosen.box_BT4),
+        )
+
+
+def cell_means(features: VisionFeatures) -> Means:
+    """What `seats.average_cells` returned: the tokens of cells that several share are means."""
+    several_M = (tables(features.layout).candidate_MC >= 0).sum(-1) > 1
+    is_mean_N = several_M[tables(features.layout).place_N]
+    return Means(features, is_mean_N.expand_as(features.valid_BN), features.box_BN4())
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """Which cells of the finest grid join which neighbour."""
+
+    layout: TokenLayout
     step_BRC: Tensor
     """int64: the direction in which a cell goes, an index into `STEPS`; -1 where it stays."""
 
-    @property
-    def gone_BRC(self) -> Tensor:
-        return self.step_BRC >= 0
+    def competitors(self, seats: Seats) -> Seats:
+        """The places without those of cells that have gone."""
+        part, _ = self.layout.finest
+        left_BM = seats.usable_BP[:, part] & (self.step_BRC < 0).flatten(1)
+        return replace(seats, usable_BP=torch.cat([seats.usable_BP[:, : part.start], left_BM], dim=1))
 
-    def pool(self, grid_BRCD: Tensor) -> Tensor:
-        """Sums over each cell and those that joined it; differentiable."""
+    def best(self, scores_BP: Tensor) -> Tensor:
+        """Scores [B, P] in which each cell has the best of its own and of those that joined it."""
+        part, shape = self.layout.finest
+        grid_BRC = torch.unflatten(scores_BP[:, part], 1, shape)
+        best_BRC = grid_BRC
+        for direction, step in enumerate(STEPS):
+            comes_BRC1 = (self.step_BRC == direction)[..., None]
+            value_BRC = _arrive(torch.where(comes_BRC1, grid_BRC[..., None], 0.0), step)[..., 0]
+            has_come_BRC = _arrive(comes_BRC1.float(), step)[..., 0] > 0
+            best_BRC = torch.where(has_come_BRC, torch.maximum(best_BRC, value_BRC), best_BRC)
+        return torch.cat([scores_BP[:, : part.start], best_BRC.flatten(1)], dim=1)
+
+    def means(self, features: VisionFeatures, seats: Seats) -> Means:
+        """The features with the mean of each cell and those that joined it; differentiable in the tokens."""
+        (part, shape), place_N, box_BN4 = self.layout.finest, tables(self.layout).place_N, features.box_BN4()
+        cell_N, on_grid_N = (place_N - part.start).clamp_min(0), place_N >= part.start
+        size_BRC1 = self._sum(torch.ones_like(self.step_BRC, dtype=torch.float32)[..., None])
+        size_BN1 = size_BRC1.flatten(1, 2)[:, cell_N]
+
+        def mean(values_BND: Tensor) -> Tensor:
+            grid_BRCD = torch.unflatten(seats.take(values_BND.float())[:, part], 1, shape)
+            return (self._sum(grid_BRCD) / size_BRC1).flatten(1, 2)[:, cell_N]
+
+        is_mean_BN1 = (size_BN1 > 1) & on_grid_N[:, None]
+        centre_BN2 = mean((box_BN4[..., :2] + box_BN4[..., 2:]) / 2)
+        # Areas add up; the shape stays that of a cell.
+        half_BN2 = (box_BN4[..., 2:] - box_BN4[..., :2]) / 2 * size_BN1.sqrt()
+        mean_box_BN4 = torch.cat([centre_BN2 - half_BN2, centre_BN2 + half_BN2], dim=-1)
+        tokens = features.tokens_BND
+        tokens = torch.where(is_mean_BN1, mean(tokens).to(tokens.dtype), tokens)
+        box_BN4 = torch.where(is_mean_BN1, mean_box_BN4, box_BN4)
+        return Means(replace(features, tokens_BND=tokens), is_mean_BN1.squeeze(-1), box_BN4)
+
+    def _sum(self, grid_BRCD: Tensor) -> Tensor:
+        """Sums over each cell and those that joined it."""
         total = grid_BRCD
         for direction, step in enumerate(STEPS):
             total = total + _arrive(grid_BRCD * (self.step_BRC == direction)[..., None], step)
         return total
 
-    def best(self, grid_BRC: Tensor) -> Tensor:
-        """The largest value of each cell and those that joined it."""
-        best = grid_BRC
-        for direction, step in enumerate(STEPS):
-            comes = (self.step_BRC == direction)[..., None]
-            value = _arrive(torch.where(comes, grid_BRC[..., None], 0.0), step)[..., 0]
-            best = torch.where(_arrive(comes.float(), step)[..., 0] > 0, torch.maximum(best, value), best)
-        return best
 
-
-def match(states_BRCD: Tensor, usable_BRC: Tensor, count: int) -> Merge:
+def match(layout: TokenLayout, states_BND: Tensor, seats: Seats, count: int) -> Merge:
     """The `count` most similar pairs: a cell of a white field joins its most similar usable neighbour (a black field).
 
     Equal similarities go to the first direction and to the first cell in reading order. With fewer usable pairs, fewer
     cells join.
     """
+    part, shape = layout.finest
+    states_BRCD = torch.unflatten(seats.take(states_BND)[:, part], 1, shape)
+    usable_BRC = torch.unflatten(seats.usable_BP[:, part], 1, shape)
     b, rows, cols = usable_BRC.shape
     x = torch.stack([unit(states.float()) for states in states_BRCD])
     cosines = []
@@ -66,7 +127,7 @@ def match(states_BRCD: Tensor, usable_BRC: Tensor, count: int) -> Merge:
     best_BM = best_BRC.flatten(1)
     chosen_BM = torch.zeros_like(best_BM, dtype=torch.bool).scatter(1, stable_topk(best_BM, count), True)
     goes_BRC = (chosen_BM & (best_BM > -2)).view(b, rows, cols)
-    return Merge(step_BRC.masked_fill(~goes_BRC, -1))
+    return Merge(layout, step_BRC.masked_fill(~goes_BRC, -1))
 
 
 def _arrive(grid_BRCD: Tensor, step: tuple[int, int]) -> Tensor:

@@ -5,7 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from shirg.selection import Selection, Source, TokenLayout, VisionFeatures, gather_tokens
+from shirg.features import TokenLayout, VisionFeatures
+from shirg.selection import Selection, Source, gather_tokens
 from shirg.tables import tables
 
 

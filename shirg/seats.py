@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shirg.selection import TokenLayout, VisionFeatures, gather_tokens
+from shirg.features import TokenLayout, VisionFeatures
+from shirg.selection import gather_tokens
 from shirg.tables import tables
 
 Dedup = Literal["relevance", "border", "mean"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shirg.selection import Role, TokenLayout
+from shirg.features import Role, TokenLayout
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, unflatten
 
+from shirg.features import TokenLayout, VisionFeatures
 from shirg.kernels import score as kernel
 from shirg.knobs import Neighbor, NormScope, Weights
 from shirg.scoring import CropTerm, Norm, centre_term, crop_term, neighbour_term, normalise
 from shirg.seats import Seats
-from shirg.selection import TokenLayout, VisionFeatures
 from shirg.tables import tables
 from shirg.texture import EdgeSpace, VarianceOf, channel_variance, edge_term, neighbourhood_variance, pixel_edges
 

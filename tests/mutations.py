@@ -157,8 +157,8 @@ FAULTS = (
     Fault(
         "the global view is never ranked",
         "shirg/gate.py",
-        "- self._merged(layout) < k for n in usable)",
-        "- self._merged(layout) < 0 for n in usable)",
+        "- self.merge.count(layout) < k for n in usable)",
+        "- self.merge.count(layout) < 0 for n in usable)",
         "tests/shirg/test_gate.py::test_underflow",
     ),
     Fault(

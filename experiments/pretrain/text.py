@@ -22,6 +22,7 @@ from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS
 from experiments.data.tokenizer import glyph_tokens, word_tokens
 from lavida_adapter import DecodeConfig, Lavida, ObjectiveConfig
 from lavida_adapter.config import PrefixAttention
+from lavida_adapter.loss import rows_loss
 from lavida_adapter.module import OptimConfig, Trainable
 from lavida_adapter.objective import pad_answers
 from lavida_adapter.prefix import splice
@@ -129,7 +130,7 @@ class TextPretraining(Trainable):
         settling = self.global_step >= (1 - self.curriculum.settle) * self.optim.steps
         self.model.config = self.shipped if settling else self.teaching
         try:
-            return self.model.loss_of_rows(rows, labels, list(context), self.objective, generator)
+            return rows_loss(self.model, rows, labels, list(context), self.objective, generator)
         finally:
             self.model.config = self.shipped
 

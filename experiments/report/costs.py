@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from experiments.report.plot import ACCENT, GRID, INK, PALE, SOFT, Drawn, panels
-from experiments.study.layout import flags, labels
+from experiments.study.cells import flags
+from experiments.study.layout import labels
 from experiments.study.rows import Row
 
 STAGES = {

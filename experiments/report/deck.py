@@ -11,8 +11,9 @@ from experiments.report.cards import printable
 from experiments.report.plot import Drawn
 from experiments.report.slides import Slide, Slides
 from experiments.report.story import LONGEST_QUESTION, Story
+from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE, UNABLATED
-from experiments.study.layout import columns, unequal
+from experiments.study.layout import columns
 from experiments.study.rows import Row
 
 NAME = "deck.pptx"

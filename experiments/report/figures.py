@@ -16,8 +16,9 @@ from experiments.report.curves import training
 from experiments.report.plot import ACCENT, GRID, INK, PALE, PAPER, SOFT, STYLE, Drawn, legend_columns, log_axis, panels
 from experiments.report.shots import load_shots
 from experiments.report.tokenmap import MAP, TokenMap, load_map, plane
+from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE, UNABLATED
-from experiments.study.layout import differences, headlines, labels, parts, short, unequal
+from experiments.study.layout import differences, headlines, labels, parts, short
 from experiments.study.rows import Row
 from experiments.study.significance import ALPHA
 

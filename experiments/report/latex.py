@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 
 from experiments.report.page import best
-from experiments.study.layout import Cell, Column, columns, comparable, legend, parts
+from experiments.study.cells import Cell
+from experiments.study.layout import Column, columns, comparable, legend, parts
 from experiments.study.rows import Row
 
 _LEFT_OUT = ("status", "n", "prefix tokens", "select ms", "prefill ms", "cache ms", "denoise ms")

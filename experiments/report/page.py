@@ -11,9 +11,10 @@ from markupsafe import Markup
 
 from experiments.report.browse import answers
 from experiments.report.cards import RIGHT, cards
+from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE
 from experiments.study.files import write_atomic
-from experiments.study.layout import Column, columns, comparable, labels, legend, parts, unequal
+from experiments.study.layout import Column, columns, comparable, labels, legend, parts
 from experiments.study.record import read_result
 from experiments.study.rows import Row
 

@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 
 from experiments.report.cards import RIGHT, SHOTS, printable
 from experiments.report.shots import Shot, load_shots
+from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE
-from experiments.study.layout import differences, labels, parts, unequal
+from experiments.study.layout import differences, labels, parts
 from experiments.study.record import SAMPLES, read_result
 from experiments.study.rows import Row
 from experiments.study.samples import RECALL, read_scores

@@ -1,28 +1,16 @@
 """How rows are shown to people: which columns, in which words."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from experiments.metrics import CLEAN
+from experiments.study import cells
+from experiments.study.cells import Cell, unequal
 from experiments.study.compare import BASELINE
 from experiments.study.rows import Row
-from experiments.study.significance import stars
 
 Kind = Literal["text", "count", "score", "difference", "cost"]
 _STAGES = ("select", "prefill", "cache", "denoise", "total")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What stands in the table, and what it is sorted by and drawn from."""
-
-    text: str = "-"
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    aside: str = ""
-    """A remark that has no place in the cell itself."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +37,26 @@ def columns(rows: Sequence[Row]) -> list[Column]:
         Column("data", "text", [Cell(str(row["dataset"] or row["data"])) for row in rows]),
         Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
         Column("changes", "text", [Cell(row["changes"]) for row in rows]),
-        Column("n", "count", [_asked(row) for row in rows]),
-        Column("seeds", "count", [_seeds(row) for row in rows]),
+        Column("n", "count", [cells.asked(row) for row in rows]),
+        Column("seeds", "count", [cells.seeds(row) for row in rows]),
     ]
-    shown += [Column(title, "score", [_quality(row, key) for row in part]) for title, key, part in qualities(rows)]
-    shown += [Column(name, "difference", [_effect(row, name) for row in rows]) for name in ("disc1", "disc2")]
-    shown += [Column(name, "difference", [_difference(row, name) for row in rows]) for name in differences(rows)]
-    shown.append(Column("recall", "score", [_percent(row.get("recall mean")) for row in rows]))
+    shown += [Column(title, "score", [cells.quality(row, key) for row in part]) for title, key, part in qualities(rows)]
+    shown += [Column(name, "difference", [cells.effect(row, name) for row in rows]) for name in ("disc1", "disc2")]
+    shown += [Column(name, "difference", [cells.difference(row, name) for row in rows]) for name in differences(rows)]
+    shown.append(Column("recall", "score", [cells.percent(row.get("recall mean")) for row in rows]))
     for name in ("visual tokens", "cache tokens", "prefix tokens"):
-        shown.append(Column(name, "cost", [_tokens(row, name) for row in rows]))
+        shown.append(Column(name, "cost", [cells.tokens(row, name) for row in rows]))
     if len({row.get("steps mean") for row in rows}) > 1:
-        shown.append(Column("steps", "cost", [_range(row, "steps") for row in rows]))
+        shown.append(Column("steps", "cost", [cells.ranged(row, "steps") for row in rows]))
     if any(row.get("drift") is not None for row in rows):
-        shown.append(Column("cache KiB", "cost", [_kib(row.get("cache bytes")) for row in rows]))
-        shown.append(Column("max logit drift", "cost", [_drift(row.get("drift")) for row in rows]))
-        shown.append(Column("same top-1", "count", [_percent(row.get("same top1")) for row in rows]))
-    shown += [Column(f"{stage} ms", "cost", [_cost(row, f"{stage} ms") for row in rows]) for stage in _STAGES]
-    shown.append(Column("peak MiB", "cost", [_cost(row, "peak memory MiB") for row in rows]))
-    shown.append(Column("trained parameters", "count", [_count(row["trainable parameters"] or None) for row in rows]))
+        shown.append(Column("cache KiB", "cost", [cells.kib(row.get("cache bytes")) for row in rows]))
+        shown.append(Column("max logit drift", "cost", [cells.drift(row.get("drift")) for row in rows]))
+        shown.append(Column("same top-1", "count", [cells.percent(row.get("same top1")) for row in rows]))
+    shown += [Column(f"{stage} ms", "cost", [cells.cost(row, f"{stage} ms") for row in rows]) for stage in _STAGES]
+    shown.append(Column("peak MiB", "cost", [cells.cost(row, "peak memory MiB") for row in rows]))
+    shown.append(
+        Column("trained parameters", "count", [cells.count(row["trainable parameters"] or None) for row in rows])
+    )
     shown.append(Column("flags", "text", [Cell(row["flags"]) for row in rows]))
     shown.append(Column("status", "text", [Cell(row["status"]) for row in rows]))
     notes = ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]
@@ -192,20 +182,10 @@ def _corpus_note(rows: Sequence[Row]) -> str:
     return f"{', '.join(named)}: times 100, as captioning papers print it, of a perfect predictor's."
 
 
-def unequal(row: Row) -> bool:
-    """Whether a row has another token budget than what it is compared to."""
-    return row.get("budget ratio") not in (None, 1.0)
-
-
 def comparable(rows: Sequence[Row]) -> list[bool]:
     """Which rows may be called the best: those at the common budget and, where there are any, over whole datasets."""
     whole = any(not row["limited"] for row in rows)
     return [not unequal(row) and not (whole and row["limited"]) for row in rows]
-
-
-def flags(row: Row) -> dict[str, str]:
-    """Columns of a row whose figure cannot be, and why (experiments.roofline)."""
-    return dict(flag.split(": ", 1) for flag in row["flags"].split("; ") if flag)
 
 
 def _tests(rows: Sequence[Row]) -> str:
@@ -219,97 +199,6 @@ def _tests(rows: Sequence[Row]) -> str:
         f"*: p < 0.05, exact sign test by picture (McNemar's where none is shared), Holm over the systems. Detectable "
         f"at this n with 80 % power: {size} points."
     )
-
-
-def _seeds(row: Row) -> Cell:
-    count = len(row["seeds"].split())
-    return Cell(str(count), count) if count > 1 else Cell()
-
-
-def _asked(row: Row) -> Cell:
-    """The number of questions, and of how many where they are a part."""
-    cell = _count(row["n"])
-    return replace(cell, text=f"{cell.text} of {row['of']}") if row["limited"] and row["of"] else cell
-
-
-def _quality(row: Row, name: str) -> Cell:
-    """A score; of cleaned answers the mean is enough, since they stand beside the raw ones and move with them."""
-    cell = _percent(row.get(f"{name} mean")) if name.endswith(CLEAN) else _interval(row, name)
-    top = row.get(f"{name} ceiling")
-    return cell if top is None else replace(cell, text=f"{cell.text} of {_percent(top).text}")
-
-
-def _effect(row: Row, name: str) -> Cell:
-    """A difference within one system, between two kinds of question."""
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    mean, low, high = (100 * row[f"{name} {key}"] for key in ("mean", "low", "high"))
-    return Cell(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", mean, low, high)
-
-
-def _interval(row: Mapping[str, float], name: str) -> Cell:
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    mean, low, high = (100 * row[f"{name} {key}"] for key in ("mean", "low", "high"))
-    between = row.get(f"{name} between")
-    aside = "" if between is None else f"± {100 * between:.1f}"
-    return Cell(" ".join(filter(None, (f"{mean:.1f}", aside, f"[{low:.1f}, {high:.1f}]"))), mean, low, high, aside)
-
-
-def _difference(row: Row, name: str) -> Cell:
-    if row.get(f"delta {name} mean") is None:
-        return Cell()
-    mean, low, high = (100 * row[f"delta {name} {key}"] for key in ("mean", "low", "high"))
-    p = row[f"delta {name} p holm"]
-    return Cell(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{stars(p)}", mean, low, high, p_value(p))
-
-
-def p_value(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def _percent(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{100 * value:.1f}", 100 * value)
-
-
-def _tokens(row: Row, name: str) -> Cell:
-    """A mean and its range; what decides the budget says how many times the baseline's it is, where that is not 1."""
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    text = _range(row, name).text
-    decides = "visual tokens" if row.get("cache tokens mean") is None else "cache tokens"
-    marked = f"{text} ({row['budget ratio']:.2g}x)" if unequal(row) and name == decides else text
-    return Cell(marked, row[f"{name} mean"])
-
-
-def _range(row: Row, name: str) -> Cell:
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    low, high, mean = row[f"{name} min"], row[f"{name} max"], row[f"{name} mean"]
-    return Cell(str(low) if low == high else f"{mean:.{1 if high < 10 else 0}f} ({low}-{high})", mean)
-
-
-def _kib(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value / 1024:.1f}", value / 1024)
-
-
-def _drift(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value:.2g}", value)
-
-
-def _cost(row: Row, name: str) -> Cell:
-    value = row.get(name)
-    if name in flags(row):
-        return Cell("impossible", None, aside=flags(row)[name])
-    if value is None:
-        return Cell()
-    fine = name.endswith(" ms")
-    text = f"{value:.2f}" if fine and value < 10 else f"{value:.1f}" if fine and value < 100 else f"{value:.0f}"
-    return Cell(text, value)
-
-
-def _count(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value:.0f}", value)
 
 
 def _escape(cell: str) -> str:

@@ -35,6 +35,11 @@ def keys_of(features: VisionFeatures, tap: str, sample: int) -> Tensor:
     return F.normalize(features.taps[tap][sample].double().mean(-2), dim=-1)
 
 
+def cosines_of_keys(features: VisionFeatures, tap: str, sample: int) -> list[list[float]]:
+    k = keys_of(features, tap, sample)
+    return (k @ k.T).tolist()
+
+
 def cosines(features: VisionFeatures, sample: int) -> Tensor:
     x = F.normalize(features.tokens_BND[sample].double(), dim=-1)
     return x @ x.T
@@ -42,9 +47,9 @@ def cosines(features: VisionFeatures, sample: int) -> Tensor:
 
 def saint(features: VisionFeatures, rho: float, tap: str) -> Pick:
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
-        k, left = keys_of(features, tap, sample), list(group)
+        cosine, left = cosines_of_keys(features, tap, sample), list(group)
         while len(left) > quota:
-            degree = {i: sum(float(k[i] @ k[j]) for j in left) for i in left}
+            degree = {i: sum(cosine[i][j] for j in left) for i in left}
             drop = min(len(left) - quota, math.ceil(rho * len(left)))
             worst = sorted(reversed(left), key=lambda i: -degree[i])[:drop]
             left = [i for i in left if i not in worst]
@@ -55,12 +60,12 @@ def saint(features: VisionFeatures, rho: float, tap: str) -> Pick:
 
 def saint_vote(features: VisionFeatures, tau: float, step: float, votes: int, gamma: float, tap: str) -> Pick:
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
-        k, left, threshold = keys_of(features, tap, sample), list(group), tau
+        cosine, left, threshold = cosines_of_keys(features, tap, sample), list(group), tau
         while len(left) > quota:
             even, odd = left[0::2], left[1::2]
             scored = []
             for a in even:
-                sims = [float(k[a] @ k[b]) for b in odd]
+                sims = [cosine[a][b] for b in odd]
                 voters = [s for s in sims if s >= threshold]
                 score = sum(sims) / max(len(sims), 1)
                 if voters:
@@ -77,11 +82,11 @@ def saint_vote(features: VisionFeatures, tau: float, step: float, votes: int, ga
 
 def divprune(features: VisionFeatures) -> Pick:
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
-        apart, chosen = 1 - cosines(features, sample), list[int]()
+        apart, chosen = (1 - cosines(features, sample)).tolist(), list[int]()
         while len(chosen) < quota:
             others = chosen or group
             free = [i for i in group if i not in chosen]
-            chosen.append(max(free, key=lambda i: min(float(apart[i, j]) for j in others if j != i)))
+            chosen.append(max(free, key=lambda i: min(apart[i][j] for j in others if j != i)))
         return chosen
 
     return pick
@@ -107,12 +112,12 @@ def cdpruner(features: VisionFeatures, sign: int) -> Pick:
 
 def vispruner(features: VisionFeatures, important: float, drop: int, tap: str) -> Pick:
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
-        attention, cosine = features.taps[tap][sample], cosines(features, sample)
-        seen = sorted(group, key=lambda i: -float(attention[i]))[: math.floor(important * quota)]
+        attention, cosine = features.taps[tap][sample].tolist(), cosines(features, sample).tolist()
+        seen = sorted(group, key=lambda i: -attention[i])[: math.floor(important * quota)]
         left = [i for i in group if i not in seen]
         while len(left) > quota - len(seen):
             even, odd = left[0::2], left[1::2]
-            closest = {a: max((float(cosine[a, b]) for b in odd), default=0.0) for a in even}
+            closest = {a: max((cosine[a][b] for b in odd), default=0.0) for a in even}
             worst = sorted(reversed(even), key=lambda a: -closest[a])[: min(drop, len(left) - quota + len(seen))]
             left = [i for i in left if i not in worst]
         return seen + left
@@ -128,9 +133,11 @@ def tome(features: VisionFeatures, r: int, tap: str, members: list[dict[int, lis
         left, of = list(group), {i: [i] for i in group}
         while len(left) > quota:
             even, odd = left[0::2], left[1::2]
-            mean = {i: F.normalize(keys[of[i]].mean(0), dim=-1) for i in left}
-            best = {a: max(odd, key=lambda b, a=a: float(mean[a] @ mean[b])) for a in even}
-            near = {a: float(mean[a] @ mean[best[a]]) for a in even}
+            mean = F.normalize(torch.stack([keys[of[i]].mean(0) for i in left]), dim=-1)
+            rows = (mean[0::2] @ mean[1::2].T).tolist()
+            cosine = {a: dict(zip(odd, row, strict=True)) for a, row in zip(even, rows, strict=True)}
+            best = {a: max(odd, key=cosine[a].__getitem__) for a in even}
+            near = {a: cosine[a][best[a]] for a in even}
             gone = sorted(reversed(even), key=lambda a: -near[a])[: min(r, len(left) - quota, len(odd))]
             for a in gone:
                 of[best[a]] = of[best[a]] + of.pop(a)

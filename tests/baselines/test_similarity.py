@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from baselines import similarity
-from baselines.similarity import gram, products, rows
+from baselines.similarity import gram, product_strips, products, rows
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
@@ -19,3 +19,14 @@ def test_rows_and_products_by_hand() -> None:
     assert rows(x, torch.tensor([[[2, 0]]])).tolist() == [[[[3.0, 4.0], [1.0, 0.0]]]]
     used = torch.tensor([[[True, False, True]]])
     assert products(x, x, used, -2.0).tolist() == [[[[1.0, -2.0, 3.0], [0.0, -2.0, 4.0], [3.0, -2.0, 25.0]]]]
+
+
+@pytest.mark.parametrize("cached", [1, 30, 1000])
+def test_strips_are_the_products(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "CACHED", cached)
+    a, b = torch.randn(2, 2, 3, 7, 4, generator=torch.Generator().manual_seed(0))
+    used = torch.arange(7) < torch.tensor([[7, 3, 5], [1, 0, 6]])[..., None]
+    strips = list(product_strips(a, b, used, -2.0))
+    assert len(strips) == {1: 7, 30: 7, 1000: 1}[cached]
+    expected = (a @ b.transpose(-1, -2)).masked_fill(~used[..., None, :], -2.0)
+    torch.testing.assert_close(torch.cat(strips, dim=-2), expected, rtol=0, atol=1e-6)

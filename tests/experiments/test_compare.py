@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from experiments.compare import table
+from experiments.study.cells import flags, unequal
 from experiments.study.compare import budget_ratio
-from experiments.study.layout import columns, flags, markdown, unequal
+from experiments.study.layout import columns, markdown
 from experiments.study.rows import collect
 from experiments.study.significance import holm
 from experiments.study.table import refresh

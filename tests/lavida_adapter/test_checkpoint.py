@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, Lavida, checkpoint
-from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE, fingerprint
+from lavida_adapter.checkpoint import fingerprint
+from lavida_adapter.stored import HEAD, INDEX, SINGLE, WTE
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 TOWER = "model.vision_tower.vision_tower.vision_model."

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from baselines import Pooled
 from lavida_adapter import Lavida, ObjectiveConfig, Prefix, TrainBatch
+from lavida_adapter.loss import draw_loss, rows_loss
 from lavida_adapter.objective import mask_probability, masked_targets
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE, IMAGE
@@ -48,7 +49,7 @@ def draws(rows: list[int], length: int) -> Tensor:
 
 def loss(model: Lavida, rows: list[int], **objective: Any) -> Tensor:
     whole, labels = spliced(model, rows)
-    return model.loss_of_draw(whole, labels, TIMES[rows], draws(rows, labels.shape[1]), ObjectiveConfig(**objective))
+    return draw_loss(model, whole, labels, TIMES[rows], draws(rows, labels.shape[1]), ObjectiveConfig(**objective))
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def test_single_copies_are_unbiased() -> None:
     u = torch.rand(*labels.shape, generator=torch.Generator().manual_seed(1))
     t = torch.full((400,), 0.5)
     found = [
-        model.loss_of_draw(whole, labels, t, u, ObjectiveConfig(weighting="inverse_time", complementary=pair)).item()
+        draw_loss(model, whole, labels, t, u, ObjectiveConfig(weighting="inverse_time", complementary=pair)).item()
         for pair in (True, False)
     ]
     assert found[1] == pytest.approx(found[0], rel=0.08)
@@ -129,7 +130,7 @@ def test_gradients_of_the_prefix_mask_equal_those_of_a_dense_one() -> None:
         block = BLOCKS[0].clone().requires_grad_()
         whole, labels = splice([ROWS[0]], [block], model.lm.wte, max_length=100, labels=[LABELS[0]])
         if way == "cache":
-            value = model.loss_of_draw(whole, labels, TIMES[:1], draws([0], 9), ObjectiveConfig(prefix_mask=True))
+            value = draw_loss(model, whole, labels, TIMES[:1], draws([0], 9), ObjectiveConfig(prefix_mask=True))
         else:
             target = labels[0] != IGNORE
             n_prompt = int(target.to(torch.int64).argmax())
@@ -151,8 +152,8 @@ def test_gradients_of_the_prefix_mask_equal_those_of_a_dense_one() -> None:
 def test_a_row_without_a_target() -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match="training row 1 has no target token: its answer was empty or cut away"):
-        model.loss_of_rows(
-            ROWS[:2], [LABELS[0], [IGNORE] * 5], BLOCKS[:2], ObjectiveConfig(), torch.Generator().manual_seed(0)
+        rows_loss(
+            model, ROWS[:2], [LABELS[0], [IGNORE] * 5], BLOCKS[:2], ObjectiveConfig(), torch.Generator().manual_seed(0)
         )
 
 
@@ -164,7 +165,7 @@ def test_a_single_copy_that_masks_nothing_does_not_stop_training() -> None:
     u[0, 0] = 0.0
     for weighting in ("none", "inverse_time"):
         objective = ObjectiveConfig(complementary=False, weighting=weighting)  # type: ignore[arg-type]  # both exist
-        value = model.loss_of_draw(whole, labels, torch.zeros(1), u, objective)
+        value = draw_loss(model, whole, labels, torch.zeros(1), u, objective)
         value.backward(retain_graph=True)
         assert value.item() == 0
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.parameters())

@@ -9,9 +9,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+import lavida_adapter.loss
 from baselines import Pooled, Random
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora, load_adapter, merge_lora
 from lavida_adapter import save_adapter as save
+from lavida_adapter.loss import draw_loss
 from lavida_adapter.mix import Mix
 from lavida_adapter.module import LavidaModule, OptimConfig
 from lavida_adapter.relevance import LmEmbed
@@ -142,13 +144,12 @@ def test_the_picture_is_encoded_once_for_both_copies(monkeypatch: pytest.MonkeyP
     ):
         part.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
     masked = []
-    original = Lavida.loss_of_draw
 
-    def spy(self: Lavida, whole: Any, labels_BL: Tensor, *rest: Any, **more: Any) -> Tensor:
+    def spy(model: Lavida, whole: Any, labels_BL: Tensor, *rest: Any, **more: Any) -> Tensor:
         masked.append(len(labels_BL))
-        return original(self, whole, labels_BL, *rest, **more)
+        return draw_loss(model, whole, labels_BL, *rest, **more)
 
-    monkeypatch.setattr(Lavida, "loss_of_draw", spy)
+    monkeypatch.setattr(lavida_adapter.loss, "draw_loss", spy)
     # Both pictures on one canvas: one group.
     data = TrainBatch([draw(0).images[0]] * 2, ["digit red", "letter K"], ["7", "blue"], ["a", "b"])
     stage.model.loss(data, stage.selector, OBJECTIVE, torch.Generator())

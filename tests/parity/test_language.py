@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-import lavida_adapter.model as lavida
+import lavida_adapter.loss as lavida_loss
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, ObjectiveConfig, Prefix, TrainBatch
 from lavida_adapter.copies import states_of_copies
@@ -168,9 +168,11 @@ def test_training_loss_through_the_module(golden: Golden, close, monkeypatch: py
     prompts, answers = split_rows(rows, labels)
     b, image = len(rows), golden.image(f"images/{facts['image']}")
     ids = [str(i) for i in range(b)]
-    monkeypatch.setattr(lavida, "training_example", lambda _, i, *__, **___: Example(prompts[int(i)], answers[int(i)]))
+    monkeypatch.setattr(
+        lavida_loss, "training_example", lambda _, i, *__, **___: Example(prompts[int(i)], answers[int(i)])
+    )
     extra = saved["input_ids"].shape[1] - max(map(len, rows))
-    monkeypatch.setattr(lavida, "extra_padding", lambda *_: extra)
+    monkeypatch.setattr(lavida_loss, "extra_padding", lambda *_: extra)
     (block,) = picture_blocks(golden, [image])
     u_BL = torch.ones(b, saved["input_ids"].shape[1] - 1 + len(block))
     u_BL[:, -saved["u_after_image"].shape[1] :] = saved["u_after_image"]

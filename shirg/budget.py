@@ -1,0 +1,63 @@
+"""How many tokens the base model itself would feed: the yardstick of `budget=matched` (docs/lavida.md, "Pooling")."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shirg.features import TokenLayout, VisionFeatures
+
+Budget = int | Literal["matched"]
+"""Tokens per picture; "matched": as many as the base model feeds for it."""
+
+
+def matched_count_B(features: VisionFeatures) -> Tensor:
+    """How many tokens [B] the base model itself would feed for each picture, whatever the geometry is."""
+    layout = features.layout
+    if layout.geometry == "lavida_tiles":
+        return pooled_count_B(layout, features.size_B2)
+    if features.base_count_B is None:
+        raise ValueError(
+            f"budget=matched on geometry={layout.geometry} needs VisionFeatures.base_count_B, the base model's count"
+        )
+    return features.base_count_B
+
+
+def most_pooled(layout: TokenLayout) -> int:
+    """The largest `matched_count_B` of this layout."""
+    pooling = layout.pooling
+    if pooling.most is not None:
+        return min(pooling.most, layout.n_tokens)
+    flat = layout.n_views * pooling.side**2
+    if pooling.merge == "flat":
+        return flat
+    rows = 1 if layout.canvas == (0, 0) else layout.canvas[0] // layout.side * pooling.side
+    return min(flat + rows, layout.n_tokens)
+
+
+def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
+    """How many tokens [B] the base model itself would feed for each picture, newlines included.
+
+    Float64 and the order of operations decide borderline pictures (docs/lavida.md, "Unpadding").
+    """
+    area = layout.pooling.side**2
+    if layout.pooling.merge == "flat":
+        return torch.full_like(size_B2[:, 0], layout.n_views * area)
+    if layout.canvas == (0, 0):
+        return torch.full_like(size_B2[:, 0], layout.n_views * area + 1)
+    top, bottom, left, right = unpad_bounds(layout, size_B2)
+    rows, cols = (bottom - top).clamp_min(0), (right - left).clamp_min(0)
+    return torch.where(cols > 0, area + rows * (cols + 1), torch.full_like(rows, area))
+
+
+def unpad_bounds(layout: TokenLayout, size_B2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and last+1 kept row and column [B] of the pooled mosaic: top, bottom, left, right."""
+    side = layout.pooling.side
+    rows, cols = layout.canvas[0] // layout.side * side, layout.canvas[1] // layout.side * side
+    w, h = size_B2[:, 0].double(), size_B2[:, 1].double()
+    wide = w / h > cols / rows
+    new_h = torch.trunc(h * (cols / w)).to(torch.int64)
+    new_w = torch.trunc(w * (rows / h)).to(torch.int64)
+    pad_y = torch.where(wide, (rows - new_h) // 2, torch.zeros_like(new_h))
+    pad_x = torch.where(wide, torch.zeros_like(new_w), (cols - new_w) // 2)
+    return pad_y, rows - pad_y, pad_x, cols - pad_x
