@@ -1,15 +1,20 @@
-"""`python -m experiments.compare outputs/STUDY decode=parity`: paired differences of rows that differ in one choice.
+"""`python -m experiments.compare outputs/STUDY decode=parity`: paired differences of systems that differ in one choice.
 
-Each evaluated job is compared with the job that has the given choice (a config group and one of its options) and is
-otherwise the same: same model, selector, data and questions. Differences are in points, paired on the questions.
+The choice is a config group or a key of the config, and one of its options: `selector=pooled`, `experiment=B0`,
+`adapter=null`. Each evaluated system is compared with the one that has it and is otherwise the same: same weights,
+adapter, decoding and questions. Differences are in points, paired on questions and seeds (docs/report.md, "Intervals").
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean, median
 
 from experiments.cli import fail
+from experiments.study.compare import Row, column, deltas
+from experiments.study.rows import systems_of
+from experiments.study.significance import holm
+from experiments.study.systems import Result, System, base_config
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,53 +28,72 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def table(study: Path, group: str, option: str) -> list[str]:
-    """Lines of a Markdown table, the job that is compared with first in each group of jobs.
+    """Lines of a Markdown table, the system that is compared with first among those that it is compared to.
 
     Raises:
         FileNotFoundError: for a folder without evaluated jobs.
         ValueError: when no job has that choice.
     """
-    from experiments.study.record import RESULT, read_result
-
-    found = [(path.parent, read_result(path.parent)) for path in sorted(study.glob(f"*/{RESULT}"))]
-    done = [(folder, r) for folder, r in found if r is not None and r["verb"] == "eval" and r["status"] == "ok"]
+    done = [system for system in systems_of(study) if system.finished]
     if not done:
         raise FileNotFoundError(f"{study}: there are no finished evaluations in this folder")
-    bases = {_others(r, group): (folder, r) for folder, r in done if r["choices"].get(group) == option}
+    bases = {_rest(s.result, group): s for s in done if _choice(s.result, group) == option}
     if not bases:
         raise ValueError(f"{study}: no finished evaluation has {group}={option}")
-    head = ["selector", group, "n", "fine", "guard", "against it", "steps", "denoise ms", "total ms"]
-    lines = [_line(head), _line(["---"] * 2 + ["---:"] * (len(head) - 2))]
-    ordered = sorted(done, key=lambda pair: (pair[1]["choices"]["selector"], pair[1]["choices"].get(group) != option))
-    for folder, result in ordered:
-        base = bases.get(_others(result, group))
-        if base is not None:
-            lines.append(_line(_cells(folder, result, base[0], group)))
+    names = list(dict.fromkeys(_groups(done)))
+    titles = [f"{name or 'score'}{end}" for name in names for end in ("", f", against {option}")]
+    figures = ["n", "seeds", *titles, "steps", "denoise ms", "total ms"]
+    lines = [_line(["selector", group, *figures]), _line(["---"] * 2 + ["---:"] * len(figures))]
+    for rest, base in bases.items():
+        others = [s for s in done if s is not base and _rest(s.result, group) == rest]
+        rows = [deltas(s, base, option) for s in others]
+        for key in (column(name, option) for name in names):
+            known = [row for row in rows if f"{key} p" in row]
+            for row, adjusted in zip(known, holm([row[f"{key} p"] for row in known]), strict=True):
+                row[f"{key} holm"] = adjusted
+        for system, row in zip([base, *others], [{}, *rows], strict=True):
+            lines.append(_line(_cells(system, row, group, names, option)))
     return lines
 
 
-def _others(result: dict[str, Any], group: str) -> tuple[Any, ...]:
-    """All that must be the same in two jobs that are compared."""
-    choices = tuple(sorted((k, v) for k, v in result["choices"].items() if k != group))
-    return choices, result["data"]["ids"], result["config"]["adapter"], result["config"]["seed"]
+def _groups(systems: Sequence[System]) -> Iterator[str]:
+    for system in systems:
+        for score in system.scores(system.result["quality"]["metric"])[0].values():
+            yield score.group
 
 
-def _cells(folder: Path, result: dict[str, Any], base: Path, group: str) -> list[str]:
-    from experiments.study.record import SAMPLES
-    from experiments.study.samples import read_scores
-    from experiments.study.stats import paired_delta
+def _choice(result: Result, group: str) -> str:
+    chosen = result["choices"].get(group, result["config"].get(group))
+    return "null" if chosen is None else str(chosen)
 
-    metric = result["quality"]["metric"]
-    ours, theirs = (read_scores(path / SAMPLES, metric) for path in (folder, base))
-    cells = [result["choices"]["selector"], str(result["choices"].get(group)), str(result["data"]["n"])]
-    for name in ("fine", "guard"):
-        part = [100 * score.value for score in ours.values() if score.group == name]
-        cells.append(f"{sum(part) / len(part):.1f}" if part else "-")
-    values, others = ({i: score.value for i, score in scores.items()} for scores in (ours, theirs))
-    delta = None if folder == base else paired_delta(values, others, {i: ours[i].picture for i in ours})
-    shown = "-" if delta is None else f"{100 * delta.mean:+.1f} [{100 * delta.low:+.1f}, {100 * delta.high:+.1f}]"
-    ms = result["times"]["ms_per_sample"]
-    return [*cells, shown, f"{result['decoding']['steps']['mean']:.2f}", f"{ms['denoise']:.2f}", f"{ms['total']:.1f}"]
+
+def _rest(result: Result, group: str) -> str:
+    """All that must be the same in two systems that are compared."""
+    # An experiment is a selector at a budget; neither says more than the other.
+    decided = {"experiment", "selector"} if group in ("experiment", "selector") else {group}
+    choices = sorted((k, v) for k, v in result["choices"].items() if k not in decided)
+    config = base_config(result)
+    kept = [config[key] for key in ("model", "data", "adapter") if key != group]
+    return repr((choices, kept, result["data"]["ids"]))
+
+
+def _cells(system: System, row: Row, group: str, names: Sequence[str], option: str) -> list[str]:
+    result, scores = system.result, system.scores(system.result["quality"]["metric"])
+    cells = [result["choices"]["selector"], _choice(result, group), str(result["data"]["n"]), str(len(system.seeds))]
+    for name in names:
+        parts = [[score.value for score in seed.values() if score.group == name] for seed in scores]
+        cells.append(f"{100 * fmean(map(fmean, parts)):.1f}" if all(parts) else "-")
+        cells.append(_difference(row, column(name, option)))
+    times = [r["times"]["ms_per_sample"] for r in system.results]
+    steps = fmean(r["decoding"]["steps"]["mean"] for r in system.results)
+    return [*cells, f"{steps:.2f}", *(f"{median(t[stage] for t in times):.2f}" for stage in ("denoise", "total"))]
+
+
+def _difference(row: Row, key: str) -> str:
+    if f"{key} mean" not in row:
+        return "-"
+    mean, low, high = (f"{100 * row[f'{key} {end}']:+.1f}" for end in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]{'*' if row[f'{key} holm'] < 0.05 else ''}"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -84,9 +84,13 @@ def deltas(system: System, other: System, name: str) -> Row:
             ({i: s for i, s in ours.items() if group in ("", s.group)}, {i: s.value for i, s in theirs.items()})
             for ours, theirs in pairs
         ]
-        title = f"delta {group} vs {name}".replace("  ", " ")
-        row |= {f"{title} {key}": value for key, value in _difference(parts).items()}
+        row |= {f"{column(group, name)} {key}": value for key, value in _difference(parts).items()}
     return row
+
+
+def column(group: str, name: str) -> str:
+    """What the columns of a difference begin with; no group stands for all samples."""
+    return " ".join(filter(None, ("delta", group, "vs", name)))
 
 
 def _difference(parts: Sequence[tuple[Mapping[str, Score], Mapping[str, float]]]) -> Row:

@@ -21,14 +21,19 @@ Row = dict[str, Any]
 
 def collect(study: Path) -> list[Row]:
     """One flat row for each evaluated system: the baselines first, then by name."""
+    systems = systems_of(study)
+    rows = [_row(system) for system in systems]
+    compare_all(systems, rows)
+    return sorted(rows, key=_order)
+
+
+def systems_of(study: Path) -> list[System]:
+    """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
     folders = sorted(path.parent for path in study.glob(f"*/{RESULT}"))
     results = {folder: result for folder in folders if (result := read_result(folder))}
     results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
     merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
-    systems = group({folder: result for folder, result in results.items() if folder.name not in merged_shards})
-    rows = [_row(system) for system in systems]
-    compare_all(systems, rows)
-    return sorted(rows, key=_order)
+    return group({folder: result for folder, result in results.items() if folder.name not in merged_shards})
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -109,6 +109,7 @@ def test_from_a_profile_to_a_row(
     assert result_of(packed)["cache"] == {"class": "Int8", "after": "prefill", "budget": None}
     lines = compare.table(cut.parent, "cache", "none")
     assert [line.split(" | ")[1] for line in lines[2:]] == ["none", "int8", "layer_retention"]
+    assert lines[0].split(" | ")[4:6] == ["fine", "fine, against none"]
     assert lines[2].split(" | ")[5] == "-" and "[" in lines[3]
     with pytest.raises(ValueError, match="no finished evaluation has cache=fp8"):
         compare.table(cut.parent, "cache", "fp8")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.compare import table
 from experiments.study.cells import flags, unequal
 from experiments.study.compare import budget_ratio
 from experiments.study.layout import columns, markdown
@@ -83,3 +84,23 @@ def test_an_impossible_figure_is_flagged_and_not_printed(eval_here: Eval) -> Non
     assert "below the floor of 0.01 ms" in shown["flags"][0]
     assert row["denoise ms"] is row["total ms"] is None and "0.000123," not in (job.parent / "table.csv").read_text()
     assert "impossible" in (job.parent / "table.md").read_text()
+
+
+def test_one_choice_over_several_seeds(eval_here: Eval) -> None:
+    eighths = {"pooled": 3, "shirg": 5}
+    for selector, right in eighths.items():
+        for seed in (0, 1, 2):
+            job = eval_here(f"selector={selector}", f"seed={seed}", "data.n=48", "data.seed=0")
+            # Seed 2 gains a quarter more.
+            more = 2 * (seed == 2 and selector == "shirg")
+            plant(job, lambda i, right=right + more: i % 8 < right)
+    lines = [line.strip("| ").split(" | ") for line in table(job.parent, "selector", "pooled")]
+    head, _, pooled, shirg = lines
+    assert pooled[:4] == ["pooled", "pooled", "48", "3"] and shirg[:4] == ["shirg", "shirg", "48", "3"]
+    assert pooled[head.index("fine, against pooled")] == "-"
+    assert shirg[head.index("fine, against pooled")].startswith("+33.3 [")
+    assert float(pooled[head.index("fine")]) == pytest.approx(37.5, abs=0.1)
+    with pytest.raises(ValueError, match="no finished evaluation has adapter=own"):
+        table(job.parent, "adapter", "own")
+    both = table(job.parent, "adapter", "null")
+    assert len(both) == 4, "nothing to compare: each stands alone"

@@ -38,7 +38,8 @@ def test_what_is_given_by_hand_replaces_what_the_sweep_brings() -> None:
 
 def test_a_sweep_may_be_several_products() -> None:
     lines = expand("eval", ["sweep=equal_budget", "adapter=null"])
-    assert ["selector=pooled,full" in line for line in lines] == [True, False]
+    assert ["selector=pooled,full,global_only" in line for line in lines] == [True, False, False]
+    assert "shuffle_questions=True" in lines[2]
     assert all("adapter=null" in line and "adapter=null,random" not in line for line in lines)
 
 
