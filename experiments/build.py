@@ -138,20 +138,20 @@ def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
     return provider
 
 
-def build_decode(cfg: DictConfig, dataset: Dataset) -> "DecodeConfig":
-    """How answers are generated; their length is the dataset's unless the config gives one."""
+def build_decode(cfg: DictConfig, max_new_tokens: int) -> "DecodeConfig":
+    """How answers are generated; their length is `max_new_tokens` unless the config gives one."""
     from lavida_adapter import DecodeConfig
 
     fields = OmegaConf.to_container(cfg.decode, resolve=True, enum_to_str=True)
     assert isinstance(fields, dict)
     if fields["max_new_tokens"] is None:
-        fields["max_new_tokens"] = dataset.max_new_tokens
+        fields["max_new_tokens"] = max_new_tokens
     return DecodeConfig(**{str(k): v for k, v in fields.items()})
 
 
-def build_logger(cfg: DictConfig) -> Any:
+def build_logger(cfg: DictConfig, fixed: Mapping[str, Any] | None = None) -> Any:
     """A Lightning logger, or None for logger=none."""
-    return _instantiate(cfg, "logger") if "_target_" in cfg.logger else None
+    return _instantiate(cfg, "logger", fixed) if "_target_" in cfg.logger else None
 
 
 def fingerprint(model: "Lavida") -> str:
@@ -167,7 +167,7 @@ def adapter_size(adapter: str | None) -> int:
         return 0
     from safetensors import safe_open
 
-    from lavida_adapter.lora import ADAPTER
+    from lavida_adapter.adapter import ADAPTER
 
     with safe_open(_adapter_folder(adapter) / ADAPTER, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)

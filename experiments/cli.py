@@ -19,7 +19,7 @@ from experiments.shorthand import expand
 from experiments.study import watch
 
 _jobs: list[tuple[Path, bool]] = []
-_died: list[str] = []
+_died = 0
 
 
 class JobFailed(Exception):
@@ -39,9 +39,12 @@ def run(main: Callable[[], Any], verb: str) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        for words in _command_lines(verb):
-            sys.argv[1:] = words
-            _call(main)
+        if verb == "eval" and any(word.startswith("rescore=") for word in sys.argv[1:]):
+            _rescore(sys.argv[1:])
+        else:
+            for words in _command_lines(verb):
+                sys.argv[1:] = words
+                _call(main)
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
@@ -58,33 +61,48 @@ def run(main: Callable[[], Any], verb: str) -> None:
         for study in dict.fromkeys(folder.parent for folder, _ in _jobs):
             publish(study)
             print_table(study)
-    for sentence in _died:
-        fail(
-            f"a job ended without a word ({sentence}): it was cancelled, killed or lost its machine; the others go on "
-            "by themselves, and the same command with resume=true runs what is missing"
-        )
+    if _died:
+        jobs = "a job" if _died == 1 else f"{_died} jobs"
+        fail(f"{jobs} ended without a word; the same command with resume=true runs what is missing")
     if not all(ok for _, ok in _jobs):
         sys.exit(1)
 
 
 def _call(main: Callable[[], Any]) -> None:
     """One command line; what its jobs said in other processes is heard to the end, also when one of them died."""
+    global _died
+    failed = 0
     try:
         main()
-    except JobFailed:
+    except (JobFailed, watch.Abandoned):
         pass
-    except watch.Abandoned as error:
-        _died.append(str(error))
     except Exception as error:
         # submitit is optional and slow to import, so its errors are known by name.
         if isinstance(error, RuntimeError) and '"srun"' in str(error):
             fail("hydra/launcher=slurm: there is no srun here; start it where SLURM is, or take hydra/launcher=local")
         if type(error).__name__ not in ("UncompletedJobError", "FailedJobError"):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
-        _died.append(" ... ".join(dict.fromkeys((lines[0], lines[-1]))))
+        if type(error).__name__ == "FailedJobError":
+            # Its second part is the job's traceback, between two dashed lines.
+            cause = re.split(r"-{20,}", str(error))[1].strip().splitlines()[-1]
+            print(f"error: a job could not begin: {cause}", file=sys.stderr, flush=True)
+        # submitit stops waiting at the first job that died; the others go on, and their news are wanted.
+        watch.wait_all()
+        failed = 1
     finally:
-        _jobs.extend(watch.stop_all().items())
+        heard, dead = watch.stop_all()
+        _jobs.extend(heard.items())
+        _died += max(dead, failed)
+
+
+def _rescore(words: Sequence[str]) -> None:
+    """Not a job: no config is composed, and Hydra never sees the words."""
+    from experiments.rescore import parse, rescore_all
+
+    try:
+        _jobs.extend(rescore_all(parse(words)).items())
+    except ValueError as error:
+        fail(str(error))
 
 
 def _command_lines(verb: str) -> list[list[str]]:

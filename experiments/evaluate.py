@@ -18,17 +18,16 @@ from experiments.data.limit import draw_ids, ids_hash
 from experiments.data.sample import Dataset, Sample, Traced
 from experiments.data.shuffle import other_questions
 from experiments.metrics.cleaning import CLEANER
-from experiments.mirror import mirror
+from experiments.mirror import Mirror
 from experiments.progress import Progress
 from experiments.report.shots import pick_shots, save_shot
 from experiments.report.tokenmap import MAPS, TokenWatch, save_map
-from experiments.scoring import text_metrics
+from experiments.scoring import scorer_version, text_metrics
 from experiments.study import record
 from experiments.study.job import JOURNAL, SHOTS, Job
 from experiments.study.samples import write_samples
 from experiments.study.summary import summarise
-from experiments.system import Row, System
-from experiments.tokens import TokenGeometry
+from experiments.system import Row, System, build_system
 from lavida_adapter.attention import kernel_of
 
 
@@ -45,24 +44,14 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     samples = part(everything, cfg.shard, cfg.shards)
     ids = ids_hash(sample.id for sample in samples)
     print(f"data  {dataset.name} {dataset.split}: {len(samples)} of {len(dataset)} samples, ids {ids}")
-    logger = build.build_logger(cfg)
-    decode = build.build_decode(cfg, dataset)
+    mirror = Mirror.of(cfg, job)
+    decode = build.build_decode(cfg, dataset.max_new_tokens)
     adapter = adapter_path(cfg.adapter, cfg.model, job.identity.choices["selector"])
     model = build.build_model(cfg, device)
-    selector = build.build_selector(cfg, model.config.budgets, model.config).to(device).eval()
-    build.adapt(adapter, model, selector)
-    cache = build.build_cache(cfg, model.config.budgets)
-    system = System(
-        model=model,
-        selector=selector,
-        relevance=build.build_relevance(cfg, selector),
-        decode=decode,
-        cache=cache,
-        scorers=text_metrics(dataset.metric_names),
-        geometry=TokenGeometry(model.config, selector.geometry),
-        seed=cfg.seed,
-        asked=other_questions(everything, cfg.seed) if cfg.shuffle_questions else None,
-    )
+    asked = other_questions(everything, cfg.seed) if cfg.shuffle_questions else None
+    scorers = text_metrics(dataset.metric_names)
+    system = build_system(cfg, model, decode, scorers, adapter=adapter, asked=asked)
+    selector, cache = system.selector, system.cache
     if cfg.shuffle_questions and not (system.relevance is not None and system.relevance.reads_question):
         raise ValueError(
             "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "
@@ -96,6 +85,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "ids": ids,
             "prompt": prompt_hash(cfg.data, decode.max_new_tokens),
             "cleaner": CLEANER,
+            "scorer": scorer_version(),
             **({"found": dict(dataset.provenance)} if isinstance(dataset, Traced) else {}),
         },
         **summary,
@@ -111,7 +101,9 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         limits = roofline.known_limits(job.folder.parent, device, model.dtype)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         sections["times"]["flags"] = roofline.flags(sections["times"], held, limits, floor)
-    mirror(logger, job, sections, rows)
+    with mirror:  # only now: a logger has threads of its own, which would be timed too
+        mirror.begin()
+        mirror.end(sections, rows)
     return sections
 
 

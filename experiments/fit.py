@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 
 from experiments import build, measure
 from experiments.data.module import TrainData
-from experiments.mirror import close
+from experiments.mirror import Mirror, shows_pictures
 from experiments.shorthand import system_of
 from experiments.study import record
 from experiments.study.files import write_atomic
-from experiments.study.job import CHECKPOINT, Job
+from experiments.study.job import CHECKPOINT, SHOTS, Job
 from experiments.training.sharded import gather_base
 from experiments.training.stages import build_stage, lora_config
 from experiments.training.trainer import build_trainer
@@ -31,6 +31,11 @@ PROVENANCE = "training.json"
 
 def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
     """Trains one stage; returns the sections of result.json, which the first process writes."""
+    with Mirror.of(cfg, job) as mirror:
+        return _fit(cfg, job, mirror)
+
+
+def _fit(cfg: DictConfig, job: Job, mirror: Mirror) -> dict[str, Any]:
     device = measure.resolve_device(cfg.device, job.crew.local_rank)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -45,19 +50,18 @@ def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
 
     last = job.folder / CHECKPOINT
     began = time.perf_counter()
-    logger = build.build_logger(cfg) if job.crew.first else None
-    trainer, pace = build_trainer(cfg, job.crew, device, job.folder, last.parent, logger)
+    trainer, pace = build_trainer(cfg, job.crew, device, job.folder, last.parent, mirror)
+    mirror.begin()
     try:
         trainer.fit(stage.module, datamodule=data, ckpt_path=starting_point(cfg, job, last))
     except SystemExit:  # what Lightning makes of Ctrl+C
         raise KeyboardInterrupt from None
-    finally:
-        close(logger)
     seconds = time.perf_counter() - began
 
     model.eval()
     with torch.no_grad():
         reached = stage.gate()
+        shown = stage.show(job.folder / SHOTS) if shows_pictures(cfg) else []
     check_gate(reached, cfg.gate)
     gather_base(model)
     rates = pace.rates()
@@ -76,11 +80,12 @@ def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
     if job.crew.first:
         artifact = save(cfg, stage.module, job, {"stage": cfg.stage, "seconds": round(seconds, 1), "gate": reached})
         shutil.rmtree(last.parent, ignore_errors=True)
-        shown = artifact.relative_to(Path.cwd()) if artifact.is_relative_to(Path.cwd()) else artifact
-        sections["training"]["artifact"] = str(shown)
+        path = artifact.relative_to(Path.cwd()) if artifact.is_relative_to(Path.cwd()) else artifact
+        sections["training"]["artifact"] = str(path)
         print("pace     " + "  ".join(f"{value:,.1f} {name.replace('_per_s', '/s')}" for name, value in rates.items()))
-        print(f"written  {shown}")
-        print(how_to_evaluate(cfg, job, shown))
+        print(f"written  {path}")
+        print(how_to_evaluate(cfg, job, path))
+    mirror.end(sections, shown)
     return sections
 
 

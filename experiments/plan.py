@@ -17,14 +17,17 @@ from omegaconf import DictConfig
 
 from baselines import Pooled
 from experiments import build, cli
+from experiments.data.batches import Batches
 from experiments.data.sample import Dataset, Sample
 from experiments.study.job import is_bad_input
 from experiments.study.record import local_folder
 from experiments.training.mixing import build_mix, tokens_of
 from experiments.training.sharded import frozen_linears
-from experiments.training.stages import make_trainable, objective_config
+from experiments.training.stages import make_trainable, objective_config, optim_config
 from lavida_adapter.footprint import Shape, footprint
 from lavida_adapter.geometries import geometry_layout
+from lavida_adapter.module import LavidaModule
+from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prompt import training_example
 from lavida_adapter.targets import part_of
 from lavida_adapter.views import pooled_count
@@ -79,12 +82,15 @@ def plan(cfg: DictConfig) -> None:
     parts = build.build_parts(cfg)
     stream = build.build_stream(cfg, parts)
     selector = build.build_selector(cfg, model.config.budgets, model.config)
+    batches = Batches(stream, cfg.batch_size)
     with torch.device("meta"):
         print("trained")
         make_trainable(cfg, model, selector)
     mix = build_mix(cfg, model, selector)
+    # What a run would refuse, its plan refuses too.
+    LavidaModule(model, selector, None, objective_config(cfg), optim_config(cfg), cfg.seed).configure_optimizers()
     selectors = [selector] if mix is None else [s for turn in mix.turns for s in turn]
-    samples = [stream(place) for place in range(SAMPLES)]
+    samples = [batches.stream(place) for place in range(SAMPLES)]
     for line in (
         *parameters(model, selector),
         *schedule(cfg, parts),
@@ -139,37 +145,19 @@ def memory(
     cfg: DictConfig, model: "Lavida", selector: Selector, selectors: list[Selector], samples: Sequence[Sample]
 ) -> Iterator[str]:
     """The estimate, one line for each number of GPUs that divides the batch."""
-    objective, config = objective_config(cfg), model.config
-    prompt, answer = text_tokens(model, samples)
-    answer = max(answer, objective.answer_tokens or 0) + max(0, objective.extra_padding - 1)
-    largest = max(selectors, key=lambda s: picture_tokens(s, model))
-    picture = picture_tokens(largest, model)
-    own = largest.geometry == "lavida_tiles"
-    views, px = (config.budgets["full"] // config.vision.side**2, config.vision.image_size)
-    if not own:
-        layout = geometry_layout(config, largest.geometry)
-        views, px = layout.n_views, layout.canvas_px[0]
-    shape = Shape(
-        rows=1,
-        views=views,
-        view_px=px,
-        projected=picture if largest.stage == "pre" else tokens_of(model, largest.geometry),
-        picture=picture,
-        prompt=prompt,
-        answer=answer,
-    )
+    objective = objective_config(cfg)
+    shape = largest_row(model, objective, selectors, samples)
     narrow = str(cfg.dtype) == "bfloat16" or str(cfg.trainer.precision).startswith("bf16")
     dtype = torch.bfloat16 if narrow else torch.float32
     guess = ", text by four characters a token" if isinstance(model.tokenizer, FourCharacters) else ""
     copies = "two copies" if objective.complementary else "one copy"
     yield (
-        f"sample   {picture:,} picture tokens + {prompt} of text + {answer} of answer and padding, {copies} "
-        f"(the most of {len(samples)} samples{guess})"
+        f"sample   {shape.picture:,} picture tokens + {shape.prompt} of text + {shape.answer} of answer and padding, "
+        f"{copies} (the most of {len(samples)} samples{guess})"
     )
     trained = OPTIMISER * sum(p.numel() for m in (model, selector) for p in m.parameters() if p.requires_grad)
-    stored = model.dtype.itemsize
-    base = stored * sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    shared = stored * sum(p.numel() for layer in frozen_linears(model) for p in layer.parameters())
+    base = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    linears = [sum(p.nbytes for p in layer.parameters()) for layer in frozen_linears(model)]
     model.to(dtype)
     row = []
     for recompute in (False, True):
@@ -178,23 +166,50 @@ def memory(
         row.append(found.kept + found.passing)
     unit, name = (2**30, "GiB") if base + cfg.batch_size * row[0] > 2**30 else (2**20, "MiB")
     yield f"memory   an estimate, in {name} for each GPU; (in brackets with trainer.gradient_checkpointing=true)"
-    yield "         GPUs  rows   base  trained         activations               total    trainer=fsdp"
+    yield f"         {'GPUs':>4} {'rows':>5} {'base':>6} {'trained':>8}" + "".join(
+        f" {title:>20}" for title in ("activations", "total", "with trainer=fsdp")
+    )
     for gpus in (n for n in GPUS if not cfg.batch_size % n):
         rows = cfg.batch_size // gpus
         cells = [base, trained, rows * row[0], rows * row[1]]
-        cells += [x + trained + rows * kept for x in (base, base - shared + shared / gpus) for kept in row]
-        b, t, plain, again, total, less, sharded, least = (f"{x / unit:,.1f}" for x in cells)
+        # In shards, and one layer at a time whole.
+        shards = base if gpus == 1 else base - sum(linears) + sum(linears) / gpus + max(linears, default=0)
+        cells += [x + trained + rows * kept for x in (base, shards) for kept in row]
+        b, t, plain, again, total, less, sharded, least = (f"{x / unit:,.2f}" for x in cells)
         yield (
-            f"         {gpus:4d}  {rows:4d}  {b:>5}  {t:>7}  {plain:>8} ({again:>6})  {total:>8} ({less:>6})  "
-            f"{sharded:>8} ({least:>6})"
+            f"         {gpus:4d} {rows:5d} {b:>6} {t:>8} {plain:>11} {f'({again})':>8} {total:>11} {f'({less})':>8} "
+            f"{sharded:>11} {f'({least})':>8}"
         )
     kind = str(dtype).removeprefix("torch.")
     yield (
-        f"formula  base: frozen parameters x {stored} bytes, linear layers shared out under fsdp; trained: {OPTIMISER} "
-        "bytes a parameter (itself, its gradient and AdamW's two moments in float32); activations: rows x what "
-        f"autograd keeps of one row's forward pass in {kind}, counted on tensors without memory, and what comes on "
-        "top in the backward pass: the gradient of the logits, and a block that runs again. Not in it: what the "
-        "driver takes, fragmentation, buckets of ddp, layers that fsdp has gathered"
+        f"formula  base: frozen parameters in {cfg.dtype}, under fsdp linear layers in shards and the largest of them "
+        f"once whole; trained: {OPTIMISER} bytes a parameter (itself, its gradient, AdamW's two moments, all float32); "
+        f"activations: rows x what autograd keeps of one row's forward pass in {kind}, counted on tensors without "
+        "memory, and what comes on top in the backward pass: the gradient of the logits, and a block that runs again. "
+        "Not in it: what the driver takes, fragmentation, buckets of ddp, what a selector needs while it scores"
+    )
+
+
+def largest_row(
+    model: "Lavida", objective: ObjectiveConfig, selectors: Sequence[Selector], samples: Sequence[Sample]
+) -> Shape:
+    """One row as large as the selectors and these samples can make it."""
+    config = model.config
+    prompt, answer = text_tokens(model, samples)
+    selector = max(selectors, key=lambda s: picture_tokens(s, model))
+    picture = picture_tokens(selector, model)
+    views, px = config.budgets["full"] // config.vision.side**2, config.vision.image_size
+    if selector.geometry != "lavida_tiles":
+        layout = geometry_layout(config, selector.geometry)
+        views, px = layout.n_views, layout.canvas_px[0]
+    return Shape(
+        rows=1,
+        views=views,
+        view_px=px,
+        projected=picture if selector.stage == "pre" else tokens_of(model, selector.geometry),
+        picture=picture,
+        prompt=prompt,
+        answer=max(answer, objective.answer_tokens or 0) + max(0, objective.extra_padding - 1),
     )
 
 

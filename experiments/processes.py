@@ -83,6 +83,11 @@ def launched() -> Crew:
     return Crew()
 
 
+def again() -> bool:
+    """Whether SLURM put this job back into its queue, after a node was lost say, and now runs it once more."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
 def assemble(cfg: DictConfig) -> Crew:
     """This process's place, with torch's process group ready when there are others.
 

@@ -1,8 +1,12 @@
 """From answers to scores: each answer by itself at once, and what needs the whole set when all are there."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from experiments import metrics
 from experiments.metrics import CiderD, TextMetric, metric
 
 Scorer = TextMetric | CiderD
@@ -50,3 +54,12 @@ def references(scorer: TextMetric, answers: Sequence[str], target: str) -> Seque
     if scorer.reference == "answers":
         return answers
     return (target,) if target else ()
+
+
+@cache
+def scorer_version() -> str:
+    """Which code scores: 16 hex digits of the sources of `experiments.metrics`."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in Path(metrics.__path__[0]).iterdir() if path.suffix in (".py", ".json")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

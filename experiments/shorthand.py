@@ -36,7 +36,7 @@ def expand(verb: str, argv: Sequence[str]) -> list[list[str]]:
         given = given if {"-m", "--multirun"} & set(given) else ["-m", *given]
         products = sweep_overrides(verb, sweeps[0])
     elif runs:
-        products = [run_overrides(folder) for folder in _folders(runs[0])]
+        products = [run_overrides(folder) for folder in job_folders("run", runs[0], "train")]
     asked = {override_key(word) for word in given if "=" in word}
     return [[*given, *(word for word in product if override_key(word) not in asked)] for product in products]
 
@@ -89,17 +89,17 @@ def _recipe(name: str) -> list[str]:
     return [f"{key}={value}" for key, value in words.items()]
 
 
-def _folders(pattern: str) -> list[Path]:
-    """Folders of training jobs that a path or a glob pattern names."""
+def job_folders(word: str, pattern: str, verb: str) -> list[Path]:
+    """Folders that a path names, or those of the verb's jobs that a glob pattern does."""
     if not any(sign in pattern for sign in "*?["):
         return [Path(pattern)]
     root = Path(pattern)
     found = sorted(
         path.parent for path in Path(root.anchor or ".").glob(str(root.relative_to(root.anchor) / "result.json"))
     )
-    found = [folder for folder in found if folder.name.startswith("train_")]
+    found = [folder for folder in found if folder.name.startswith(f"{verb}_")]
     if not found:
-        raise ValueError(f"run={pattern}: no folder of a job of train.py matches")
+        raise ValueError(f"{word}={pattern}: no folder of a job of {verb}.py matches")
     return found
 
 

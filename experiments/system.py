@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from omegaconf import DictConfig
 from PIL import Image
 from torch import Tensor
 
+from experiments import build
 from experiments.data.sample import Sample
 from experiments.measure import StageTimer
 from experiments.scoring import Scorer, score_answer
@@ -157,6 +159,31 @@ class System:
             "sources": sources,
             "recall": recall(sample.boxes, kept_T, self.geometry, size),
         }
+
+
+def build_system(
+    cfg: DictConfig,
+    model: "Lavida",
+    decode: "DecodeConfig",
+    scorers: Mapping[str, Scorer],
+    *,
+    adapter: str | None = None,
+    asked: Mapping[str, str] | None = None,
+) -> System:
+    """The system of a config around a model that is loaded; an adapter is merged into it."""
+    selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device).eval()
+    build.adapt(adapter, model, selector)
+    return System(
+        model=model,
+        selector=selector,
+        relevance=build.build_relevance(cfg, selector),
+        decode=decode,
+        cache=build.build_cache(cfg, model.config.budgets),
+        scorers=dict(scorers),
+        geometry=TokenGeometry(model.config, selector.geometry),
+        seed=cfg.seed,
+        asked=asked,
+    )
 
 
 def left_in_cache(prefix: "Prefix", cached_BP: Tensor) -> Iterator[Selection]:

@@ -1,30 +1,22 @@
-"""LoRA through peft: exact targets, an adapter file of its own, and the base it belongs to.
+"""LoRA through peft: exact targets, what is trained of them, and how it is folded into the base.
 
 Hu et al. 2021, arXiv 2106.09685; docs/method.md, "Recipes". Names are those of `lavida_adapter.targets`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import peft
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lavida_adapter.checkpoint import fingerprint
 from lavida_adapter.growth import Growth, RankGrowth
 from lavida_adapter.targets import check_parts, expand, part_of
 from shirg import Selector
 
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
-
-ADAPTER, META = "adapter.safetensors", "adapter.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +95,14 @@ def add_lora(model: "Lavida", config: LoraConfig, selector: Selector | None = No
         ValueError: for a target that is not an existing linear layer, an adapter that would train nothing or a layer
             in two ways, layers of the selector that it leaves out, or a model that carries an adapter already.
     """
-    tree = _tree(model, selector)
+    tree = tree_of(model, selector)
     if any("lora_" in name for name, _ in tree.named_parameters()):
         raise ValueError("the model carries LoRA layers already: merge them (lavida_adapter.merge_lora) first")
     tree.requires_grad_(False)
     linears = [_short(name) for name, module in tree.named_modules() if isinstance(module, nn.Linear)]
     patterns = config.targets if config.rank > 0 else ()
     targets = list(dict.fromkeys(name for pattern in patterns for name in expand(pattern, linears)))
-    whole = _whole(tree, config)
+    whole = trained_whole(tree, config)
     if both := sorted({t for t in targets for name in whole if name.startswith(f"{t}.")}):
         raise ValueError(f"lora.targets and lora.train_whole both name {', '.join(both[:3])}: give it to one of them")
     if not targets and not whole:
@@ -131,7 +123,7 @@ def add_lora(model: "Lavida", config: LoraConfig, selector: Selector | None = No
 
 
 def _inject(tree: nn.ModuleDict, config: LoraConfig, targets: list[str]) -> None:
-    own = {re.escape(_full(t)): config.rank_of(t) for t in targets if config.rank_of(t) != config.rank}
+    own = {re.escape(full_name(t)): config.rank_of(t) for t in targets if config.rank_of(t) != config.rank}
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # only ever divided by the rank
@@ -139,7 +131,7 @@ def _inject(tree: nn.ModuleDict, config: LoraConfig, targets: list[str]) -> None
         rank_pattern=own,
         alpha_pattern={name: config.scale * rank for name, rank in own.items()},
         # peft matches a list by suffix, which would confuse the two ff_out; an expression matches the whole name.
-        target_modules="(?:" + "|".join(re.escape(_full(t)) for t in targets) + ")",
+        target_modules="(?:" + "|".join(re.escape(full_name(t)) for t in targets) + ")",
     )
     peft.inject_adapter_in_model(lora, tree)
     injected = [_short(name) for name, _ in lora_layers(tree)]
@@ -184,15 +176,15 @@ def rank_growth(config: LoraConfig, *modules: nn.Module) -> RankGrowth | None:
 
 def trained_parameters(model: "Lavida", selector: Selector | None = None) -> dict[str, nn.Parameter]:
     """What is trained of both, by the names that an adapter file has."""
-    return {name: p for name, p in _tree(model, selector).named_parameters() if p.requires_grad}
+    return {name: p for name, p in tree_of(model, selector).named_parameters() if p.requires_grad}
 
 
-def _tree(model: "Lavida", selector: Selector | None) -> nn.ModuleDict:
+def tree_of(model: "Lavida", selector: Selector | None) -> nn.ModuleDict:
     """Model and selector as one tree: checkpoint names for the one, "selector" before the other's."""
     return nn.ModuleDict({"model": model.model} | ({} if selector is None else {"selector": selector}))
 
 
-def _full(name: str) -> str:
+def full_name(name: str) -> str:
     return name if part_of(name) == "selector" else f"model.{name}"
 
 
@@ -200,68 +192,12 @@ def _short(name: str) -> str:
     return name.removeprefix("model.").replace(".base_layer", "")
 
 
-def _whole(tree: nn.ModuleDict, config: LoraConfig) -> dict[str, nn.Parameter]:
+def trained_whole(tree: nn.ModuleDict, config: LoraConfig) -> dict[str, nn.Parameter]:
     """The parameters that are trained without LoRA, by their short names."""
     parameters = {_short(name): p for name, p in tree.named_parameters() if "lora_" not in name}
     above = sorted({".".join(n.split(".")[:i]) for n in parameters for i in range(1, n.count(".") + 2)})
     chosen = [name for pattern in config.train_whole for name in expand(pattern, above)]
     return {n: p for n, p in parameters.items() if any(n == name or n.startswith(f"{name}.") for name in chosen)}
-
-
-def save_adapter(model: "Lavida", config: LoraConfig, folder: str | Path, selector: Selector | None = None) -> None:
-    """Writes the trained tensors alone, with their configuration and the fingerprint of the base."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in trained_parameters(model, selector).items()}
-    meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector)}
-    for name, write in (
-        (ADAPTER, lambda p: save_file(tensors, p)),
-        (META, lambda p: p.write_text(json.dumps(meta, indent=2))),
-    ):
-        temporary = folder / f".{name}"
-        write(temporary)
-        temporary.replace(folder / name)
-
-
-def load_adapter(model: "Lavida", folder: str | Path, selector: Selector | None = None) -> LoraConfig:
-    """Puts a saved adapter on its base, and what it trained of a selector on a selector of the same kind.
-
-    Raises:
-        FileNotFoundError: no adapter there.
-        ValueError: the adapter belongs to another base or selector, or its tensors do not fit.
-    """
-    folder = Path(folder)
-    if not (folder / META).is_file() or not (folder / ADAPTER).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no adapter ({META} and {ADAPTER}): give the folder that train.py named"
-        )
-    try:
-        meta = json.loads((folder / META).read_text())
-        config, base = LoraConfig.from_dict(meta["lora"]), meta["base"]
-        tensors = load_file(folder / ADAPTER)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
-    if own := sorted(name for name in tensors if part_of(name) == "selector"):
-        if selector is None or not any(True for _ in selector.parameters()):
-            raise ValueError(
-                f"the adapter in {folder} holds {own[0]}, a layer of a selector that this one does not have: give the "
-                "selector's knobs as train.py printed them"
-            )
-    if base != base_fingerprint(model, config, selector):
-        raise ValueError(f"the adapter in {folder} was trained on another base checkpoint: load that one (model.path=)")
-    add_lora(model, config, selector)
-    wanted = trained_parameters(model, selector)
-    if tensors.keys() != wanted.keys() or any(tensors[n].shape != p.shape for n, p in wanted.items()):
-        raise ValueError(f"the tensors in {folder / ADAPTER} are not those that its {META} describes")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
-    return config
-
-
-def base_fingerprint(model: "Lavida", config: LoraConfig, selector: Selector | None = None) -> str:
-    """Fingerprint of what the adapter leaves as it is; the parameters trained whole are not part of it."""
-    return fingerprint(model, skip=tuple(_full(name) for name in _whole(_tree(model, selector), config)))
 
 
 def merge_lora(*modules: nn.Module) -> None:

@@ -83,7 +83,10 @@ class Trainable(L.LightningModule):
         self.log("loss", loss, batch_size=1, sync_dist=True)
         if self.tally is not None and self.tally.right is not None:
             self.log("accuracy", self.tally.right / max(1, self.tally.masked), batch_size=1, sync_dist=True)
-        self.log("lr", self.optim.lr * self.optim.scale(self.global_step), batch_size=1)
+        scale = self.optim.scale(self.global_step)
+        self.log("lr", self.optim.lr * scale, batch_size=1)
+        for part, rate in self.optim.rates.items():
+            self.log(f"lr_{part}", rate * scale, batch_size=1)
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -47,8 +47,9 @@ GROUPS = "|".join(
 def modules() -> list[str]:
     found = [path.relative_to(ROOT).with_suffix("") for p in PACKAGES for path in (ROOT / p).rglob("*.py")]
     dotted = [".".join(path.parts).removesuffix(".__init__") for path in found if path.name != "__main__"]
-    if find_spec("triton") is None:
-        dotted = [name for name in dotted if not name.endswith("_triton")]
+    for library, needed_by in (("triton", "_triton"), ("lmms_eval", "lmms_model")):
+        if find_spec(library) is None:
+            dotted = [name for name in dotted if not name.endswith(needed_by)]
     return sorted(dotted) + [entry for entry in ENTRIES if (ROOT / f"{entry}.py").exists()]
 
 
@@ -136,7 +137,7 @@ def test_entry_points_are_imported_by_nobody() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     distributions = importlib.metadata.packages_distributions()
-    declared = {r.name.lower().replace("_", "-") for r in requirements("gpu", "slurm", "viz", "dev")}
+    declared = {r.name.lower().replace("_", "-") for r in requirements("gpu", "slurm", "viz", "lmms", "dev")}
     known = {*PACKAGES, *ENTRIES, "tests"} | sys.stdlib_module_names
     for path in sources():
         local = {p.stem for p in path.parent.glob("*.py")} if "tests" in path.parts else set()

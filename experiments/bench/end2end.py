@@ -14,8 +14,7 @@ from experiments.bench.table import aligned
 from experiments.data.sample import Sample
 from experiments.measure import peak_memory_mib, reset_peak_memory, summarise_stages
 from experiments.scoring import text_metrics
-from experiments.system import System
-from experiments.tokens import TokenGeometry
+from experiments.system import System, build_system
 
 STAGES = ("views", "tower", "relevance", "select", "project", "prefill", "denoise")
 
@@ -80,27 +79,18 @@ def run(*, device: torch.device, model: str, batch: list[int], only: list[str] |
     for name in only or ["pooled", "full", "shirg"]:
         kind = "experiment" if name[0].isupper() else "selector"
         cfg = config_of(f"model={model}", f"{kind}={name}")
-        system, given = build_system(cfg, device, samples, loaded)
+        system, given = prepare(cfg, device, samples, loaded)
         rows += [answer(name, system, given, size) for size in batch]
     return Bench(model, samples, rows)
 
 
-def build_system(cfg: DictConfig, device: torch.device, n: int, loaded: dict[str, Any]) -> tuple[System, list[Sample]]:
+def prepare(cfg: DictConfig, device: torch.device, n: int, loaded: dict[str, Any]) -> tuple[System, list[Sample]]:
     """The system as eval builds it, and its first `n` samples; the model is loaded once."""
     dataset = build.build_dataset(cfg)
     model = loaded.setdefault("model", None) or build.build_model(cfg, device)
     loaded["model"] = model
-    selector = build.build_selector(cfg, model.config.budgets).to(device).eval()
-    system = System(
-        model=model,
-        selector=selector,
-        relevance=build.build_relevance(cfg, selector),
-        decode=build.build_decode(cfg, dataset),
-        cache=build.build_cache(cfg, model.config.budgets),
-        scorers=text_metrics(dataset.metric_names),
-        geometry=TokenGeometry(model.config, selector.geometry),
-        seed=cfg.seed,
-    )
+    decode = build.build_decode(cfg, dataset.max_new_tokens)
+    system = build_system(cfg, model, decode, text_metrics(dataset.metric_names))
     return system, [dataset[i] for i in range(min(n, len(dataset)))]
 
 

@@ -117,7 +117,7 @@ def time_training(model: str, device: torch.device, batch: int, workers: int, re
     lavida.train()
     phases = Phases()
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = build_trainer(cfg, Crew(), device, Path(folder), Path(folder) / "checkpoints", None)
+        trainer, _ = build_trainer(cfg, Crew(), device, Path(folder), Path(folder) / "checkpoints")
         trainer.callbacks.append(phases)  # type: ignore[attr-defined]  # Lightning sets it
         trainer.fit(stage.module, datamodule=TrainData(stage.draw, steps, workers))
     return Row(batch, phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1]))

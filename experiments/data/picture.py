@@ -31,13 +31,14 @@ def _load(file: Path | io.BytesIO, where: str) -> Image.Image:
                     f"{picture.width}x{picture.height} is more than {limit} pixels; "
                     "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
                 )
-            return _to_rgb(ImageOps.exif_transpose(picture))
+            return to_rgb(ImageOps.exif_transpose(picture))
     # Decoders of broken files raise whatever they trip over: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise ValueError(f"{where}: cannot be read as a picture ({error}); replace it or remove its rows") from error
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A decoded picture in RGB, transparency turned white; ValueError where its white is anyone's guess."""
     if picture.mode in WIDE_MODES:
         raise ValueError(f"its samples have 32 bits (mode {picture.mode}); save it with 8 bits a channel")
     if picture.mode.startswith("I;16"):

@@ -1,7 +1,7 @@
-"""python -m experiments.report outputs/STUDY [...]
+"""python -m experiments.report outputs/STUDY [...] [--lmms]
 
 Rebuilds everything that a study shows from what its jobs left behind: table.{csv,parquet,md,tex}, report.html, figures/
-and deck.pptx.
+and deck.pptx. With --lmms instead: lmms/, every finished job in the JSON files that lmms-eval writes.
 """
 
 import sys
@@ -16,20 +16,32 @@ def main(arguments: list[str]) -> None:
     if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         print(__doc__)
         return
-    for argument in arguments:
+    to_lmms = "--lmms" in arguments
+    for argument in (word for word in arguments if word != "--lmms"):
         study = Path(argument)
         if not study.is_dir():
             fail(f"{study}: no such folder; give the folder of a study, for example outputs/demo")
         if not any(study.glob(f"*/{RESULT}")):
             fail(f"{study} holds no job with a {RESULT}: evaluate something first, python eval.py study={study.name}")
         try:
-            from experiments.report.writer import publish
-
-            written = publish(study, files=True)
+            written = _export(study) if to_lmms else _publish(study)
         except ValueError as error:
             fail(str(error))
-        print_table(study)
         print("written:", *(str(path.relative_to(study)) for path in written))
+
+
+def _publish(study: Path) -> list[Path]:
+    from experiments.report.writer import publish
+
+    written = publish(study, files=True)
+    print_table(study)
+    return written
+
+
+def _export(study: Path) -> list[Path]:
+    from experiments.bridges.lmms_results import export
+
+    return export(study)
 
 
 if __name__ == "__main__":

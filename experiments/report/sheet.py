@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,7 +20,10 @@ PAPER, INK = (18, 18, 22), (226, 226, 230)
 COLD_TO_HOT = np.array([(18, 10, 60), (110, 30, 130), (200, 60, 80), (250, 150, 40), (252, 250, 170)], dtype=np.float32)
 HEAT = 0.75
 """How much of a heat map is colour; the rest is the picture in grey."""
-
+LEGEND = (
+    "Bright: kept, the darker the coarser; dark: dropped. Amber frames: scaffold and summaries. Green frames: where "
+    "the answer is. Scores: by rank, from violet, low, to yellow, high."
+)
 
 Panel = tuple[str, Image.Image | None]
 """A caption and what stands under it."""
@@ -44,7 +48,7 @@ def sheet(
 ) -> Image.Image:
     """The picture first, then a column for each selector: kept tokens above, heat map of its scores below."""
     columns: list[list[Panel]] = [
-        [("the picture", overlay(image, [(0, 0, 1, 1)], [Source.KEPT], targets=boxes, longest=longest))]
+        [("the picture", overlay(image, [(0, 0, 1, 1)], [Source.KEPT], targets=boxes, longest=longest)), (LEGEND, None)]
     ]
     for choice in choices:
         kept = kept_map(image, choice.selection, geometry, boxes, longest)
@@ -104,28 +108,33 @@ def heat_map(image: Image.Image, score_N: Tensor, geometry: TokenGeometry, *, lo
 
 
 def _compose(title: str, columns: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Columns of captioned pictures under a title, at most MOST_PER_ROW columns to a row, rows of equal length."""
-    pictures = [picture for column in columns for _, picture in column if picture is not None]
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    width = max(width, 240)
+    """Columns of captioned pictures under a title, in rows of equal length that are as high as their pictures."""
+    width = max([240, *(picture.width for column in columns for _, picture in column if picture is not None)])
     font = ImageFont.load_default(TEXT)
     letters = max(8, int(width / (0.56 * TEXT)))
-    rows = -(-len(columns) // MOST_PER_ROW)
-    across = -(-len(columns) // rows)
+    across = _across(len(columns))
     head = textwrap.wrap(title, max(8, int((width + GAP) * across / (0.56 * TEXT))))
-    captions = [[textwrap.wrap(text, letters) for text, _ in column] for column in columns]
-    lines = max(len(caption) for column in captions for caption in column)
-    panel = lines * LINE + height + GAP
-    deep = max(len(column) for column in columns)
-    top = len(head) * LINE + 2 * GAP
-    paper = Image.new("RGB", (GAP + across * (width + GAP), top + rows * deep * panel), PAPER)
+    placed: list[tuple[int, int, int, list[str], Image.Image | None]] = []
+    y = len(head) * LINE + 2 * GAP
+    for start in range(0, len(columns), across):
+        for panels in zip_longest(*columns[start : start + across]):
+            captions = [textwrap.wrap(panel[0], letters) if panel else [] for panel in panels]
+            pictures = [panel[1] if panel else None for panel in panels]
+            both = list(zip(captions, pictures, strict=True))
+            below = LINE * max((len(caption) for caption, picture in both if picture is not None), default=0)
+            placed += [(GAP + i * (width + GAP), y, below, *one) for i, one in enumerate(both)]
+            y += GAP + max(below + picture.height if picture else LINE * len(caption) for caption, picture in both)
+    paper = Image.new("RGB", (GAP + across * (width + GAP), y), PAPER)
     pen = ImageDraw.Draw(paper)
     pen.multiline_text((GAP, GAP), "\n".join(head), INK, font, spacing=LINE - TEXT)
-    for i, column in enumerate(columns):
-        x, y = GAP + i % across * (width + GAP), top + i // across * deep * panel
-        for (_, picture), caption in zip(column, captions[i], strict=True):
-            pen.multiline_text((x, y), "\n".join(caption), INK, font, spacing=LINE - TEXT)
-            if picture is not None:
-                paper.paste(picture, (x, y + lines * LINE))
-            y += panel
+    for x, top, below, caption, picture in placed:
+        pen.multiline_text((x, top), "\n".join(caption), INK, font, spacing=LINE - TEXT)
+        if picture is not None:
+            paper.paste(picture, (x, top + below))
     return paper
+
+
+def _across(columns: int) -> int:
+    """Columns to a row: at most MOST_PER_ROW, with as few places left empty as possible, then in as few rows."""
+    fewest = min(columns, 3)
+    return min(range(fewest, min(columns, MOST_PER_ROW) + 1), key=lambda across: (-columns % across, -across))

@@ -1,6 +1,7 @@
 """Slides of one kind: a title, at most three points, one graphic. The layout that `deck` fills."""
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,11 @@ class Slide:
             self.text(caption, (left + i * each, top + tall + 0.05, each - 0.15, 1.2), size=12)
 
     def _picture(self, image: bytes, place: tuple[float, float, float, float]) -> None:
-        """As large as fits, in the middle of its place."""
+        """As large as fits, where its place begins: beside the first point, above its caption."""
         left, top, width, height = place
         shape = self._page.shapes.add_picture(io.BytesIO(image), Inches(left), Inches(top))
         scale = min(Inches(width) / shape.width, Inches(height) / shape.height)
         shape.width, shape.height = Emu(int(shape.width * scale)), Emu(int(shape.height * scale))
-        shape.left = Inches(left) + (Inches(width) - shape.width) // 2
-        shape.top = Inches(top) + (Inches(height) - shape.height) // 2
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
         """A plain table; the first column is wider, and the rows numbered in `bold` stand out."""
@@ -145,7 +144,9 @@ class Slide:
                 cell.vertical_anchor = MSO_ANCHOR.MIDDLE
                 tone = ACCENT if i - 1 in bold else INK
                 align = PP_ALIGN.LEFT if j == 0 else PP_ALIGN.RIGHT
-                self._write(cell.text_frame, value, size, tone, bold=i == 0 or i - 1 in bold, align=align)
+                # A true minus sign, as in the points beside the table.
+                text = re.sub(r"^-(?=\d)", "\u2212", value)
+                self._write(cell.text_frame, text, size, tone, bold=i == 0 or i - 1 in bold, align=align)
 
     def flow(self, steps: Sequence[tuple[str, str]], accent: int) -> None:
         """Boxes from top to bottom, each with a remark on its right; the box numbered `accent` stands out."""

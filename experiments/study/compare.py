@@ -31,7 +31,7 @@ def compare_all(systems: Sequence[System], rows: Sequence[Row]) -> None:
                 row |= deltas(system, other, name)
                 row[f"compared to {name}"] = other.result["job"]
         row["budget ratio"] = budget_ratio(row, rows)
-    for name in {key for row in rows for key in row if key.startswith("delta ") and key.endswith(" p")}:
+    for name in dict.fromkeys(key for row in rows for key in row if key.startswith("delta ") and key.endswith(" p")):
         against = f"compared to {name.removesuffix(' p').rpartition('vs ')[2]}"
         for other in {row[against] for row in rows if name in row}:
             family = [row for row in rows if name in row and row[against] == other]

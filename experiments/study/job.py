@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import cli, memory
 from experiments.adapters import adapter_path
-from experiments.processes import Crew, assemble
+from experiments.processes import Crew, again, assemble
 from experiments.study import record, watch
 from experiments.study.files import Journal, remove, write_atomic
 
@@ -64,6 +64,8 @@ def run_job(cfg: DictConfig, work: Work) -> bool:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     ok = False
+    if again():
+        cfg.resume, cfg.overwrite = True, False
     try:
         crew = assemble(cfg)
         if not crew.first:

@@ -143,6 +143,8 @@ def _note(result: Mapping[str, Any]) -> str:
     if result["config"].get("shards", 1) > 1:
         notes.append(f"shard {result['config']['shard']} of {result['config']['shards']}")
     notes += [f"limited to {limit} samples" for limit in _limits(result)]
+    if stamp := result.get("times", {}).get("rescored"):
+        notes.append(f"rescored {stamp.partition('T')[0]}")
     return "; ".join(notes)
 
 

@@ -39,7 +39,12 @@ _COLUMNS: dict[str, pa.DataType] = {
 
 
 def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes all rows at once; scores, token counts by source and times become columns `score_*`, `n_*` and `ms_*`.
+    """Writes all rows at once."""
+    write_atomic(path, encode_samples(rows))
+
+
+def encode_samples(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A parquet file of the rows; scores, token counts by source and times are columns `score_*`, `n_*` and `ms_*`.
 
     Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
     """
@@ -49,7 +54,7 @@ def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     schema = pa.schema([*_COLUMNS.items(), *extra.items()])
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(flat, schema=schema), buffer, compression="zstd")
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 POLL_S = 0.2
+HANDED_DOWN = "SHIRG_GPUS"
+"""Where a job finds the GPUs of the process that started it: submitit hides them from the jobs of this machine."""
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def turn(threads: int | None, device: str) -> Iterator[str | None]:
     if os.environ.get("SUBMITIT_EXECUTOR") != "local":
         yield None
         return
-    gpus = [] if device == "cpu" else visible_gpus()
+    gpus = [] if device == "cpu" else _names(os.environ.get(HANDED_DOWN, ""))
     cores = len(os.sched_getaffinity(0))
     names = [f"gpu-{gpu}" for gpu in gpus] or [f"cpu-{i}" for i in range(max(1, cores // (threads or cores)))]
     with _first_free(names) as name:
@@ -40,15 +42,24 @@ def turn(threads: int | None, device: str) -> Iterator[str | None]:
         yield name
 
 
+def hand_down_gpus() -> None:
+    """Tells the jobs that this process is about to start which GPUs they may take turns on."""
+    os.environ[HANDED_DOWN] = ",".join(visible_gpus())
+
+
 def visible_gpus() -> list[str]:
     """The devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
     if told is not None:
-        return [name for name in told.split(",") if name.strip() not in ("", "-1")]
+        return _names(told)
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
     return [str(i) for i in range(len(listed.stdout.splitlines()))] if listed.returncode == 0 else []
+
+
+def _names(devices: str) -> list[str]:
+    return [name.strip() for name in devices.split(",") if name.strip() not in ("", "-1")]
 
 
 @contextmanager

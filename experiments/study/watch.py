@@ -1,6 +1,7 @@
 """News of jobs that a launcher runs in other processes, printed by the process that waits for them as they come.
 
-A job leaves its last line in its folder. That works across machines that share the folder and nothing else.
+A job leaves its last line in its folder. That works across machines that share the folder and nothing else. A job that
+was killed leaves none, so whoever runs the jobs, SLURM or this machine, is asked which of them have ended.
 """
 
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,24 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from experiments.schema import CONF
+from experiments.study import slots
 from experiments.study.files import read_json, write_atomic
 
 SAID = ".said"
+_SUBMITTED = ".submitit/*/*_submitted.pkl"
+_RETURNED = ".submitit/*/*_0_result.pkl"
 POLL_S = 0.5
-GRACE_S = 45
-"""Between two looks at SLURM's queue; longer than submitit takes to notice a job that ended well."""
+QUEUE_S = 20.0
+"""Between two looks at SLURM's queue, which many wait for."""
+_OVER = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
+
+Ended = Callable[[Sequence[str]], Mapping[str, str] | None]
+"""Those of the jobs that have ended, and how; None when nobody can tell now."""
 _listeners: list["Listener"] = []
 
 
-class Abandoned(Exception):
-    """SLURM's queue is empty, and the process still waits for jobs."""
+class Abandoned(BaseException):
+    """All jobs have ended, and the launcher still waits for one. No Exception: submitit passes over those."""
 
 
 def elsewhere() -> bool:
@@ -44,26 +53,44 @@ class Watch(Callback):
     """Hydra's callback: listens during a sweep whose jobs run elsewhere. Launchers pickle it, so it holds nothing."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        if not config.hydra.launcher._target_.endswith(".BasicLauncher"):
-            # Jobs import the code that this process runs, whatever folder they start in and whatever is installed.
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
-            # On a cluster without accounting, submitit warns at every look at its jobs.
-            os.environ.setdefault("SUBMITIT_LOG_LEVEL", "ERROR")
+        launcher = config.hydra.launcher._target_.rpartition(".")[2]
+        if launcher == "BasicLauncher":
+            return
+        # Jobs import the code that this process runs, whatever folder they start in and whatever is installed.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
+        # On a cluster without accounting, submitit warns at every look at its jobs.
+        os.environ.setdefault("SUBMITIT_LOG_LEVEL", "ERROR")
+        study = Path(config.hydra.sweep.dir).absolute()
+        if launcher == "SlurmLauncher":
             signal.signal(signal.SIGUSR1, _abandon)
-            slurm = config.hydra.launcher._target_.endswith(".SlurmLauncher")
-            _listeners.append(Listener(Path(config.hydra.sweep.dir).absolute(), slurm=slurm))
+            _listeners.append(Listener(study, ended_in_slurm, every_s=QUEUE_S, may_abandon=True))
+        else:
+            slots.hand_down_gpus()
+            _listeners.append(Listener(study, ended_here))
 
 
 class Listener:
-    """Prints what the jobs of a study say, from now on until it is stopped."""
+    """Prints what the jobs of a study say, and which of them died, from now on until it is stopped.
 
-    def __init__(self, study: Path, slurm: bool = False) -> None:
+    Args:
+        study: folder of the study.
+        ended: whom to ask about jobs.
+        every_s: seconds between two questions.
+        may_abandon: end the launcher's waiting when no job is left. Without accounting, SLURM cannot tell submitit that
+            a job was killed, and submitit waits for ever.
+    """
+
+    def __init__(self, study: Path, ended: Ended, every_s: float = POLL_S, may_abandon: bool = False) -> None:
         self.study = study
-        self._slurm = slurm
-        self._began = self._busy = time.time()
-        self._empty = False
         self.heard: dict[Path, bool] = {}
-        self._seen = {path: path.stat().st_mtime_ns for path in study.glob(f"*/{SAID}")}
+        self.dead: set[str] = set()
+        self.patient = False
+        self._ended, self._every_s, self._may_abandon = ended, every_s, may_abandon
+        self._asked = time.monotonic()
+        self._over: set[str] = set()
+        # A launcher's ids come again: those of processes do so after a restart of the machine.
+        self._seen = {path: changed for of in (f"*/{SAID}", _SUBMITTED, _RETURNED) for path, changed in self._files(of)}
+        self._all_over = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
@@ -72,52 +99,121 @@ class Listener:
         self._stop.set()
         self._thread.join()
 
+    def wait(self) -> None:
+        """Until every job has ended."""
+        self.patient = True
+        self._all_over.clear()
+        self._all_over.wait()
+
     def _listen(self) -> None:
-        while not self._stop.wait(POLL_S):
-            self._hear()
-            if self._slurm and self._left_alone():
+        try:
+            while not self._stop.wait(POLL_S):
                 self._hear()
+                if time.monotonic() - self._asked >= self._every_s:
+                    self._ask()
+            self._hear()
+        finally:
+            self._all_over.set()
+
+    def _ask(self) -> None:
+        nothing_left = self._look()
+        self._asked = time.monotonic()
+        if nothing_left:
+            self._hear()
+            self._all_over.set()
+            if self._may_abandon:
                 # Not an interrupt: a command in a shell's background ignores those.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-                return
-        self._hear()
 
-    def _left_alone(self) -> bool:
-        """Whether the queue has long been empty while this process still waits.
+    def _look(self) -> bool:
+        """Names the jobs that died; True when all have ended.
 
-        On a cluster without accounting submitit never learns that a job was killed, and waits for ever.
+        Twice in a row, because a file that a job leaves may come later than the news of its end.
         """
-        if time.time() - self._busy < GRACE_S:
+        jobs = {path.parent.name: path for path, _ in self._new(_SUBMITTED)}
+        ended = self._ended(sorted(jobs)) if jobs else None
+        if ended is None:
             return False
-        ids = [path.name for path in self.study.glob(".submitit/[0-9]*") if path.stat().st_mtime >= self._began - 1]
-        queue = subprocess.run(["squeue", "-h", "-o", "%i", "-j", ",".join(ids)], capture_output=True, text=True)
-        # A job that SLURM has forgotten is an error to squeue; so is SLURM's own absence, which may pass.
-        over = not queue.stdout.strip() and (queue.returncode == 0 or "Invalid job id" in queue.stderr)
-        first = self._empty
-        self._empty, self._busy = over, time.time()
-        return bool(ids) and over and first
+        over, self._over = self._over & set(ended), set(ended)
+        returned = {path.parent.name for path, _ in self._new(_RETURNED)}
+        for job in sorted(over - returned - self.dead):
+            self.dead.add(job)
+            log = jobs[job].with_name(f"{job}_0_log.err")
+            print(
+                f"error: {_overrides(jobs[job])}: ended without a word ({ended[job]}): cancelled, killed, or its "
+                f"machine was lost; see {log}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return over == set(jobs)
 
     def _hear(self) -> None:
-        for path in sorted(self.study.glob(f"*/{SAID}")):
-            changed = path.stat().st_mtime_ns
-            if self._seen.get(path) == changed:
-                continue
+        for path, changed in self._new(f"*/{SAID}"):
             self._seen[path] = changed
             said = read_json(path)
             if said is not None:
                 self.heard[path.parent] = said["ok"]
                 print(said["line"], file=sys.stdout if said["ok"] else sys.stderr, flush=True)
 
+    def _new(self, pattern: str) -> Iterator[tuple[Path, int]]:
+        return ((path, changed) for path, changed in self._files(pattern) if self._seen.get(path) != changed)
+
+    def _files(self, pattern: str) -> Iterator[tuple[Path, int]]:
+        """Files, and when each was changed."""
+        return ((path, path.stat().st_mtime_ns) for path in sorted(self.study.glob(pattern)))
+
+
+def ended_in_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
+    """SLURM's word for how each of the ended jobs ended; it forgets them after some minutes."""
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}"]
+    try:
+        queue = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # Jobs that SLURM has forgotten are an error to squeue; so is SLURM's own absence, which may pass.
+    if queue.returncode != 0 and "Invalid job id" not in queue.stderr:
+        return None
+    states = dict(line.split() for line in queue.stdout.splitlines())
+    return {job: states.get(job, "no longer in the queue") for job in jobs if states.get(job, "COMPLETED") in _OVER}
+
+
+def ended_here(jobs: Sequence[str]) -> dict[str, str]:
+    """The same of processes that this one started; none is reaped, since that is the launcher's part."""
+    return {job: "its process is gone" for job in jobs if _is_over(int(job))}
+
+
+def _is_over(process: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def _overrides(submitted: Path) -> str:
+    """What the launcher was to run."""
+    from submitit.core.utils import DelayedSubmission
+
+    return " ".join(DelayedSubmission.load(submitted).args[0])
+
 
 def _abandon(*_: object) -> None:
-    raise Abandoned("SLURM's queue is empty, and not every job has spoken")
+    if not all(listener.patient for listener in _listeners):
+        raise Abandoned
 
 
-def stop_all() -> dict[Path, bool]:
-    """Ends the listening; the folders of jobs that were heard of, and whether each went well."""
+def wait_all() -> None:
+    """Until every job of the sweep has ended, whatever became of it."""
+    for listener in _listeners:
+        listener.wait()
+
+
+def stop_all() -> tuple[dict[Path, bool], int]:
+    """Ends the listening; the folders of jobs that were heard of with whether each went well, and how many died."""
     heard: dict[Path, bool] = {}
+    died = 0
     while _listeners:
         listener = _listeners.pop()
         listener.stop()
         heard |= listener.heard
-    return heard
+        died += len(listener.dead)
+    return heard, died

@@ -4,7 +4,7 @@ import csv
 import io
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -13,9 +13,13 @@ from torch import Tensor
 
 from experiments.study.files import write_atomic
 
+if TYPE_CHECKING:
+    from experiments.mirror import Mirror
+    from experiments.training.pace import Pace
+
 METRICS = "metrics.csv"
-_LAST = frozenset({"lr"})
-"""Shown as it is at the point; everything else is the mean since the point before."""
+_LAST = "lr"
+"""Learning rates are shown as they are at the point; everything else is the mean since the point before."""
 
 Point = dict[str, float]
 
@@ -23,23 +27,29 @@ Point = dict[str, float]
 class History(Callback):
     """Writes a point every so many steps, and after the last one.
 
-    The points are part of the checkpoint, so that the curve of a resumed run is that of an undisturbed one.
+    The points are part of the checkpoint, so that the curve of a resumed run is that of an undisturbed one. A mirror
+    gets each of them, with the pace and the memory of this session.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
+    def __init__(self, path: Path, every: int, mirror: "Mirror | None", pace: "Pace") -> None:
         if every < 1:
             raise ValueError(f"trainer.log_every={every}: give at least 1")
-        self.path, self.every = path, every
+        self.path, self.every, self.mirror, self.pace = path, every, mirror, pace
         self.points: list[Point] = []
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, *_: Any) -> None:
+        if self.mirror is not None:
+            self.mirror.catch_up(self.points)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         for name, value in trainer.callback_metrics.items():
             # Sums stay on the device: reading them at every step would make it wait.
-            before = 0 if name in _LAST else self._sums.get(name, 0)
+            last = name.startswith(_LAST)
+            before = 0 if last else self._sums.get(name, 0)
             self._sums[name] = before + value.detach().double()
-            self._counts[name] = 1 if name in _LAST else self._counts[name] + 1
+            self._counts[name] = 1 if last else self._counts[name] + 1
         step = trainer.global_step
         if step % self.every == 0 or step == trainer.max_steps:
             self.points.append({"step": step} | {n: float(s) / self._counts[n] for n, s in self._sums.items()})
@@ -47,6 +57,8 @@ class History(Callback):
             self._counts.clear()
             if trainer.is_global_zero:
                 write_atomic(self.path, _csv(self.points))
+            if self.mirror is not None:
+                self.mirror.point(self.points[-1] | self.pace.now(module.device))
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: float(value) for name, value in self._sums.items()}

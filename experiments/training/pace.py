@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from experiments import measure
@@ -60,6 +61,10 @@ class Pace(Callback):
         if "tokens_per_s" in rates:
             parts.append(f"{rates['tokens_per_s']:,.0f} tokens/s")
         return "  ".join([*parts, f"{measure.peak_mib(module.device) / 1024:.2f} GiB"])
+
+    def now(self, device: torch.device) -> dict[str, float]:
+        """The rates so far and the peak of the memory, which no two runs share."""
+        return self.rates() | {"peak_mib": measure.peak_mib(device)}
 
     def rates(self) -> dict[str, float]:
         """Samples and tokens per second of this session; nothing after a single step."""

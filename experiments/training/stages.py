@@ -3,16 +3,21 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from experiments import build
-from experiments.data.batches import Batches, collate
+from experiments.data.batches import Batches
 from experiments.data.module import Draw
 from experiments.data.sample import Dataset, Listed
 from experiments.processes import Crew
+from experiments.report.shots import save_shot
+from experiments.scoring import text_metrics
+from experiments.system import Row, System
+from experiments.tokens import TokenGeometry
 from experiments.training.mixing import build_mix
 from experiments.training.room import make_room
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
     from lavida_adapter import Lavida
 
 Gate = Callable[[], dict[str, float]]
+Show = Callable[[Path], list[Row]]
+SHOWN = 4
+"""Training examples whose pictures a logger gets."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Stage:
     module: Trainable
     draw: Draw
     gate: Gate
+    show: Show = lambda _: []
+    """Rows of a few training examples, and into a folder what was kept of them; every process must ask."""
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,23 +59,39 @@ def build_stage(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
 def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str, float]:
     """Share of right answers in each group of the dataset, through the stage's own selector."""
     right: dict[str, list[bool]] = defaultdict(list)
+    system = _system(stage, dataset)
     for begin in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))]
-        batch = collate(samples)
         with stage.precision():
-            prefix = stage.model.encode(
-                batch.images,
-                batch.questions,
-                stage.selector,
-                relevance=stage.relevance,
-                ids=batch.ids,
-                prompts=batch.prompts,
-                boxes=batch.boxes,
-            )
-            texts = stage.model.generate(prefix, DecodeConfig(max_new_tokens=dataset.max_new_tokens)).texts
-        for sample, text in zip(samples, texts, strict=True):
-            right[str(sample.meta.get("group") or "all")].append(text in sample.answers)
+            rows = system.answer(samples).rows
+        for row in rows:
+            right[row["group"] or "all"].append(row["prediction"] in row["answers"])
     return {group: sum(hits) / len(hits) for group, hits in right.items()}
+
+
+def draw_shots(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[Row]:
+    """Answers the first few examples and draws into the folder, if there is one, what was kept of them."""
+    system = _system(stage, dataset)
+    samples = [dataset[i] for i in range(min(SHOWN, len(dataset)))]
+    with stage.precision():
+        found = system.answer(samples)
+    if folder is not None:
+        for i, sample in enumerate(samples):
+            save_shot(folder, i, found.images[i], found.selections[i], found.rows[i], sample.boxes, system.geometry)
+    return found.rows
+
+
+def _system(stage: LavidaModule, dataset: Dataset) -> System:
+    return System(
+        model=stage.model,
+        selector=stage.selector,
+        relevance=stage.relevance,
+        decode=DecodeConfig(max_new_tokens=dataset.max_new_tokens),
+        cache=None,
+        scorers=text_metrics(dataset.metric_names),
+        geometry=TokenGeometry(stage.model.config, stage.selector.geometry),
+        seed=stage.seed,
+    )
 
 
 def lora_config(cfg: DictConfig) -> LoraConfig:
@@ -74,7 +100,7 @@ def lora_config(cfg: DictConfig) -> LoraConfig:
     return LoraConfig.from_dict({str(k): v for k, v in plain.items()})
 
 
-def _optim(cfg: DictConfig) -> OptimConfig:
+def optim_config(cfg: DictConfig) -> OptimConfig:
     return OptimConfig(**_fields(cfg.optim))
 
 
@@ -92,7 +118,7 @@ def _fields(node: DictConfig) -> dict[str, Any]:
 def _vision(cfg: DictConfig, model: "Lavida") -> Stage:
     from experiments.pretrain import VisionPretraining
 
-    stage = VisionPretraining(model, _optim(cfg), cfg.seed, cfg.pictures)
+    stage = VisionPretraining(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
@@ -104,7 +130,7 @@ def _text(cfg: DictConfig, model: "Lavida") -> Stage:
     attention, noise = options.pop("prefix_attention"), options.pop("noise")
     stage = TextPretraining(
         model,
-        _optim(cfg),
+        optim_config(cfg),
         cfg.seed,
         objective_config(cfg),
         Curriculum(**options),
@@ -117,7 +143,7 @@ def _text(cfg: DictConfig, model: "Lavida") -> Stage:
 def _align(cfg: DictConfig, model: "Lavida") -> Stage:
     from experiments.pretrain import Align
 
-    stage = Align(model, _optim(cfg), cfg.seed, cfg.pictures)
+    stage = Align(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
@@ -152,7 +178,7 @@ def _through_selector(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
         selector,
         relevance,
         objective_config(cfg),
-        _optim(cfg),
+        optim_config(cfg),
         cfg.seed,
         mix=build_mix(cfg, model, selector),
         growth=rank_growth(lora_config(cfg), model, selector) if cfg.stage == "adapt" else None,
@@ -163,11 +189,14 @@ def _through_selector(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
             return {}
         return accuracy(stage, build.build_dataset(cfg, "check"), cfg.batch_size)
 
+    def show(folder: Path) -> list[Row]:
+        return draw_shots(stage, next(iter(parts.values())), folder if crew.first else None)
+
     make_room(parts, stage)
     batches = Batches(
         build.build_stream(cfg, parts), cfg.batch_size, prepare=Cutter.of(stage), rank=crew.rank, world=crew.world
     )
-    return Stage(stage, batches, gate, {name: _facts(part) for name, part in parts.items()})
+    return Stage(stage, batches, gate, show, {name: _facts(part) for name, part in parts.items()})
 
 
 @dataclass(frozen=True)

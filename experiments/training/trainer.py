@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 
+from experiments.mirror import Mirror
 from experiments.processes import Crew
 from experiments.training.checkpoints import SafeCheckpoints
 from experiments.training.history import METRICS, History
@@ -20,7 +21,7 @@ from experiments.training.sharded import ShardedBase
 
 
 def build_trainer(
-    cfg: DictConfig, crew: Crew, device: torch.device, folder: Path, checkpoints: Path, logger: Any
+    cfg: DictConfig, crew: Crew, device: torch.device, folder: Path, checkpoints: Path, mirror: Mirror | None = None
 ) -> tuple[L.Trainer, Pace]:
     """A trainer whose curve lies in `folder`, and its rates; the launcher has started all processes already."""
     if cfg.trainer.checkpoint_every < 1:
@@ -33,9 +34,9 @@ def build_trainer(
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
     pace = Pace(folder.name, cfg.trainer.log_every, cfg.batch_size)
     callbacks: list[Callback] = [
-        PlainTermination(),
-        History(folder / METRICS, cfg.trainer.log_every),
-        pace,
+        PlainTermination(signal.SIG_DFL if mirror is None else mirror.sigterm),
+        pace,  # before the history, which asks it
+        History(folder / METRICS, cfg.trainer.log_every, mirror, pace),
         ModelCheckpoint(
             checkpoints,
             save_last=True,
@@ -53,9 +54,8 @@ def build_trainer(
         precision=cfg.trainer.precision,
         max_steps=cfg.optim.steps,
         gradient_clip_val=cfg.trainer.clip,
-        logger=logger if logger is not None else False,
+        logger=False,  # the history tells it what it writes down
         callbacks=callbacks,
-        log_every_n_steps=cfg.trainer.log_every,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -70,7 +70,10 @@ def strategy(name: str) -> Strategy | str:
 
 
 class PlainTermination(Callback):
-    """SIGTERM ends a process at once. Lightning's handler would message the other processes in the middle of a step."""
+    """SIGTERM means what it meant before. Lightning's handler would message the other processes in mid-step."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, self.handler)

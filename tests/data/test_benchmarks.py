@@ -275,17 +275,18 @@ def test_a_picture_that_is_not_there(build: Build, name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_picture_that_cannot_be_read(build: Build, source: str, tmp_path: Path) -> None:
-    root = tmp_path / "docvqa" / source
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_picture_that_cannot_be_read(build: Build, name: str, source: str, tmp_path: Path) -> None:
+    root = tmp_path / name / source
     if source == "hub":
-        columns = dict(official.table("docvqa", 2)) | {"image": [{"bytes": b"no picture", "path": None}] * 2}
-        data = load("data=docvqa", f"data.hub={official.hub('docvqa', root, 'val', 2, columns)}")
+        columns = dict(official.table(name, 2)) | {"image": [{"bytes": b"no picture", "path": None}] * 2}
+        data = load(f"data={name}", f"data.hub={official.hub(name, root, official.split_of(name), 2, columns)}")
     else:
-        data = build("docvqa", source)
-        for path in root.rglob("*.png"):
+        data = build(name, source)
+        for path in (path for path in root.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg")):
             path.write_bytes(b"no picture")
     with pytest.raises(
-        ValueError, match=r"(row 0|\.png): cannot be read as a picture .*; replace it or remove its rows"
+        ValueError, match=r"(row 0|\.png|\.jpe?g): cannot be read as a picture .*; replace it or remove its rows"
     ):
         data[0].load_image()
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("sinfo", "srun", "scancel", "slurmctld", "slurmd", "munged")
+PROGRAMS = ("sinfo", "squeue", "sbatch", "srun", "scancel", "scontrol", "slurmctld", "slurmd", "munged")
 CONFIG = """ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+KillWait=2
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state
@@ -73,7 +74,11 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
                 ["sinfo", "-h", "-t", "idle", "-o", "%D"], env=environment, capture_output=True, text=True
             )
             if idle.stdout.strip() == "2":
-                yield environment
+                try:
+                    yield environment
+                finally:
+                    # What a failed test left running would outlive the daemons.
+                    subprocess.run(["scancel", "--quiet", "--full", "--signal=KILL", "--user=root"], env=environment)
                 return
             time.sleep(0.2)
         raise RuntimeError(f"SLURM did not come up: {idle.stderr}\n{(folder / 'slurmctld.log').read_text()[-2000:]}")

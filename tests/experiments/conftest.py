@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -113,22 +113,33 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def start(verb: str, *overrides: str, cwd: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen[str]:
-    """The entry point in a process of its own, as a user starts it, or in several that a launcher starts."""
-    environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"}
+def start(
+    verb: str,
+    *overrides: str,
+    cwd: Path,
+    launcher: Sequence[str] = (sys.executable,),
+    environment: Mapping[str, str] = os.environ,
+    session: bool = False,
+) -> subprocess.Popen[str]:
+    """The entry point in a process of its own, as a user starts it, or in several that a launcher starts.
+
+    With `session` it and all that it starts are one process group, which can be killed as a whole.
+    """
+    cwd.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [*launcher, str(ROOT / f"{verb}.py"), *overrides],
         cwd=cwd,
-        env=environment,
+        env={k: v for k, v in environment.items() if k != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=session,
     )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and the lines of standard error."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=500)
     return process.returncode, out, err.splitlines()
 
 

@@ -136,10 +136,8 @@ def test_a_failed_job_that_answered_nothing_runs_again_without_being_told(eval_h
     assert lasting(result_of(job)) == lasting(result)
 
 
-def test_answers_of_other_weights_are_not_mixed_in(
-    eval_here: Eval, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("selector=pooled", "limit=8", "batch_size=2")
+def stopped(eval_here: Eval, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Path:
+    """A job that died after its second batch."""
     calls = iter(range(2))
 
     def dies(*_: object) -> None:
@@ -150,6 +148,14 @@ def test_answers_of_other_weights_are_not_mixed_in(
         patch.setattr("experiments.progress.Progress.advance", lambda self, n: dies() if n == 2 else None)
         job = eval_here(*arguments, ok=False)
     assert len((job / "journal.jsonl").read_text().splitlines()) == 2
+    return job
+
+
+def test_answers_of_other_weights_are_not_mixed_in(
+    eval_here: Eval, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("selector=pooled", "limit=8", "batch_size=2")
+    job = stopped(eval_here, monkeypatch, *arguments)
     eval_here(*arguments, ok=False)
     assert "was stopped in the middle: resume=true keeps what it has" in capfd.readouterr().err
     with monkeypatch.context() as patch:
@@ -158,6 +164,20 @@ def test_answers_of_other_weights_are_not_mixed_in(
     assert "was begun with other weights" in capfd.readouterr().err
     eval_here(*arguments, "resume=true")
     assert len(rows_of(job)) == 8
+
+
+@pytest.mark.parametrize("session", ["overwrite=false", "overwrite=true"])
+def test_a_job_that_slurm_starts_again_goes_on(session: str, eval_here: Eval, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the command line of its first start, which knew nothing of the journal."""
+    arguments = ("selector=pooled", "limit=8", "batch_size=2")
+    job = stopped(eval_here, monkeypatch, *arguments)
+    entries = [json.loads(line) for line in (job / "journal.jsonl").read_text().splitlines()]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    eval_here(*arguments, session)
+    rows = pq.read_table(job / "samples.parquet", columns=["id", "ms_denoise"]).to_pylist()
+    assert len(rows) == 8
+    before = [{"id": row["id"], "ms_denoise": entry["ms"]["denoise"] / 2} for entry in entries for row in entry["rows"]]
+    assert rows[:4] == before, "answered again"
 
 
 def test_two_processes_do_not_share_a_folder(eval_here: Eval, capfd: pytest.CaptureFixture[str]) -> None:

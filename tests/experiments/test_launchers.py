@@ -15,6 +15,7 @@ from tests.experiments.conftest import finish, start
 from tests.experiments.test_job import table_without_times
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+submitit = pytest.importorskip("submitit")
 
 
 def _occupy(began: Any, threads: int, log: Path) -> None:
@@ -52,16 +53,22 @@ def test_jobs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(lines) == 12 and most == 2
 
 
-def test_a_gpu_slot_hides_the_other_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-
+def _what_a_job_sees() -> tuple[str | None, str | None]:
     with slots.turn(None, "auto"):
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+        in_turn = os.environ["CUDA_VISIBLE_DEVICES"]
         with slots.turn(None, "auto"):
-            assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+            return in_turn, os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def test_a_job_sees_the_gpu_of_its_slot_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a real job of submitit, which starts its jobs with no GPU at all."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setenv("PYTHONPATH", str(CONF.parent))
+    monkeypatch.setenv(slots.HANDED_DOWN, "")
+    slots.hand_down_gpus()
+    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    assert executor.submit(_what_a_job_sees).result() == ("3", "5")
 
 
 def test_a_job_of_nobodys_launcher_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

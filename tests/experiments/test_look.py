@@ -61,6 +61,20 @@ def test_a_sheet_has_a_column_for_each_selector_and_wraps() -> None:
     assert many.height > 1.8 * few.height
 
 
+def test_a_sheet_leaves_little_empty() -> None:
+    """Few places at its end, and no room for heat maps in a row of selectors that have none."""
+    geometry, scored = TokenGeometry(TOY), torch.randn(1, 320)
+    ranked, plain = Choice("a", chosen([64], scored)), Choice("b", chosen([64]))
+
+    def size(*choices: Choice) -> tuple[int, int]:
+        return sheet(WHITE, "t", choices, geometry, longest=240).size
+
+    across = [(size(*[ranked] * n)[0] - 14) // 254 for n in range(1, 11)]
+    assert across == [2, 3, 4, 5, 3, 4, 4, 3, 5, 4]
+    (_, all_ranked), (_, last_plain) = size(*[ranked] * 7), size(*[ranked] * 3, *[plain] * 4)
+    assert all_ranked - last_plain == 240, "as high as one heat map; the words under it stay"
+
+
 def test_the_command_draws(tiny_weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Image.effect_noise((90, 60), 60).convert("RGB").save(tmp_path / "my picture.png")
     model = ["model=tiny", f"model.path={tiny_weights}"]

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pptx import Presentation
+from pptx.enum.shapes import MSO_SHAPE_TYPE
 
 from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
@@ -97,6 +99,38 @@ def test_everything_can_be_written_again_from_the_files_alone(
         assert stop.value.code == 1
         (line,) = capfd.readouterr().err.splitlines()
         assert sentence in line
+
+
+@pytest.mark.skipif(shutil.which("soffice") is None, reason="LibreOffice is not installed")
+def test_the_deck_opens(eval_here: Eval, tmp_path: Path) -> None:
+    """In another program than the one that wrote it: nine slides are nine pages."""
+    for selector in ("pooled", "full", "shirg"):
+        study = eval_here(f"selector={selector}", "limit=30", "shots=2").parent
+    publish(study, files=True)
+    profile = f"-env:UserInstallation={(tmp_path / 'profile').as_uri()}"
+    command = ["soffice", profile, "--headless", "--convert-to", "pdf", "--outdir", str(tmp_path), study / "deck.pptx"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    pages = re.findall(rb"/Type\s*/Page\b", (tmp_path / "deck.pdf").read_bytes())
+    assert len(pages) == 9
+
+
+def test_what_stands_on_a_slide_stays_on_it(eval_here: Eval) -> None:
+    """Every shape lies within its slide, and a picture above its caption begins where the caption does."""
+    for selector in ("pooled", "full", "shirg"):
+        study = eval_here(f"selector={selector}", "limit=30", "shots=2").parent
+    publish(study, files=True)
+    deck = Presentation(study / "deck.pptx")
+    for slide in deck.slides:
+        for shape in slide.shapes:
+            assert 0 <= shape.left and shape.left + shape.width <= deck.slide_width
+            assert 0 <= shape.top and shape.top + shape.height <= deck.slide_height
+    first = deck.slides[0].shapes
+    pictures = [shape for shape in first if shape.shape_type == MSO_SHAPE_TYPE.PICTURE]
+    captions = [shape for shape in first if shape.has_text_frame and "question: " in shape.text_frame.text]
+    assert len(pictures) == 3 == len(captions)
+    assert [shape.left for shape in pictures] == [shape.left for shape in captions]
+    assert all(a.top + a.height <= b.top for a, b in zip(pictures, captions, strict=True))
 
 
 def test_rows_over_a_part_stand_apart_and_are_in_no_figure(eval_here: Eval) -> None:

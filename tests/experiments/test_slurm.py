@@ -1,48 +1,167 @@
-"""Training over two nodes of a real SLURM, cancelled in the middle and resumed."""
+"""Sweeps, shards and training over two nodes of a real SLURM: cancelled, drained, put back into the queue, resumed."""
 
+import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments.training.history import read_points
 from tests.experiments.cluster import slurm
-from tests.experiments.conftest import ROOT, Here, result_of
+from tests.experiments.conftest import Here, finish, result_of, start
+from tests.experiments.test_job import lasting, rows_of, table_without_times
 from tests.experiments.test_resume import last_step, wait_for_step
 
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+Cluster = dict[str, str]
+WORDS = ["data.n=480", "batch_size=4", "threads=1", "device=cpu", "study=s"]
+SLURM = "hydra/launcher=slurm"
 
-@pytest.mark.slurm
-def test_two_nodes_give_the_curve_of_one_process(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_weights: Path) -> list[str]:
+    """Three systems of the main table; nobody has trained adapters for these weights."""
+    systems = ["experiment=B0,S1,P1", "adapter=null", f"model.path={tiny_weights}", "limit=240", "shots=2"]
+    return ["sweep=main_table", *systems, *WORDS]
+
+
+@pytest.fixture(scope="module")
+def in_process(sweep: list[str], cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study of the same sweep without a cluster."""
+    home = tmp_path_factory.mktemp("in_process")
+    code, _, err = finish(start("eval", *sweep, cwd=home))
+    assert (code, err) == (0, [])
+    return home / "outputs/s"
+
+
+def test_a_sweep_fills_the_table_that_it_fills_here(
+    sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    code, out, err = finish(start("eval", *sweep, SLURM, cwd=tmp_path, environment=cluster))
+    assert code == 0, err
+    assert sum(line.startswith("ok ") for line in out.splitlines()) == 3
+    assert table_without_times(tmp_path / "outputs/s") == table_without_times(in_process)
+    assert len(table_without_times(in_process)) == 3
+    assert set(nodes(cluster, tmp_path).values()) == {"n1", "n2"}
+
+
+def test_a_cancelled_job_and_a_drained_node_cost_one_row(
+    sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    study = tmp_path / "outputs/s"
+    waiting = start("eval", *sweep, SLURM, cwd=tmp_path, environment=cluster)
+    journal = wait_for(lambda: next(iter(written(study, "*B0*/journal.jsonl", lines=2)), None), waiting)
+    control(cluster, "scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    try:
+        (job,) = (path.name for path in study.glob(".submitit/*_0"))
+        control(cluster, "scancel", job)
+        code, out, err = finish(waiting)
+        assert code == 1
+        reason, last = [line for line in err if line.startswith("error: ")]
+        assert "experiment=B0" in reason and ": ended without a word (CANCELLED): " in reason
+        assert last == "error: a job ended without a word; the same command with resume=true runs what is missing"
+        assert sum(line.startswith("ok ") for line in out.splitlines()) == 2
+        assert sorted(row["status"] for row in table_without_times(study)) == ["ok", "ok", "stopped"]
+        first = [row["id"] for entry in entries(journal) for row in entry["rows"]]
+        assert 8 <= len(first) < 240
+        code, out, err = finish(start("eval", *sweep, SLURM, "resume=true", cwd=tmp_path, environment=cluster))
+    finally:
+        control(cluster, "scontrol", "update", "nodename=n2", "state=resume")
+    assert code == 0, err
+    assert sum(line.startswith("skip ") for line in out.splitlines()) == 2
+    assert table_without_times(study) == table_without_times(in_process)
+    ids = [row["id"] for row in rows_of(journal.parent)]
+    assert ids[: len(first)] == first and len(set(ids)) == len(ids) == 240
+
+
+def test_shards_over_both_nodes_equal_the_whole(
+    sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
+) -> None:
+    """One of them is put back into the queue in the middle, as when its node fails, and goes on by itself."""
+    words = ["-m", "shards=2", "shard=0,1", "experiment=P1", *sweep[2:], SLURM]
+    study = tmp_path / "outputs/s"
+    waiting = start("eval", *words, cwd=tmp_path, environment=cluster)
+    journal = wait_for(lambda: next(iter(written(study, "*shard-1*/journal.jsonl", lines=2)), None), waiting)
+    first = nodes(cluster, tmp_path)
+    (job,) = (path.name for path in study.glob(".submitit/*_1"))
+    control(cluster, "scontrol", "requeue", job)
+    before = entries(journal)
+    assert 2 <= len(before) < 30
+    code, out, err = finish(waiting)
+    assert code == 0, err
+    assert sorted(first.values()) == ["n1", "n2"]
+    parts = [rows_of(folder) for folder in sorted(study.glob("*_shard-*"))]
+    assert list(map(len, parts)) == [120, 120]
+    assert [row["id"] for row in parts[1]][:8] == [row["id"] for entry in before[:2] for row in entry["rows"]]
+    (merged,) = (path for path in study.glob("eval_*shards-2*") if "_shard-" not in path.name)
+    (whole,) = in_process.glob("*P1*")
+    assert [{**row, "batch": 0} for row in rows_of(merged)] == [{**row, "batch": 0} for row in rows_of(whole)]
+    ours, theirs = (lasting(result_of(folder)) for folder in (merged, whole))
+    for key in ("quality", "tokens", "data", "config", "config_hash", "model", "selector", "status"):
+        assert ours[key] == theirs[key], key
+
+
+def test_two_nodes_give_the_curve_of_one_process(
+    train_here: Here, tiny_weights: Path, cluster: Cluster, tmp_path: Path
+) -> None:
     words = ["selector=shirg", "optim.steps=30", "batch_size=4", "trainer.log_every=2", "trainer.checkpoint_every=5"]
     words += ["study=s"]
     alone = train_here(*words, root=tmp_path / "alone")
     shared = [f"model.path={tiny_weights}", "trainer=ddp", "trainer.num_nodes=2", "optim.warmup=0", "threads=1", *words]
-    with slurm(tmp_path / "slurm") as environment:
+    srun = ("srun", "-N2", "--job-name=training", sys.executable)
 
-        def srun(*more: str) -> subprocess.Popen[str]:
-            command = ["srun", "-N2", "--job-name=training", sys.executable, str(ROOT / "train.py"), "device=cpu"]
-            return subprocess.Popen(
-                [*command, *shared, *more],
-                cwd=tmp_path,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+    def begin(*more: str) -> subprocess.Popen[str]:
+        return start("train", "device=cpu", *shared, *more, cwd=tmp_path, launcher=srun, environment=cluster)
 
-        first = srun()
-        wait_for_step(first, tmp_path, 8)
-        subprocess.run(["scancel", "--name=training"], env=environment, check=True)
-        _, err = first.communicate(timeout=120)
-        assert first.returncode != 0 and "CANCELLED" in err
-        (folder,) = (tmp_path / "outputs/s").glob("train_*")
-        assert result_of(folder)["status"] == "running" and 5 <= last_step(folder) < 30
-        second = srun("resume=true")
-        out, err = second.communicate(timeout=120)
-        assert second.returncode == 0, err
+    first = begin()
+    wait_for_step(first, tmp_path, 8)
+    control(cluster, "scancel", "--name=training")
+    code, _, err = finish(first)
+    assert code != 0 and "CANCELLED" in "\n".join(err)
+    (folder,) = (tmp_path / "outputs/s").glob("train_*")
+    assert result_of(folder)["status"] == "running" and 5 <= last_step(folder) < 30
+    code, out, err = finish(begin("resume=true"))
+    assert code == 0, err
     assert out.count("written  ") == 1, "one of the processes speaks"
     assert result_of(folder)["status"] == "ok" and result_of(folder)["times"]["processes"] == 2
     one, two = (read_points(path / "metrics.csv") for path in (alone, folder))
     for name in ("step", "loss", "accuracy", "grad_norm"):
         assert [p[name] for p in two] == pytest.approx([p[name] for p in one], abs=1e-4), name
+
+
+def control(cluster: Cluster, *command: str) -> str:
+    return subprocess.run(command, env=cluster, check=True, capture_output=True, text=True).stdout
+
+
+def nodes(cluster: Cluster, home: Path) -> dict[str, str]:
+    """Where each job of the study ran, or runs."""
+    listed = control(cluster, "squeue", "--noheader", "--array", "--states=all", "--format=%i %N")
+    jobs = {path.name for path in home.glob("outputs/s/.submitit/*_*")}
+    return {job: node for job, node in map(str.split, listed.splitlines()) if job in jobs}
+
+
+def written(study: Path, pattern: str, lines: int) -> list[Path]:
+    return [path for path in study.glob(pattern) if path.read_bytes().count(b"\n") >= lines]
+
+
+def entries(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+
+
+def wait_for(found: Callable[[], Path | None], process: subprocess.Popen[str]) -> Path:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if path := found():
+            return path
+        time.sleep(0.01)
+    raise AssertionError(f"never came: {finish(process) if process.poll() is not None else 'still running'}")

@@ -123,25 +123,6 @@ def test_random_remasking_and_temperature_give_the_same_answers_twice(eval_here:
     assert (answers[0] != answers[2]).any()
 
 
-def test_loggers_mirror_the_result(
-    eval_here: Eval, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    job = eval_here("selector=pooled", "limit=6", "logger=csv")
-    header, values = (job / "metrics/metrics.csv").read_text().splitlines()
-    logged = dict(zip(header.split(","), values.split(","), strict=True))
-    quality = result_of(job)["quality"]["metrics"]["exact_match"]
-    assert float(logged["quality.metrics.exact_match.high"]) == quality["high"]
-    assert float(logged["tokens.visual.mean"]) == 88
-
-    def offline(*_: object) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.log_metrics", offline)
-    job = eval_here("selector=full", "limit=6", "logger=csv")
-    assert result_of(job)["status"] == "ok"
-    assert "warning: the logger failed (no route)" in capfd.readouterr().err
-
-
 def test_a_run_may_change_the_model_s_switches(eval_here: Eval) -> None:
     """The newline behind the picture is one token more; a value that does not exist is refused."""
     common = ("data.n=6", "selector=pooled", "study=switches")

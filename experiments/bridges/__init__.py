@@ -1,0 +1,1 @@
+"""Other people's harnesses, run on our systems."""

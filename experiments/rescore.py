@@ -1,0 +1,209 @@
+"""`python eval.py rescore=FOLDER`: today's metrics for answers that are there already.
+
+Neither weights nor pictures are read: samples.parquet has the answers and what they are compared with. The scores end
+up as if the job were run again with these metrics; what was generated, and what that cost, stays as it is.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from experiments.data.limit import ids_hash
+from experiments.metrics.cleaning import CLEANER
+from experiments.schema import override_key
+from experiments.scoring import Scorer, score_answer, scorer_version, text_metrics
+from experiments.shorthand import job_folders
+from experiments.study import record
+from experiments.study.files import encode_json, read_json, write_together
+from experiments.study.job import SHOTS, is_bad_input
+from experiments.study.samples import encode_samples, read_rows
+from experiments.study.summary import summarise
+from experiments.study.table import refresh
+
+WORD = "rescore"
+METRICS = "data.metrics"
+_RECALL = "entity_recall"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line with `rescore=` asks for."""
+
+    pattern: str
+    metrics: tuple[str, ...] | None
+    """None is what each job was scored by."""
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request of a command line, which has a `rescore=` in it.
+
+    Raises:
+        ValueError: more than one of them, or words that would change more than scores.
+    """
+    patterns = [word.partition("=")[2] for word in argv if word.startswith(f"{WORD}=")]
+    others = [word for word in argv if not word.startswith(f"{WORD}=")]
+    asked = [word for word in others if override_key(word) == METRICS]
+    if len(patterns) > 1 or len(asked) > 1 or len(asked) < len(others):
+        raise ValueError(
+            f"{WORD}=FOLDER goes with {METRICS}=[...] and nothing else, each once: it changes scores and leaves "
+            f"answers as they are (several jobs: {WORD}='outputs/STUDY/*')"
+        )
+    return Request(patterns[0], _names(asked[0]) if asked else None)
+
+
+def rescore_all(request: Request) -> dict[Path, bool]:
+    """Scores every job that the request names; says what became of each, and returns whether it went well.
+
+    Raises:
+        ValueError: the pattern names no job.
+    """
+    folders = job_folders(WORD, request.pattern, "eval")
+    outcome = {}
+    for folder in folders:
+        try:
+            before, after = rescore(folder, request.metrics)
+        except (ValueError, OSError) as error:
+            if not is_bad_input(error):
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            outcome[folder] = False
+        else:
+            print(f"ok    {folder.name}: {_headline(before)} -> {_headline(after)}", flush=True)
+            outcome[folder] = True
+    return outcome
+
+
+def rescore(folder: Path, metrics: Sequence[str] | None = None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Scores one job again, by its own metrics or by those given; returns its quality before and after.
+
+    Raises:
+        ValueError: no finished job of eval.py, a part of a larger one, answers that are not those it scored, or a
+            metric that they cannot be scored by.
+    """
+    if record.read_result(folder) is None:
+        raise ValueError(f"{WORD}={folder}: there is no {record.RESULT} in it; give the folder of a job of eval.py")
+    try:
+        with FileLock(folder / record.LOCK, timeout=0):
+            qualities = _rescore(folder, metrics)
+    except Timeout:
+        raise ValueError(f"{WORD}={folder}: another process is running this job; wait for it") from None
+    refresh(folder.parent)
+    return qualities
+
+
+def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    result = record.read_result(folder)
+    assert result is not None
+    rows = _answers(folder, result)
+    scorers = text_metrics(metrics or result["config"]["data"]["metrics"])
+    for row in rows:
+        row["scores"] = score_answer(scorers, row["prediction"], row["answers"], row["target"])
+    shots = _shots(folder, rows)
+    quality = summarise(rows, tuple(scorers))["quality"]
+    if metrics is not None:
+        _check_fed(folder, rows, scorers, metrics)
+        result = _asked_with(result, metrics)
+    before, scored_by = result["quality"], result["data"].get("scorer")
+    new = {
+        **result,
+        "data": {**result["data"], "cleaner": CLEANER, "scorer": scorer_version()},
+        "quality": quality,
+        "rescored": {
+            "before": {"metrics": list(before["metrics"]), "scorer": scored_by},
+            **record.code_version(),
+        },
+        "times": {**result["times"], "rescored": record.now()},
+    }
+    write_together(
+        {
+            **{path: encode_json(shot) for path, shot in shots.items()},
+            folder / record.SAMPLES: encode_samples(rows),
+            folder / record.RESULT: encode_json(new),
+        }
+    )
+    return before, quality
+
+
+def _answers(folder: Path, result: Mapping[str, Any]) -> list[Row]:
+    """The job's answers, after making sure that they are all of them and the ones that were scored."""
+    where = f"{WORD}={folder}"
+    if result["verb"] != "eval" or result["status"] != "ok":
+        raise ValueError(
+            f"{where} is a job of {result['verb']}.py with status {result['status']}: only a finished job of eval.py "
+            "has answers to score; resume=true finishes it"
+        )
+    if result["config"].get("shards", 1) > 1:
+        raise ValueError(
+            f"{where} is one of {result['config']['shards']} shards: score the job that they make together"
+        )
+    if not (folder / record.SAMPLES).is_file():
+        raise FileNotFoundError(f"{where} has no {record.SAMPLES}: overwrite=true answers again")
+    rows = read_rows(folder / record.SAMPLES)
+    found = ids_hash(row["id"] for row in rows)
+    if found != result["data"]["ids"]:
+        raise ValueError(
+            f"{where}: {record.SAMPLES} holds other samples (ids {found}) than {record.RESULT} scored "
+            f"(ids {result['data']['ids']}); overwrite=true answers again"
+        )
+    return rows
+
+
+def _check_fed(folder: Path, rows: Sequence[Row], scorers: Mapping[str, Scorer], asked: Sequence[str]) -> None:
+    """Every metric that was asked for must have something to compare with in some sample."""
+    for name in asked:
+        if name == _RECALL:
+            fed, lacking = any(row["recall"] is not None for row in rows), "boxes of the evidence"
+        else:
+            fed = any(row["scores"][name] is not None for row in rows)
+            lacking = getattr(scorers[name], "reference", "answers")
+        if not fed:
+            raise ValueError(f"{METRICS}: {name} needs {lacking}, and no sample of {folder.name} has any")
+
+
+def _asked_with(result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """The record as a job has it that is run with these metrics from the start."""
+    word = f"{METRICS}=[{','.join(metrics)}]"
+
+    def replaced(words: Sequence[str]) -> list[str]:
+        return [*(w for w in words if override_key(w) != METRICS), word]
+
+    config = {**result["config"], "data": {**result["config"]["data"], "metrics": list(metrics)}}
+    return {
+        **result,
+        "command": shlex.join(replaced(shlex.split(result["command"]))),
+        "overrides": replaced(result["overrides"]),
+        "config": config,
+        "config_hash": record.config_hash(config),
+    }
+
+
+def _shots(folder: Path, rows: Sequence[Row]) -> dict[Path, dict[str, Any]]:
+    """The records of the drawn samples with their new scores; those that need all answers stay empty there."""
+    scores = {row["id"]: dict(row["scores"]) for row in rows}
+    records = {path: read_json(path) for path in sorted((folder / SHOTS).glob("*.json"))}
+    return {path: {**shot, "scores": scores[shot["id"]]} for path, shot in records.items() if shot is not None}
+
+
+def _names(word: str) -> tuple[str, ...]:
+    """The metrics of `data.metrics=[a,b]`."""
+    try:
+        value = OverridesParser.create().parse_override(word).value()
+    except HydraException as error:
+        raise ValueError(f"{word}: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{word}: give a list of metrics, for example {METRICS}=[exact_match,anls]")
+    return tuple(value)
+
+
+def _headline(quality: Mapping[str, Any]) -> str:
+    score = quality["metrics"][quality["metric"]]
+    return f"{quality['metric']} {'-' if score is None else format(100 * score['mean'], '.1f')}"

@@ -1,0 +1,203 @@
+"""What a job's logger gets: curves, numbers, overlays; one run for each job, closed however the job ends."""
+
+import json
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb.proto.wandb_internal_pb2 import Record
+
+from experiments.training.history import read_points
+from lavida_adapter import Lavida
+from tests.experiments.conftest import Here, finish, result_of, start
+from tests.experiments.test_resume import last_step, wait_for_step
+from tests.lavida_adapter.test_training import poisoned
+
+WORDS = ["selector=shirg", "optim.steps=4", "batch_size=4", "trainer.log_every=2", "study=s", "logger=wandb"]
+CHECK = "{_target_: experiments.data.synthetic.glyphs.SynthGlyphs, split: val, n: 8, density: sparse, qa_per_image: 2}"
+BLOCK = 2**15
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lies in the file of an offline run."""
+
+    records: list[Record]
+
+    def one(self, kind: str) -> Any:
+        return next(getattr(r, kind) for r in self.records if r.WhichOneof("record_type") == kind)
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.one("exit").exit_code)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {u.key: json.loads(u.value_json) for r in self.records for u in r.config.update}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """What was logged together, nested keys joined by dots."""
+        found = [r.history.item for r in self.records if r.WhichOneof("record_type") == "history"]
+        return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items} for items in found]
+
+    def history(self, name: str) -> list[tuple[int, float]]:
+        """Step and value of a metric."""
+        return [(row["trainer/global_step"], row[name]) for row in self.rows if name in row]
+
+
+def read_run(path: Path) -> Run:
+    """Reads wandb's file: records of its own protocol in blocks of LevelDB's log format, after a head of 7 bytes."""
+
+    def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
+        at = 7
+        while at < len(data):
+            if BLOCK - at % BLOCK < 7:
+                at += BLOCK - at % BLOCK
+            _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+            yield kind, data[at + 7 : at + 7 + size]
+            at += 7 + size
+
+    records, whole = [], b""
+    for kind, piece in pieces(path.read_bytes()):
+        whole = piece if kind in (1, 2) else whole + piece  # whole or first, then middle or last
+        if kind in (1, 4):
+            records.append(Record.FromString(whole))
+    return Run(records)
+
+
+def runs_of(folder: Path) -> list[Run]:
+    """The runs of a job, the oldest first."""
+    return [read_run(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getctime)]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning writes its own word into this variable, for good."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_a_training_sends_its_curve_its_result_and_overlays(train_here: Here) -> None:
+    words = ["selector.coord_embed=sincos_linear", "selector.coord_width=auto", "++optim.rates.selector=0.002"]
+    words += ["lora.train_whole=[selector.coords.linear]", f"++check={CHECK}", "++gate={fine: 0}"]
+    folder = train_here(*WORDS, *words)
+    (run,) = runs_of(folder)
+    about = run.one("run")
+    assert about.run_group == "s" and about.job_type == "train" and about.project == "shirg"
+    assert list(about.tags) == ["tiny", "synth_glyphs_train", "shirg"] and about.display_name == folder.name
+    assert about.run_id == (folder / "wandb-id").read_text() and run.exit_code == 0
+    result = result_of(folder)
+    assert {k: v for k, v in run.config.items() if k in result["config"]} == result["config"]
+    assert run.config["command"] == result["command"] and run.config["choices"]["lora"] == "tiny"
+
+    points = read_points(folder / "metrics.csv")
+    assert [p["step"] for p in points] == [2, 4]
+    for name in points[0].keys() - {"step"}:
+        assert run.history(name) == [(p["step"], p[name]) for p in points], name
+    assert {"loss", "grad_norm", "lr", "lr_selector"} <= points[0].keys()
+    assert points[0]["lr_selector"] / points[0]["lr"] == pytest.approx(0.002 / result["config"]["optim"]["lr"])
+    for name in ("tokens_per_s", "samples_per_s", "peak_mib"):
+        assert [step for step, _ in run.history(name)] == [2, 4] and run.history(name)[1][1] > 0, name
+
+    (end,) = [row for row in run.rows if "training.loss" in row]
+    assert end["training.loss"] == result["training"]["loss"]
+    assert end["training.gate.fine"] == result["training"]["gate"]["fine"]
+    (kept,) = [row for row in run.rows if "kept tokens.count" in row]
+    assert kept["kept tokens.count"] == 4 == len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png")))
+    assert len(kept["kept tokens.captions"]) == 4 and all(" -> " in text for text in kept["kept tokens.captions"])
+    (table,) = [row for row in run.rows if "samples.nrows" in row]
+    assert table["samples.nrows"] == 4
+
+
+def test_an_evaluation_sends_its_result(eval_here: Here) -> None:
+    folder = eval_here("selector=pooled", "limit=6", "logger=wandb", "shots=3")
+    (run,) = runs_of(folder)
+    assert run.exit_code == 0 and run.one("run").job_type == "eval"
+    (end,) = [row for row in run.rows if "tokens.visual.mean" in row]
+    assert end["tokens.visual.mean"] == 88
+    assert [row["samples.nrows"] for row in run.rows if "samples.nrows" in row] == [6]
+    assert [row["kept tokens.count"] for row in run.rows if "kept tokens.count" in row] == [3]
+
+
+def test_a_run_that_does_not_end_well_is_marked_as_failed(train_here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Lavida, "loss", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_here(*WORDS, "seed=1")
+        patch.setattr(Lavida, "loss", lambda *_, **__: 1 / 0)
+        train_here(*WORDS, "seed=2", ok=False)
+    poisoned(monkeypatch, 0, gradient=False)
+    monkeypatch.setattr("tests.lavida_adapter.test_training.int", lambda _: 0, raising=False)
+    folder = train_here(*WORDS, "seed=3", ok=False)
+    assert "the loss of step 0 is nan" in result_of(folder)["reason"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    for path in sorted(folder.parent.glob("train_*")):
+        (run,) = runs_of(path)
+        assert run.exit_code == 1 and run.history("loss") == []
+
+
+def test_a_terminated_run_is_closed_and_goes_on_under_its_id(
+    train_here: Here, tiny_weights: Path, tmp_path: Path
+) -> None:
+    words = [*WORDS, "optim.steps=60", "trainer.checkpoint_every=4"]
+    process = start("train", f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", *words, cwd=tmp_path)
+    wait_for_step(process, tmp_path, 8)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == -signal.SIGTERM
+    (folder,) = (tmp_path / "outputs/s").glob("train_*")
+    (run,) = runs_of(folder)
+    assert run.exit_code == 1 and run.history("loss")[-1][0] >= 6  # a point is in the file before it is sent
+    at = last_step(folder)
+    assert train_here(*words, "device=auto", "resume=true") == folder
+    first, second = runs_of(folder)
+    assert first.one("run").run_id == second.one("run").run_id
+    assert (first.exit_code, second.exit_code) == (1, 0)
+    # The second holds the whole curve, and the pace of its own session.
+    assert second.history("loss") == [(p["step"], p["loss"]) for p in read_points(folder / "metrics.csv")]
+    assert second.history("peak_mib")[0][0] > at
+
+
+def test_every_job_of_a_sweep_has_a_run_of_its_own(tiny_weights: Path, tmp_path: Path) -> None:
+    words = [f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", "device=cpu", *WORDS, "selector=random,shirg"]
+    code, _, err = finish(start("train", "-m", *words, cwd=tmp_path))
+    assert code == 0, err
+    runs = [run for folder in sorted((tmp_path / "outputs/s").glob("train_*")) for run in runs_of(folder)]
+    assert [run.one("run").tags[2] for run in runs] == ["random", "shirg"]
+    assert len({run.one("run").run_id for run in runs}) == 2
+    assert all([step for step, _ in run.history("loss")] == [2, 4] and run.exit_code == 0 for run in runs)
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_online_without_a_key(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = finish(start(verb, "logger=wandb", "logger.offline=false", cwd=tmp_path))
+    assert code == 1 and len(err) == 1, err
+    assert err[0].startswith("error: logger.offline=false: there is no key for Weights & Biases; run `wandb login`")
+
+
+def test_a_logger_that_fails_takes_no_result_with_it(
+    eval_here: Here, train_here: Here, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = eval_here("selector=pooled", "limit=6", "logger=csv")
+    header, values = (job / "metrics/metrics.csv").read_text().splitlines()
+    logged = dict(zip(header.split(","), values.split(","), strict=True))
+    quality = result_of(job)["quality"]["metrics"]["exact_match"]
+    assert float(logged["quality.metrics.exact_match.high"]) == quality["high"]
+    assert float(logged["tokens.visual.mean"]) == 88
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.log_metrics", offline)
+    for run, words in ((eval_here, ("selector=full", "limit=6")), (train_here, WORDS)):
+        assert result_of(run(*words, "logger=csv"))["status"] == "ok"
+        assert capfd.readouterr().err.count("warning: the logger failed (no route)") == 1
