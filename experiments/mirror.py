@@ -50,8 +50,10 @@ class Mirror:
         Raises:
             ValueError: wandb is to be online and has no key.
         """
-        if not job.crew.first or not shows_pictures(cfg):
-            return cls(build.build_logger(cfg) if job.crew.first else None, job)
+        if not job.crew.first:
+            return cls(None, job)
+        if not shows_pictures(cfg):
+            return cls(build.build_logger(cfg), job)
         if not cfg.logger.get("offline"):
             import wandb
 

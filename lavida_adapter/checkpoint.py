@@ -81,8 +81,17 @@ def load(cls: type[M], source: str | Path, *, dtype: torch.dtype | str, device: 
     return model.eval()
 
 
-def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
-    """A floating type, by itself or by name; "auto" is the stored one."""
+def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype | None) -> torch.dtype:
+    """A floating type, by itself or by name; "auto" is the stored one, None where nothing is computed in that.
+
+    Raises:
+        ValueError: for what is no floating type, or for "auto" without a stored one.
+    """
+    if dtype == "auto" and stored is None:
+        raise ValueError(
+            "dtype=auto: the checkpoint stores its embedding in a type that cannot be computed in; choose float32, "
+            "bfloat16 or float16"
+        )
     found = stored if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype={dtype}: choose auto, float32, bfloat16 or float16")
@@ -90,6 +99,7 @@ def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype) -> torch.dtype:
 
 
 def read_config(folder: Path) -> LavidaConfig:
+    """The config of a checkpoint; FileNotFoundError where there is none."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint folder")

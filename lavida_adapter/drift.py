@@ -21,6 +21,10 @@ class Drift:
 
 @torch.inference_mode()
 def drift(lm: Llada, whole: PrefixCache, stored: StoredPrefix, n_answer: int) -> Drift:
+    """How far the logits of a first step over `stored` are from those over `whole`, for answers of `n_answer` masks.
+
+    The mask token, which is never an answer, counts for nothing.
+    """
     mask_id = lm.config.mask_token_id
     ids_BA = torch.full((len(whole.next_position_B), n_answer), mask_id, device=whole.next_position_B.device)
     expected, found = (Steps(lm, cache, n_answer)(ids_BA).float() for cache in (whole, stored))

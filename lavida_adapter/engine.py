@@ -92,11 +92,13 @@ class Steps:
 
 
 def answer_angles(lm: Llada, cache: StoredPrefix, n_answer: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, A, Dh] of the answer's rotary positions, which begin behind the prefix's last."""
     first_B = cache.next_position_B
     return lm.angles(first_B[:, None] + torch.arange(n_answer, device=first_B.device))
 
 
 def step_mask(mask_BP: Tensor | None, n_answer: int) -> Tensor | None:
+    """Where an answer may look [B, 1, 1, P + A]: at the prefix's used slots and at all of itself."""
     if mask_BP is None:
         return None
     return attention_mask(torch.nn.functional.pad(mask_BP, (0, n_answer), value=True), None)

@@ -81,6 +81,7 @@ def ready(picture: Image.Image | Views, config: LavidaConfig, geometry: Geometry
 
 
 def squash(image: Image.Image, edge: int) -> Image.Image:
+    """The whole picture in a square of `edge` pixels, whatever its proportions."""
     return image.resize((edge, edge), Image.Resampling.BICUBIC)
 
 

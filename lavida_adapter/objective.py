@@ -86,6 +86,7 @@ def extra_padding(config: ObjectiveConfig, generator: torch.Generator) -> int:
 
 
 def mask_probability(t_B: Tensor) -> Tensor:
+    """Probability [B] that a target is masked at noise level t, never 0 (docs/lavida.md, "Training objective")."""
     return 0.999 * t_B + 0.001
 
 

@@ -55,7 +55,7 @@ def picture_blocks(
         group = PictureGroup(
             [views[i] for i in shown],
             torch.stack([states[i] for i in shown]),
-            torch.tensor([shown.index(picture_of[i]) for i in asking], device=model.device),
+            [shown.index(picture_of[i]) for i in asking],
             model.model.mm_projector,
         )
         recorded = {name: torch.stack([tensors[i] for i in shown]) for name, tensors in taps.items()}
@@ -106,9 +106,9 @@ def run_tower(
 class PictureGroup:
     """Pictures (E of them) that share a canvas, and the B prompts that ask about them."""
 
-    def __init__(self, views: Sequence[Views], states_END: Tensor, place_B: Tensor, projector: nn.Module) -> None:
-        """`place_B` is the picture of each prompt."""
-        self.views, self.states_END, self.place_B, self.projector = views, states_END, place_B, projector
+    def __init__(self, views: Sequence[Views], states_END: Tensor, places: Sequence[int], projector: nn.Module) -> None:
+        """`places`: the picture of each prompt."""
+        self.views, self.states_END, self.places, self.projector = views, states_END, list(places), projector
         self._projected: Tensor | None = None
         self._has_graph = False
 
@@ -120,25 +120,31 @@ class PictureGroup:
         learns = torch.is_grad_enabled()
         if self._projected is None or (learns and not self._has_graph):
             self._projected, self._has_graph = self.projector(self.states_END), learns
-        return self._projected[self.place_B]
+        return self._by_prompt(self._projected)
 
     def features(self, ids: tuple[str, ...], taps: dict[str, Tensor]) -> VisionFeatures:
         """What a selector of stage "pre" sees; `taps` are those of the pictures, [E, N, ...]."""
-        device, place = self.states_END.device, self.place_B
+        device = self.states_END.device
         valid_EN = torch.stack([v.valid_N for v in self.views])
         n_valid = valid_EN.sum(-1).tolist()
         base = [v.base_count for v in self.views]
         return VisionFeatures(
-            tokens_BND=self.states_END[place],
+            tokens_BND=self._by_prompt(self.states_END),
             layout=layout_on(self.views[0].layout, device),
-            valid_BN=valid_EN.to(device)[place],
-            picture_B4=torch.tensor([v.picture_4 for v in self.views], device=device)[place],
-            size_B2=torch.tensor([v.size for v in self.views], device=device)[place],
+            valid_BN=self._by_prompt(valid_EN.to(device)),
+            picture_B4=self._by_prompt(torch.tensor([v.picture_4 for v in self.views], device=device)),
+            size_B2=self._by_prompt(torch.tensor([v.size for v in self.views], device=device)),
             ids=ids,
-            n_valid=tuple(n_valid[i] for i in place.tolist()),
-            base_count_B=None if None in base else torch.tensor(base, device=device)[place],
-            taps={name: tensor[place] for name, tensor in taps.items()},
+            n_valid=tuple(n_valid[i] for i in self.places),
+            base_count_B=None if None in base else self._by_prompt(torch.tensor(base, device=device)),
+            taps={name: self._by_prompt(tensor) for name, tensor in taps.items()},
         )
+
+    def _by_prompt(self, values_E: Tensor) -> Tensor:
+        """Values of pictures [E, ...] by prompt [B, ...]: no copy where each prompt has a picture of its own."""
+        if self.places == list(range(len(self.views))):
+            return values_E
+        return values_E[torch.tensor(self.places, device=values_E.device)]
 
 
 def select(features: VisionFeatures, group: PictureGroup, selector: Selector, timer: Timer) -> tuple[Selection, Tensor]:

@@ -6,6 +6,7 @@ unlike the reference the network obeys it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,12 @@ class Prefix:
     n_matched: tuple[int, ...] = ()
     """What LaViDa itself would feed for each prompt's picture, newlines included: the budget "matched"."""
 
-    @property
+    @cached_property
     def padding(self) -> Tensor | None:
-        """The mask, or None when no row is padded: without one, attention is faster and equals a single prompt's."""
+        """The mask, or None when no row is padded: without one, attention is faster and equals a single prompt's.
+
+        Kept, because finding out waits for the device, and decoding without a cache asks at every step.
+        """
         return None if bool(self.mask_BP.all()) else self.mask_BP
 
     @property

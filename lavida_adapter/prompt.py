@@ -39,6 +39,7 @@ class Piece(NamedTuple):
 
 
 def header(role: str) -> str:
+    """What opens a turn of "system", "user" or "assistant"."""
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
@@ -82,6 +83,7 @@ def training_example(
 
 
 def encode(tokenizer: Any, pieces: Iterable[Piece]) -> tuple[int, ...]:
+    """Ids of pieces in a row; control tokens are recognised in those of the template alone."""
     return tuple(token for text, is_template in pieces for token in encode_text(tokenizer, text, is_template))
 
 

@@ -45,10 +45,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_headers(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
-    """Shape and dtype of every stored tensor; headers alone are read."""
+def read_headers(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype | None]]:
+    """Shape and dtype of every stored tensor, None for a type that nothing is computed in; headers alone are read."""
     shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype | None] = {}
     for path in sorted(set(where.values())):
         with open_tensors(path) as file:
             names = [name for name, p in where.items() if p == path]
@@ -58,7 +58,7 @@ def read_headers(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]],
             for name in names:
                 header = file.get_slice(name)
                 shapes[name] = tuple(header.get_shape())
-                dtypes[name] = _DTYPES.get(header.get_dtype(), torch.float32)
+                dtypes[name] = _DTYPES.get(header.get_dtype())
     return shapes, dtypes
 
 
@@ -93,6 +93,7 @@ def check_tensors(
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError names the file that holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -103,6 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_tensors(path: Path) -> Any:
+    """A safetensors file, to be used as a context; ValueError names a file that is none."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -110,4 +112,5 @@ def open_tensors(path: Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, cut to a line that fits into another sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -147,6 +147,7 @@ def canvas_layout(config: LavidaConfig, grid: Size) -> TokenLayout:
 
 
 def own_pooling(config: LavidaConfig) -> Pooling:
+    """How LaViDa itself shrinks a view (docs/lavida.md, "Pooling")."""
     return Pooling(side=config.pooled_side, mode=config.mm_spatial_pool_mode, merge=config.mm_patch_merge_type)
 
 
@@ -181,4 +182,5 @@ def inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tenso
 
 
 def everything(layout: TokenLayout) -> Tensor:
+    """bool [N]: no token is padding."""
     return torch.ones(layout.n_tokens, dtype=torch.bool)

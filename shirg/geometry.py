@@ -10,6 +10,7 @@ from torch import Tensor
 from shirg.features import Geometry, Pooling, Role, TokenLayout
 
 _AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
+"""What `area_weights` has computed: constants of a geometry, by cells, windows and device."""
 
 
 def tiles_layout(

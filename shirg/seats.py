@@ -99,4 +99,5 @@ def sum_cells(values_BND: Tensor, layout: TokenLayout) -> Tensor:
 
 
 def gather_rows(values_BND: Tensor, index_K: Tensor) -> Tensor:
+    """The same K rows of every picture, [B, K, D]."""
     return gather_tokens(values_BND, index_K.expand(len(values_BND), -1))

@@ -8,7 +8,7 @@ import torch
 from experiments.bench.clock import Timing, time_call
 from experiments.bench.decode import as_prefix
 from experiments.bench.models import Floor, load, prompt_embeds
-from experiments.bench.table import aligned
+from experiments.bench.table import aligned, title
 from experiments.roofline import cost_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Bench:
             times = (row.step.median, row.floor["times_floor"])
             moved = (f"{row.most:.2g}", f"{100 * row.same_top1:.1f}")
             body.append((row.name, *(f"{x:.2f}" for x in numbers), pack, *(f"{x:.2f}" for x in times), *moved))
-        return [f"{self.model}: " + ", ".join(f"{k} {v}" for k, v in self.shape.items()), *aligned([head, *body])]
+        return [title(self.model, self.shape), *aligned([head, *body])]
 
 
 def run(*, device: torch.device, model: str, prompt: list[int], answer: int, batch: list[int], repeats: int) -> Bench:

@@ -10,7 +10,7 @@ from torch import Tensor
 from experiments.bench import plain
 from experiments.bench.clock import Timing, time_call
 from experiments.bench.models import Floor, load, prompt_embeds
-from experiments.bench.table import aligned
+from experiments.bench.table import aligned, title
 from experiments.measure import peak_memory_mib, reset_peak_memory
 from experiments.roofline import cost_of
 
@@ -72,7 +72,7 @@ class Bench:
             steps = (row.floor["prefill"]["times_floor"], row.step_ms, row.floor["step"]["times_floor"])
             peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
             body.append((row.name, *(f"{c:.2f}" for c in (*cells, *steps)), "yes" if row.same_ids else "NO", peak))
-        lines = [f"{self.model}: " + ", ".join(f"{key} {value}" for key, value in self.shape.items())]
+        lines = [title(self.model, self.shape)]
         lines += aligned([head, *body])
         if self.model in ELSEWHERE_S:
             ms = 1000 * ELSEWHERE_S[self.model]

@@ -8,7 +8,7 @@ import torch
 from experiments.bench.clock import Timing, time_call
 from experiments.bench.inputs import noise_picture
 from experiments.bench.models import Floor, load
-from experiments.bench.table import aligned
+from experiments.bench.table import aligned, title
 from experiments.roofline import Work
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Bench:
             times = (row.views.median, row.tower.median, row.tower.median / row.pictures)
             numbers = (*times, row.floor["times_floor"], row.channels_last.median)
             body.append((str(row.pictures), *(f"{x:.2f}" for x in numbers)))
-        return [f"{self.model}: " + ", ".join(f"{k} {v}" for k, v in self.shape.items()), *aligned([head, *body])]
+        return [title(self.model, self.shape), *aligned([head, *body])]
 
 
 def run(*, device: torch.device, model: str, batch: list[int], repeats: int) -> Bench:

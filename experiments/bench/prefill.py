@@ -11,7 +11,7 @@ from experiments.bench import plain
 from experiments.bench.clock import Timing, time_call
 from experiments.bench.loglog import chart
 from experiments.bench.models import Floor, config_of, load, prompt_embeds
-from experiments.bench.table import aligned
+from experiments.bench.table import aligned, title
 from experiments.measure import peak_memory_mib, reset_peak_memory
 from experiments.roofline import Work, cost_of
 
@@ -82,7 +82,7 @@ class Bench:
         ]
         if len(self.rows) > 1:
             body.append(("exponent", *(f"{value:.2f}" for value in self.exponents.values()), "", "", ""))
-        return [f"{self.model}: " + ", ".join(f"{k} {v}" for k, v in self.shape.items()), *aligned([head, *body])]
+        return [title(self.model, self.shape), *aligned([head, *body])]
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:

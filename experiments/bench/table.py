@@ -1,6 +1,7 @@
 """Rows of text in columns."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -11,3 +12,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *numbers]))
     return lines
+
+
+def title(model: str, shape: Mapping[str, Any]) -> str:
+    """The line above a table: what was measured, at which sizes."""
+    return f"{model}: " + ", ".join(f"{name} {value}" for name, value in shape.items())

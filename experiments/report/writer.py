@@ -9,7 +9,7 @@ from experiments.report.figures import draw
 from experiments.report.latex import latex
 from experiments.report.page import write_report
 from experiments.report.plot import Drawn
-from experiments.study.files import write_atomic
+from experiments.study.files import write_atomic, write_json
 from experiments.study.rows import Row
 from experiments.study.table import refresh
 
@@ -36,7 +36,8 @@ def _files(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Pat
     if not any(row["status"] == "ok" for row in rows):
         return [study / FIGURES]
     write_atomic(study / "table.tex", latex(rows))
-    return [study / "table.tex", study / FIGURES, *_deck(study, rows, drawn)]
+    write_json(study / "table.json", {"rows": rows})
+    return [study / "table.tex", study / "table.json", study / FIGURES, *_deck(study, rows, drawn)]
 
 
 def _deck(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Path]:

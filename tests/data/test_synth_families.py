@@ -14,9 +14,9 @@ from experiments.data.sample import Dataset, Sample
 from experiments.data.synthetic.board import BAR, KINDS, Stamp
 from experiments.data.synthetic.chart import SynthChart, value
 from experiments.data.synthetic.contexts import draw_contexts
+from experiments.data.synthetic.drawn import BUCKETS
 from experiments.data.synthetic.families import FAMILIES
 from experiments.data.synthetic.glyphs.font import GLYPHS
-from experiments.data.synthetic.glyphs.scene import BUCKETS
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOUR_RGB, COLOURS, SHAPES
 from experiments.data.synthetic.mix import SynthMix
 from experiments.data.synthetic.task import SynthTask

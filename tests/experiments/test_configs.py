@@ -1,6 +1,8 @@
 """Every YAML composes, says what the code says, and is built."""
 
 import inspect
+import re
+import shlex
 from dataclasses import MISSING, fields
 from enum import Enum
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
@@ -206,3 +209,27 @@ def test_help_describes_every_option() -> None:
 
 def _heading(lines: list[str], group: str) -> str:
     return next(line for line in lines if line.startswith(f"{group} (default"))
+
+
+def documented() -> list[str]:
+    """Every command for an entry point in the documents, without the remark behind it."""
+    pages = [path for where in ("*.md", "docs/**/*.md") for path in CONF.parent.glob(where)]
+    found = [c for p in pages for c in re.findall(r"python (?:eval|train)\.py[^`#|\n]*", p.read_text())]
+    # Groups of the command line alone (test_shorthand.py composes those), and what stands for a name of one's own.
+    return sorted({c.strip() for c in found if not re.search(r"\b(?:sweep|run)=|[A-Za-z]=NAME|<\w+>|\.\.\.", c)})
+
+
+@pytest.mark.parametrize("command", documented())
+def test_documented_commands_compose(command: str) -> None:
+    verb, *words = [word for word in shlex.split(command)[1:] if word != "-m"]
+    verb = verb.removesuffix(".py")
+    axes: list[list[str]] = []
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_choice_sweep():
+            axes.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():  # a glob stands for whatever there is
+            axes.append([override.input_line or ""])
+    assert axes or not words, "a command that says nothing"
+    for n in range(max(map(len, axes), default=1)):
+        cfg = composed(verb, *(axis[min(n, len(axis) - 1)] for axis in axes))
+        assert cfg.study, command

@@ -77,6 +77,10 @@ def test_the_frontier_is_what_nobody_beats_on_both() -> None:
     assert frontier(points) == [(1.0, 20.0), (2.0, 60.0), (4.0, 90.0)]
 
 
+def test_json_has_what_the_rows_have(study: Path) -> None:
+    assert json.loads((study / "table.json").read_text()) == {"rows": collect(study)}
+
+
 def test_latex_has_every_row_and_no_bare_special(study: Path) -> None:
     rows = collect(study)
     text = (study / "table.tex").read_text()

@@ -92,7 +92,7 @@ def test_everything_can_be_written_again_from_the_files_alone(
     assert (done.returncode, done.stderr) == (0, "")
     assert (study / "report.html").read_text() == page
     assert (study / "table.md").read_text() == table
-    assert "report.html table.tex figures deck.pptx" in done.stdout
+    assert "report.html table.tex table.json figures deck.pptx" in done.stdout
     for folder, sentence in ((tmp_path / "absent", "no such folder"), (tmp_path, "holds no job")):
         with pytest.raises(SystemExit) as stop:
             rewrite([str(folder)])

@@ -74,9 +74,9 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
         assert sorted(row["status"] for row in table_without_times(study)) == ["ok", "ok", "stopped"]
         first = [row["id"] for entry in entries(journal) for row in entry["rows"]]
         assert 8 <= len(first) < 240
-        code, out, err = finish(start("eval", *sweep, SLURM, "resume=true", cwd=tmp_path, environment=cluster))
     finally:
         control(cluster, "scontrol", "update", "nodename=n2", "state=resume")
+    code, out, err = finish(start("eval", *sweep, SLURM, "resume=true", cwd=tmp_path, environment=cluster))
     assert code == 0, err
     assert sum(line.startswith("skip ") for line in out.splitlines()) == 2
     assert table_without_times(study) == table_without_times(in_process)

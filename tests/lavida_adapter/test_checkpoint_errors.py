@@ -211,3 +211,9 @@ def test_lora_layers_are_not_saved_as_a_base(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the model carries LoRA layers: merge them"):
         model.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_embedding_in_a_type_that_nothing_is_computed_in(folder: Path) -> None:
+    rewrite(folder, **{WTE: load_file(folder / SINGLE)[WTE].to(torch.float8_e4m3fn)})
+    assert refusal(folder).startswith("dtype=auto: the checkpoint stores its embedding in a type that cannot be")
+    assert Lavida.from_pretrained(folder, dtype="float32").dtype == torch.float32

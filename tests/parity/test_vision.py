@@ -64,9 +64,7 @@ def test_projector_and_pooling(golden: Golden, close, mode: str) -> None:
     close("projector", projected[:, : rows.shape[1]], rows, 1e-4)
     config = replace(golden.config, mm_spatial_pool_mode=mode, mm_patch_merge_type="flat", image_aspect_ratio="resize")
     views = make_views(blank((config.vision.image_size,) * 2), config)
-    features = pictures.PictureGroup([views], saved["features"], torch.tensor([0]), torch.nn.Identity()).features(
-        ("0",), {}
-    )
+    features = pictures.PictureGroup([views], saved["features"], [0], torch.nn.Identity()).features(("0",), {})
     pooled = Pooled()(replace(features, tokens_BND=projected))
     close(f"pooling ({mode})", pooled.tokens_BTD, saved[f"pooled_{mode}"], 1e-4)
 
@@ -78,7 +76,7 @@ def token_map(golden: Golden, size, config=None) -> torch.Tensor:
     side, n_views = config.vision.side, len(views.pixels_V3SS)
     grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (n_views, side, side)), indexing="ij"), -1)
     probe = grid.reshape(1, -1, 3)
-    features = pictures.PictureGroup([views], probe, torch.tensor([0]), torch.nn.Identity()).features(("0",), {})
+    features = pictures.PictureGroup([views], probe, [0], torch.nn.Identity()).features(("0",), {})
     selection = Pooled()(features)
     return picture_block(selection, selection.tokens_BTD[0], -torch.ones(3))
 

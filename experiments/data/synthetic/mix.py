@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.data.sample import Dataset, Sample
+from experiments.data.synthetic.drawn import Drawn
 from experiments.data.synthetic.families import FAMILIES
 from experiments.data.synthetic.glyphs import SynthGlyphs
 
 GLYPHS = "glyphs"
 
 
-class SynthMix:
+class SynthMix(Drawn):
     """Rounds of pictures, so many of each family in a round.
 
     Args:
@@ -44,13 +45,7 @@ class SynthMix:
             raise ValueError(f"data.shares.{unknown} does not exist: choose from {', '.join(known)}")
         if any(share < 0 for share in shares.values()) or not any(shares.values()):
             raise ValueError(f"data.shares={dict(shares)} must be numbers of pictures, not all of them 0")
-        if n < 1:
-            raise ValueError(f"data.n={n} must be positive")
-        self.split = split
-        self.metric_names = tuple(metrics)
-        self.max_new_tokens = max_new_tokens
-        self.questions_per_picture = qa_per_image
-        self._n = n
+        super().__init__(split=split, n=n, qa_per_image=qa_per_image, max_new_tokens=max_new_tokens, metrics=metrics)
         self._round = [(family, i) for family in known for i in range(shares.get(family, 0))]
         self._shares = dict(shares)
         options: dict[str, Any] = {"split": split, "n": n, "seed": seed, "qa_per_image": qa_per_image, "suffix": suffix}
@@ -59,13 +54,7 @@ class SynthMix:
             family: (SynthGlyphs if family == GLYPHS else FAMILIES[family])(**options) for family, _ in self._round
         }
 
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._n:
-            raise IndexError(f"sample {index} of {self._n}")
-        picture, turn = divmod(index, self.questions_per_picture)
+    def sample(self, picture: int, turn: int) -> Sample:
         rounds, place = divmod(picture, len(self._round))
         family, nth = self._round[place]
         own = rounds * self._shares[family] + nth

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from experiments.data.sample import Sample
 from experiments.data.synthetic.board import Board, Stamp, box_of, generator, to_image
+from experiments.data.synthetic.drawn import BUCKETS, Drawn, densities_of
 from experiments.data.synthetic.glyphs.render import PICTURE_PX
-from experiments.data.synthetic.glyphs.scene import BUCKETS, MAX_ATTEMPTS
+from experiments.data.synthetic.glyphs.scene import MAX_ATTEMPTS
 
 DENSITIES = {"sparse": (0.0, 0.0), "dense": (1.0, 1.0), "train": (0.0, 1.0)}
 """Least and greatest share of a family's largest crowd of distractors."""
@@ -25,7 +26,7 @@ class Question:
     """Whether the answer is that there is none; the evidence is then what it could be mistaken for."""
 
 
-class SynthTask:
+class SynthTask(Drawn):
     """Questions about drawn pictures (docs/method.md, "Four task families"). Always label results synthetic.
 
     Args:
@@ -41,7 +42,6 @@ class SynthTask:
         metrics: names of `experiments.metrics`; the first is the headline. The family's own by default.
     """
 
-    name: str
     TASKS: ClassVar[tuple[str, ...]]
     LOOKUPS: ClassVar[tuple[str, ...]]
     """The subtasks that a bag of words for each stamp can answer."""
@@ -62,23 +62,18 @@ class SynthTask:
         max_new_tokens: int = 3,
         metrics: Sequence[str] | None = None,
     ) -> None:
-        densities = [part.strip() for part in density.split(",")] if isinstance(density, str) else list(density)
+        super().__init__(
+            split=split,
+            n=n,
+            qa_per_image=qa_per_image,
+            max_new_tokens=max_new_tokens,
+            metrics=self.METRICS if metrics is None else metrics,
+        )
+        densities = densities_of(density, DENSITIES)
         tasks = self.TASKS if tasks is None else tuple(tasks)
-        if split not in BUCKETS:
-            raise ValueError(f"data.split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
-        for unknown in set(densities).difference(DENSITIES):
-            raise ValueError(f"data.density={unknown!r} does not exist: choose from {', '.join(DENSITIES)}")
-        if not densities or len(set(densities)) != len(densities):
-            raise ValueError(f"data.density={densities} must name one or more different densities")
         if not tasks or not set(tasks) <= set(self.TASKS):
             raise ValueError(f"data.tasks={list(tasks)} must name some of {', '.join(self.TASKS)}")
-        if n < 1 or qa_per_image < 1:
-            raise ValueError(f"data.n={n} and data.qa_per_image={qa_per_image} must be positive")
-        self.split = split
-        self.metric_names = tuple(self.METRICS if metrics is None else metrics)
-        self.max_new_tokens = max_new_tokens
-        self.questions_per_picture = qa_per_image
-        self._n, self._densities, self._tasks, self._seed, self._suffix = n, densities, tasks, seed, suffix
+        self._densities, self._tasks, self._seed, self._suffix = densities, tasks, seed, suffix
         self._question(self.draw(seed, split, 0, densities[0]), qa_per_image - 1)  # too many: at once
 
     @classmethod
@@ -96,13 +91,7 @@ class SynthTask:
         """What can be asked, by subtask; in random order, such that the first answers are balanced."""
         raise NotImplementedError(f"{cls.__name__} must say what can be asked")
 
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._n:
-            raise IndexError(f"sample {index} of {self._n}")
-        picture, turn = divmod(index, self.questions_per_picture)
+    def sample(self, picture: int, turn: int) -> Sample:
         number, which = divmod(picture, len(self._densities))
         density = self._densities[which]
         board = self.draw(self._seed, self.split, number, density)

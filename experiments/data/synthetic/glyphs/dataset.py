@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 
 from experiments.data.sample import Sample
+from experiments.data.synthetic.drawn import Drawn, densities_of
 from experiments.data.synthetic.glyphs.questions import questions
 from experiments.data.synthetic.glyphs.render import PICTURE_PX, to_image
-from experiments.data.synthetic.glyphs.scene import BUCKETS, DENSITIES, draw_scene
+from experiments.data.synthetic.glyphs.scene import DENSITIES, draw_scene
 from experiments.data.synthetic.glyphs.vocabulary import TASKS
 
 _scene = lru_cache(maxsize=64)(draw_scene)
 """Consecutive samples share a picture."""
 
 
-class SynthGlyphs:
+class SynthGlyphs(Drawn):
     """Questions about glyph pictures (docs/method.md, "The tiny testbed"). Always label results from it synthetic.
 
     Args:
@@ -43,33 +44,15 @@ class SynthGlyphs:
         max_new_tokens: int = 3,
         metrics: Sequence[str] = ("exact_match", "entity_recall"),
     ) -> None:
-        densities = [part.strip() for part in density.split(",")] if isinstance(density, str) else list(density)
-        if split not in BUCKETS:
-            raise ValueError(f"data.split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
-        for unknown in set(densities).difference(DENSITIES):
-            raise ValueError(f"data.density={unknown!r} does not exist: choose from {', '.join(DENSITIES)}")
-        if not densities or len(set(densities)) != len(densities):
-            raise ValueError(f"data.density={densities} must name one or more different densities")
-        if n < 1 or qa_per_image < 1:
-            raise ValueError(f"data.n={n} and data.qa_per_image={qa_per_image} must be positive")
-        self.split = split
-        self.metric_names = tuple(metrics)
-        self.max_new_tokens = max_new_tokens
-        self._n = n
-        self._densities = densities
+        super().__init__(split=split, n=n, qa_per_image=qa_per_image, max_new_tokens=max_new_tokens, metrics=metrics)
+        self._densities = densities_of(density, DENSITIES)
         self._tasks = tuple(tasks)
         self._seed = seed
-        self.questions_per_picture = qa_per_image
         self._suffix = suffix
-        questions(_scene(seed, split, 0, densities[0]), n=qa_per_image, tasks=self._tasks)  # refuse wrong tasks at once
+        # Wrong tasks are refused at once.
+        questions(_scene(seed, split, 0, self._densities[0]), n=qa_per_image, tasks=self._tasks)
 
-    def __len__(self) -> int:
-        return self._n
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self._n:
-            raise IndexError(f"sample {index} of {self._n}")
-        picture, turn = divmod(index, self.questions_per_picture)
+    def sample(self, picture: int, turn: int) -> Sample:
         number, which = divmod(picture, len(self._densities))
         density = self._densities[which]
         scene = _scene(self._seed, self.split, number, density)

@@ -14,6 +14,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from experiments.data.synthetic.drawn import BUCKETS
 from experiments.data.synthetic.glyphs.vocabulary import (
     CHARS,
     COLOURS,
@@ -32,8 +33,6 @@ SHAPE_SIDE = 4
 HARD_KEYS = 12
 DENSITIES: dict[str, tuple[int, int]] = {"sparse": (0, 0), "dense": (100, 100), "hard": (100, 100), "train": (0, 100)}
 """Fewest and most distractors; "hard" has them in full colour."""
-BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
-"""A scene's hash modulo 100 decides the one split it may appear in."""
 MAX_ATTEMPTS = 1000
 
 Cells = npt.NDArray[np.uint8]
