@@ -1,7 +1,6 @@
 """Bad input: one clear sentence, exit code 1, no traceback; and nothing heavy before it is needed."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -167,10 +166,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         "assert not {{'torch', 'transformers', 'lightning', 'numpy', 'PIL'}} & set(sys.modules)\n"
     )
     for verb in ("eval", "train"):
-        before = os.times()
         program = code.format(root=str(ROOT), path=str(ROOT / f"{verb}.py"))
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-        spent = os.times().children_user - before.children_user
         assert done.returncode == 0, done.stderr
-        assert spent < 1.0
         assert "pooled" in done.stdout and "resume=true" in done.stdout

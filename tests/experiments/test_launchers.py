@@ -79,7 +79,7 @@ def test_a_job_of_nobodys_launcher_waits_for_nobody(monkeypatch: pytest.MonkeyPa
 
 def test_what_jobs_say_is_heard_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watch.say(tmp_path / "old", True, "before the sweep")
-    listener = watch.Listener(tmp_path)
+    listener = watch.Listener(tmp_path, watch.ended_here)
     watch.say(tmp_path / "a", True, "ok    a")
     watch.say(tmp_path / "b", False, "error: b: no")
     listener.stop()

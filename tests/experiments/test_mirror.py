@@ -142,11 +142,10 @@ def test_a_run_that_does_not_end_well_is_marked_as_failed(train_here: Here, monk
         assert run.exit_code == 1 and run.history("loss") == []
 
 
-def test_a_terminated_run_is_closed_and_goes_on_under_its_id(
-    train_here: Here, tiny_weights: Path, tmp_path: Path
-) -> None:
-    words = [*WORDS, "optim.steps=60", "trainer.checkpoint_every=4"]
-    process = start("train", f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", *words, cwd=tmp_path)
+def test_a_terminated_run_is_closed_and_goes_on_under_its_id(tiny_weights: Path, tmp_path: Path) -> None:
+    words = [f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", *WORDS]
+    words += ["optim.steps=60", "trainer.checkpoint_every=4"]
+    process = start("train", *words, cwd=tmp_path)
     wait_for_step(process, tmp_path, 8)
     process.send_signal(signal.SIGTERM)
     assert finish(process)[0] == -signal.SIGTERM
@@ -154,7 +153,8 @@ def test_a_terminated_run_is_closed_and_goes_on_under_its_id(
     (run,) = runs_of(folder)
     assert run.exit_code == 1 and run.history("loss")[-1][0] >= 6  # a point is in the file before it is sent
     at = last_step(folder)
-    assert train_here(*words, "device=auto", "resume=true") == folder
+    code, _, err = finish(start("train", *words, "resume=true", cwd=tmp_path))
+    assert code == 0, err
     first, second = runs_of(folder)
     assert first.one("run").run_id == second.one("run").run_id
     assert (first.exit_code, second.exit_code) == (1, 0)
