@@ -61,10 +61,10 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     study = tmp_path / "outputs/s"
     waiting = start("eval", *sweep, SLURM, cwd=tmp_path, environment=cluster)
     journal = wait_for(lambda: next(iter(written(study, "*B0*/journal.jsonl", lines=2)), None), waiting)
+    (job,) = (path.name for path in study.glob(".submitit/*_0"))
+    control(cluster, "scancel", job)  # before anything else: the job has seconds left
     control(cluster, "scontrol", "update", "nodename=n2", "state=drain", "reason=test")
     try:
-        (job,) = (path.name for path in study.glob(".submitit/*_0"))
-        control(cluster, "scancel", job)
         code, out, err = finish(waiting)
         assert code == 1
         reason, last = [line for line in err if line.startswith("error: ")]
