@@ -55,6 +55,7 @@ def test_a_sweep_fills_the_table_that_it_fills_here(
     assert set(nodes(cluster, tmp_path).values()) == {"n1", "n2"}
 
 
+@pytest.mark.slow  # submitit ignores SIGTERM: a quick machine is done before SLURM kills, and nothing was cancelled
 def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
