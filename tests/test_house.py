@@ -150,6 +150,8 @@ def test_every_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
     for requirement in requirements("slurm", "viz", "dev"):
+        if requirement.name == "shirg":  # an extra that takes another one in
+            continue
         pin = pins.get(requirement.name.lower())
         assert pin is not None, f"constraints.txt does not pin {requirement.name}"
         assert requirement.specifier.contains(pin), f"{requirement} excludes the pinned {pin}"

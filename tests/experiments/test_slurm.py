@@ -85,6 +85,7 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     assert ids[: len(first)] == first and len(set(ids)) == len(ids) == 240
 
 
+@pytest.mark.slow  # a quick machine may be done before it is interrupted
 def test_shards_over_both_nodes_equal_the_whole(
     sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_shards_over_both_nodes_equal_the_whole(
         assert ours[key] == theirs[key], key
 
 
+@pytest.mark.slow  # a quick machine may be done before it is interrupted
 def test_two_nodes_give_the_curve_of_one_process(
     train_here: Here, tiny_weights: Path, cluster: Cluster, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baselines import Pooled
-from lavida_adapter import DecodeConfig, Lavida, checkpoint
+from lavida_adapter import DecodeConfig, Lavida, checkpoint, stored
 from lavida_adapter.checkpoint import fingerprint
 from lavida_adapter.stored import HEAD, INDEX, SINGLE, WTE
 from tests.lavida_adapter.tiny import picture, tiny_model
@@ -195,7 +195,7 @@ def test_no_code_of_a_checkpoint_is_run(model: Lavida, folder: Path, monkeypatch
 
 def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    real = checkpoint.safe_open
+    real = stored.safe_open
 
     class Counting:
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -223,7 +223,7 @@ def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
             return Slice()
 
-    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    monkeypatch.setattr(stored, "safe_open", Counting)
     Lavida.from_pretrained(folder)
     assert sorted(reads) == sorted(load_file(folder / SINGLE))
 
