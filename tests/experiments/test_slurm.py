@@ -1,10 +1,13 @@
 """Sweeps, shards and training over two nodes of a real SLURM: cancelled, drained, put back into the queue, resumed."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from experiments.training.history import read_points
 from tests.experiments.cluster import slurm
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_job import lasting, rows_of, table_without_times
+from tests.experiments.test_killed_sweeps import writer
 from tests.experiments.test_resume import last_step, wait_for_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
@@ -55,7 +59,6 @@ def test_a_sweep_fills_the_table_that_it_fills_here(
     assert set(nodes(cluster, tmp_path).values()) == {"n1", "n2"}
 
 
-@pytest.mark.slow  # submitit ignores SIGTERM: a quick machine is done before SLURM kills, and nothing was cancelled
 def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -63,8 +66,9 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     waiting = start("eval", *sweep, SLURM, cwd=tmp_path, environment=cluster)
     journal = wait_for(lambda: next(iter(written(study, "*B0*/journal.jsonl", lines=2)), None), waiting)
     (job,) = (path.name for path in study.glob(".submitit/*_0"))
-    control(cluster, "scancel", job)  # before anything else: the job has seconds left
-    control(cluster, "scontrol", "update", "nodename=n2", "state=drain", "reason=test")
+    with interrupted([writer(journal)]):
+        control(cluster, "scancel", job)
+        control(cluster, "scontrol", "update", "nodename=n2", "state=drain", "reason=test")
     try:
         code, out, err = finish(waiting)
         assert code == 1
@@ -85,7 +89,6 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     assert ids[: len(first)] == first and len(set(ids)) == len(ids) == 240
 
 
-@pytest.mark.slow  # a quick machine may be done before it is interrupted
 def test_shards_over_both_nodes_equal_the_whole(
     sweep: list[str], in_process: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -94,10 +97,11 @@ def test_shards_over_both_nodes_equal_the_whole(
     study = tmp_path / "outputs/s"
     waiting = start("eval", *words, cwd=tmp_path, environment=cluster)
     journal = wait_for(lambda: next(iter(written(study, "*shard-1*/journal.jsonl", lines=2)), None), waiting)
-    first = nodes(cluster, tmp_path)
-    (job,) = (path.name for path in study.glob(".submitit/*_1"))
-    control(cluster, "scontrol", "requeue", job)
-    before = entries(journal)
+    with interrupted([writer(journal)]):
+        first = nodes(cluster, tmp_path)
+        (job,) = (path.name for path in study.glob(".submitit/*_1"))
+        before = entries(journal)
+        control(cluster, "scontrol", "requeue", job)
     assert 2 <= len(before) < 30
     code, out, err = finish(waiting)
     assert code == 0, err
@@ -113,7 +117,6 @@ def test_shards_over_both_nodes_equal_the_whole(
         assert ours[key] == theirs[key], key
 
 
-@pytest.mark.slow  # a quick machine may be done before it is interrupted
 def test_two_nodes_give_the_curve_of_one_process(
     train_here: Here, tiny_weights: Path, cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -128,7 +131,8 @@ def test_two_nodes_give_the_curve_of_one_process(
 
     first = begin()
     wait_for_step(first, tmp_path, 8)
-    control(cluster, "scancel", "--name=training")
+    with interrupted(trainers(tmp_path)):
+        control(cluster, "scancel", "--name=training")
     code, _, err = finish(first)
     assert code != 0 and "CANCELLED" in "\n".join(err)
     (folder,) = (tmp_path / "outputs/s").glob("train_*")
@@ -140,6 +144,39 @@ def test_two_nodes_give_the_curve_of_one_process(
     one, two = (read_points(path / "metrics.csv") for path in (alone, folder))
     for name in ("step", "loss", "accuracy", "grad_norm"):
         assert [p[name] for p in two] == pytest.approx([p[name] for p in one], abs=1e-4), name
+
+
+@contextmanager
+def interrupted(processes: Sequence[int]) -> Iterator[None]:
+    """Processes of a job that stand still while SLURM is told to end it, and then die.
+
+    SLURM itself would wake them, ask, and kill seconds later: on a quick machine the job would have come to its end.
+    """
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)
+    yield
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def trainers(home: Path) -> list[int]:
+    """The processes that train in a folder; not the one that started them and waits."""
+    program = os.fsencode(sys.executable)
+    found = [
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if runs(path, home) and (path / "cmdline").read_bytes().startswith(program)
+    ]
+    assert len(found) == 2
+    return found
+
+
+def runs(process: Path, home: Path) -> bool:
+    try:
+        return (process / "cwd").readlink() == home
+    except OSError:
+        return False
 
 
 def control(cluster: Cluster, *command: str) -> str:
