@@ -68,13 +68,12 @@ comma := ,
 BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/tiny_seed-$(seed)/base))
 EVAL = $(BIN)/python eval.py model.path=$(BASES) data.n=1152 threads=$(THREADS) resume=true
 GLYPHS = 'data.density=[sparse,dense,hard]'
-PARTS = ablation=none,no_scaffold,scaffold_36,scaffold_16,no_neighbour,sign_flip,similarity_only
 evidence: setup
 	for seed in $(SEEDS); do $(MAKE) tiny adapters ranks SEED=$$seed || exit 1; done
 	$(EVAL) sweep=main_table $(GLYPHS)
 	$(EVAL) sweep=equal_budget $(GLYPHS)
 	$(EVAL) sweep=budget_curve $(GLYPHS)
-	$(EVAL) sweep=ablations $(GLYPHS) $(PARTS)
+	$(EVAL) sweep=ablations $(GLYPHS)
 	$(EVAL) sweep=lora_rank $(GLYPHS) adapter=rank_16,rank_32,rank_64
 	$(EVAL) -m study=families data=synth_chart,synth_shapes selector=pooled,full,random,shirg adapter=null,own
 

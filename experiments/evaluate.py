@@ -27,7 +27,7 @@ from experiments.study import record
 from experiments.study.job import JOURNAL, SHOTS, Job
 from experiments.study.samples import write_samples
 from experiments.study.summary import summarise
-from experiments.system import Row, System, build_system
+from experiments.system import Row, System, build_system, picture_of
 from lavida_adapter.attention import kernel_of
 
 
@@ -148,7 +148,10 @@ def answer_all(
     """
     size: int = cfg.batch_size
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-    watch = TokenWatch(system.selector, list(shots)[:MAPS])
+    pictures = {sample.id: picture_of(sample) for sample in samples}
+    mapped = {name: pictures[name] for name in list(shots)[:MAPS]}
+    watched = set(mapped.values())
+    watch = TokenWatch(system.selector, {name: at for name, at in pictures.items() if at in watched})
     with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
             raise ValueError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
@@ -163,9 +166,9 @@ def answer_all(
                 if sample.id in shots:
                     shot, folder = shots[sample.id], job.folder / SHOTS
                     save_shot(folder, shot, image, selection, row, sample.boxes, system.geometry)
-                    if sample.id in watch.tokens:
+                    if mapped.get(sample.id) in watch.tokens:
                         eligible_N = system.geometry(image.size).eligible_N
-                        save_map(folder, shot, watch.tokens.pop(sample.id), eligible_N, row["kept"])
+                        save_map(folder, shot, watch.tokens[mapped[sample.id]], eligible_N, row["kept"])
             journal.append({"weights": weights, "warm_up": number == 0, "ms": answers.ms, "rows": answers.rows})
             progress.advance(len(batch))
         entries = journal.entries

@@ -250,6 +250,8 @@ def token_maps(study: Path, rows: Sequence[Row]) -> Drawn | None:
             panel.set_title(label, fontsize=7)
             panel.set_xticks([])
             panel.set_yticks([])
+        for unused in row_axes[len(seen) :]:
+            unused.remove()
     asked = "; ".join(f"{n}: {printable(questions[picture])}" for n, picture in enumerate(shown, 1))
     caption = (
         f"Each dot is a vision token of one picture ({method}); blue: kept, grey: dropped. All panels of a row have "

@@ -7,7 +7,7 @@ components, and it says which. van der Maaten and Hinton (2008), "Visualizing da
 
 import importlib.util
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +38,22 @@ class TokenMap:
 
 
 class TokenWatch:
-    """Copies what a selector is shown of some samples, while it is open."""
+    """Copies what a selector is shown of some pictures, while it is open.
 
-    def __init__(self, selector: Selector, ids: Collection[str]) -> None:
+    It knows them by the samples that ask about them: of several, a selector may be shown the first alone.
+    """
+
+    def __init__(self, selector: Selector, pictures: Mapping[str, str]) -> None:
+        """`pictures`: the picture's name by sample id, for what is to be copied."""
         self.tokens: dict[str, Tensor] = {}
-        self._ids = frozenset(ids)
+        self._pictures = dict(pictures)
         self._handle = selector.register_forward_pre_hook(self._look)
 
     def _look(self, _: Selector, arguments: tuple[VisionFeatures, ...]) -> None:
         features = arguments[0]
         for row, name in enumerate(features.ids):
-            if name in self._ids:
-                self.tokens[name] = features.tokens_BND[row].float().cpu()
+            if name in self._pictures:
+                self.tokens[self._pictures[name]] = features.tokens_BND[row].float().cpu()
 
     def __enter__(self) -> "TokenWatch":
         return self

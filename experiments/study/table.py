@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.study.files import write_atomic
@@ -57,7 +58,7 @@ def _print(rows: Sequence[Row]) -> None:
     for column in shown:
         table.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")
     for i in range(len(rows)):
-        table.add_row(*(column.texts[i] for column in shown))
+        table.add_row(*(escape(column.texts[i]) for column in shown))
     console = Console()
     wide = Console(width=max(console.width, 40 + sum(max(map(len, [c.title, *c.texts])) + 2 for c in shown)))
     (console if console.is_terminal else wide).print(table)

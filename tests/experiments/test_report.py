@@ -18,9 +18,12 @@ from pptx.enum.shapes import MSO_SHAPE_TYPE
 
 from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
+from experiments.report.figures import token_maps
 from experiments.report.overlay import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
 from experiments.report.shots import pick_shots
+from experiments.report.tokenmap import MAP, MAPS, load_map
 from experiments.report.writer import publish
+from experiments.study.rows import collect
 from shirg import Source
 from tests.experiments.conftest import ROOT, result_of
 
@@ -154,6 +157,20 @@ def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:
         shown.append([json.loads(path.read_text())["id"] for path in sorted((job / "shots").glob("*.json"))])
     assert shown[0] == shown[1]
     assert len(set(shown[0])) == 5
+
+
+def test_tokens_of_a_picture_are_drawn_whoever_asked_about_it_first(eval_here: Eval) -> None:
+    """SAINT looks at a picture once for all its questions, SHIRG once for each."""
+    words = ("model=tiny", "device=cpu", "data.n=48", "batch_size=16", "shots=2")
+    jobs = [eval_here(*words, f"selector={selector}") for selector in ("saint", "random", "shirg")]
+    for number in range(MAPS):
+        first, *others = (load_map(job / "shots" / MAP.format(number)) for job in jobs)
+        assert all(np.array_equal(first.components_NC, other.components_NC) for other in others)
+    (jobs[0] / "shots" / MAP.format(1)).unlink()
+    figure = token_maps(jobs[0].parent, collect(jobs[0].parent))
+    assert figure is not None
+    axes = figure.figure.axes
+    assert len(axes) == 5 and all(axis.collections for axis in axes), "a panel without tokens"
 
 
 def test_shots_take_kinds_of_question_in_turn_and_new_pictures_first() -> None:

@@ -14,7 +14,7 @@ from experiments.study.rows import collect
 from experiments.study.samples import Score, read_scores, write_samples
 from experiments.study.stats import paired_delta
 from experiments.study.summary import summarise
-from experiments.study.table import refresh
+from experiments.study.table import print_table, refresh
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]
@@ -140,6 +140,14 @@ def test_what_all_rows_share_is_said_once(eval_here: Eval) -> None:
     eval_here("selector=random", "limit=6")
     shown = {c.title: c.texts for c in columns(collect(study))}
     assert sum("decode.step_ratio=0.7" in cell for cell in shown["changes"]) == 2
+
+
+def test_lists_on_the_terminal_are_no_markup(eval_here: Eval, capsys: pytest.CaptureFixture[str]) -> None:
+    eval_here("selector=pooled", "limit=6", "data.density=[sparse,dense]")
+    study = eval_here("selector=pooled", "limit=6").parent
+    capsys.readouterr()
+    print_table(study)
+    assert "data.density=[sparse,dense]" in capsys.readouterr().out
 
 
 def test_why_every_job_failed_is_in_the_table(eval_here: Eval) -> None:
