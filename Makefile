@@ -75,7 +75,7 @@ evidence: setup
 	$(EVAL) sweep=budget_curve $(GLYPHS)
 	$(EVAL) sweep=ablations $(GLYPHS)
 	$(EVAL) sweep=lora_rank $(GLYPHS) adapter=rank_16,rank_32,rank_64
-	$(EVAL) -m study=families data=synth_chart,synth_shapes selector=pooled,full,random,shirg adapter=null,own
+	$(EVAL) study=families data=synth_chart,synth_shapes selector=pooled,full,random,shirg adapter=null,own -m
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -147,6 +147,7 @@ def budget_curve(rows: Sequence[Row]) -> Drawn | None:
     told: dict[str, Any] = {}
     names = dict.fromkeys(name for *_, curves in scores for name in curves)
     tones = {name: ACCENT if name.startswith("shirg") else SOFT for name in names}
+    selectors, variants = (list(dict.fromkeys(name.partition(" ")[i] for name in names)) for i in (0, 2))
     for panel, (title, key, part, curves) in zip(axes, scores, strict=True):
         base = next((row for row in part if row["selector"] == BASELINE and row.get(f"{key} mean") is not None), None)
         if base is not None:
@@ -156,10 +157,10 @@ def budget_curve(rows: Sequence[Row]) -> Drawn | None:
         for name, line in curves.items():
             x = [row["visual tokens mean"] for row in line]
             lows, means, highs = ([100 * row[f"{key} {edge}"] for row in line] for edge in ("low", "mean", "high"))
-            like = [other for other in names if tones[other] == tones[name]]
-            style = LINES[like.index(name) % len(LINES)]
+            selector, _, variant = name.partition(" ")
+            style, shape = LINES[variants.index(variant) % len(LINES)], SHAPES[selectors.index(selector) % len(SHAPES)]
             (told[name],) = panel.plot(
-                x, means, color=tones[name], linestyle=style, marker="o", markersize=3, linewidth=1.2
+                x, means, color=tones[name], linestyle=style, marker=shape, markersize=3, linewidth=1.2
             )
             panel.vlines(x, lows, highs, color=tones[name], linewidth=0.9, alpha=0.5)
         panel.set_title(title, loc="left")
@@ -167,15 +168,20 @@ def budget_curve(rows: Sequence[Row]) -> Drawn | None:
     figure.supylabel("score, %", fontsize=7.5)
     figure.supxlabel("vision tokens in the prefix", fontsize=7.5)
     figure.legend(list(told.values()), list(told), loc="outside upper left", ncols=legend_columns(list(told)))
-    caption = f"Score over the token budget with 95 % intervals; dashed: {BASELINE}, its interval shaded."
+    caption = (
+        f"Score over the token budget with 95 % intervals; a mark for each selector, a kind of line for each adapter "
+        f"or other change; black and dashed: {BASELINE}, its interval shaded."
+    )
     return Drawn("budget_curve", "Quality over the token budget", caption, figure)
 
 
 def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     """Rows that differ in nothing but the budget, and in the adapter trained for it, from few tokens to many."""
     lines: dict[str, list[Row]] = {}
+    shared = set.intersection(*(set(row["changes"].split()) for row in rows))
     for row in rows:
-        changes = (TRAINED if re.match(r"adapter=.*/", change) else change for change in row["changes"].split())
+        changes = (change for change in row["changes"].split() if change not in shared)
+        changes = (TRAINED if re.match(r"adapter=.*/", change) else change for change in changes)
         if row.get(f"{key} mean") is not None:
             lines.setdefault(" ".join((row["selector"], *map(short, changes))), []).append(row)
     return {

@@ -18,7 +18,7 @@ from pptx.enum.shapes import MSO_SHAPE_TYPE
 
 from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
-from experiments.report.figures import token_maps
+from experiments.report.figures import budget_curve, token_maps
 from experiments.report.overlay import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
 from experiments.report.shots import pick_shots
 from experiments.report.tokenmap import MAP, MAPS, load_map
@@ -171,6 +171,15 @@ def test_tokens_of_a_picture_are_drawn_whoever_asked_about_it_first(eval_here: E
     assert figure is not None
     axes = figure.figure.axes
     assert len(axes) == 5 and all(axis.collections for axis in axes), "a panel without tokens"
+
+
+def test_curves_are_named_by_what_tells_them_apart(eval_here: Eval) -> None:
+    for selector in ("random", "shirg"):
+        for budget in ("20", "40"):
+            job = eval_here(f"selector={selector}", f"budget={budget}", "data.n=24", "shots=0")
+    figure = budget_curve(collect(job.parent))
+    assert figure is not None
+    assert [text.get_text() for text in figure.figure.legends[0].get_texts()] == ["random", "shirg"]
 
 
 def test_shots_take_kinds_of_question_in_turn_and_new_pictures_first() -> None:
