@@ -149,7 +149,7 @@ def answer_all(
     size: int = cfg.batch_size
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     pictures = {sample.id: picture_of(sample) for sample in samples}
-    mapped = {name: pictures[name] for name in list(shots)[:MAPS]}
+    mapped = {name: pictures[name] for name in list(shots)[:MAPS] if name in pictures}  # or in another shard
     watched = set(mapped.values())
     watch = TokenWatch(system.selector, {name: at for name, at in pictures.items() if at in watched})
     with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, watch:
