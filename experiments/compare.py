@@ -12,7 +12,8 @@ from statistics import fmean, median
 
 from experiments.cli import fail
 from experiments.study.compare import Row, column, deltas
-from experiments.study.rows import systems_of
+from experiments.study.layout import labels
+from experiments.study.rows import collect, systems_of
 from experiments.study.significance import holm
 from experiments.study.systems import Result, System, base_config
 
@@ -40,10 +41,12 @@ def table(study: Path, group: str, option: str) -> list[str]:
     bases = {_rest(s.result, group): s for s in done if _choice(s.result, group) == option}
     if not bases:
         raise ValueError(f"{study}: no finished evaluation has {group}={option}")
+    shown = collect(study)
+    told = dict(zip((row["job"] for row in shown), labels(shown), strict=True))
     names = list(dict.fromkeys(_groups(done)))
     titles = [f"{name or 'score'}{end}" for name in names for end in ("", f", against {option}")]
     figures = ["n", "seeds", *titles, "steps", "denoise ms", "total ms"]
-    lines = [_line(["selector", group, *figures]), _line(["---"] * 2 + ["---:"] * len(figures))]
+    lines = [_line(["system", group, *figures]), _line(["---"] * 2 + ["---:"] * len(figures))]
     for rest, base in bases.items():
         others = [s for s in done if s is not base and _rest(s.result, group) == rest]
         rows = [deltas(s, base, option) for s in others]
@@ -52,7 +55,8 @@ def table(study: Path, group: str, option: str) -> list[str]:
             for row, adjusted in zip(known, holm([row[f"{key} p"] for row in known]), strict=True):
                 row[f"{key} holm"] = adjusted
         for system, row in zip([base, *others], [{}, *rows], strict=True):
-            lines.append(_line(_cells(system, row, group, names, option)))
+            name = told[system.result["job"]]
+            lines.append(_line([name, *_cells(system, row, group, names, option)]))
     return lines
 
 
@@ -79,7 +83,7 @@ def _rest(result: Result, group: str) -> str:
 
 def _cells(system: System, row: Row, group: str, names: Sequence[str], option: str) -> list[str]:
     result, scores = system.result, system.scores(system.result["quality"]["metric"])
-    cells = [result["choices"]["selector"], _choice(result, group), str(result["data"]["n"]), str(len(system.seeds))]
+    cells = [_choice(result, group), str(result["data"]["n"]), str(len(system.seeds))]
     for name in names:
         parts = [[score.value for score in seed.values() if score.group == name] for seed in scores]
         cells.append(f"{100 * fmean(map(fmean, parts)):.1f}" if all(parts) else "-")
