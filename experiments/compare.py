@@ -38,7 +38,9 @@ def table(study: Path, group: str, option: str) -> list[str]:
     done = [system for system in systems_of(study) if system.finished]
     if not done:
         raise FileNotFoundError(f"{study}: there are no finished evaluations in this folder")
-    bases = {_rest(s.result, group): s for s in done if _choice(s.result, group) == option}
+    chosen = [s for s in done if _choice(s.result, group) == option]
+    # A control that was shown other questions is compared, and compared to by nobody.
+    bases = {_rest(s.result, group): s for s in chosen if not s.result["config"].get("shuffle_questions")}
     if not bases:
         raise ValueError(f"{study}: no finished evaluation has {group}={option}")
     shown = collect(study)

@@ -11,7 +11,9 @@ from experiments.study.record import LOCK, RESULT, read_result
 from experiments.study.systems import System, group, merged, without_seed
 
 ROW_VERSION = 2
-_SHOWN_ELSEWHERE = frozenset({"selector", "budget", "data", "limit", "study", "seed", "threads", "logger", "shots"})
+_SHOWN_ELSEWHERE = frozenset(
+    {"selector", "budget", "selector.budget", "data", "limit", "study", "seed", "threads", "logger", "shots"}
+)
 _NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
 _GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")
 _FIRST = {BASELINE: 0, "full": 1}
