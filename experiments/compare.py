@@ -17,6 +17,13 @@ from experiments.study.rows import collect, systems_of
 from experiments.study.significance import holm
 from experiments.study.systems import Result, System, base_config
 
+DECIDED = {
+    "experiment": {"experiment", "selector"},
+    "selector": {"experiment", "selector"},
+    "ablation": {"ablation", "relevance"},
+}
+"""Choices that go with another: an experiment is a selector at a budget, an ablation may take the question away."""
+
 
 def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2 or "=" not in arguments[1]:
@@ -75,9 +82,8 @@ def _choice(result: Result, group: str) -> str:
 
 def _rest(result: Result, group: str) -> str:
     """All that must be the same in two systems that are compared."""
-    # An experiment is a selector at a budget; neither says more than the other.
-    decided = {"experiment", "selector"} if group in ("experiment", "selector") else {group}
-    choices = sorted((k, v) for k, v in result["choices"].items() if k not in decided)
+    free = DECIDED.get(group, {group})
+    choices = sorted((k, v) for k, v in result["choices"].items() if k not in free)
     config = base_config(result)
     kept = [config[key] for key in ("model", "data", "adapter") if key != group]
     return repr((choices, kept, result["data"]["ids"]))

@@ -104,3 +104,10 @@ def test_one_choice_over_several_seeds(eval_here: Eval) -> None:
         table(job.parent, "adapter", "own")
     both = table(job.parent, "adapter", "null")
     assert len(both) == 4, "nothing to compare: each stands alone"
+
+
+def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
+    eval_here("selector=shirg", "data.n=24")
+    job = eval_here("selector=shirg", "data.n=24", "ablation=relevance_none")
+    lines = [line.strip("| ").split(" | ") for line in table(job.parent, "ablation", "none")]
+    assert [line[:2] for line in lines[2:]] == [["shirg", "none"], ["shirg relevance_none", "relevance_none"]]
