@@ -29,7 +29,8 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     """
     groups = q_BHQD.shape[1] // k_BHKD.shape[1]
     if backend == "sdpa":
-        return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask, enable_gqa=groups > 1)
+        grouped = {"enable_gqa": True} if groups > 1 else {}  # a branch, because a compiler knows no symbolic bool
+        return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask, **grouped)
     if backend == "math":
         k, v = k_BHKD.repeat_interleave(groups, 1), v_BHKD.repeat_interleave(groups, 1)
         scores = (q_BHQD @ k.transpose(-1, -2)).float() * q_BHQD.shape[-1] ** -0.5

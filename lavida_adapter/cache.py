@@ -43,15 +43,17 @@ class Slots:
     def __init__(self, like_BHPD: Tensor, lengths: Sequence[int], n_answer: int) -> None:
         """`lengths`: prefix slots of each layer."""
         b, h, _, d = like_BHPD.shape
-        # Zeros, because what nobody writes to is multiplied by an attention weight of 0.
-        self.keys = tuple(like_BHPD.new_zeros(b, h, n + n_answer, d) for n in lengths)
-        self.values = tuple(torch.zeros_like(k) for k in self.keys)
+        self.keys = tuple(like_BHPD.new_empty(b, h, n + n_answer, d) for n in lengths)
+        self.values = tuple(torch.empty_like(k) for k in self.keys)
         self.n_answer = n_answer
 
-    def write(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> None:
-        """Puts a prefix, or the beginning of one, where it belongs."""
-        self.keys[layer][:, :, : keys_BHPD.shape[2]].copy_(keys_BHPD)
-        self.values[layer][:, :, : values_BHPD.shape[2]].copy_(values_BHPD)
+    def write(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts a prefix, or the beginning of one, where it belongs; returns it there."""
+        n = keys_BHPD.shape[2]
+        for whole, new in ((self.keys[layer], keys_BHPD), (self.values[layer], values_BHPD)):
+            whole[:, :, :n].copy_(new)
+            whole[:, :, n:].zero_()  # what no answer fills gets a weight of 0, which must not meet a nan
+        return self.keys[layer][:, :, :n], self.values[layer][:, :, :n]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lavida_adapter.cache import PrefixCache
 from lavida_adapter.denoise import DecodeConfig
-from lavida_adapter.llada import Llada, rotary_phase, rotate
+from lavida_adapter.llada import Llada, rotary_phase, rotate, turn
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, assert_finite, stable_topk
 
@@ -142,7 +142,7 @@ def reindex(cache: PrefixCache, lm: Llada) -> PrefixCache:
     old, new = (
         rotary_phase(p, lm.config.head_dim, lm.config.rope_theta).double() for p in (cache.positions_BP, new_BP)
     )
-    cos, sin = (new - old).cos().float(), (new - old).sin().float()
+    cos, sin = (t.float() for t in turn(new - old))
     length_B = torch.full_like(cache.next_position_B, n) if cache.mask_BP is None else cache.mask_BP.sum(-1)
     keys = tuple(rotate(k, cos, sin) for k in cache.keys)
     return PrefixCache(keys, cache.values, cache.mask_BP, new_BP, length_B)

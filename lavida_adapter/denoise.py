@@ -164,12 +164,12 @@ def denoise(
     generator: torch.Generator | None = None,
     *,
     eos_id: int | None = None,
-    all_slots: bool = False,
+    least_slots: int = 1,
 ) -> tuple[Tensor, int, list[int], list[Tensor]]:
     """Fills every mask of `ids_BA`; returns the ids, the number of forwards in all and for each row, and the history.
 
     Schedules are computed per row, so that a row's answer does not depend on its batch-mates. Committed tokens never
-    change. With `all_slots` every step asks for the logits of a whole block, so that shapes stay the same.
+    change. A step asks for the logits of `least_slots` slots of the block at least, so that shapes vary less.
     """
     if config.early_stop and eos_id is None:
         raise ValueError("decode.early_stop=true needs the model's eos token")
@@ -186,7 +186,7 @@ def denoise(
             if not any(left):
                 break
             ks = [min(count[step] if step < len(count) else 0, n) for count, n in zip(counts, left, strict=True)]
-            want_BM, open_BM = wanted(ids_BA, mask_id, here, config.block if all_slots else max(left))
+            want_BM, open_BM = wanted(ids_BA, mask_id, here, min(max(least_slots, *left), config.block))
             logits_BMW = logits_of(ids_BA, want_BM)
             forwards += 1
             steps = [taken + (n > 0) for taken, n in zip(steps, left, strict=True)]

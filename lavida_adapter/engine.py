@@ -7,6 +7,7 @@ Shape letters: B batch, P prefix slots, A answer slots, M wanted slots.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,11 @@ from lavida_adapter.attention import Watch, attention_mask
 from lavida_adapter.cache import PrefixCache, Slots, StoredPrefix
 from lavida_adapter.llada import Llada
 
-Open = Callable[[int], tuple[Tensor, Tensor, int]]
-"""A layer's keys and values [B, H, P + A, Dh], and its P."""
+Open = Callable[[int], tuple[Tensor, Tensor]]
+"""A layer's keys and values [B, H, P + A, Dh]."""
+
+Step = Callable[..., Tensor]
+"""`step_logits`, or what is compiled from it."""
 
 
 def step_logits(
@@ -35,12 +39,13 @@ def step_logits(
     to [B, H, A, P + A]; None is everywhere. `watch` looks at the queries of every slot and needs all of them wanted.
     """
     x = lm.wte(ids_BA)
+    n_answer = ids_BA.shape[1]
     for i, block in enumerate(lm.layers):
         u = block.attn_norm(x)
-        keys, values, n = open_layer(i)
+        keys, values = open_layer(i)
         k, v = block.keys_values(u, cos, sin)
-        keys[:, :, n:].copy_(k)
-        values[:, :, n:].copy_(v)
+        keys[:, :, -n_answer:].copy_(k)
+        values[:, :, -n_answer:].copy_(v)
         if want_BM is not None and i + 1 == len(lm.layers):
             x, u = pick(x, want_BM), pick(u, want_BM)
             cos, sin = (pick(t[:, 0].expand(len(x), -1, -1), want_BM)[:, None] for t in (cos, sin))
@@ -69,26 +74,46 @@ class Reader:
             for i in range(n_layers):
                 self.slots.write(i, *cache.layer(i))
 
-    def open(self, layer: int) -> tuple[Tensor, Tensor, int]:
-        n = self.lengths[layer]
+    def open(self, layer: int) -> tuple[Tensor, Tensor]:
         if not self.cache.is_packed:
-            return self.slots.keys[layer], self.slots.values[layer], n
+            return self.slots.keys[layer], self.slots.values[layer]
         self.slots.write(0, *self.cache.layer(layer))
-        end = n + self.slots.n_answer
-        return self.slots.keys[0][:, :, :end], self.slots.values[0][:, :, :end], n
+        end = self.lengths[layer] + self.slots.n_answer
+        return self.slots.keys[0][:, :, :end], self.slots.values[0][:, :, :end]
+
+
+class Launcher(Protocol):
+    """How prefill and steps of a language model are launched."""
+
+    lm: Llada
+    prefill: Callable[..., PrefixCache]
+    """`Llada.prefill`."""
+
+    def steps(self, cache: StoredPrefix, n_answer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Answer ids [B, A] and wanted slots [B, M], None for all, to logits [B, M, W] over one stored prefix."""
+
+
+class Eager:
+    """One kernel after the other."""
+
+    def __init__(self, lm: Llada) -> None:
+        self.lm, self.prefill = lm, lm.prefill
+
+    def steps(self, cache: StoredPrefix, n_answer: int) -> "Steps":
+        return Steps(self.lm, cache, n_answer)
 
 
 class Steps:
-    """Logits of one batch of answers, step by step, over one stored prefix; one kernel after the other."""
+    """Logits of one batch of answers, step by step, over one stored prefix."""
 
-    def __init__(self, lm: Llada, cache: StoredPrefix, n_answer: int) -> None:
-        self.lm, self.cache = lm, cache
+    def __init__(self, lm: Llada, cache: StoredPrefix, n_answer: int, step: Step = step_logits) -> None:
+        self.lm, self.cache, self._step = lm, cache, step
         self.reader = Reader(cache, len(lm.layers), n_answer)
         self._cos, self._sin = answer_angles(lm, cache, n_answer)
         self._masks = [step_mask(cache.mask(i), n_answer) for i in range(len(lm.layers))]
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None, watch: Watch | None = None) -> Tensor:
-        return step_logits(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, watch)
+        return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, watch)
 
 
 def answer_angles(lm: Llada, cache: StoredPrefix, n_answer: int) -> tuple[Tensor, Tensor]:

@@ -28,14 +28,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight
 
 
 def rotary_angles(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B, 1, L, Dh] in float32 for rotate-half rotary positions."""
-    angles = rotary_phase(positions_BL, head_dim, theta)
-    return angles.cos(), angles.sin()
+    """Cosine and signed sine [B, 1, L, Dh] in float32 for rotate-half rotary positions: what `rotate` takes."""
+    return turn(rotary_phase(positions_BL, head_dim, theta))
 
 
 def rotary_phase(positions_BL: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -45,11 +43,16 @@ def rotary_phase(positions_BL: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.cat([angles, angles], dim=-1)
 
 
-def rotate(x_BHLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine, and sine with the sign that each half of a head meets its other half with: minus in the first."""
+    first, second = angles.sin().chunk(2, dim=-1)
+    return angles.cos(), torch.cat([-first, second], dim=-1)
+
+
+def rotate(x_BHLD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Applies rotary positions in float32 and casts back."""
     x = x_BHLD.float()
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHLD.dtype)
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(signed_sin)).to(x_BHLD.dtype)
 
 
 class Block(nn.Module):
@@ -138,7 +141,7 @@ class Llada(nn.Module):
         return cast("Sequence[Block]", self.blocks)
 
     def angles(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of the rotary positions."""
+        """Cosine and signed sine of the rotary positions."""
         return rotary_angles(positions_BL, self.config.head_dim, self.config.rope_theta)
 
     def forward(
@@ -189,16 +192,19 @@ class Llada(nn.Module):
         keys, values = [], []
         slots: Slots | None = None
         for i, block in enumerate(self.layers):
-            if i + 1 < len(self.layers):
-                x, k, v = run_block(self.recompute, block, x, cos, sin, mask, self.backend, None, watch)
-            else:
+            last = i + 1 == len(self.layers)
+            if room or last:
                 u = block.attn_norm(x)
                 k, v = block.keys_values(u, cos, sin)
-                if watch is not None:
+                if room:
+                    slots = slots or Slots(k, [p] * len(self.layers), room)
+                    k, v = slots.write(i, k, v)  # where attention reads them faster too
+                if not last:
+                    x = block.mix(x, u, k, v, cos, sin, mask, self.backend, watch)
+                elif watch is not None:
                     watch(block.queries(u, cos, sin), k, mask)
-            if room:
-                slots = slots or Slots(k, [p] * len(self.layers), room)
-                k, v = (whole[i][:, :, :p].copy_(new) for whole, new in ((slots.keys, k), (slots.values, v)))
+            else:
+                x, k, v = run_block(self.recompute, block, x, cos, sin, mask, self.backend, None, watch)
             keys.append(k)
             values.append(v)
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)

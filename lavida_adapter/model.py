@@ -17,9 +17,10 @@ from lavida_adapter.attention import Watch
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.cache_pack import CachePacker
 from lavida_adapter.cache_select import CacheSelector
+from lavida_adapter.compiled import Compiled
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.denoise import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
-from lavida_adapter.engine import pick
+from lavida_adapter.engine import Eager, Launcher, pick
 from lavida_adapter.llada import Llada
 from lavida_adapter.loss import TrainBatch, batch_loss
 from lavida_adapter.objective import ObjectiveConfig, Tally
@@ -56,7 +57,7 @@ class Lavida(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Body(config)
-        self._recorders: dict[str, Recorder] = {}
+        self._launchers: dict[Engine, Launcher] = {}
         self._initialise()
 
     @torch.no_grad()
@@ -175,13 +176,14 @@ class Lavida(nn.Module):
         if decode.prefix_cache:
             with timer.stage("prefill"):
                 watch = None if cache_packer is None else cache_packer.watch(prefix)
-                cache: StoredPrefix = self.prefill(prefix, decode.max_new_tokens if cache_packer is None else 0, watch)
+                room = decode.max_new_tokens if cache_packer is None else 0
+                cache: StoredPrefix = self.prefill(prefix, room, watch, decode.engine)
             if cache_packer is not None:
                 assert isinstance(cache, PrefixCache)
                 with timer.stage("cache"):
                     cache = cache_packer(cache, prefix, watch)
-            recorder = None if decode.engine == "eager" else self._recorder(decode.engine)
-            cached = CachedSteps(self.lm, prefix, cache, decode.max_new_tokens, cache_selector, timer, recorder)
+            launcher = self._launcher(decode.engine)
+            cached = CachedSteps(self.lm, prefix, cache, decode.max_new_tokens, cache_selector, timer, launcher)
         with timer.stage("denoise"):
             logits_of: LogitsFn = cached or partial(self._logits_whole, prefix)
             eos_id = self.config.lm.eos_token_id
@@ -192,8 +194,9 @@ class Lavida(nn.Module):
                 mask_id,
                 generator,
                 eos_id=eos_id,
-                # Shapes that stay the same; on a GPU the wider step costs nothing, its weights do.
-                all_slots=decode.engine != "eager" or self.device.type == "cuda",
+                # On a GPU the wider step costs nothing, its weights do; and what is recorded needs shapes that stay the
+                # same. To a compiler one slot is a shape of its own.
+                least_slots=decode.block if self.device.type == "cuda" else 1 + (decode.engine == "compile"),
             )
         texts = self.tokenizer.batch_decode(ids_BA.tolist(), skip_special_tokens=True)
         return Generation(
@@ -206,22 +209,27 @@ class Lavida(nn.Module):
             None if cached is None else cached.cache,
         )
 
-    def prefill(self, prefix: Prefix, room: int = 0, watch: Watch | None = None) -> PrefixCache:
+    def prefill(
+        self, prefix: Prefix, room: int = 0, watch: Watch | None = None, engine: Engine = "eager"
+    ) -> PrefixCache:
         """The prefix cache of a prefix, under the model's prefix attention, with room for so many answer tokens."""
-        return self.lm.prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), room, watch)
+        prefill = self._launcher(engine).prefill
+        return prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), room, watch)
 
-    def _recorder(self, engine: Engine) -> Recorder:
-        """The recorder of this model's steps, with what it has recorded already.
+    def _launcher(self, engine: Engine) -> Launcher:
+        """What launches this model's prefill and steps, with what it has compiled and recorded already.
 
         Raises:
-            ValueError: for CUDA graphs on a CPU.
+            ValueError: for CUDA graphs on a CPU, and for `compile` on a machine without a compiler.
         """
-        assert engine != "eager"
+        if engine == "eager":
+            return Eager(self.lm)
         if engine == "graph" and self.device.type != "cuda":
             raise ValueError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
-        if self._recorders.get(engine) is None or self._recorders[engine].lm is not self.lm:
-            self._recorders[engine] = Recorder(self.lm, engine)
-        return self._recorders[engine]
+        found = self._launchers.get(engine)
+        if found is None or found.lm is not self.lm:
+            found = self._launchers[engine] = Recorder(self.lm) if engine == "graph" else Compiled(self.lm)
+        return found
 
     def _logits_whole(self, prefix: Prefix, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
         states_BAD = self.forward_whole(prefix, self.lm.wte(ids_BA))

@@ -136,6 +136,7 @@ class PictureGroup:
             size_B2=self._by_prompt(torch.tensor([v.size for v in self.views], device=device)),
             ids=ids,
             n_valid=tuple(n_valid[i] for i in self.places),
+            picture_at=tuple(self.places),
             base_count_B=None if None in base else self._by_prompt(torch.tensor(base, device=device)),
             taps={name: self._by_prompt(tensor) for name, tensor in taps.items()},
         )

@@ -72,11 +72,15 @@ class LmEmbed:
 
     @torch.no_grad()
     def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
-        p = context.projected().float()
-        p = F.normalize(p - masked_mean(p, features.valid_BN), dim=-1)
+        at = range(len(features.ids)) if features.picture_at is None else features.picture_at
+        row_of = {picture: row for row, picture in enumerate(at)}  # any row of a picture has all there is to know of it
+        p = context.projected()[list(row_of.values())].float()
+        p = F.normalize(p - masked_mean(p, features.valid_BN[list(row_of.values())]), dim=-1)
+        by_picture = dict(zip(row_of, p, strict=True))
         vocabulary_mean_D = context.embedding.weight.mean(0, dtype=torch.float32)
         rows = []
-        for p_ND, ids_Q in zip(p, context.questions, strict=True):
+        for picture, ids_Q in zip(at, context.questions, strict=True):
+            p_ND = by_picture[picture]
             if not len(ids_Q):
                 raise ValueError("relevance=lm_embed needs a question, and this one has no tokens: use relevance=none")
             q_QD = context.embedding(ids_Q).float() - vocabulary_mean_D

@@ -1,11 +1,10 @@
-"""Steps whose shapes and tensors stay the same from question to question: compiled by torch, replayed as CUDA graphs.
+"""Steps whose shapes and tensors stay the same from question to question, replayed as CUDA graphs.
 
 Prefixes are filled up to the next multiple of BUCKET slots, which a mask hides, so that one recording serves every
 prompt of about that length. The plain twin is `lavida_adapter.engine.Steps`: same function, same answers.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ BUCKET = 64
 KEPT = 4
 """Recordings that are kept, the last used ones: each holds the keys and values of one batch."""
 
-Kind = Literal["compile", "graph"]
 _Key = tuple[int, int, int, int, torch.dtype, torch.device]
 
 
@@ -39,10 +37,14 @@ class Recording:
 class Recorder:
     """Makes and keeps the recordings of one language model."""
 
-    def __init__(self, lm: Llada, kind: Kind) -> None:
-        self.lm, self.kind = lm, kind
-        self._step = torch.compile(_resident_logits, dynamic=False) if kind == "compile" else _resident_logits
+    def __init__(self, lm: Llada, *, compiled: bool = False) -> None:
+        """`compiled`: what is recorded has been compiled by torch before."""
+        self.lm, self.prefill = lm, lm.prefill
+        self._step = torch.compile(_resident_logits, dynamic=False) if compiled else _resident_logits
         self._kept: dict[_Key, Recording] = {}
+
+    def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps":
+        return ReplayedSteps(self, cache)
 
     def recording(self, cache: StoredPrefix, ids_BA: Tensor, want_BM: Tensor | None) -> Recording:
         """The recording for these shapes, with the prefix in it.
@@ -53,7 +55,7 @@ class Recorder:
         n = cache.n_slots(0)
         if cache.is_packed or any(cache.n_slots(i) != n for i in range(len(self.lm.layers))):
             raise ValueError(
-                f"decode.engine={self.kind} reads caches of one length in the model's own type: choose "
+                "decode.engine=graph and compile read caches of one length in the model's own type: choose "
                 "decode.engine=eager"
             )
         keys, _ = cache.layer(0)
@@ -131,6 +133,5 @@ class ReplayedSteps:
 
 
 def _resident_logits(lm: Llada, r: Recording) -> Tensor:
-    slots, n = r.slots, r.slots.keys[0].shape[2] - r.slots.n_answer
-    masks = [r.mask_B11K] * len(lm.layers)
-    return step_logits(lm, r.ids_BA, r.want_BM, r.cos, r.sin, masks, lambda i: (slots.keys[i], slots.values[i], n))
+    slots, masks = r.slots, [r.mask_B11K] * len(lm.layers)
+    return step_logits(lm, r.ids_BA, r.want_BM, r.cos, r.sin, masks, lambda i: (slots.keys[i], slots.values[i]))

@@ -5,10 +5,10 @@ from torch import Tensor
 from lavida_adapter.attention import attention_weights
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.cache_select import CacheSelector, FirstStep, Shortened
-from lavida_adapter.engine import Steps, pick
+from lavida_adapter.denoise import LogitsFn
+from lavida_adapter.engine import Eager, Launcher, Steps, pick
 from lavida_adapter.llada import Llada
 from lavida_adapter.prefix import Prefix
-from lavida_adapter.replay import Recorder, ReplayedSteps
 from lavida_adapter.timer import Timer
 
 
@@ -26,14 +26,14 @@ class CachedSteps:
         n_answer: int,
         selector: CacheSelector | None,
         timer: Timer,
-        recorder: Recorder | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
-        """With a `recorder` steps are replayed; the step that a selector watches never is."""
+        """Without a `launcher` steps are eager; the step that a selector watches is so in any case."""
         self.lm, self.prefix, self.timer = lm, prefix, timer
         self.cache: StoredPrefix = cache
         self._n_answer = n_answer
-        self._recorder = recorder
-        self._steps: Steps | ReplayedSteps | None = None
+        self._launcher = launcher or Eager(lm)
+        self._steps: LogitsFn | None = None
         self._kept_BP = prefix.mask_BP
         self._selector = selector
         self._pending = selector
@@ -56,10 +56,7 @@ class CachedSteps:
             self._seen = watch, logits_BAW.clone()  # the loop may write to what it gets
             return logits_BAW if want_BM is None else pick(logits_BAW, want_BM)
         if self._steps is None:
-            if self._recorder is None:
-                self._steps = Steps(self.lm, self.cache, self._n_answer)
-            else:
-                self._steps = ReplayedSteps(self._recorder, self.cache)
+            self._steps = self._launcher.steps(self.cache, self._n_answer)
         return self._steps(ids_BA, want_BM)
 
     def _cut(self, first: FirstStep | None) -> None:

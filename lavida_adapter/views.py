@@ -17,6 +17,9 @@ from torch import Tensor
 from lavida_adapter.config import LavidaConfig
 from shirg import Pooling, Role, TokenLayout, pooled_count_B, tiles_layout
 
+PIXEL_VALUES = ((np.arange(256) * (1 / 255)).astype(np.float32) - 0.5) / 0.5
+"""float32 in [-1, 1] for each value of a pixel, rounded as the reference does: float64 first."""
+
 Size = tuple[int, int]
 
 
@@ -115,10 +118,9 @@ def _anyres(image: Image.Image, config: LavidaConfig) -> Views:
 
 
 def to_tensor(views: Sequence[Image.Image]) -> Tensor:
-    """uint8 RGB -> float32 [V, 3, S, S] in [-1, 1], rounded exactly as the reference does (float64, then float32)."""
+    """uint8 RGB -> float32 [V, 3, S, S] in [-1, 1]."""
     pixels = np.stack([np.asarray(view, dtype=np.uint8) for view in views])
-    scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(((scaled - 0.5) / 0.5).transpose(0, 3, 1, 2)))
+    return torch.from_numpy(PIXEL_VALUES.take(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))))
 
 
 def patch_pixels(pixels_V3SS: Tensor, layout: TokenLayout) -> Tensor:

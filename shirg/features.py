@@ -132,6 +132,8 @@ class VisionFeatures:
     """Stable sample ids: the only seed a random control may use."""
     n_valid: tuple[int, ...]
     """Valid tokens per picture, known on the host, so that no selector has to wait for the device."""
+    picture_at: tuple[int, ...] | None = None
+    """Rows with one number show one picture, whoever asks what about it; None when all may differ."""
     relevance_BN: Tensor | None = None
     base_count_B: Tensor | None = None
     """int64: what the base model itself would feed for each picture; None where that follows from the layout."""

@@ -64,7 +64,7 @@ class Terms:
             score_BP = score_BP + weights.similarity * self._comparable(relevance_BP, seats, layout)
         if weights.neighbor:
             term = partial(neighbour_term, metric=self.neighbor.metric)
-            distance_BP = self._comparable(_on_grids(term, states_BND, seats, layout, ranks_global), seats, layout)
+            distance_BP = self._comparable(_on_grids(term, features, states_BND, seats, ranks_global), seats, layout)
             score_BP = score_BP + self.neighbor.sign * weights.neighbor * distance_BP
         return score_BP
 
@@ -100,17 +100,17 @@ class Terms:
         self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]
     ) -> list[tuple[float, Tensor]]:
         """Weights and values [B, P] of how busy the tokens are."""
-        weights, layout = self.weights, features.layout
+        weights = self.weights
         found: list[tuple[float, Tensor]] = []
         if weights.variance and self.variance_of == "channels":
             found.append((weights.variance, seats.take(channel_variance(states_BND))))
         elif weights.variance:
-            values_BP = _on_grids(neighbourhood_variance, states_BND, seats, layout, ranks_global)
+            values_BP = _on_grids(neighbourhood_variance, features, states_BND, seats, ranks_global)
             found.append((weights.variance, values_BP))
         if weights.edge and self.edge_space == "pixels":
             found.append((weights.edge, seats.take(pixel_edges(features.taps["pixels"]))))
         elif weights.edge:
-            found.append((weights.edge, _on_grids(edge_term, states_BND, seats, layout, ranks_global, by_view=True)))
+            found.append((weights.edge, _on_grids(edge_term, features, states_BND, seats, ranks_global, by_view=True)))
         return found
 
     def _comparable(self, values_BP: Tensor, seats: Seats, layout: TokenLayout) -> Tensor:
@@ -129,23 +129,26 @@ class Terms:
 
 def _on_grids(
     term: GridTerm,
+    features: VisionFeatures,
     states_BND: Tensor,
     seats: Seats,
-    layout: TokenLayout,
     ranks_global: Sequence[bool],
     *,
     by_view: bool = False,
 ) -> Tensor:
     """A term of grids at all places [B, P]; zeros stand for a global view that is not ranked.
 
-    One picture at a time: its temporaries stay in cache, and its score cannot depend on its batch-mates.
+    One picture at a time: its temporaries stay in cache, and its score cannot depend on its batch-mates. A picture that
+    several rows ask about is looked at once, unless who sits in its cells depends on the question.
     """
-    rows = []
-    for picture, ranks in enumerate(ranks_global):
-        of_grid = partial(term, states_BND[picture])
-        token_P, usable_P = seats.token_BP[picture], seats.usable_BP[picture]
-        rows.append(_on_grids_of_one(of_grid, token_P, usable_P, layout, ranks, by_view))
-    return torch.stack(rows)
+    at = range(len(ranks_global)) if features.picture_at is None or seats.shared else features.picture_at
+    found: dict[int, Tensor] = {}
+    for row, (picture, ranks) in enumerate(zip(at, ranks_global, strict=True)):
+        if picture not in found:
+            of_grid = partial(term, states_BND[row])
+            token_P, usable_P = seats.token_BP[row], seats.usable_BP[row]
+            found[picture] = _on_grids_of_one(of_grid, token_P, usable_P, features.layout, ranks, by_view)
+    return torch.stack([found[picture] for picture in at])
 
 
 def _on_grids_of_one(

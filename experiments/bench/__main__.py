@@ -136,7 +136,7 @@ PARTS = {
     ),
     "end2end": Part(
         "from picture to answer: samples per second by batch size, and whether answers stay the same",
-        {"model": "tiny", "batch": "1,16", "only": None, "samples": "96"},
+        {"model": "tiny", "batch": "1,16", "only": None, "samples": "96", "repeats": "5"},
     ),
 }
 

@@ -152,7 +152,9 @@ def _row(
     reset_peak_memory(model.device)
     ids = model.generate(prefix, config).ids_BA
     whole = time_call(lambda: model.generate(prefix, config), model.device, repeats=repeats)
-    prefill = time_call(lambda: model.prefill(prefix, room=config.max_new_tokens), model.device, repeats=repeats)
+    prefill = time_call(
+        lambda: model.prefill(prefix, config.max_new_tokens, engine=config.engine), model.device, repeats=repeats
+    )
     same = torch.equal(ids, expected)
     return _made(f"engine={engine}", model, embeds, config, whole, prefill, floor, same_ids=same), ids
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ class Row:
     system: str
     batch: int
     seconds: float
+    """Median of the passes."""
+    seconds_all: tuple[float, ...]
     ms: dict[str, float]
     """Median milliseconds per sample by stage."""
     answers: tuple[str, ...]
@@ -50,6 +52,7 @@ class Bench:
                 "batch": row.batch,
                 "samples_per_s": self.n / row.seconds,
                 "times_first_batch": self.first(row).seconds / row.seconds,
+                "seconds_all": list(row.seconds_all),
                 "same_answers": sum(a == b for a, b in zip(row.answers, self.first(row).answers, strict=True)),
                 "visual_tokens": row.visual_tokens,
                 "ms": row.ms,
@@ -72,15 +75,19 @@ class Bench:
         return [f"{self.model}, {self.n} samples, {torch.get_num_threads()} threads", *aligned([head, *body])]
 
 
-def run(*, device: torch.device, model: str, batch: list[int], only: list[str] | None, samples: int) -> Bench:
-    """`only`: selectors, or the notes' systems by their names in conf/experiment."""
+def run(
+    *, device: torch.device, model: str, batch: list[int], only: list[str] | None, samples: int, repeats: int
+) -> Bench:
+    """`only`: selectors, or the notes' systems by their names in conf/experiment. All batch sizes of a system take
+    turns, `repeats` times, so that a machine that becomes slower does so for all of them."""
     rows = []
     loaded: dict[str, Any] = {}
     for name in only or ["pooled", "full", "shirg"]:
         kind = "experiment" if name[0].isupper() else "selector"
         cfg = config_of(f"model={model}", f"{kind}={name}")
         system, given = prepare(cfg, device, samples, loaded)
-        rows += [answer(name, system, given, size) for size in batch]
+        passes = [[answer(name, system, given, size) for size in batch] for _ in range(repeats)]
+        rows += [median(of_size) for of_size in zip(*passes, strict=True)]
     return Bench(model, samples, rows)
 
 
@@ -92,6 +99,12 @@ def prepare(cfg: DictConfig, device: torch.device, n: int, loaded: dict[str, Any
     decode = build.build_decode(cfg, dataset.max_new_tokens)
     system = build_system(cfg, model, decode, text_metrics(dataset.metric_names))
     return system, [dataset[i] for i in range(min(n, len(dataset)))]
+
+
+def median(passes: Sequence[Row]) -> Row:
+    """The pass of median duration, with the durations of all."""
+    ranked = sorted(passes, key=lambda row: row.seconds)
+    return replace(ranked[(len(ranked) - 1) // 2], seconds_all=tuple(row.seconds for row in passes))
 
 
 def answer(name: str, system: System, samples: Sequence[Sample], size: int) -> Row:
@@ -108,6 +121,7 @@ def answer(name: str, system: System, samples: Sequence[Sample], size: int) -> R
         name,
         size,
         seconds,
+        (seconds,),
         summarise_stages(shares)["ms_per_sample"],
         tuple(row["prediction"] for row in rows),
         sum(row["n_visual"] for row in rows) / len(rows),

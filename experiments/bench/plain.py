@@ -1,8 +1,8 @@
 """A plain twin of generation: what the public reference does, as it does it (docs/lavida.md, "Quirks").
 
 Keys are cached before rotation, and at every step the whole cache is concatenated and rotated again; the prompt's
-logits are computed and thrown away; every answer slot gets logits, and their softmax is taken in float64. Weights and
-single projections are those of our model, so that what is compared is the way of computing.
+logits are computed and thrown away; every answer slot gets logits, and their softmax is taken in float64. Weights are
+those of our model, so that what is compared is the way of computing.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lavida_adapter.attention import attend
 from lavida_adapter.denoise import DecodeConfig
-from lavida_adapter.llada import Block, Llada, rotate
+from lavida_adapter.llada import Block, Llada, RMSNorm, rotary_phase
 from lavida_adapter.schedule import tokens_per_step
 
 Past = list[tuple[Tensor, Tensor]]
@@ -30,13 +30,13 @@ def forward(lm: Llada, x_BLD: Tensor, past: Past | None, angles: Angles) -> tupl
     for i, block in enumerate(lm.layers):
         x_BLD, kept = _block(block, x_BLD, None if past is None else past[i], angles)
         present.append(kept)
-    return lm.ff_out(lm.ln_f(x_BLD)), present
+    return lm.ff_out(_norm(lm.ln_f, x_BLD)), present
 
 
 def _block(
     block: Block, x_BLD: Tensor, past: tuple[Tensor, Tensor] | None, angles: Angles
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    u = block.attn_norm(x_BLD)
+    u = _norm(block.attn_norm, x_BLD)
     q, k, v = (
         proj(u).unflatten(-1, (-1, block.head_dim)).transpose(1, 2)
         for proj in (block.q_proj, block.k_proj, block.v_proj)
@@ -45,14 +45,27 @@ def _block(
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
     n = q.shape[2]
     cos, sin = (t[:, :, : k.shape[2]] for t in angles)
-    out = attend(rotate(q, cos[:, :, -n:], sin[:, :, -n:]), rotate(k, cos, sin), v, None)
+    out = attend(_rotate(q, cos[:, :, -n:], sin[:, :, -n:]), _rotate(k, cos, sin), v, None)
     x_BLD = x_BLD + block.attn_out(out.transpose(1, 2).flatten(-2))
-    u = block.ff_norm(x_BLD)
+    u = _norm(block.ff_norm, x_BLD)
     return x_BLD + block.ff_out(F.silu(block.ff_proj(u)) * block.up_proj(u)), (k, v)
 
 
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    wide = x.float()
+    return norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)).to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
 def angles_of(lm: Llada, n: int) -> Angles:
-    return lm.angles(torch.arange(n, device=lm.wte.weight.device)[None])
+    positions_1L = torch.arange(n, device=lm.wte.weight.device)[None]
+    phase = rotary_phase(positions_1L, lm.config.head_dim, lm.config.rope_theta)
+    return phase.cos(), phase.sin()
 
 
 def step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks: list[int]) -> Tensor:

@@ -62,7 +62,9 @@ def test_cache_and_encode() -> None:
 
 
 def test_a_batch_size_does_not_change_answers() -> None:
-    measured = end2end.run(device=torch.device("cpu"), model="tiny", batch=[1, 4], only=["shirg", "B0"], samples=8)
+    measured = end2end.run(
+        device=torch.device("cpu"), model="tiny", batch=[1, 4], only=["shirg", "B0"], samples=8, repeats=2
+    )
     assert [(row.system, row.batch) for row in measured.rows] == [("shirg", 1), ("shirg", 4), ("B0", 1), ("B0", 4)]
     assert all(row["same_answers"] == 8 for row in measured.report()["rows"])
 

@@ -308,6 +308,25 @@ def test_float32_ranks_like_float64_or_steps_back(seed: int) -> None:
     assert 3 <= stepped_back <= 16
 
 
+@pytest.mark.parametrize(("scale", "least"), [(0.02, 0), (1.0, 28), (8.0, 28)])
+def test_small_probabilities_are_told_apart_in_float32(scale: float, least: int) -> None:
+    """A large vocabulary makes all of them small; what counts is how they compare."""
+    clear = 0
+    for seed in range(32):
+        logits, here = scale * noise(1, 8, 50_000, seed=seed), torch.ones(1, 8, dtype=torch.bool)
+        tokens, chosen = decide(logits, here, [2], Rule(), NO_DRAW)
+        assert torch.equal(chosen, surest(confidence(logits, tokens, "low_confidence"), here, [2]))
+        clear += is_clear(confidence(logits, tokens, "low_confidence", torch.float32), here, [2])
+    assert clear >= least
+
+
+def test_what_float32_cannot_hold_is_not_clear() -> None:
+    here = torch.ones(1, 2, dtype=torch.bool)
+    assert is_clear(torch.tensor([[2e-30, 1e-30]]), here, [1])
+    assert not is_clear(torch.tensor([[2e-40, 1e-40]]), here, [1])
+    assert not is_clear(torch.tensor([[0.0, 0.0]]), here, [1])
+
+
 def test_history_on_request() -> None:
     config = DecodeConfig(max_new_tokens=4)
     assert denoise(at(table), start(1, config, MASK, (), torch.device("cpu")), config, MASK)[3] == []

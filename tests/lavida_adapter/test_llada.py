@@ -188,6 +188,10 @@ def test_rotation_keeps_lengths_and_pairs_first_with_second_half() -> None:
     expected = torch.zeros(8)
     expected[1], expected[5] = 2 * angle.cos(), 2 * angle.sin()
     torch.testing.assert_close(rotate(x, cos, sin)[0, 0, 0], expected)
+    back = torch.zeros(1, 1, 1, 8)
+    back[..., 5] = 2.0
+    expected[1], expected[5] = -2 * angle.sin(), 2 * angle.cos()
+    torch.testing.assert_close(rotate(back, cos, sin)[0, 0, 0], expected)
 
 
 def test_the_norm_casts_back_before_its_weight() -> None:

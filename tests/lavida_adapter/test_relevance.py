@@ -1,5 +1,6 @@
 """Relevance against a loop over tokens and words; what it must not depend on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +145,18 @@ def test_external_errors(features: VisionFeatures, embedding: nn.Embedding, tmp_
 
 def test_spaces_are_named() -> None:
     assert (NoRelevance.space, LmEmbed.space, External.space) == ("encoder", "lm", "external")
+
+
+def test_lm_embed_looks_at_a_picture_once(features: VisionFeatures, embedding: nn.Embedding) -> None:
+    """Three questions about two pictures give what they give one by one."""
+    rows, table = [0, 1, 0], noise(2, N, WIDE, seed=2) + 1
+    asked = (QUESTIONS[0], QUESTIONS[1], QUESTIONS[1])
+    many = replace(
+        features,
+        valid_BN=features.valid_BN[rows],
+        ids=("a", "b", "c"),
+        picture_at=(0, 1, 0),
+    )
+    found = LmEmbed()(many, context(embedding, table[rows], asked))
+    assert torch.equal(found, LmEmbed()(replace(many, picture_at=None), context(embedding, table[rows], asked)))
+    assert not torch.equal(found[0], found[2]), "the question decides"
