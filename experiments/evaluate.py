@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from PIL import Image
 
 from experiments import build, measure, memory, roofline
 from experiments.adapters import adapter_path
+from experiments.data.ahead import picture_of, read_ahead
 from experiments.data.limit import draw_ids, ids_hash
 from experiments.data.sample import Dataset, Sample, Traced
 from experiments.data.shuffle import other_questions
@@ -27,7 +29,7 @@ from experiments.study import record
 from experiments.study.job import JOURNAL, SHOTS, Job
 from experiments.study.samples import write_samples
 from experiments.study.summary import summarise
-from experiments.system import Row, System, build_system, picture_of
+from experiments.system import Row, System, build_system
 from lavida_adapter.attention import kernel_of
 
 
@@ -148,23 +150,25 @@ def answer_all(
     """
     size: int = cfg.batch_size
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-    pictures = {sample.id: picture_of(sample) for sample in samples}
-    mapped = {name: pictures[name] for name in list(shots)[:MAPS] if name in pictures}  # or in another shard
+    shown = {sample.id: picture_of(sample) for sample in samples}
+    mapped = {name: shown[name] for name in list(shots)[:MAPS] if name in shown}  # or in another shard
     watched = set(mapped.values())
-    watch = TokenWatch(system.selector, {name: at for name, at in pictures.items() if at in watched})
+    watch = TokenWatch(system.selector, {name: at for name, at in shown.items() if at in watched})
     with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
             raise ValueError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
         done = len(journal.entries)
         progress.advance(sum(map(len, batches[:done])))
-        for number, batch in enumerate(batches[done:]):
+        coming = read_ahead(batches[done:], system.model.config, system.selector.geometry, cfg.workers)
+        for number, (batch, pictures) in enumerate(zip(batches[done:], coming, strict=True)):
             with memory.told(system.model, len(batch), budget_of(system)):
-                answers = system.answer(batch)
-            for sample, image, selection, row in zip(
-                batch, answers.images, answers.selections, answers.rows, strict=True
+                answers = system.answer(batch, pictures)
+            for sample, picture, selection, row in zip(
+                batch, answers.pictures, answers.selections, answers.rows, strict=True
             ):
                 if sample.id in shots:
                     shot, folder = shots[sample.id], job.folder / SHOTS
+                    image = picture if isinstance(picture, Image.Image) else sample.load_image()
                     save_shot(folder, shot, image, selection, row, sample.boxes, system.geometry)
                     if mapped.get(sample.id) in watch.tokens:
                         eligible_N = system.geometry(image.size).eligible_N

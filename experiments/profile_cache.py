@@ -40,10 +40,10 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
 
     from experiments import build
     from experiments.bench.models import config_of
+    from experiments.data.ahead import load_pictures
     from experiments.evaluate import choose
     from experiments.measure import resolve_device
     from experiments.study.files import write_json
-    from experiments.system import load_pictures
     from lavida_adapter.cache_retain import MassReceived, profile
 
     if not 0 < forget < 1:

@@ -85,6 +85,8 @@ class Eval(Run):
     shards: int = 1
     """Jobs that share one dataset; `shard` says which part this one answers."""
     shard: int = 0
+    workers: int = 0
+    """Processes that decode pictures and cut them into views ahead of time; with 0 each batch does so itself."""
     shots: int = 8
     """Samples whose picture and kept tokens the report shows."""
     adapter: str | None = None

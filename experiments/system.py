@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from torch import Tensor
 
 from experiments import build
+from experiments.data.ahead import Pictures, load_pictures, picture_of
 from experiments.data.sample import Sample
 from experiments.measure import StageTimer
 from experiments.scoring import Scorer, score_answer
@@ -32,7 +32,7 @@ class Answers:
     """A batch, answered."""
 
     rows: list[Row]
-    images: list[Image.Image]
+    pictures: Pictures
     selections: tuple[Selection, ...]
     ms: dict[str, float]
     """Milliseconds of the whole batch by stage."""
@@ -60,12 +60,12 @@ class System:
         return next(iter(self.scorers))
 
     @torch.inference_mode()
-    def answer(self, batch: Sequence[Sample]) -> Answers:
-        """Answers a batch; depends on nothing but the system and the batch."""
+    def answer(self, batch: Sequence[Sample], pictures: Pictures | None = None) -> Answers:
+        """Answers a batch; depends on nothing but the system and the batch, whose pictures may have been cut before."""
         timer = StageTimer(self.model.device)
-        images = load_pictures(batch)
+        pictures = load_pictures(batch) if pictures is None else pictures
         prefix = self.model.encode(
-            images,
+            pictures,
             [sample.question if self.asked is None else self.asked[sample.id] for sample in batch],
             self.selector,
             relevance=self.relevance,
@@ -88,10 +88,10 @@ class System:
         if generation.cached_BP is not None:
             left = tuple(left_in_cache(prefix, generation.cached_BP))
         rows = [
-            self._row(sample, image.size, selection, cached, text, n_visual, n_prefix) | {"n_steps": n_steps} | extra
-            for sample, image, selection, cached, text, n_visual, n_prefix, n_steps, extra in zip(
+            self._row(sample, picture.size, selection, cached, text, n_visual, n_prefix) | {"n_steps": n_steps} | extra
+            for sample, picture, selection, cached, text, n_visual, n_prefix, n_steps, extra in zip(
                 batch,
-                images,
+                pictures,
                 prefix.selections,
                 left,
                 generation.texts,
@@ -102,7 +102,7 @@ class System:
                 strict=True,
             )
         ]
-        return Answers(rows, images, left, ms)
+        return Answers(rows, pictures, left, ms)
 
     def _drift(self, prefix: "Prefix", generation: "Generation") -> list[Row]:
         """For each prompt the bytes of its cache, and where the cache was made smaller, what that moved; not timed."""
@@ -192,17 +192,3 @@ def left_in_cache(prefix: "Prefix", cached_BP: Tensor) -> Iterator[Selection]:
         mask_BT = selection.mask_BT.clone()
         mask_BT[selection.mask_BT] = cached_P[visual_P]
         yield replace(selection, mask_BT=mask_BT)
-
-
-def picture_of(sample: Sample) -> str:
-    """The name of the sample's picture; samples that share it are one cluster."""
-    return str(sample.meta.get("picture", sample.id))
-
-
-def load_pictures(batch: Sequence[Sample]) -> list[Image.Image]:
-    """One picture per sample; samples that share one share the object, and the tower runs once for it."""
-    pictures: dict[str, Image.Image] = {}
-    for sample in batch:
-        if picture_of(sample) not in pictures:
-            pictures[picture_of(sample)] = sample.load_image()
-    return [pictures[picture_of(sample)] for sample in batch]

@@ -32,7 +32,7 @@ VOLATILE = ("times",)
 SESSION = frozenset({"resume", "overwrite"})
 """Keys that say how a job is started, not what it is: they are not written down."""
 
-NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "trainer.num_nodes", "trainer.workers"})
+NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "workers", "trainer.num_nodes", "trainer.workers"})
 QUICK_BYTES = 2**26
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
 

@@ -12,7 +12,7 @@ from experiments.study.systems import System, group, merged, without_seed
 
 ROW_VERSION = 2
 _SHOWN_ELSEWHERE = frozenset(
-    {"selector", "budget", "selector.budget", "data", "limit", "study", "seed", "threads", "logger", "shots"}
+    {"selector", "budget", "selector.budget", "data", "limit", "study", "seed", "threads", "workers", "logger", "shots"}
 )
 _NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
 _GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")

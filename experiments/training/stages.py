@@ -77,7 +77,7 @@ def draw_shots(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> li
         found = system.answer(samples)
     if folder is not None:
         for i, sample in enumerate(samples):
-            save_shot(folder, i, found.images[i], found.selections[i], found.rows[i], sample.boxes, system.geometry)
+            save_shot(folder, i, sample.load_image(), found.selections[i], found.rows[i], sample.boxes, system.geometry)
     return found.rows
 
 

@@ -217,3 +217,14 @@ def test_what_was_asked_for_is_written_down(eval_here: Eval) -> None:
         "denoise",
         "total",
     }
+
+
+def test_workers_change_nothing_but_the_time(eval_here: Eval) -> None:
+    words = ("selector=shirg", "data.n=20", "batch_size=8", "shots=2")
+    calm, ahead = (eval_here(f"study={n}-workers", f"workers={n}", *words) for n in (0, 1))
+    assert rows_of(calm) == rows_of(ahead)
+    drawn = list((calm / "shots").glob("*.*"))
+    assert len(drawn) >= 2
+    for picture in drawn:
+        assert picture.read_bytes() == (ahead / picture.relative_to(calm)).read_bytes()
+    assert calm.name == ahead.name, "how many workers there are does not make another job"
