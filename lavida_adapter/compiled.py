@@ -3,7 +3,7 @@
 Plain twins are `Llada.prefill` and `lavida_adapter.engine.step_logits`: what is compiled is these very functions, so
 that answers are the same (docs/lavida.md, "Engine").
 
-Shape letters: B batch, M wanted slots.
+Shape letters: B batch, P prefix slots, D width, A answer slots, M wanted slots.
 """
 
 import os
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavida_adapter.cache import StoredPrefix
+from lavida_adapter.attention import Watch
+from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.engine import Steps, step_logits
 from lavida_adapter.llada import Llada
 from lavida_adapter.replay import Recorder, ReplayedSteps
@@ -37,8 +38,20 @@ class Compiled:
             check_compiler()
             store_by_column(lm)
             options = {"cpp_wrapper": True}  # launches kernels from C++ too: a tenth of a small step
-        self.prefill = torch.compile(lm.prefill, dynamic=True, options=options)
+        self._prefill = torch.compile(lm.prefill, dynamic=True, options=options)
         self._step = torch.compile(step_logits, dynamic=True, options=options)
+
+    def prefill(
+        self,
+        embeds_BPD: Tensor,
+        mask_BP: Tensor | None = None,
+        visual_BP: Tensor | None = None,
+        room: int = 0,
+        watch: Watch | None = None,
+    ) -> PrefixCache:
+        """`Llada.prefill`. Angles are made outside: a compiler would make them again wherever they are used."""
+        angles = self.lm.angles(torch.arange(embeds_BPD.shape[1], device=embeds_BPD.device)[None])
+        return self._prefill(embeds_BPD, mask_BP, visual_BP, room, watch, angles)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps | CompiledSteps":
         if self._recorder is not None:

@@ -179,15 +179,17 @@ class Llada(nn.Module):
         visual_BP: Tensor | None = None,
         room: int = 0,
         watch: Watch | None = None,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> PrefixCache:
         """Keys and values of the prefix, with `room` for so many answer tokens behind them; differentiable without.
 
-        The last block only has to deliver its keys and values: nothing reads the prefix states behind it.
+        The last block only has to deliver its keys and values: nothing reads the prefix states behind it. `angles` are
+        those of positions 0 to P-1, where they are at hand.
         """
         x = embeds_BPD
         b, p = x.shape[:2]
         positions_BP = torch.arange(p, device=x.device).expand(b, p)
-        cos, sin = self.angles(positions_BP[:1])
+        cos, sin = self.angles(positions_BP[:1]) if angles is None else angles
         mask = attention_mask(mask_BP, visual_BP)
         keys, values = [], []
         slots: Slots | None = None
