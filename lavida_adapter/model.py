@@ -57,7 +57,7 @@ class Lavida(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Body(config)
-        self._launchers: dict[Engine, Launcher] = {}
+        self._launchers: dict[tuple[Engine, str], Launcher] = {}
         self._initialise()
 
     @torch.no_grad()
@@ -226,9 +226,10 @@ class Lavida(nn.Module):
             return Eager(self.lm)
         if engine == "graph" and self.device.type != "cuda":
             raise ValueError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
-        found = self._launchers.get(engine)
+        key = engine, self.device.type
+        found = self._launchers.get(key)
         if found is None or found.lm is not self.lm:
-            found = self._launchers[engine] = Recorder(self.lm) if engine == "graph" else Compiled(self.lm)
+            found = self._launchers[key] = Recorder(self.lm) if engine == "graph" else Compiled(self.lm)
         return found
 
     def _logits_whole(self, prefix: Prefix, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:

@@ -30,13 +30,17 @@ class Column:
         return self.kind != "text"
 
 
-def columns(rows: Sequence[Row]) -> list[Column]:
-    """What table.md and the terminal show; a column that says nothing is left out."""
+def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Column]:
+    """What table.md and the terminal show; a column that says nothing is left out, and so is what all rows share:
+    the legend says it once. `among`: the rows of the legend, where this table has a part of them."""
+    common = shared(rows if among is None else among)
+    said = set(common["changes"].split())
+    changes = [" ".join(word for word in row["changes"].split() if word not in said) for row in rows]
     shown = [
         Column("selector", "text", [Cell(str(row["selector"])) for row in rows]),
-        Column("data", "text", [Cell(str(row["dataset"] or row["data"])) for row in rows]),
+        Column("data", "text", [Cell(_data(row)) for row in rows]),
         Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
-        Column("changes", "text", [Cell(row["changes"]) for row in rows]),
+        Column("changes", "text", [Cell(text) for text in changes]),
         Column("n", "count", [cells.asked(row) for row in rows]),
         Column("seeds", "count", [cells.seeds(row) for row in rows]),
     ]
@@ -61,11 +65,22 @@ def columns(rows: Sequence[Row]) -> list[Column]:
     shown.append(Column("status", "text", [Cell(row["status"]) for row in rows]))
     notes = ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]
     shown.append(Column("note", "text", [Cell(note) for note in notes]))
-    # What all rows share needs no column; the legend says it once.
     failed = any(row["reason"] or row["flags"] for row in rows)
-    sayable = ("data", "changes") if failed else ("data", "changes", "note")
-    shared = [c for c in shown if c.title in sayable and len(set(c.texts)) == 1]
-    return [column for column in shown if column not in shared and any(text not in ("", "-") for text in column.texts)]
+    idle = {title for title in ("data", "note") if common[title] and not (title == "note" and failed)}
+    return [c for c in shown if c.title not in idle and any(text not in ("", "-") for text in c.texts)]
+
+
+def shared(rows: Sequence[Row]) -> dict[str, str]:
+    """What all rows have in common of their data, overrides and notes; "" where that is nothing."""
+    words = [row["changes"].split() for row in rows]
+    found = {"changes": " ".join(word for word in words[0] if all(word in other for other in words)) if words else ""}
+    for title, values in (("data", {_data(row) for row in rows}), ("note", {row["note"] for row in rows})):
+        found[title] = (values.pop() or "") if len(values) == 1 else ""
+    return found
+
+
+def _data(row: Row) -> str:
+    return str(row["dataset"] or row["data"])
 
 
 def qualities(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -104,7 +119,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
     budgets: dict[str, set[str]] = {}
     for row in rows:
         budgets.setdefault(row["selector"], set()).add(row["budget"])
-    shared = set.intersection(*(set(row["changes"].split()) for row in rows)) if rows else set()
+    said = set(shared(rows)["changes"].split())
     many_sets = len({row["dataset"] for row in rows}) > 1
     return [
         " ".join(
@@ -113,7 +128,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
                 (
                     row["selector"],
                     row["budget"] if len(budgets[row["selector"]]) > 1 else "",
-                    *(short(change) for change in row["changes"].split() if change not in shared),
+                    *(short(change) for change in row["changes"].split() if change not in said),
                     row["dataset"] if many_sets else "",
                 ),
             )
@@ -139,12 +154,12 @@ def parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The tables for a README or an issue."""
-    tables = [f"{title}\n\n{_markdown(part)}" if title else _markdown(part) for title, part in parts(rows)]
+    tables = [f"{title}\n\n{_markdown(part, rows)}" if title else _markdown(part, rows) for title, part in parts(rows)]
     return "\n".join(tables) + f"\n{legend(rows)}\n"
 
 
-def _markdown(rows: Sequence[Row]) -> str:
-    shown = columns(rows)
+def _markdown(rows: Sequence[Row], among: Sequence[Row]) -> str:
+    shown = columns(rows, among)
     lines = [
         " | ".join(column.title for column in shown),
         " | ".join("---:" if column.numeric else "---" for column in shown),
@@ -156,8 +171,8 @@ def _markdown(rows: Sequence[Row]) -> str:
 def legend(rows: Sequence[Row]) -> str:
     """What all rows share, and what the cells mean."""
     metrics = ", ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
-    shared = [values.pop() for k in ("dataset", "changes", "note") if len(values := {row[k] for row in rows}) == 1]
-    common = "; ".join(text for text in shared if text)
+    among_all = shared(rows)
+    common = "; ".join(among_all[title] for title in ("data", "changes", "note") if among_all[title])
     sentences = [
         f"All rows: {common}." if common else "",
         f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "

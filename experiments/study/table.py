@@ -46,14 +46,14 @@ def print_table(study: Path) -> None:
     for title, part in parts(rows):
         if title:
             print(title)
-        _print(part)
+        _print(part, rows)
     print(legend(rows))
     shown_as = study.relative_to(Path.cwd()) if study.is_relative_to(Path.cwd()) else study
     print(f"table: {shown_as / NAME}.md   report: {shown_as / 'report.html'}")
 
 
-def _print(rows: Sequence[Row]) -> None:
-    shown = columns(rows)
+def _print(rows: Sequence[Row], among: Sequence[Row]) -> None:
+    shown = columns(rows, among)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in shown:
         table.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.study.layout import columns, markdown
+from experiments.study.layout import columns, legend, markdown, parts
 from experiments.study.rows import collect
 from experiments.study.samples import Score, read_scores, write_samples
 from experiments.study.stats import paired_delta
@@ -140,6 +140,18 @@ def test_what_all_rows_share_is_said_once(eval_here: Eval) -> None:
     eval_here("selector=random", "limit=6")
     shown = {c.title: c.texts for c in columns(collect(study))}
     assert sum("decode.step_ratio=0.7" in cell for cell in shown["changes"]) == 2
+
+
+def test_a_part_of_the_rows_says_what_the_legend_does_not(eval_here: Eval) -> None:
+    eval_here("selector=pooled", "data.n=12", "decode.step_ratio=0.7", "batch_size=4")
+    eval_here("selector=random", "data.n=12", "batch_size=4")
+    study = eval_here("selector=pooled", "data.n=12", "limit=6", "batch_size=4").parent
+    rows = collect(study)
+    whole, limited = (part for _, part in parts(rows))
+    shown = [{c.title: c.texts for c in columns(part, rows)} for part in (whole, limited)]
+    assert [text for text in shown[0]["changes"] if text] == ["decode.step_ratio=0.7"]
+    assert "batch_size=4" not in str(shown) and "batch_size=4" in legend(rows)
+    assert {c.title: c.texts for c in columns(whole)}.get("changes") == shown[0]["changes"]
 
 
 def test_lists_on_the_terminal_are_no_markup(eval_here: Eval, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,4 +111,4 @@ def test_compiled_answers_are_the_same(model: Lavida, knobs: dict[str, Any]) -> 
             for engine in ("eager", "compile")
         ]
         assert torch.equal(*ids)
-    assert isinstance(model._launchers["compile"], Compiled)
+    assert isinstance(model._launchers["compile", "cpu"], Compiled)
