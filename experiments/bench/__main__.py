@@ -109,7 +109,7 @@ PARTS = {
             "answer": "32",
             "steps": None,
             "batch": "1",
-            "engine": "eager",
+            "engine": "eager,compile",
             "attention": "sdpa",
             "repeats": "7",
         },

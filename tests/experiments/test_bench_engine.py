@@ -76,7 +76,9 @@ def test_options_may_be_spelt_like_overrides() -> None:
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "decode.json"
-    command.main(["decode", "model=bench_tiny", "prompt=64", "answer=4", "repeats=1", f"out={out}", "threads=1"])
+    command.main(
+        ["decode", "model=bench_tiny", "engine=eager", "prompt=64", "answer=4", "repeats=1", f"out={out}", "threads=1"]
+    )
     report = json.loads(out.read_text())
     assert report["command"].startswith("python -m experiments.bench decode model=bench_tiny")
     assert report["rows"][1]["same_ids"] is True
