@@ -8,12 +8,12 @@ Shape letters: B batch, P prefix slots, D width, A answer slots, M wanted slots.
 
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lavida_adapter.attention import Watch
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.engine import Steps, step_logits
 from lavida_adapter.llada import Llada
@@ -38,20 +38,14 @@ class Compiled:
             check_compiler()
             store_by_column(lm)
             options = {"cpp_wrapper": True}  # launches kernels from C++ too: a tenth of a small step
-        self._prefill = torch.compile(lm.prefill, dynamic=True, options=options)
         self._step = torch.compile(step_logits, dynamic=True, options=options)
+        self._prefill: Callable[..., PrefixCache] = torch.compile(lm.prefill, dynamic=True, options=options)
+        self.prefill: Callable[..., PrefixCache] = self._prefill_with_angles
 
-    def prefill(
-        self,
-        embeds_BPD: Tensor,
-        mask_BP: Tensor | None = None,
-        visual_BP: Tensor | None = None,
-        room: int = 0,
-        watch: Watch | None = None,
-    ) -> PrefixCache:
-        """`Llada.prefill`. Angles are made outside: a compiler would make them again wherever they are used."""
+    def _prefill_with_angles(self, embeds_BPD: Tensor, *rest: Any) -> PrefixCache:
+        """A compiler would make the angles again wherever they are used."""
         angles = self.lm.angles(torch.arange(embeds_BPD.shape[1], device=embeds_BPD.device)[None])
-        return self._prefill(embeds_BPD, mask_BP, visual_BP, room, watch, angles)
+        return self._prefill(embeds_BPD, *rest, angles=angles)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps | CompiledSteps":
         if self._recorder is not None:

@@ -86,16 +86,8 @@ class Launcher(Protocol):
     """How prefill and steps of a language model are launched."""
 
     lm: Llada
-
-    def prefill(
-        self,
-        embeds_BPD: Tensor,
-        mask_BP: Tensor | None = None,
-        visual_BP: Tensor | None = None,
-        room: int = 0,
-        watch: Watch | None = None,
-    ) -> PrefixCache:
-        """`Llada.prefill`."""
+    prefill: Callable[..., PrefixCache]
+    """`Llada.prefill`."""
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Answer ids [B, A] and wanted slots [B, M], None for all, to logits [B, M, W] over one stored prefix."""
