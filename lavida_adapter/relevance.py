@@ -74,8 +74,10 @@ class LmEmbed:
     def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
         at = range(len(features.ids)) if features.picture_at is None else features.picture_at
         row_of = {picture: row for row, picture in enumerate(at)}  # any row of a picture has all there is to know of it
-        p = context.projected()[list(row_of.values())].float()
-        p = F.normalize(p - masked_mean(p, features.valid_BN[list(row_of.values())]), dim=-1)
+        p, valid = context.projected(), features.valid_BN
+        if len(row_of) < len(at):
+            p, valid = (values[list(row_of.values())] for values in (p, valid))
+        p = F.normalize(p.float() - masked_mean(p.float(), valid), dim=-1)
         by_picture = dict(zip(row_of, p, strict=True))
         vocabulary_mean_D = context.embedding.weight.mean(0, dtype=torch.float32)
         rows = []
