@@ -21,7 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.schema import CONF
 from experiments.study.files import read_json, write_json
 
-VERSION = 1
+VERSION = 2
+"""Format of result.json. In format 1 the config and its digest held dotted names of classes, which a module's move
+changes; it is read as format 2."""
 RESULT = "result.json"
 SAMPLES = "samples.parquet"
 LOCK = ".lock"
@@ -34,6 +36,7 @@ SESSION = frozenset({"resume", "overwrite"})
 
 NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "workers", "trainer.num_nodes", "trainer.workers"})
 QUICK_BYTES = 2**26
+_TARGET = "_target_"
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
 
 Status = Literal["running", "ok", "failed", "oom"]
@@ -69,10 +72,24 @@ def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """What a job is: the config with every reference filled in; raises when a mandatory value is missing."""
+    """What a job is: the config with every reference filled in; raises when a mandatory value is missing.
+
+    Names of classes are left out: where a class lives is no part of an experiment, and `choices` names the options.
+    """
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(container, dict)
-    return {str(k): v for k, v in container.items() if k not in SESSION}
+    return without_targets({str(k): v for k, v in container.items() if k not in SESSION})
+
+
+def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the dotted names of the classes that its options build."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cleaned(part) for part in value]
+        return without_targets(value) if isinstance(value, Mapping) else value
+
+    return {key: cleaned(value) for key, value in config.items() if key != _TARGET}
 
 
 def stored(path: str | None) -> str | None:
@@ -117,13 +134,21 @@ def write_result(
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
+    """The record of a job in today's format; None when there is none.
+
+    Raises:
+        ValueError: a format that this code does not know.
+    """
     result = read_json(folder / RESULT)
-    if result is not None and result.get("version") != VERSION:
+    if result is None or result.get("version") == VERSION:
+        return result
+    if result.get("version") != 1:
         raise ValueError(
             f"{folder / RESULT} has format {result.get('version')}, this code writes {VERSION}: use another study= or "
             "overwrite=true"
         )
-    return result
+    config = without_targets(result["config"])
+    return {**result, "version": VERSION, "config": config, "config_hash": config_hash(config)}
 
 
 def environment(device: torch.device, dtype: str) -> dict[str, Any]:

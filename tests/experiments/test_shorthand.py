@@ -10,12 +10,13 @@ from hydra.core.override_parser.types import Override
 
 from experiments.schema import CONF, VERSION_BASE
 from experiments.shorthand import SWEEPS, expand, sweep_overrides
+from experiments.study.record import VERSION
 
 
 def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "ok") -> Path:
     folder.mkdir(parents=True)
     result = {
-        "version": 1,
+        "version": VERSION,
         "verb": "train",
         "status": status,
         "overrides": list(overrides),
