@@ -5,12 +5,12 @@ from omegaconf import DictConfig
 
 from experiments import cli
 from experiments.schema import VERSION_BASE
-from experiments.study.slots import turn
+from experiments.study.slots import acquire_slot
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> None:
-    with turn(cfg.threads, cfg.device):
+    with acquire_slot(cfg.threads, cfg.device):
         from experiments.evaluate import evaluate
         from experiments.study.job import run_job
 

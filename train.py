@@ -5,7 +5,7 @@ from omegaconf import DictConfig
 
 from experiments import cli
 from experiments.schema import VERSION_BASE
-from experiments.study.slots import turn
+from experiments.study.slots import acquire_slot
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="train")
@@ -14,11 +14,11 @@ def main(cfg: DictConfig) -> None:
         from experiments.plan import show
 
         return show(cfg)
-    with turn(cfg.threads, cfg.device):
-        from experiments.fit import fit
+    with acquire_slot(cfg.threads, cfg.device):
+        from experiments.fit import train
         from experiments.study.job import run_job
 
-        run_job(cfg, fit)
+        run_job(cfg, train)
 
 
 if __name__ == "__main__":

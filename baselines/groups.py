@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shirg import Budget, Selection, Selector, VisionFeatures, assert_finite, keep, stable_topk, tables
+from shirg import Budget, Selection, Selector, VisionFeatures, assert_finite, keep, layout_tables, stable_topk
 from shirg.knobs import one_of
 from shirg.scoring import unit
 
@@ -48,7 +48,7 @@ def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, 
     """Groups whose quotas add up to `keep_B`; `least` and `most` bound it on the host."""
     layout = features.layout
     if scope == "per_view":
-        canvas_M = layout.order_N[layout.n_global :].index_select(0, tables(layout).by_tile_M)
+        canvas_M = layout.order_N[layout.n_global :].index_select(0, layout_tables(layout).by_tile_M)
         index_GS = torch.cat([layout.order_N[: layout.n_global], canvas_M]).view(-1, layout.side**2)
     else:
         index_GS = layout.order_N[None]

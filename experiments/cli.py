@@ -74,7 +74,7 @@ def _call(main: Callable[[], Any]) -> None:
     failed = 0
     try:
         main()
-    except (JobFailed, watch.Abandoned):
+    except (JobFailed, watch.AllJobsEnded):
         pass
     except Exception as error:
         # submitit is optional and slow to import, so its errors are known by name.

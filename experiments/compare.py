@@ -13,9 +13,9 @@ from statistics import fmean, median
 from experiments.cli import fail
 from experiments.study.compare import Row, column, deltas
 from experiments.study.layout import labels
-from experiments.study.rows import collect, systems_of
+from experiments.study.rows import collect, run_groups
 from experiments.study.significance import holm
-from experiments.study.systems import Result, System, base_config
+from experiments.study.systems import Result, RunGroup, base_config
 
 DECIDED = {
     "experiment": {"experiment", "selector"},
@@ -42,7 +42,7 @@ def table(study: Path, group: str, option: str) -> list[str]:
         FileNotFoundError: for a folder without evaluated jobs.
         ValueError: when no job has that choice.
     """
-    done = [system for system in systems_of(study) if system.finished]
+    done = [system for system in run_groups(study) if system.finished]
     if not done:
         raise FileNotFoundError(f"{study}: there are no finished evaluations in this folder")
     chosen = [s for s in done if _choice(s.result, group) == option]
@@ -69,7 +69,7 @@ def table(study: Path, group: str, option: str) -> list[str]:
     return lines
 
 
-def _groups(systems: Sequence[System]) -> Iterator[str]:
+def _groups(systems: Sequence[RunGroup]) -> Iterator[str]:
     for system in systems:
         for score in system.scores(system.result["quality"]["metric"])[0].values():
             yield score.group
@@ -89,7 +89,7 @@ def _rest(result: Result, group: str) -> str:
     return repr((choices, kept, result["data"]["ids"]))
 
 
-def _cells(system: System, row: Row, group: str, names: Sequence[str], option: str) -> list[str]:
+def _cells(system: RunGroup, row: Row, group: str, names: Sequence[str], option: str) -> list[str]:
     result, scores = system.result, system.scores(system.result["quality"]["metric"])
     cells = [_choice(result, group), str(result["data"]["n"]), str(len(system.seeds))]
     for name in names:

@@ -20,16 +20,16 @@ from experiments.data.limit import draw_ids, ids_hash
 from experiments.data.sample import Dataset, Sample, Traced
 from experiments.data.shuffle import other_questions
 from experiments.metrics.cleaning import CLEANER
-from experiments.mirror import Mirror
+from experiments.mirror import RunLogger
 from experiments.progress import Progress
-from experiments.report.shots import pick_shots, save_shot
+from experiments.report.shots import pick_examples, save_example
 from experiments.report.tokenmap import MAPS, TokenWatch, save_map
 from experiments.scoring import scorer_version, text_metrics
 from experiments.study import record
 from experiments.study.job import JOURNAL, SHOTS, Job
 from experiments.study.samples import write_samples
 from experiments.study.summary import summarise
-from experiments.system import Row, System, build_system
+from experiments.system import EvalPipeline, Row, build_pipeline
 from lavida_adapter.attention import kernel_of
 
 
@@ -42,17 +42,17 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     # The data first: what is wrong with it should not wait for the weights.
     dataset = build.build_dataset(cfg)
-    everything = choose(dataset, cfg.limit, cfg.seed)
-    samples = part(everything, cfg.shard, cfg.shards)
+    everything = choose_samples(dataset, cfg.limit, cfg.seed)
+    samples = shard_of(everything, cfg.shard, cfg.shards)
     ids = ids_hash(sample.id for sample in samples)
     print(f"data  {dataset.name} {dataset.split}: {len(samples)} of {len(dataset)} samples, ids {ids}")
-    mirror = Mirror.of(cfg, job)
+    mirror = RunLogger.of(cfg, job)
     decode = build.build_decode(cfg, dataset.max_new_tokens)
     adapter = adapter_path(cfg.adapter, cfg.model, job.identity.choices["selector"])
     model = build.build_model(cfg, device)
     asked = other_questions(everything, cfg.seed) if cfg.shuffle_questions else None
     scorers = text_metrics(dataset.metric_names)
-    system = build_system(cfg, model, decode, scorers, adapter=adapter, asked=asked)
+    system = build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked)
     selector, cache = system.selector, system.cache
     if cfg.shuffle_questions and not (system.relevance is not None and system.relevance.reads_question):
         raise ValueError(
@@ -61,7 +61,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         )
     weights = build.fingerprint(model)
     measure.reset_peak_memory(device)
-    rows, timings = answer_all(system, samples, pick_shots(everything, cfg.shots), job, cfg, weights)
+    rows, timings = answer_all(system, samples, pick_examples(everything, cfg.shots), job, cfg, weights)
     summary = summarise(rows, tuple(system.scorers))
     write_samples(job.folder / record.SAMPLES, rows)
     sections: dict[str, Any] = {
@@ -109,13 +109,13 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     return sections
 
 
-def budget_of(system: System) -> int:
+def budget_of(system: EvalPipeline) -> int:
     """Vision tokens of a prompt, as far as the configuration tells."""
     budget = system.selector.budget
     return budget if isinstance(budget, int) else system.model.config.budgets["full" if budget is None else "base"]
 
 
-def choose(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
+def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
     """All samples, or `limit` of them drawn with the seed by their ids; the dataset's order stays."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: give a positive number of samples, or null for all of them")
@@ -132,7 +132,7 @@ def prompt_hash(data: DictConfig, max_new_tokens: int) -> str:
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 
-def part(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
+def shard_of(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
     """Every `shards`-th sample, from number `shard` on."""
     if not 0 <= shard < shards:
         raise ValueError(f"shard={shard} shards={shards}: shards are numbered from 0 to shards - 1")
@@ -142,7 +142,7 @@ def part(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
 
 
 def answer_all(
-    system: System, samples: Sequence[Sample], shots: Mapping[str, int], job: Job, cfg: DictConfig, weights: str
+    system: EvalPipeline, samples: Sequence[Sample], shots: Mapping[str, int], job: Job, cfg: DictConfig, weights: str
 ) -> tuple[list[Row], list[dict[str, float]]]:
     """Every sample's row, and for every batch the milliseconds per sample by stage.
 
@@ -161,7 +161,7 @@ def answer_all(
         progress.advance(sum(map(len, batches[:done])))
         coming = read_ahead(batches[done:], system.model.config, system.selector.geometry, cfg.workers)
         for number, (batch, pictures) in enumerate(zip(batches[done:], coming, strict=True)):
-            with memory.told(system.model, len(batch), budget_of(system)):
+            with memory.explain_oom(system.model, len(batch), budget_of(system)):
                 answers = system.answer(batch, pictures)
             for sample, picture, selection, row in zip(
                 batch, answers.pictures, answers.selections, answers.rows, strict=True
@@ -169,7 +169,7 @@ def answer_all(
                 if sample.id in shots:
                     shot, folder = shots[sample.id], job.folder / SHOTS
                     image = picture if isinstance(picture, Image.Image) else sample.load_image()
-                    save_shot(folder, shot, image, selection, row, sample.boxes, system.geometry)
+                    save_example(folder, shot, image, selection, row, sample.boxes, system.geometry)
                     if mapped.get(sample.id) in watch.tokens:
                         eligible_N = system.geometry(image.size).eligible_N
                         save_map(folder, shot, watch.tokens[mapped[sample.id]], eligible_N, row["kept"])

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from experiments import build, measure
 from experiments.data.module import TrainData
-from experiments.mirror import Mirror, shows_pictures
+from experiments.mirror import RunLogger, shows_pictures
 from experiments.shorthand import system_of
 from experiments.study import record
 from experiments.study.files import write_atomic
@@ -29,13 +29,13 @@ from lavida_adapter.module import LavidaModule, Trainable
 PROVENANCE = "training.json"
 
 
-def fit(cfg: DictConfig, job: Job) -> dict[str, Any]:
+def train(cfg: DictConfig, job: Job) -> dict[str, Any]:
     """Trains one stage; returns the sections of result.json, which the first process writes."""
-    with Mirror.of(cfg, job) as mirror:
-        return _fit(cfg, job, mirror)
+    with RunLogger.of(cfg, job) as mirror:
+        return _train(cfg, job, mirror)
 
 
-def _fit(cfg: DictConfig, job: Job, mirror: Mirror) -> dict[str, Any]:
+def _train(cfg: DictConfig, job: Job, mirror: RunLogger) -> dict[str, Any]:
     device = measure.resolve_device(cfg.device, job.crew.local_rank)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

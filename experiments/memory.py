@@ -27,7 +27,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def told(model: "Lavida", batch_size: int, n_tokens: int) -> Iterator[None]:
+def explain_oom(model: "Lavida", batch_size: int, n_tokens: int) -> Iterator[None]:
     """Turns any of those errors into an OutOfMemory with an estimate for a batch of prompts of `n_tokens`."""
     try:
         yield

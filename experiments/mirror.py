@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments import build
-from experiments.report.shots import load_shots
+from experiments.report.shots import load_examples
 from experiments.study.files import write_atomic
 from experiments.study.job import SHOTS, Job
 
@@ -30,7 +30,7 @@ class Terminated(BaseException):
     """SIGTERM, for as long as it takes to close the run."""
 
 
-class Mirror:
+class RunLogger:
     """What a job sends to its logger; without a logger, and in processes other than the first, nothing.
 
     A context: a wandb run is closed at its end, so that the next job of a sweep gets its own. Whatever ends the job
@@ -106,7 +106,7 @@ class Mirror:
             columns = ["id", "question", "answers", "prediction", "n_visual", "recall"]
             table = [[_cell(row[c]) for c in columns] for row in rows]
             self._send(lambda: self.logger.log_text("samples", columns=columns, data=table))
-        if self._in_wandb and (shots := load_shots(self.job.folder / SHOTS)):
+        if self._in_wandb and (shots := load_examples(self.job.folder / SHOTS)):
             pictures = [Image.open(io.BytesIO(shot.overlay)) for shot in shots]
             captions = [f"{shot.record['question']} -> {shot.record['prediction']}" for shot in shots]
             self._send(lambda: self.logger.log_image("kept tokens", pictures, caption=captions))

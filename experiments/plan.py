@@ -21,7 +21,7 @@ from experiments.data.batches import Batches
 from experiments.data.sample import Dataset, Sample
 from experiments.study.job import is_bad_input
 from experiments.study.record import local_folder
-from experiments.training.mixing import build_mix, tokens_of
+from experiments.training.mixing import build_schedule, tokens_of
 from experiments.training.sharded import frozen_linears
 from experiments.training.stages import make_trainable, objective_config, optim_config
 from lavida_adapter.footprint import Shape, footprint
@@ -86,7 +86,7 @@ def plan(cfg: DictConfig) -> None:
     with torch.device("meta"):
         print("trained")
         make_trainable(cfg, model, selector)
-    mix = build_mix(cfg, model, selector)
+    mix = build_schedule(cfg, model, selector)
     # What a run would refuse, its plan refuses too.
     LavidaModule(model, selector, None, objective_config(cfg), optim_config(cfg), cfg.seed).configure_optimizers()
     selectors = [selector] if mix is None else [s for turn in mix.turns for s in turn]

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Crew:
+class Ranks:
     """Which of them this process is. Ranks count nodes first: every node has as many processes."""
 
     launcher: Literal["torchrun", "srun"] | None = None
@@ -56,7 +56,7 @@ class Crew:
         return LightningEnvironment()
 
 
-def launched() -> Crew:
+def detect_ranks() -> Ranks:
     """What the launcher's variables say; a crew of one where there is no launcher.
 
     A batch script that SLURM runs is not a task of srun, although it carries most of its variables.
@@ -66,35 +66,35 @@ def launched() -> Crew:
         rank, world, local_rank, local_world = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
-        return Crew(launcher="torchrun", rank=rank, world=world, local_rank=local_rank, local_world=local_world)
+        return Ranks(launcher="torchrun", rank=rank, world=world, local_rank=local_rank, local_world=local_world)
     if get("SLURM_STEP_ID") and get("SLURM_PROCID"):
         world, nodes = int(get("SLURM_STEP_NUM_TASKS", "1")), int(get("SLURM_STEP_NUM_NODES", "1"))
         if world % nodes:
             raise ValueError(
                 f"srun started {world} tasks on {nodes} nodes: start as many on each, with --ntasks-per-node"
             )
-        return Crew(
+        return Ranks(
             launcher="srun",
             rank=int(os.environ["SLURM_PROCID"]),
             world=world,
             local_rank=int(os.environ["SLURM_LOCALID"]),
             local_world=world // nodes,
         )
-    return Crew()
+    return Ranks()
 
 
-def again() -> bool:
+def is_requeued() -> bool:
     """Whether SLURM put this job back into its queue, after a node was lost say, and now runs it once more."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
-def assemble(cfg: DictConfig) -> Crew:
+def init_distributed(cfg: DictConfig) -> Ranks:
     """This process's place, with torch's process group ready when there are others.
 
     Raises:
         ValueError: when what the launcher started is not what the config asks for.
     """
-    crew = launched()
+    crew = detect_ranks()
     trainer = cfg.get("trainer")
     if trainer is None or trainer.strategy == "single":
         if crew.world > 1:
@@ -102,7 +102,7 @@ def assemble(cfg: DictConfig) -> Crew:
                 f"{crew.launcher} started {crew.world} processes and this job runs in one: train with trainer=ddp or "
                 "trainer=fsdp, or start one process"
             )
-        return Crew()
+        return Ranks()
     if crew.launcher is None:
         raise ValueError(
             f"trainer={trainer.strategy} runs in processes that a launcher starts: "

@@ -41,7 +41,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
     from experiments import build
     from experiments.bench.models import config_of
     from experiments.data.ahead import load_pictures
-    from experiments.evaluate import choose
+    from experiments.evaluate import choose_samples
     from experiments.measure import resolve_device
     from experiments.study.files import write_json
     from lavida_adapter.cache_retain import MassReceived, profile
@@ -49,7 +49,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
     if not 0 < forget < 1:
         raise ValueError(f"forget={forget}: give the share of all rows to forget, above 0 and below 1")
     cfg = config_of(*overrides)
-    samples = choose(build.build_dataset(cfg), limit, cfg.seed)
+    samples = choose_samples(build.build_dataset(cfg), limit, cfg.seed)
     model = build.build_model(cfg, resolve_device(cfg.device))
     selector = build.build_selector(cfg, model.config.budgets).to(model.device).eval()
     relevance = build.build_relevance(cfg, selector)

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class RescoreRequest:
     """What a command line with `rescore=` asks for."""
 
     pattern: str
@@ -43,7 +43,7 @@ class Request:
     """None is what each job was scored by."""
 
 
-def parse(argv: Sequence[str]) -> Request:
+def parse(argv: Sequence[str]) -> RescoreRequest:
     """The request of a command line, which has a `rescore=` in it.
 
     Raises:
@@ -57,10 +57,10 @@ def parse(argv: Sequence[str]) -> Request:
             f"{WORD}=FOLDER goes with {METRICS}=[...] and nothing else, each once: it changes scores and leaves "
             f"answers as they are (several jobs: {WORD}='outputs/STUDY/*')"
         )
-    return Request(patterns[0], _names(asked[0]) if asked else None)
+    return RescoreRequest(patterns[0], _names(asked[0]) if asked else None)
 
 
-def rescore_all(request: Request) -> dict[Path, bool]:
+def rescore_all(request: RescoreRequest) -> dict[Path, bool]:
     """Scores every job that the request names; says what became of each, and returns whether it went well.
 
     Raises:

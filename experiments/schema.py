@@ -149,7 +149,7 @@ class Lora:
 
 
 @dataclass
-class Mix:
+class MultiBudget:
     """Selectors that an adapter is trained for, beside the run's own knobs: one of them at each step."""
 
     budgets: list[Any] = field(default_factory=list)
@@ -183,7 +183,7 @@ class Train(Run):
     optim: Optim = field(default_factory=Optim)
     objective: Objective = field(default_factory=Objective)
     lora: Lora = field(default_factory=Lora)
-    mix: Mix = field(default_factory=Mix)
+    mix: MultiBudget = field(default_factory=MultiBudget)
     trainer: Trainer = field(default_factory=Trainer)
     pictures: dict[str, int] = field(default_factory=dict)
     """Pictures of each family in a step of the stages "vision" and "align"."""

@@ -39,7 +39,7 @@ class Answers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class System:
+class EvalPipeline:
     """A model with everything that decides what it reads, how it answers and how answers are scored."""
 
     model: "Lavida"
@@ -161,7 +161,7 @@ class System:
         }
 
 
-def build_system(
+def build_pipeline(
     cfg: DictConfig,
     model: "Lavida",
     decode: "DecodeConfig",
@@ -169,11 +169,11 @@ def build_system(
     *,
     adapter: str | None = None,
     asked: Mapping[str, str] | None = None,
-) -> System:
+) -> EvalPipeline:
     """The system of a config around a model that is loaded; an adapter is merged into it."""
     selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device).eval()
     build.adapt(adapter, model, selector)
-    return System(
+    return EvalPipeline(
         model=model,
         selector=selector,
         relevance=build.build_relevance(cfg, selector),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Placed:
+class TokenPlaces:
     """The source tokens of a picture."""
 
     layout: TokenLayout
@@ -38,9 +38,9 @@ class TokenGeometry:
 
     def __init__(self, config: "LavidaConfig", geometry: Geometry = "lavida_tiles") -> None:
         self.config, self.geometry = config, geometry
-        self._placed: dict[tuple[int, int], Placed] = {}
+        self._placed: dict[tuple[int, int], TokenPlaces] = {}
 
-    def __call__(self, size: tuple[int, int]) -> Placed:
+    def __call__(self, size: tuple[int, int]) -> TokenPlaces:
         if size not in self._placed:
             self._placed[size] = self._place(size)
         return self._placed[size]
@@ -51,7 +51,7 @@ class TokenGeometry:
 
         return pooled_count(size, self.config)
 
-    def _place(self, size: tuple[int, int]) -> Placed:
+    def _place(self, size: tuple[int, int]) -> TokenPlaces:
         from lavida_adapter.geometries import cut
 
         views = cut(Image.new("RGB", size), self.config, self.geometry)
@@ -66,7 +66,7 @@ class TokenGeometry:
         )
         detail_N = views.layout.role_N != Role.GLOBAL
         detail_N = detail_N if bool(detail_N.any()) else torch.ones_like(detail_N)
-        return Placed(views.layout, features.box_BN4()[0], views.valid_N & detail_N)
+        return TokenPlaces(views.layout, features.box_BN4()[0], views.valid_N & detail_N)
 
 
 def count_sources(selection: Selection) -> dict[str, int]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Backend = Literal["sdpa", "math", "flash"]
 
-Watch = Callable[[Tensor, Tensor, Tensor | None], None]
+AttentionHook = Callable[[Tensor, Tensor, Tensor | None], None]
 """Looks at the rotated queries, the keys and the mask of a layer; called layer by layer."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lavida_adapter.attention import Watch
+from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.denoise import DecodeConfig
 from lavida_adapter.prefix import Prefix
@@ -64,11 +64,11 @@ class CachePacker:
         if decode.engine != "eager":
             raise ValueError(f"{name} is expanded at every step: choose decode.engine=eager or cache=none")
 
-    def watch(self, prefix: Prefix) -> Watch | None:
+    def watch(self, prefix: Prefix) -> AttentionHook | None:
         """Who looks at the prefill's queries and keys, layer by layer; None when nobody needs to."""
         return None
 
-    def __call__(self, cache: PrefixCache, prefix: Prefix, seen: Watch | None) -> StoredPrefix:
+    def __call__(self, cache: PrefixCache, prefix: Prefix, seen: AttentionHook | None) -> StoredPrefix:
         dtype = cache.values[0].dtype
         return PackedPrefix(
             tuple(self.pack(k, cache.mask_BP) for k in cache.keys),

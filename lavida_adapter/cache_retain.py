@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lavida_adapter.attention import Watch, attention_weights
+from lavida_adapter.attention import AttentionHook, attention_weights
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.cache_pack import CachePacker
 from lavida_adapter.prefix import Prefix
@@ -90,10 +90,10 @@ class LayerRetention(CachePacker):
             raise ValueError(f"cache.profile={profile} is no profile: it has no list `forget`")
         self.forget: list[float] = [float(share) for share in content["forget"]]
 
-    def watch(self, prefix: Prefix) -> Watch | None:
+    def watch(self, prefix: Prefix) -> AttentionHook | None:
         return MassReceived(prefix.mask_BP)
 
-    def __call__(self, cache: PrefixCache, prefix: Prefix, seen: Watch | None) -> StoredPrefix:
+    def __call__(self, cache: PrefixCache, prefix: Prefix, seen: AttentionHook | None) -> StoredPrefix:
         assert isinstance(seen, MassReceived)
         if len(self.forget) != len(cache.keys):
             raise ValueError(

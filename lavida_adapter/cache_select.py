@@ -35,7 +35,7 @@ class FirstStep:
 
 
 @dataclass(frozen=True)
-class Shortened:
+class ShortenedCache:
     """A cache that was cut, and which slots [B, P] of the prefix are left in it."""
 
     cache: PrefixCache
@@ -101,7 +101,7 @@ class CacheSelector:
                 )
         return wanted
 
-    def __call__(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None = None) -> Shortened:
+    def __call__(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None = None) -> ShortenedCache:
         """The cache without the rows that are not worth keeping; what is left stays in reading order."""
         scores_BP = self.score(lm, cache, prefix, first).float()
         assert_finite(scores_BP, prefix.visual_BP, type(self).__name__)
@@ -115,7 +115,7 @@ class CacheSelector:
         is_real_BK = torch.arange(n, device=kept_BP.device) < kept_BP.sum(-1, keepdim=True)
         full = deserved_B is None and min(lengths) == n
         short = cache.take(slot_BK, None if full else is_real_BK)
-        return Shortened(reindex(short, lm) if self.positions == "reindex" else short, kept_BP)
+        return ShortenedCache(reindex(short, lm) if self.positions == "reindex" else short, kept_BP)
 
 
 def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], deserved_B: Tensor | None = None) -> Tensor:

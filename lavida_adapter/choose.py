@@ -48,14 +48,16 @@ class Draw:
         return u.gather(1, self.want_BM[..., None].expand(-1, -1, width))
 
 
-def decide(logits_BMW: Tensor, open_BM: Tensor, ks: Sequence[int], rule: Rule, draw: Draw) -> tuple[Tensor, Tensor]:
+def commit_tokens(
+    logits_BMW: Tensor, open_BM: Tensor, ks: Sequence[int], rule: Rule, draw: Draw
+) -> tuple[Tensor, Tensor]:
     """Candidates [B, M], and which of them are written: of each row the `ks` surest slots that are still open."""
     tokens_BM = candidates(logits_BMW, rule.temperature, draw)
     if rule.remasking == "random":
-        return tokens_BM, surest(draw.uniform(len(open_BM), open_BM.device), open_BM, ks)
+        return tokens_BM, topk_confident(draw.uniform(len(open_BM), open_BM.device), open_BM, ks)
     if rule.threshold is not None:
         sure_BM = confidence(logits_BMW, tokens_BM, rule.remasking)
-        best_BM = surest(sure_BM, open_BM, [1] * len(ks))
+        best_BM = topk_confident(sure_BM, open_BM, [1] * len(ks))
         return tokens_BM, open_BM & ((sure_BM >= rule.threshold) | best_BM)
     if min(ks) == open_BM.shape[1]:
         return tokens_BM, open_BM  # all that is left: nothing to rank
@@ -63,8 +65,8 @@ def decide(logits_BMW: Tensor, open_BM: Tensor, ks: Sequence[int], rule: Rule, d
     if rule.remasking == "low_confidence" and open_BM.device.type == "cpu":
         quick_BM = confidence(logits_BMW, tokens_BM, rule.remasking, torch.float32)
         if is_clear(quick_BM, open_BM, ks):
-            return tokens_BM, surest(quick_BM, open_BM, ks)
-    return tokens_BM, surest(confidence(logits_BMW, tokens_BM, rule.remasking), open_BM, ks)
+            return tokens_BM, topk_confident(quick_BM, open_BM, ks)
+    return tokens_BM, topk_confident(confidence(logits_BMW, tokens_BM, rule.remasking), open_BM, ks)
 
 
 def candidates(logits_BMW: Tensor, temperature: float, draw: Draw) -> Tensor:
@@ -93,7 +95,7 @@ def is_clear(quick_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> bool:
     return all((1 - TOLERANCE) * last > max(next_one, SMALLEST) for last, next_one in pairs)
 
 
-def surest(confidence_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> Tensor:
+def topk_confident(confidence_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> Tensor:
     """bool [B, M]: the `ks` largest of each row; ties by the order of `topk`."""
     ranked_BM = confidence_BM.masked_fill(~open_BM, float("-inf"))
     commit_BM = torch.zeros_like(open_BM)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from lavida_adapter.cache import PrefixCache, StoredPrefix
-from lavida_adapter.engine import Steps, step_logits
+from lavida_adapter.engine import DecodeSteps, step_logits
 from lavida_adapter.llada import Llada
-from lavida_adapter.replay import Recorder, ReplayedSteps
+from lavida_adapter.replay import GraphCache, ReplayedSteps
 
 
-class Compiled:
+class CompiledEngine:
     """One language model, compiled the first time it is used with a kind of shapes: one prompt or several, padded or
     not. A CPU then runs prefixes as long as they are; on CUDA steps are recorded as graphs too."""
 
@@ -32,7 +32,7 @@ class Compiled:
         self.lm = lm
         options: dict[str, Any] | None = None
         if lm.wte.weight.is_cuda:
-            self._recorder: Recorder | None = Recorder(lm, compiled=True)
+            self._recorder: GraphCache | None = GraphCache(lm, compiled=True)
         else:
             self._recorder = None
             check_compiler()
@@ -50,13 +50,13 @@ class Compiled:
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps | CompiledSteps":
         if self._recorder is not None:
             return self._recorder.steps(cache, n_answer)
-        return CompiledSteps(Steps(self.lm, cache, n_answer, self._step))
+        return CompiledSteps(DecodeSteps(self.lm, cache, n_answer, self._step))
 
 
 class CompiledSteps:
     """Compiled steps that always get slots: "all of them" would be a function of its own to compile."""
 
-    def __init__(self, steps: Steps) -> None:
+    def __init__(self, steps: DecodeSteps) -> None:
         self._steps = steps
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter.cache import StoredPrefix
-from lavida_adapter.choose import REMASKING, Draw, Rule, decide
+from lavida_adapter.choose import REMASKING, Draw, Rule, commit_tokens
 from lavida_adapter.schedule import SCHEDULES, tokens_per_step
 
 Engine = Literal["eager", "compile", "graph"]
@@ -193,7 +193,7 @@ def denoise(
             if not config.allow_mask_token:
                 logits_BMW[..., mask_id] = float("-inf")
             draw = Draw(generator, ids_BA.shape[1], want_BM)
-            tokens_BM, commit_BM = decide(logits_BMW, open_BM, ks, config.rule, draw)
+            tokens_BM, commit_BM = commit_tokens(logits_BMW, open_BM, ks, config.rule, draw)
             ids_BA = write(ids_BA, want_BM, tokens_BM, commit_BM)
             if config.early_stop:
                 assert eos_id is not None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lavida_adapter.cache import PrefixCache, StoredPrefix
-from lavida_adapter.engine import Steps
+from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.llada import Llada
 
 
@@ -27,7 +27,7 @@ def drift(lm: Llada, whole: PrefixCache, stored: StoredPrefix, n_answer: int) ->
     """
     mask_id = lm.config.mask_token_id
     ids_BA = torch.full((len(whole.next_position_B), n_answer), mask_id, device=whole.next_position_B.device)
-    expected, found = (Steps(lm, cache, n_answer)(ids_BA).float() for cache in (whole, stored))
+    expected, found = (DecodeSteps(lm, cache, n_answer)(ids_BA).float() for cache in (whole, stored))
     for logits in (expected, found):
         logits[..., mask_id] = 0.0
     most_B = (expected - found).abs().amax(dim=(1, 2))

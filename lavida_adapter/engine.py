@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lavida_adapter.attention import Watch, attention_mask
+from lavida_adapter.attention import AttentionHook, attention_mask
 from lavida_adapter.cache import PrefixCache, Slots, StoredPrefix
 from lavida_adapter.llada import Llada
 
@@ -31,7 +31,7 @@ def step_logits(
     sin: Tensor,
     masks: Sequence[Tensor | None],
     open_layer: Open,
-    watch: Watch | None = None,
+    watch: AttentionHook | None = None,
 ) -> Tensor:
     """Logits [B, M, W] of the wanted slots, or of all when that is None.
 
@@ -58,7 +58,7 @@ def pick(x_BAD: Tensor, want_BM: Tensor) -> Tensor:
     return x_BAD.gather(1, want_BM[..., None].expand(-1, -1, x_BAD.shape[-1]))
 
 
-class Reader:
+class PrefixReader:
     """The slots of every layer with the prefix in them: resident, or for a packed prefix one layer's at a time."""
 
     def __init__(self, cache: StoredPrefix, n_layers: int, n_answer: int) -> None:
@@ -82,7 +82,7 @@ class Reader:
         return self.slots.keys[0][:, :, :end], self.slots.values[0][:, :, :end]
 
 
-class Launcher(Protocol):
+class DecodeEngine(Protocol):
     """How prefill and steps of a language model are launched."""
 
     lm: Llada
@@ -93,26 +93,26 @@ class Launcher(Protocol):
         """Answer ids [B, A] and wanted slots [B, M], None for all, to logits [B, M, W] over one stored prefix."""
 
 
-class Eager:
+class EagerEngine:
     """One kernel after the other."""
 
     def __init__(self, lm: Llada) -> None:
         self.lm, self.prefill = lm, lm.prefill
 
-    def steps(self, cache: StoredPrefix, n_answer: int) -> "Steps":
-        return Steps(self.lm, cache, n_answer)
+    def steps(self, cache: StoredPrefix, n_answer: int) -> "DecodeSteps":
+        return DecodeSteps(self.lm, cache, n_answer)
 
 
-class Steps:
+class DecodeSteps:
     """Logits of one batch of answers, step by step, over one stored prefix."""
 
     def __init__(self, lm: Llada, cache: StoredPrefix, n_answer: int, step: Step = step_logits) -> None:
         self.lm, self.cache, self._step = lm, cache, step
-        self.reader = Reader(cache, len(lm.layers), n_answer)
+        self.reader = PrefixReader(cache, len(lm.layers), n_answer)
         self._cos, self._sin = answer_angles(lm, cache, n_answer)
         self._masks = [step_mask(cache.mask(i), n_answer) for i in range(len(lm.layers))]
 
-    def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None, watch: Watch | None = None) -> Tensor:
+    def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None, watch: AttentionHook | None = None) -> Tensor:
         return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, watch)
 
 

@@ -27,7 +27,7 @@ from shirg import Geometry, Pooling, TokenLayout, crops_layout, fovea_layout, mo
 
 CANVAS, FOVEA = (7, 4), (7, 6)
 """Sizes as ratios to the tower's view."""
-SINGLE: dict[Geometry, tuple[int, int]] = {"single_672": CANVAS, "single_512": (4, 3)}
+SINGLE_VIEW: dict[Geometry, tuple[int, int]] = {"single_672": CANVAS, "single_512": (4, 3)}
 """Geometries of one squashed view, and its size."""
 
 
@@ -44,7 +44,7 @@ def cut(image: Image.Image, config: LavidaConfig, geometry: Geometry) -> Views:
     layout = geometry_layout(config, geometry)
     size, edge = image.size, layout.canvas_px[0]
     count = pooled_count(size, config)
-    if geometry in SINGLE:
+    if geometry in SINGLE_VIEW:
         views, box = [squash(image, edge)], (0.0, 0.0, 1.0, 1.0)
         return Views(to_tensor(views), layout, everything(layout), box, size, count)
     whole = cells_of(config.vision, CANVAS) * config.vision.patch_size
@@ -114,8 +114,8 @@ def _layout(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int) -
     if geometry == "fovea":
         cells = cells_of(vision, FOVEA)
         return fovea_layout(cells, patch, _pooling(own, cells, most))
-    if geometry in SINGLE:
-        cells = cells_of(vision, SINGLE[geometry])
+    if geometry in SINGLE_VIEW:
+        cells = cells_of(vision, SINGLE_VIEW[geometry])
         return single_layout(cells, patch, _pooling(own, cells, most), geometry)
     cells = cells_of(vision, CANVAS)
     return crops_layout(cells, vision.side, patch, _pooling(own, vision.side, most))

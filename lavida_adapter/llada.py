@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavida_adapter.attention import Backend, Watch, attend, attention_mask
+from lavida_adapter.attention import AttentionHook, Backend, attend, attention_mask
 from lavida_adapter.cache import PrefixCache, Slots
 from lavida_adapter.config import LladaConfig
 from lavida_adapter.recompute import run_block
@@ -91,7 +91,7 @@ class Block(nn.Module):
         sin: Tensor,
         mask: Tensor | None,
         backend: Backend,
-        watch: Watch | None = None,
+        watch: AttentionHook | None = None,
     ) -> Tensor:
         """The block's output, given its normed input `u` and the keys and values that its tokens may see."""
         q = self.queries(u, cos, sin)
@@ -109,7 +109,7 @@ class Block(nn.Module):
         mask: Tensor | None,
         backend: Backend,
         past: tuple[Tensor, Tensor] | None = None,
-        watch: Watch | None = None,
+        watch: AttentionHook | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output, and the keys and values of its input; `past` holds what else its tokens may see."""
         u = self.attn_norm(x)
@@ -178,7 +178,7 @@ class Llada(nn.Module):
         mask_BP: Tensor | None = None,
         visual_BP: Tensor | None = None,
         room: int = 0,
-        watch: Watch | None = None,
+        watch: AttentionHook | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> PrefixCache:
         """Keys and values of the prefix, with `room` for so many answer tokens behind them; differentiable without.

@@ -27,7 +27,7 @@ from lavida_adapter.pictures import Boxes, picture_blocks
 from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.prompt import IGNORE, training_example
 from lavida_adapter.relevance import Relevance
-from lavida_adapter.share import ALONE, Share
+from lavida_adapter.share import SINGLE, Shard
 from lavida_adapter.timer import NoTimer
 from lavida_adapter.views import Views
 from shirg import Selector
@@ -61,7 +61,7 @@ def batch_loss(
     generator: torch.Generator,
     *,
     relevance: Relevance | None,
-    share: Share,
+    share: Shard,
     tally: Tally | None,
 ) -> Tensor:
     """What `Lavida.loss` says: the answers' loss, and what the objective adds to it."""
@@ -101,7 +101,7 @@ def rows_loss(
     objective: ObjectiveConfig,
     generator: torch.Generator,
     *,
-    share: Share = ALONE,
+    share: Shard = SINGLE,
     tally: Tally | None = None,
 ) -> Tensor:
     """The loss of token rows with one picture block each; what exceeds the model's context is cut off on the right.
@@ -134,7 +134,7 @@ def draw_loss(
     u_BL: Tensor,
     objective: ObjectiveConfig,
     *,
-    share: Share = ALONE,
+    share: Shard = SINGLE,
     tally: Tally | None = None,
 ) -> Tensor:
     """The loss of spliced rows at noise levels `t_B`, with one uniform draw `u_BL` per position.

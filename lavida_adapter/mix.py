@@ -7,7 +7,7 @@ from shirg import Selector
 
 
 @dataclass(frozen=True)
-class Mix:
+class SelectorSchedule:
     """Which selector a training step uses: a function of seed and step alone, so the same on every process.
 
     `turns` are taken one after the other, and within a turn one of its selectors is drawn.

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavida_adapter.attention import Watch
+from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache import PrefixCache, StoredPrefix
 from lavida_adapter.cache_pack import CachePacker
 from lavida_adapter.cache_select import CacheSelector
-from lavida_adapter.compiled import Compiled
+from lavida_adapter.compiled import CompiledEngine
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.denoise import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
-from lavida_adapter.engine import Eager, Launcher, pick
+from lavida_adapter.engine import DecodeEngine, EagerEngine, pick
 from lavida_adapter.llada import Llada
 from lavida_adapter.loss import TrainBatch, batch_loss
 from lavida_adapter.objective import ObjectiveConfig, Tally
@@ -29,8 +29,8 @@ from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.projector import build_projector
 from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.relevance import Relevance
-from lavida_adapter.replay import Recorder
-from lavida_adapter.share import ALONE, Share
+from lavida_adapter.replay import GraphCache
+from lavida_adapter.share import SINGLE, Shard
 from lavida_adapter.steps import CachedSteps
 from lavida_adapter.timer import NoTimer, Pausing, Timer
 from lavida_adapter.views import Views, pooled_count
@@ -57,7 +57,7 @@ class Lavida(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Body(config)
-        self._launchers: dict[tuple[Engine, str], Launcher] = {}
+        self._launchers: dict[tuple[Engine, str], DecodeEngine] = {}
         self._initialise()
 
     @torch.no_grad()
@@ -210,26 +210,26 @@ class Lavida(nn.Module):
         )
 
     def prefill(
-        self, prefix: Prefix, room: int = 0, watch: Watch | None = None, engine: Engine = "eager"
+        self, prefix: Prefix, room: int = 0, watch: AttentionHook | None = None, engine: Engine = "eager"
     ) -> PrefixCache:
         """The prefix cache of a prefix, under the model's prefix attention, with room for so many answer tokens."""
         prefill = self._launcher(engine).prefill
         return prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), room, watch)
 
-    def _launcher(self, engine: Engine) -> Launcher:
+    def _launcher(self, engine: Engine) -> DecodeEngine:
         """What launches this model's prefill and steps, with what it has compiled and recorded already.
 
         Raises:
             ValueError: for CUDA graphs on a CPU, and for `compile` on a machine without a compiler.
         """
         if engine == "eager":
-            return Eager(self.lm)
+            return EagerEngine(self.lm)
         if engine == "graph" and self.device.type != "cuda":
             raise ValueError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
         key = engine, self.device.type
         found = self._launchers.get(key)
         if found is None or found.lm is not self.lm:
-            found = self._launchers[key] = Recorder(self.lm) if engine == "graph" else Compiled(self.lm)
+            found = self._launchers[key] = GraphCache(self.lm) if engine == "graph" else CompiledEngine(self.lm)
         return found
 
     def _logits_whole(self, prefix: Prefix, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
@@ -269,7 +269,7 @@ class Lavida(nn.Module):
         generator: torch.Generator,
         *,
         relevance: Relevance | None = None,
-        share: Share = ALONE,
+        share: Shard = SINGLE,
         tally: Tally | None = None,
     ) -> Tensor:
         """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies.

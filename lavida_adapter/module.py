@@ -14,11 +14,11 @@ from torch.nn.utils import get_total_norm
 
 from lavida_adapter.growth import RankGrowth
 from lavida_adapter.loss import TrainBatch
-from lavida_adapter.mix import Mix
+from lavida_adapter.mix import SelectorSchedule
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig, Tally
 from lavida_adapter.relevance import Relevance
-from lavida_adapter.share import Share
+from lavida_adapter.share import Shard
 from lavida_adapter.targets import check_parts, part_of
 from shirg import Selector
 
@@ -145,7 +145,7 @@ class LavidaModule(Trainable):
         optim: OptimConfig,
         seed: int,
         *,
-        mix: Mix | None = None,
+        mix: SelectorSchedule | None = None,
         growth: RankGrowth | None = None,
     ) -> None:
         """`mix` says which selector each step trains with, `selector` itself where there is none."""
@@ -176,7 +176,7 @@ class LavidaModule(Trainable):
                 self.objective,
                 generator,
                 relevance=self.relevance,
-                share=Share.here(),
+                share=Shard.here(),
                 tally=self.tally,
             )
         for name, term in self.tally.terms.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lavida_adapter.geometries import ready
 from lavida_adapter.prefix import picture_block
 from lavida_adapter.prompt import encode_text
-from lavida_adapter.relevance import Context, NoRelevance, Relevance
+from lavida_adapter.relevance import NoRelevance, Relevance, RelevanceContext
 from lavida_adapter.timer import Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels
 from shirg import Selection, Selector, VisionFeatures
@@ -71,7 +71,7 @@ def picture_blocks(
                 texts = [questions[i].strip() for i in asking]
                 asked = [encode_text(model.tokenizer, text) for text in texts]
                 asked_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in asked]
-                context = Context(group.projected, asked_Q, model.lm.wte, texts, model.model.vision_tower)
+                context = RelevanceContext(group.projected, asked_Q, model.lm.wte, texts, model.model.vision_tower)
                 features = replace(features, relevance_BN=relevance(features, context))
         selection, tokens_BTD = select(features, group, selector, timer)
         for at, i in enumerate(rows):

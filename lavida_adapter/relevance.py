@@ -22,7 +22,7 @@ Aggregate = Literal["mean", "max", "pooled"]
 
 
 @dataclass(frozen=True)
-class Context:
+class RelevanceContext:
     """What a provider may look at beside the encoder states."""
 
     projected: Callable[[], Tensor]
@@ -44,7 +44,7 @@ class Relevance(Protocol):
     reads_question: bool
     """Whether another question gives other numbers."""
 
-    def __call__(self, features: VisionFeatures, context: Context) -> Tensor: ...
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor: ...
 
 
 class NoRelevance:
@@ -53,7 +53,7 @@ class NoRelevance:
     space = "encoder"
     reads_question = False
 
-    def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         x = features.tokens_BND.detach().float()
         mean_B1D = masked_mean(x, features.valid_BN)
         return 1 - F.cosine_similarity(x, mean_B1D, dim=-1)
@@ -71,7 +71,7 @@ class LmEmbed:
         self.agg = agg
 
     @torch.no_grad()
-    def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         at = range(len(features.ids)) if features.picture_at is None else features.picture_at
         row_of = {picture: row for row, picture in enumerate(at)}  # any row of a picture has all there is to know of it
         p, valid = context.projected(), features.valid_BN
@@ -110,7 +110,7 @@ class External:
                 raise ValueError(f"relevance.path={path} is not a readable safetensors file: {error}") from error
         self.scores = scores or {}
 
-    def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         n = features.layout.n_tokens
         for sample in features.ids:
             if sample not in self.scores:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, SiglipModel
 
-from lavida_adapter.relevance import Context
+from lavida_adapter.relevance import RelevanceContext
 from lavida_adapter.vision import VisionTower
 from shirg import VisionFeatures
 
@@ -44,7 +44,7 @@ class SiglipText:
         self._checked: VisionTower | None = None
 
     @torch.no_grad()
-    def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         self._check(context.tower)
         self.siglip.to(features.tokens_BND.device)
         value_BND = self._to_text_space(features)

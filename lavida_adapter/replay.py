@@ -1,7 +1,7 @@
 """Steps whose shapes and tensors stay the same from question to question, replayed as CUDA graphs.
 
 Prefixes are filled up to the next multiple of BUCKET slots, which a mask hides, so that one recording serves every
-prompt of about that length. The plain twin is `lavida_adapter.engine.Steps`: same function, same answers.
+prompt of about that length. The plain twin is `lavida_adapter.engine.DecodeSteps`: same function, same answers.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _Key = tuple[int, int, int, int, torch.dtype, torch.device]
 
 
 @dataclass
-class Recording:
+class CapturedGraph:
     """One step with all that it reads and writes: B rows, a bucket of prefix slots, A answer slots, M wanted slots."""
 
     slots: Slots
@@ -34,19 +34,19 @@ class Recording:
     graph: "torch.cuda.CUDAGraph | None" = None
 
 
-class Recorder:
+class GraphCache:
     """Makes and keeps the recordings of one language model."""
 
     def __init__(self, lm: Llada, *, compiled: bool = False) -> None:
         """`compiled`: what is recorded has been compiled by torch before."""
         self.lm, self.prefill = lm, lm.prefill
         self._step = torch.compile(_resident_logits, dynamic=False) if compiled else _resident_logits
-        self._kept: dict[_Key, Recording] = {}
+        self._kept: dict[_Key, CapturedGraph] = {}
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps":
         return ReplayedSteps(self, cache)
 
-    def recording(self, cache: StoredPrefix, ids_BA: Tensor, want_BM: Tensor | None) -> Recording:
+    def recording(self, cache: StoredPrefix, ids_BA: Tensor, want_BM: Tensor | None) -> CapturedGraph:
         """The recording for these shapes, with the prefix in it.
 
         Raises:
@@ -77,10 +77,10 @@ class Recorder:
 
     def _blank(
         self, cache: StoredPrefix, keys: Tensor, bucket: int, ids_BA: Tensor, want_BM: Tensor | None
-    ) -> Recording:
+    ) -> CapturedGraph:
         b, a = ids_BA.shape
         cos, sin = (t.expand(b, -1, -1, -1).clone() for t in answer_angles(self.lm, cache, a))
-        return Recording(
+        return CapturedGraph(
             Slots(keys, [bucket] * len(self.lm.layers), a),
             ids_BA.clone(),
             None if want_BM is None else want_BM.clone(),
@@ -89,7 +89,7 @@ class Recorder:
             torch.ones(b, 1, 1, bucket + a, dtype=torch.bool, device=keys.device),
         )
 
-    def replay(self, recording: Recording) -> Tensor:
+    def replay(self, recording: CapturedGraph) -> Tensor:
         """Runs the step on what the recording's tensors hold now; on CUDA the first time records it."""
         if recording.graph is not None:
             recording.graph.replay()
@@ -100,7 +100,7 @@ class Recorder:
         assert recording.logits_BMW is not None
         return recording.logits_BMW
 
-    def _capture(self, recording: Recording) -> None:
+    def _capture(self, recording: CapturedGraph) -> None:
         """Runs the step a few times on a side stream, as CUDA asks for, then records and replays it."""
         side = torch.cuda.Stream(recording.ids_BA.device)
         side.wait_stream(torch.cuda.current_stream())
@@ -118,9 +118,9 @@ class Recorder:
 class ReplayedSteps:
     """Like `Steps`, from a recording."""
 
-    def __init__(self, recorder: Recorder, cache: StoredPrefix) -> None:
+    def __init__(self, recorder: GraphCache, cache: StoredPrefix) -> None:
         self._recorder, self._cache = recorder, cache
-        self._recording: Recording | None = None
+        self._recording: CapturedGraph | None = None
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None) -> Tensor:
         if self._recording is None:
@@ -132,6 +132,6 @@ class ReplayedSteps:
         return self._recorder.replay(self._recording)
 
 
-def _resident_logits(lm: Llada, r: Recording) -> Tensor:
+def _resident_logits(lm: Llada, r: CapturedGraph) -> Tensor:
     slots, masks = r.slots, [r.mask_B11K] * len(lm.layers)
     return step_logits(lm, r.ids_BA, r.want_BM, r.cos, r.sin, masks, lambda i: (slots.keys[i], slots.values[i]))

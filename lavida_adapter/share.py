@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Rows rank*b .. (rank+1)*b-1 of world*b; every process has as many. Numbers are agreed on by the CPU's backend."""
 
     rank: int = 0
@@ -44,4 +44,4 @@ class Share:
         return number
 
 
-ALONE = Share()
+SINGLE = Shard()

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from lavida_adapter.attention import attention_weights
 from lavida_adapter.cache import PrefixCache, StoredPrefix
-from lavida_adapter.cache_select import CacheSelector, FirstStep, Shortened
+from lavida_adapter.cache_select import CacheSelector, FirstStep, ShortenedCache
 from lavida_adapter.denoise import LogitsFn
-from lavida_adapter.engine import Eager, Launcher, Steps, pick
+from lavida_adapter.engine import DecodeEngine, DecodeSteps, EagerEngine, pick
 from lavida_adapter.llada import Llada
 from lavida_adapter.prefix import Prefix
 from lavida_adapter.timer import Timer
@@ -26,13 +26,13 @@ class CachedSteps:
         n_answer: int,
         selector: CacheSelector | None,
         timer: Timer,
-        launcher: Launcher | None = None,
+        launcher: DecodeEngine | None = None,
     ) -> None:
         """Without a `launcher` steps are eager; the step that a selector watches is so in any case."""
         self.lm, self.prefix, self.timer = lm, prefix, timer
         self.cache: StoredPrefix = cache
         self._n_answer = n_answer
-        self._launcher = launcher or Eager(lm)
+        self._launcher = launcher or EagerEngine(lm)
         self._steps: LogitsFn | None = None
         self._kept_BP = prefix.mask_BP
         self._selector = selector
@@ -52,7 +52,7 @@ class CachedSteps:
             self._cut(FirstStep(attention.mean_BAP, ids_BA == self.lm.config.mask_token_id, logits_BAW))
         if self._pending is not None:
             watch = AttentionMean(self.cache.n_slots(0))
-            logits_BAW = Steps(self.lm, self.cache, self._n_answer)(ids_BA, watch=watch)
+            logits_BAW = DecodeSteps(self.lm, self.cache, self._n_answer)(ids_BA, watch=watch)
             self._seen = watch, logits_BAW.clone()  # the loop may write to what it gets
             return logits_BAW if want_BM is None else pick(logits_BAW, want_BM)
         if self._steps is None:
@@ -62,7 +62,7 @@ class CachedSteps:
     def _cut(self, first: FirstStep | None) -> None:
         assert self._pending is not None and isinstance(self.cache, PrefixCache)
         with self.timer.stage("cache"):
-            cut: Shortened = self._pending(self.lm, self.cache, self.prefix, first)
+            cut: ShortenedCache = self._pending(self.lm, self.cache, self.prefix, first)
         self.cache, self._kept_BP, self._pending, self._seen = cut.cache, cut.kept_BP, None, None
         self._steps = None
 

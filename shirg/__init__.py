@@ -2,11 +2,11 @@
 
 from shirg.budget import Budget, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
 from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
-from shirg.gate import ShirgGate
+from shirg.gate import ShirgSelector
 from shirg.geometry import area_weights, crops_layout, fovea_layout, single_layout, subdivide, tiles_layout
 from shirg.newline import close_rows, used_rows
 from shirg.selection import Selection, Selector, Source, Stage, assert_finite, gather_tokens, join, keep, stable_topk
-from shirg.tables import regions, tables
+from shirg.tables import layout_tables, regions
 
 __all__ = [
     "Budget",
@@ -15,7 +15,7 @@ __all__ = [
     "Role",
     "Selection",
     "Selector",
-    "ShirgGate",
+    "ShirgSelector",
     "Source",
     "Stage",
     "TokenLayout",
@@ -28,6 +28,7 @@ __all__ = [
     "gather_tokens",
     "join",
     "keep",
+    "layout_tables",
     "matched_count_B",
     "most_pooled",
     "pooled_count_B",
@@ -35,7 +36,6 @@ __all__ = [
     "single_layout",
     "stable_topk",
     "subdivide",
-    "tables",
     "tiles_layout",
     "unpad_bounds",
     "used_rows",

@@ -59,7 +59,7 @@ class AdaptiveHead(nn.Module):
         return level_B, expected_BL.gather(1, level_B[:, None])[:, 0]
 
 
-def deserve(
+def adaptive_budget(
     knobs: Adaptive, head: AdaptiveHead | None, level: int | None, scores_BP: Tensor, usable_BP: Tensor, k: int
 ) -> tuple[Tensor, Tensor | None]:
     """How many of k tokens each picture's content deserves [B], and the loss that a head expects of them [B].

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from shirg.features import VisionFeatures
 from shirg.geometry import area_weights, subdivide
-from shirg.seats import Seats
+from shirg.seats import CellAssignment
 from shirg.selection import Selection, Source, assert_finite
 
 ScaffoldSource = Literal["global", "canvas"]
 
 
-def scaffold_tokens(features: VisionFeatures, seats: Seats, size: int, source: ScaffoldSource) -> Selection:
+def scaffold_tokens(features: VisionFeatures, seats: CellAssignment, size: int, source: ScaffoldSource) -> Selection:
     """size x size means of source tokens over windows that partition the global view or the canvas, row by row.
 
     A token on a boundary is shared by area. Invalid tokens weigh nothing; a window without any valid token is an unused

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from shirg.adaptive import AdaptiveHead, deserve
+from shirg.adaptive import AdaptiveHead, adaptive_budget
 from shirg.budget import Budget
 from shirg.coords import CoordEmbed
 from shirg.coverage import scaffold_tokens, summary_token
@@ -36,14 +36,14 @@ from shirg.newline import close_rows, used_rows
 from shirg.ranking import boost_representatives, marginal_relevance, tiers
 from shirg.refusals import refuse_idle_knobs
 from shirg.scoring import CropTerm, Norm
-from shirg.seats import Dedup, Seats, average_cells, seat
+from shirg.seats import CellAssignment, Dedup, assign_cells, average_cells
 from shirg.selection import Selection, Selector, assert_finite, join, keep
-from shirg.tables import regions, tables
-from shirg.terms import Terms
+from shirg.tables import layout_tables, regions
+from shirg.terms import ScoreTerms
 from shirg.texture import EdgeSpace, VarianceOf
 
 
-class ShirgGate(Selector):
+class ShirgSelector(Selector):
     """The family of SHIRG gates; the defaults are SHIRG-980 with its published formula on LaViDa's own tiles.
 
     score = similarity z(relevance) + sign neighbor z(distance to the 8-neighbours) - crop c - centre z(distance from
@@ -173,7 +173,7 @@ class ShirgGate(Selector):
             k, keep_B = self.resolve_budget(features)
             if self.newline == "row" and self.budget == "matched":
                 keep_B = (keep_B - rows_BR.sum(-1)).clamp_min(0)
-            seats = seat(layout, usable_BN, features.relevance_BN, self.dedup)
+            seats = assign_cells(layout, usable_BN, features.relevance_BN, self.dedup)
             ranks_global = self._ranks_global(features, k)
             scores_BP = self._terms.score(features, self._states(features), seats, ranks_global)
             assert_finite(scores_BP, seats.usable_BP, type(self).__name__)
@@ -184,13 +184,13 @@ class ShirgGate(Selector):
                 merge = match(layout, self._states(features), seats, self.merge.count(layout))
                 competing, competing_BP = merge.competitors(seats), merge.best(scores_BP)
         first = self._first(layout)
-        deserved_B, expected_B = deserve(
+        deserved_B, expected_B = adaptive_budget(
             self.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], k
         )
         with torch.no_grad():
             ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k)
             keep_B = torch.minimum(torch.minimum(keep_B, deserved_B), available_B)
-        scores_BN = scores_BP[:, tables(layout).place_N]
+        scores_BN = scores_BP[:, layout_tables(layout).place_N]
         means = None if merge is None else merge.means(features, seats)
         if self.dedup == "mean":
             means = cell_means(features)
@@ -211,18 +211,18 @@ class ShirgGate(Selector):
     def score(self, features: VisionFeatures) -> Tensor:
         """Scores [B, N] of all tokens, padding included; tokens that share a cell have the score of its winner."""
         usable_BN = features.valid_BN if self.mask_padding else torch.ones_like(features.valid_BN)
-        seats = seat(features.layout, usable_BN, features.relevance_BN, self.dedup)
+        seats = assign_cells(features.layout, usable_BN, features.relevance_BN, self.dedup)
         everywhere = (True,) * len(features.ids)
         scores_BP = self._terms.score(features, self._states(features), seats, everywhere)
-        return scores_BP[:, tables(features.layout).place_N]
+        return scores_BP[:, layout_tables(features.layout).place_N]
 
     def _states(self, features: VisionFeatures) -> Tensor:
         """The encoder states, which are what is scored."""
         return features.taps["encoder"] if self.stage == "post" else features.tokens_BND
 
     @property
-    def _terms(self) -> Terms:
-        return Terms(
+    def _terms(self) -> ScoreTerms:
+        return ScoreTerms(
             weights=self.weights,
             neighbor=self.neighbor,
             variance_of=self.variance_of,
@@ -248,7 +248,7 @@ class ShirgGate(Selector):
         return tuple(n - layout.n_global - self.merge.count(layout) < k for n in usable)
 
     def _rank(
-        self, features: VisionFeatures, seats: Seats, scores_BP: Tensor, usable_BN: Tensor, k: int
+        self, features: VisionFeatures, seats: CellAssignment, scores_BP: Tensor, usable_BN: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
         """Tokens [B, k], best first, and how many there are to choose from [B]."""
         layout = features.layout
@@ -273,7 +273,7 @@ class ShirgGate(Selector):
             order_BN = layout.order_N.expand_as(usable_BN)
             won_BN = torch.zeros_like(usable_BN).scatter(1, seats.token_BP, True)
             spare_BN = usable_BN & ~won_BN & (fills and self.dedup != "mean")
-            worth_BN = scores_BP[:, tables(layout).place_N].gather(1, order_BN)
+            worth_BN = scores_BP[:, layout_tables(layout).place_N].gather(1, order_BN)
             groups.append((order_BN, worth_BN, spare_BN.gather(1, order_BN)))
         return tiers(groups, k)
 

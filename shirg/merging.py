@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.scoring import unit
-from shirg.seats import Seats
+from shirg.seats import CellAssignment
 from shirg.selection import Selection, Source, gather_tokens, stable_topk
-from shirg.tables import tables
+from shirg.tables import layout_tables
 
 STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 """Right, down, left, up: (rows, columns)."""
@@ -43,8 +43,8 @@ class Means:
 
 def cell_means(features: VisionFeatures) -> Means:
     """What `seats.average_cells` returned: the tokens of cells that several share are means."""
-    several_M = (tables(features.layout).candidate_MC >= 0).sum(-1) > 1
-    is_mean_N = several_M[tables(features.layout).place_N]
+    several_M = (layout_tables(features.layout).candidate_MC >= 0).sum(-1) > 1
+    is_mean_N = several_M[layout_tables(features.layout).place_N]
     return Means(features, is_mean_N.expand_as(features.valid_BN), features.box_BN4())
 
 
@@ -56,7 +56,7 @@ class Merge:
     step_BRC: Tensor
     """int64: the direction in which a cell goes, an index into `STEPS`; -1 where it stays."""
 
-    def competitors(self, seats: Seats) -> Seats:
+    def competitors(self, seats: CellAssignment) -> CellAssignment:
         """The places without those of cells that have gone."""
         part, _ = self.layout.finest
         left_BM = seats.usable_BP[:, part] & (self.step_BRC < 0).flatten(1)
@@ -74,9 +74,9 @@ class Merge:
             best_BRC = torch.where(has_come_BRC, torch.maximum(best_BRC, value_BRC), best_BRC)
         return torch.cat([scores_BP[:, : part.start], best_BRC.flatten(1)], dim=1)
 
-    def means(self, features: VisionFeatures, seats: Seats) -> Means:
+    def means(self, features: VisionFeatures, seats: CellAssignment) -> Means:
         """The features with the mean of each cell and those that joined it; differentiable in the tokens."""
-        (part, shape), place_N, box_BN4 = self.layout.finest, tables(self.layout).place_N, features.box_BN4()
+        (part, shape), place_N, box_BN4 = self.layout.finest, layout_tables(self.layout).place_N, features.box_BN4()
         cell_N, on_grid_N = (place_N - part.start).clamp_min(0), place_N >= part.start
         size_BRC1 = self._sum(torch.ones_like(self.step_BRC, dtype=torch.float32)[..., None])
         size_BN1 = size_BRC1.flatten(1, 2)[:, cell_N]
@@ -103,7 +103,7 @@ class Merge:
         return total
 
 
-def match(layout: TokenLayout, states_BND: Tensor, seats: Seats, count: int) -> Merge:
+def match(layout: TokenLayout, states_BND: Tensor, seats: CellAssignment, count: int) -> Merge:
     """The `count` most similar pairs: a cell of a white field joins its most similar usable neighbour (a black field).
 
     Equal similarities go to the first direction and to the first cell in reading order. With fewer usable pairs, fewer

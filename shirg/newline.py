@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.selection import Selection, Source, gather_tokens
-from shirg.tables import tables
+from shirg.tables import layout_tables
 
 
 def used_rows(layout: TokenLayout, valid_BN: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def used_rows(layout: TokenLayout, valid_BN: Tensor) -> Tensor:
     if not layout.overlaps:
         canvas_BM = valid_BN[:, layout.order_N[layout.n_global :]]
         return torch.unflatten(canvas_BM, 1, layout.canvas).any(-1)
-    in_row_RN = tables(layout).row_N == torch.arange(layout.canvas[0], device=valid_BN.device)[:, None]
+    in_row_RN = layout_tables(layout).row_N == torch.arange(layout.canvas[0], device=valid_BN.device)[:, None]
     return (valid_BN[:, None] & in_row_RN).any(-1)
 
 
@@ -27,7 +27,7 @@ def close_rows(kept: Selection, features: VisionFeatures, rows_BR: Tensor) -> Se
     Without a canvas there is one newline, after the last token.
     """
     layout, n = features.layout, features.layout.n_tokens
-    last_R = tables(layout).row_end_R
+    last_R = layout_tables(layout).row_end_R
     if layout.canvas == (0, 0):
         last_R = torch.full((1,), layout.n_global - 1, device=rows_BR.device)
     # Twice the reading place, so that a row end fits between the last token of its row and the first of the next.

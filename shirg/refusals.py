@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shirg.gate import ShirgGate
+    from shirg.gate import ShirgSelector
 
 SINGLE = ("single_672", "single_512")
 """Geometries of one view of the whole picture."""
@@ -11,7 +11,7 @@ HAS_GLOBAL = ("lavida_tiles", "fovea")
 """Geometries with a view of the whole picture beside the canvas."""
 
 
-def refuse_idle_knobs(gate: "ShirgGate") -> None:
+def refuse_idle_knobs(gate: "ShirgSelector") -> None:
     """Raises ValueError, in one sentence, for knobs that have no effect beside the others."""
     weights, overlaps = gate.weights, gate.geometry == "seed_canvas48"
     has_global = gate.geometry in HAS_GLOBAL

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.selection import gather_tokens
-from shirg.tables import tables
+from shirg.tables import layout_tables
 
 Dedup = Literal["relevance", "border", "mean"]
 
 
 @dataclass(frozen=True, eq=False)
-class Seats:
+class CellAssignment:
     """The P places of B pictures and who sits there."""
 
     token_BP: Tensor
@@ -35,7 +35,7 @@ class Seats:
         return values_BN.gather(1, index.expand(-1, -1, *values_BN.shape[2:]))
 
 
-def seat(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | None, dedup: Dedup) -> Seats:
+def assign_cells(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | None, dedup: Dedup) -> CellAssignment:
     """Gives each canvas cell to one of its tokens: the most relevant, or ("border") the one deepest inside its view.
 
     Equal relevance goes to the token deeper inside its view, then to the earlier view. "mean" asks for features of
@@ -43,8 +43,8 @@ def seat(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | None, de
     """
     b, n = len(usable_BN), layout.n_global
     if not layout.overlaps:
-        return Seats(layout.order_N.expand(b, -1), usable_BN.index_select(1, layout.order_N), shared=False)
-    candidate_MC = tables(layout).candidate_MC
+        return CellAssignment(layout.order_N.expand(b, -1), usable_BN.index_select(1, layout.order_N), shared=False)
+    candidate_MC = layout_tables(layout).candidate_MC
     columns = candidate_MC.shape[1]
     if dedup == "relevance" and relevance_BN is not None:
         present_MC = candidate_MC >= 0
@@ -62,7 +62,7 @@ def seat(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | None, de
     token_BP = torch.cat([layout.order_N[:n].expand(b, -1), winner_BM.clamp_min(0)], dim=1)
     usable_BP = usable_BN.gather(1, token_BP)
     usable_BP[:, n:] &= winner_BM >= 0
-    return Seats(token_BP, usable_BP, shared=True)
+    return CellAssignment(token_BP, usable_BP, shared=True)
 
 
 def average_cells(features: VisionFeatures) -> VisionFeatures:
@@ -71,7 +71,7 @@ def average_cells(features: VisionFeatures) -> VisionFeatures:
     def mean(values_BND: Tensor) -> Tensor:
         flat = values_BND.flatten(2).float()
         total = sum_cells(flat, features.layout) / cell_counts(features.layout)[:, None]
-        return gather_rows(total, tables(features.layout).place_N).to(values_BND.dtype).view_as(values_BND)
+        return gather_rows(total, layout_tables(features.layout).place_N).to(values_BND.dtype).view_as(values_BND)
 
     relevance = features.relevance_BN
     return replace(
@@ -84,13 +84,13 @@ def average_cells(features: VisionFeatures) -> VisionFeatures:
 
 def cell_counts(layout: TokenLayout) -> Tensor:
     """float32 [P]: how many tokens a place has."""
-    per_cell = (tables(layout).candidate_MC >= 0).sum(-1).float()
+    per_cell = (layout_tables(layout).candidate_MC >= 0).sum(-1).float()
     return torch.cat([per_cell.new_ones(layout.n_global), per_cell.clamp_min(1)])
 
 
 def sum_cells(values_BND: Tensor, layout: TokenLayout) -> Tensor:
     """Sums [B, P, D] over the tokens of each place, in a fixed order."""
-    candidate_MC = tables(layout).candidate_MC
+    candidate_MC = layout_tables(layout).candidate_MC
     total = values_BND.new_zeros(len(values_BND), len(candidate_MC), values_BND.shape[-1])
     for column in range(candidate_MC.shape[1]):
         token_M = candidate_MC[:, column]

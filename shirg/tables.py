@@ -13,7 +13,7 @@ from shirg.features import Role, TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
-class Tables:
+class LayoutTables:
     """N tokens in reading order, M canvas cells, P = n_global + M places, C candidates of a cell, R canvas rows."""
 
     border_N: Tensor
@@ -38,15 +38,15 @@ class Tables:
     """int64: canvas row of each *source* token; -1 in the global view."""
 
 
-def tables(layout: TokenLayout) -> Tables:
+def layout_tables(layout: TokenLayout) -> LayoutTables:
     """The tables of a layout, on its device; built once."""
     if "tables" not in layout.derived:
-        layout.derived["tables"] = _build(layout)
-    found: Tables = layout.derived["tables"]
+        layout.derived["layout_tables"] = _build(layout)
+    found: LayoutTables = layout.derived["layout_tables"]
     return found
 
 
-def _build(layout: TokenLayout) -> Tables:
+def _build(layout: TokenLayout) -> LayoutTables:
     with torch.inference_mode(False):
         order_N, n, side = layout.order_N, layout.n_global, layout.side
         is_global_N = layout.role_N == int(Role.GLOBAL)
@@ -68,7 +68,7 @@ def _build(layout: TokenLayout) -> Tables:
         row_end_R = n - 1 + (row_N[order_N][n:, None] <= rows).sum(0)
         candidate_MC = _candidates(layout, flat_N, border_N, tile_N)
         canvas_M2 = layout.centre_N2[candidate_MC[:, 0].clamp_min(0)]
-        return Tables(
+        return LayoutTables(
             border_N=border_N[order_N],
             tile_N=tile_N[order_N],
             in_centre_N=(is_centre_V[layout.view_N] & ~is_global_N)[order_N],

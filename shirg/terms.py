@@ -11,8 +11,8 @@ from shirg.features import TokenLayout, VisionFeatures
 from shirg.kernels import score as kernel
 from shirg.knobs import Neighbor, NormScope, Weights
 from shirg.scoring import CropTerm, Norm, centre_term, crop_term, neighbour_term, normalise
-from shirg.seats import Seats
-from shirg.tables import tables
+from shirg.seats import CellAssignment
+from shirg.tables import layout_tables
 from shirg.texture import EdgeSpace, VarianceOf, channel_variance, edge_term, neighbourhood_variance, pixel_edges
 
 GridTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -20,7 +20,7 @@ GridTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class ScoreTerms:
     """Scores of all places of B pictures."""
 
     weights: Weights
@@ -31,7 +31,9 @@ class Terms:
     norm_scope: NormScope
     crop_term: CropTerm
 
-    def score(self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]) -> Tensor:
+    def score(
+        self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment, ranks_global: Sequence[bool]
+    ) -> Tensor:
         """float32 [B, P], padding included, of encoder states.
 
         Where `ranks_global` is False nobody reads the scores of a picture's global view, and some terms leave it out.
@@ -44,16 +46,16 @@ class Terms:
         for weight, values_BP in self._texture(features, states_BND, seats, ranks_global):
             score_BP = score_BP + weight * self._comparable(values_BP, seats, layout)
         if weights.centre:
-            centre_BP = centre_term(tables(layout).centre_P2).expand_as(score_BP)
+            centre_BP = centre_term(layout_tables(layout).centre_P2).expand_as(score_BP)
             score_BP = score_BP - weights.centre * self._comparable(centre_BP, seats, layout)
         if self.crop_term != "none":
-            table = tables(layout)
+            table = layout_tables(layout)
             lost_N = crop_term(self.crop_term, table.border_N, table.tile_N, table.in_centre_N)[layout.rank_N]
             score_BP = score_BP - weights.crop * seats.take(lost_N.expand_as(features.valid_BN))
         return score_BP
 
     def relevance_and_neighbours(
-        self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]
+        self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment, ranks_global: Sequence[bool]
     ) -> Tensor:
         """float32 [B, P]: the two terms of SHIRG-980, which `shirg.kernels.score` has a kernel for."""
         layout, weights = features.layout, self.weights
@@ -78,7 +80,7 @@ class Terms:
             and self.norm_scope == "image"
         )
 
-    def _by_kernel(self, features: VisionFeatures, states_BND: Tensor, seats: Seats) -> Tensor:
+    def _by_kernel(self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment) -> Tensor:
         layout, weights = features.layout, self.weights
         relevance_BN = features.relevance_BN if weights.similarity else None
         found: Tensor = kernel.relevance_and_neighbours(
@@ -97,7 +99,7 @@ class Terms:
         return found
 
     def _texture(
-        self, features: VisionFeatures, states_BND: Tensor, seats: Seats, ranks_global: Sequence[bool]
+        self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment, ranks_global: Sequence[bool]
     ) -> list[tuple[float, Tensor]]:
         """Weights and values [B, P] of how busy the tokens are."""
         weights = self.weights
@@ -113,7 +115,7 @@ class Terms:
             found.append((weights.edge, _on_grids(edge_term, features, states_BND, seats, ranks_global, by_view=True)))
         return found
 
-    def _comparable(self, values_BP: Tensor, seats: Seats, layout: TokenLayout) -> Tensor:
+    def _comparable(self, values_BP: Tensor, seats: CellAssignment, layout: TokenLayout) -> Tensor:
         """Values on a common scale. The global view is another scale and has statistics of its own."""
         n, usable_BP = layout.n_global, seats.usable_BP
         values_BM, usable_BM = values_BP[:, n:], usable_BP[:, n:]
@@ -121,7 +123,7 @@ class Terms:
         if layout.canvas != (0, 0) and self.norm_scope == "image":
             parts.append(normalise(values_BM, usable_BM, self.norm))
         elif layout.canvas != (0, 0):
-            table, split = tables(layout), (-1, layout.side**2)
+            table, split = layout_tables(layout), (-1, layout.side**2)
             by_tile = [unflatten(part[:, table.by_tile_M], 1, split) for part in (values_BM, usable_BM)]
             parts.append(normalise(by_tile[0], by_tile[1], self.norm).flatten(1)[:, table.from_tile_M])
         return torch.cat(parts, dim=1)
@@ -131,7 +133,7 @@ def _on_grids(
     term: GridTerm,
     features: VisionFeatures,
     states_BND: Tensor,
-    seats: Seats,
+    seats: CellAssignment,
     ranks_global: Sequence[bool],
     *,
     by_view: bool = False,
@@ -175,7 +177,7 @@ def _on_grids_of_one(
         parts.append(torch.zeros_like(usable_P[:n], dtype=torch.float32))
     token_M, usable_M = token_P[n:], usable_P[n:]
     if by_view and not layout.overlaps and layout.canvas != (0, 0):
-        table = tables(layout)
+        table = layout_tables(layout)
         tiles = [unflatten(x_M[table.by_tile_M], 0, (-1, layout.side**2)) for x_M in (token_M, usable_M)]
         by_tile = torch.cat([on(token_X, usable_X, square) for token_X, usable_X in zip(*tiles, strict=True)])
         parts.append(by_tile[table.from_tile_M])

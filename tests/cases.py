@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from shirg import Selector, ShirgGate
+from shirg import Selector, ShirgSelector
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
 
@@ -64,11 +64,11 @@ def preset(name: str, refused: frozenset[str], budget: int = 60, **flips: Any) -
     """A variant of SHIRG: the knobs of its own file, at a budget of the test."""
     knobs = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     own = {knob: value for knob, value in knobs.items() if knob != "defaults"}
-    return Case(ShirgGate, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips}, refused=refused)
+    return Case(ShirgSelector, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips}, refused=refused)
 
 
 FAMILY = {
-    "shirg": Case(ShirgGate, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS, refused=NO_CELL_IS_SHARED),
+    "shirg": Case(ShirgSelector, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS, refused=NO_CELL_IS_SHARED),
     "shirg_div": preset("shirg_div", NO_CELL_IS_SHARED, neighbor={"neighbor": {"sign": -1}}, coverage=5),
     "shirg_672": preset("shirg_672", ONE_VIEW),
     "shirg_v2": preset(
@@ -86,7 +86,7 @@ FAMILY = {
 }
 OTHERS = {
     "seed_canvas48": Case(
-        ShirgGate,
+        ShirgSelector,
         {"budget": 60, "geometry": "seed_canvas48", "crop_term": "border", "scaffold": {"size": 2, "source": "canvas"}},
         flips={
             **GATE_FLIPS,
@@ -97,7 +97,7 @@ OTHERS = {
         refused=COORDS | {"views", "norm_scope"},
     ),
     "cell_means": Case(
-        ShirgGate,
+        ShirgSelector,
         {"budget": 60, "geometry": "seed_canvas48", "dedup": "mean", "underflow": "mask", "scaffold": {"size": 0}},
         flips={
             **GATE_FLIPS,
@@ -108,7 +108,7 @@ OTHERS = {
         refused=COORDS | {"geometry", "views", "norm_scope", "merge", "underflow"},
     ),
     "everything": Case(
-        ShirgGate,
+        ShirgSelector,
         {
             "budget": 60,
             "views": "all",
@@ -136,7 +136,7 @@ OTHERS = {
         refused=NO_CELL_IS_SHARED,
     ),
     "mmr": Case(
-        ShirgGate,
+        ShirgSelector,
         {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}},
         flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
         refused=NO_CELL_IS_SHARED | {"coverage"},

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shirg import Geometry, Role, Selection, Selector, ShirgGate, Source, TokenLayout, VisionFeatures
+from shirg import Geometry, Role, Selection, Selector, ShirgSelector, Source, TokenLayout, VisionFeatures
 from tests.features import GRIDS, geometry_layout, layout_of, make_features, recorded
 from tests.test_contract import ALL, Case, assert_kept
 
@@ -71,7 +71,7 @@ def test_budget_mask_and_order(name: str, data: st.DataObject) -> None:
     chosen = ask(selector, features)
     fits = isinstance(selector.budget, int) and selector.budget <= min(features.n_valid)
     if chosen is None:
-        assert not fits or isinstance(selector, ShirgGate), "refused a budget that every picture can meet"
+        assert not fits or isinstance(selector, ShirgSelector), "refused a budget that every picture can meet"
         return
     assert_kept(features, chosen)
     if isinstance(selector.budget, int):
@@ -102,7 +102,7 @@ def test_a_drawn_picture_does_not_depend_on_its_batch_mates(name: str, data: st.
 def ranks_alone(name: str) -> bool:
     """Whether a selector is a ranking by its scores, and nothing is merged, averaged or picked one by one."""
     selector = with_budget(ALL[name], 60)
-    if isinstance(selector, ShirgGate):
+    if isinstance(selector, ShirgSelector):
         plain = selector.dedup != "mean" and selector.adaptive.mode == "none"
         return plain and (selector.merge.mode, selector.diversity.mode) == ("none", "none")
     return type(selector).select is Selector.select
@@ -136,7 +136,7 @@ def brute_force(selector: Selector, features: VisionFeatures, score: list[float]
     def ordered(tokens: list[int]) -> list[int]:
         return sorted(tokens, key=lambda i: (-score[i], rank[i]))
 
-    if not isinstance(selector, ShirgGate):
+    if not isinstance(selector, ShirgSelector):
         return ordered(free)[:k]
     seated = [i for i in free if not layout.overlaps or i == seat_of(features, sample, i, free, selector)]
     tiles_only = selector.views == "tiles" and layout.canvas != (0, 0)
@@ -150,7 +150,7 @@ def brute_force(selector: Selector, features: VisionFeatures, score: list[float]
     return sum(tiers, [])[:k]
 
 
-def seat_of(features: VisionFeatures, sample: int, token: int, free: list[int], selector: ShirgGate) -> int:
+def seat_of(features: VisionFeatures, sample: int, token: int, free: list[int], selector: ShirgSelector) -> int:
     """Who sits in a token's cell: the most relevant, then the one deepest in its crop, then that of the first crop."""
     layout, r = features.layout, features.relevance_BN
     assert r is not None and selector.dedup == "relevance"

@@ -28,7 +28,7 @@ class Measured(Protocol):
 
 
 @runtime_checkable
-class Drawn(Protocol):
+class HasFigure(Protocol):
     """What has a picture besides."""
 
     def figure(self) -> str | None:
@@ -184,7 +184,7 @@ def main(arguments: list[str]) -> None:
     made_by = environment(device, getattr(given, "dtype", "float32"))
     write_json(given.out, {"command": command, "environment": made_by, **measured.report()})
     print(f"written: {given.out}")
-    figure = measured.figure() if isinstance(measured, Drawn) else None
+    figure = measured.figure() if isinstance(measured, HasFigure) else None
     if figure is not None:
         write_atomic(given.out.with_suffix(".svg"), figure)
 

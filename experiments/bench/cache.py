@@ -7,8 +7,8 @@ import torch
 
 from experiments.bench.clock import Timing, time_call
 from experiments.bench.decode import as_prefix
-from experiments.bench.models import Floor, load, prompt_embeds
-from experiments.bench.table import aligned, title
+from experiments.bench.models import Floor, load_model, prompt_embeds
+from experiments.bench.table import aligned, table_title
 from experiments.roofline import cost_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class CacheRow:
     name: str
     n_bytes: int
     pack: Timing | None
@@ -27,10 +27,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class CacheBench:
     model: str
     shape: dict[str, Any]
-    rows: list[Row]
+    rows: list[CacheRow]
 
     def report(self) -> dict[str, Any]:
         rows = [
@@ -57,20 +57,22 @@ class Bench:
             times = (row.step.median, row.floor["times_floor"])
             moved = (f"{row.most:.2g}", f"{100 * row.same_top1:.1f}")
             body.append((row.name, *(f"{x:.2f}" for x in numbers), pack, *(f"{x:.2f}" for x in times), *moved))
-        return [title(self.model, self.shape), *aligned([head, *body])]
+        return [table_title(self.model, self.shape), *aligned([head, *body])]
 
 
-def run(*, device: torch.device, model: str, prompt: list[int], answer: int, batch: list[int], repeats: int) -> Bench:
+def run(
+    *, device: torch.device, model: str, prompt: list[int], answer: int, batch: list[int], repeats: int
+) -> CacheBench:
     if len(prompt) > 1 or len(batch) > 1:
         raise ValueError("bench cache takes one prompt length and one batch size: give --prompt and --batch once")
-    return bench(model, load(model, device), prompt[0], answer, batch[0], repeats)
+    return bench(model, load_model(model, device), prompt[0], answer, batch[0], repeats)
 
 
 @torch.inference_mode()
-def bench(name: str, model: "Lavida", n_prompt: int, n_answer: int, batch: int, repeats: int) -> Bench:
+def bench(name: str, model: "Lavida", n_prompt: int, n_answer: int, batch: int, repeats: int) -> CacheBench:
     from lavida_adapter import Cast, Fp8, Int8
     from lavida_adapter.drift import drift
-    from lavida_adapter.engine import Steps
+    from lavida_adapter.engine import DecodeSteps
 
     packers: dict[str, CachePacker | None] = {"none": None, "cast": Cast(), "int8": Int8(), "fp8": Fp8()}
     prefix = as_prefix(prompt_embeds(model, batch, n_prompt))
@@ -83,11 +85,11 @@ def bench(name: str, model: "Lavida", n_prompt: int, n_answer: int, batch: int, 
         pack = None
         if packer is not None:
             pack = time_call(lambda p=packer: p(whole, prefix, None), model.device, repeats=repeats)  # type: ignore[misc]
-        steps = Steps(model.lm, stored, n_answer)
+        steps = DecodeSteps(model.lm, stored, n_answer)
         step = time_call(lambda s=steps: s(ids), model.device, repeats=repeats)  # type: ignore[misc]
         work = cost.step(n_prompt, n_answer, n_answer, batch, cache_bytes=stored.n_bytes)
         moved = drift(model.lm, whole, stored, n_answer)
         same = sum(moved.same_top1) / batch
-        rows.append(Row(label, stored.n_bytes, pack, step, floor.row(step.median, work), max(moved.most), same))
+        rows.append(CacheRow(label, stored.n_bytes, pack, step, floor.row(step.median, work), max(moved.most), same))
     shape = {"batch": batch, "prompt": n_prompt, "answer": n_answer, "dtype": str(model.dtype).removeprefix("torch.")}
-    return Bench(name, shape | {"threads": torch.get_num_threads()}, rows)
+    return CacheBench(name, shape | {"threads": torch.get_num_threads()}, rows)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from experiments.bench import plain
 from experiments.bench.clock import Timing, time_call
-from experiments.bench.models import Floor, load, prompt_embeds
-from experiments.bench.table import aligned, title
+from experiments.bench.models import Floor, load_model, prompt_embeds
+from experiments.bench.table import aligned, table_title
 from experiments.measure import peak_memory_mib, reset_peak_memory
 from experiments.roofline import cost_of
 
@@ -22,7 +22,7 @@ ELSEWHERE_S = {"bench_small": 0.46, "bench_tiny": 0.069}
 
 
 @dataclass(frozen=True)
-class Row:
+class DecodeRow:
     """One way of computing the same answers."""
 
     name: str
@@ -48,10 +48,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class DecodeBench:
     model: str
     shape: dict[str, Any]
-    rows: list[Row]
+    rows: list[DecodeRow]
     limits: dict[str, Any]
 
     def report(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Bench:
             steps = (row.floor["prefill"]["times_floor"], row.step_ms, row.floor["step"]["times_floor"])
             peak = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
             body.append((row.name, *(f"{c:.2f}" for c in (*cells, *steps)), "yes" if row.same_ids else "NO", peak))
-        lines = [title(self.model, self.shape)]
+        lines = [table_title(self.model, self.shape)]
         lines += aligned([head, *body])
         if self.model in ELSEWHERE_S:
             ms = 1000 * ELSEWHERE_S[self.model]
@@ -91,16 +91,18 @@ def run(
     engine: list[str],
     attention: str,
     repeats: int,
-) -> Bench:
+) -> DecodeBench:
     if len(prompt) > 1 or len(batch) > 1:
         raise ValueError("bench decode takes one prompt length and one batch size: give --prompt and --batch once")
-    return bench(model, load(model, device, attention), prompt[0], answer, steps or answer, batch[0], engine, repeats)
+    return bench(
+        model, load_model(model, device, attention), prompt[0], answer, steps or answer, batch[0], engine, repeats
+    )
 
 
 @torch.inference_mode()
 def bench(
     name: str, model: "Lavida", n_prompt: int, n_answer: int, steps: int, batch: int, engines: list[str], repeats: int
-) -> Bench:
+) -> DecodeBench:
     """The plain twin first, then each engine; all in one process, one after the other."""
     from lavida_adapter import DecodeConfig
     from lavida_adapter.attention import kernel_of
@@ -121,18 +123,18 @@ def bench(
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    return Bench(name, shape, [row for row, _ in rows], floor.limits.report())
+    return DecodeBench(name, shape, [row for row, _ in rows], floor.limits.report())
 
 
 def _plain_row(
     model: "Lavida", embeds: Tensor, decode: "DecodeConfig", repeats: int, floor: Floor
-) -> tuple[Row, Tensor]:
+) -> tuple[DecodeRow, Tensor]:
     lm, mask_id = model.lm, model.config.lm.mask_token_id
     angles = plain.angles_of(lm, embeds.shape[1])
     reset_peak_memory(model.device)
-    whole = time_call(lambda: plain.generate(lm, embeds, decode, mask_id), model.device, repeats=repeats)
-    prefill = time_call(lambda: plain.forward(lm, embeds, None, angles), model.device, repeats=repeats)
-    ids = plain.generate(lm, embeds, decode, mask_id)
+    whole = time_call(lambda: plain.plain_generate(lm, embeds, decode, mask_id), model.device, repeats=repeats)
+    prefill = time_call(lambda: plain.plain_forward(lm, embeds, None, angles), model.device, repeats=repeats)
+    ids = plain.plain_generate(lm, embeds, decode, mask_id)
     return _made("plain twin", model, embeds, decode, whole, prefill, floor, same_ids=True), ids
 
 
@@ -144,7 +146,7 @@ def _row(
     repeats: int,
     floor: Floor,
     expected: Tensor,
-) -> tuple[Row, Tensor]:
+) -> tuple[DecodeRow, Tensor]:
     from dataclasses import replace
 
     config = replace(decode, engine=engine)  # type: ignore[arg-type]  # DecodeConfig refuses what it does not know
@@ -169,7 +171,7 @@ def _made(
     floor: Floor,
     *,
     same_ids: bool,
-) -> Row:
+) -> DecodeRow:
     batch, p = embeds.shape[:2]
     step_ms = (whole.median - prefill.median) / decode.steps
     cost = cost_of(model.config.lm, model.dtype)
@@ -179,7 +181,7 @@ def _made(
         "prefill": floor.row(prefill.median, cost.prefill(p, batch)),
         "step": floor.row(step_ms, cost.step(p, decode.max_new_tokens, masked, batch)),
     }
-    return Row(name, whole, prefill, step_ms, same_ids, peak_memory_mib(model.device), floors)
+    return DecodeRow(name, whole, prefill, step_ms, same_ids, peak_memory_mib(model.device), floors)
 
 
 def as_prefix(embeds_BPD: Tensor) -> "Prefix":

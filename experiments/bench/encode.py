@@ -7,8 +7,8 @@ import torch
 
 from experiments.bench.clock import Timing, time_call
 from experiments.bench.inputs import noise_picture
-from experiments.bench.models import Floor, load
-from experiments.bench.table import aligned, title
+from experiments.bench.models import Floor, load_model
+from experiments.bench.table import aligned, table_title
 from experiments.roofline import Work
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodeRow:
     pictures: int
     views: Timing
     tower: Timing
@@ -25,10 +25,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class EncodeBench:
     model: str
     shape: dict[str, Any]
-    rows: list[Row]
+    rows: list[EncodeRow]
 
     def report(self) -> dict[str, Any]:
         rows = [
@@ -50,15 +50,15 @@ class Bench:
             times = (row.views.median, row.tower.median, row.tower.median / row.pictures)
             numbers = (*times, row.floor["times_floor"], row.channels_last.median)
             body.append((str(row.pictures), *(f"{x:.2f}" for x in numbers)))
-        return [title(self.model, self.shape), *aligned([head, *body])]
+        return [table_title(self.model, self.shape), *aligned([head, *body])]
 
 
-def run(*, device: torch.device, model: str, batch: list[int], repeats: int) -> Bench:
-    return bench(model, load(model, device), batch, repeats)
+def run(*, device: torch.device, model: str, batch: list[int], repeats: int) -> EncodeBench:
+    return bench(model, load_model(model, device), batch, repeats)
 
 
 @torch.inference_mode()
-def bench(name: str, model: "Lavida", batch: list[int], repeats: int) -> Bench:
+def bench(name: str, model: "Lavida", batch: list[int], repeats: int) -> EncodeBench:
     from lavida_adapter.geometries import cut
 
     tower, picture = model.model.vision_tower, noise_picture(model.config)
@@ -73,9 +73,9 @@ def bench(name: str, model: "Lavida", batch: list[int], repeats: int) -> Bench:
             time_call(lambda p=p: tower(p), model.device, repeats=repeats)  # type: ignore[misc]
             for p in (pixels, last)
         )
-        rows.append(Row(n, cutting, timing, other, floor.row(timing.median, tower_work(model, len(pixels)))))
+        rows.append(EncodeRow(n, cutting, timing, other, floor.row(timing.median, tower_work(model, len(pixels)))))
     shape = {"views": len(views.pixels_V3SS), "dtype": str(model.dtype).removeprefix("torch.")}
-    return Bench(name, shape | {"threads": torch.get_num_threads()}, rows)
+    return EncodeBench(name, shape | {"threads": torch.get_num_threads()}, rows)
 
 
 def tower_work(model: "Lavida", views: int) -> Work:

@@ -14,13 +14,13 @@ from experiments.bench.table import aligned
 from experiments.data.sample import Sample
 from experiments.measure import peak_memory_mib, reset_peak_memory, summarise_stages
 from experiments.scoring import text_metrics
-from experiments.system import System, build_system
+from experiments.system import EvalPipeline, build_pipeline
 
 STAGES = ("views", "tower", "relevance", "select", "project", "prefill", "denoise")
 
 
 @dataclass(frozen=True)
-class Row:
+class EndToEndRow:
     """One system at one batch size, over all samples."""
 
     system: str
@@ -36,12 +36,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class EndToEndBench:
     model: str
     n: int
-    rows: list[Row]
+    rows: list[EndToEndRow]
 
-    def first(self, row: Row) -> Row:
+    def first(self, row: EndToEndRow) -> EndToEndRow:
         """The same system at its first batch size."""
         return next(other for other in self.rows if other.system == row.system)
 
@@ -77,7 +77,7 @@ class Bench:
 
 def run(
     *, device: torch.device, model: str, batch: list[int], only: list[str] | None, samples: int, repeats: int
-) -> Bench:
+) -> EndToEndBench:
     """`only`: selectors, or the notes' systems by their names in conf/experiment. All batch sizes of a system take
     turns, `repeats` times, so that a machine that becomes slower does so for all of them."""
     rows = []
@@ -88,26 +88,26 @@ def run(
         system, given = prepare(cfg, device, samples, loaded)
         passes = [[answer(name, system, given, size) for size in batch] for _ in range(repeats)]
         rows += [median(of_size) for of_size in zip(*passes, strict=True)]
-    return Bench(model, samples, rows)
+    return EndToEndBench(model, samples, rows)
 
 
-def prepare(cfg: DictConfig, device: torch.device, n: int, loaded: dict[str, Any]) -> tuple[System, list[Sample]]:
+def prepare(cfg: DictConfig, device: torch.device, n: int, loaded: dict[str, Any]) -> tuple[EvalPipeline, list[Sample]]:
     """The system as eval builds it, and its first `n` samples; the model is loaded once."""
     dataset = build.build_dataset(cfg)
     model = loaded.setdefault("model", None) or build.build_model(cfg, device)
     loaded["model"] = model
     decode = build.build_decode(cfg, dataset.max_new_tokens)
-    system = build_system(cfg, model, decode, text_metrics(dataset.metric_names))
+    system = build_pipeline(cfg, model, decode, text_metrics(dataset.metric_names))
     return system, [dataset[i] for i in range(min(n, len(dataset)))]
 
 
-def median(passes: Sequence[Row]) -> Row:
+def median(passes: Sequence[EndToEndRow]) -> EndToEndRow:
     """The pass of median duration, with the durations of all."""
     ranked = sorted(passes, key=lambda row: row.seconds)
     return replace(ranked[(len(ranked) - 1) // 2], seconds_all=tuple(row.seconds for row in passes))
 
 
-def answer(name: str, system: System, samples: Sequence[Sample], size: int) -> Row:
+def answer(name: str, system: EvalPipeline, samples: Sequence[Sample], size: int) -> EndToEndRow:
     """Answers everything once, after one batch that is not counted."""
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
     system.answer(batches[0])
@@ -117,7 +117,7 @@ def answer(name: str, system: System, samples: Sequence[Sample], size: int) -> R
     seconds = time.perf_counter() - began
     shares = [{k: ms / len(batch) for k, ms in a.ms.items()} for a, batch in zip(answered, batches, strict=True)]
     rows = [row for answers in answered for row in answers.rows]
-    return Row(
+    return EndToEndRow(
         name,
         size,
         seconds,

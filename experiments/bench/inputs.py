@@ -67,7 +67,7 @@ class Encoded:
         )
 
 
-def encode(config: LavidaConfig, tower: VisionTower, geometry: Geometry, needs: Iterable[str]) -> Encoded:
+def encode_noise(config: LavidaConfig, tower: VisionTower, geometry: Geometry, needs: Iterable[str]) -> Encoded:
     """The noise picture with everything recorded that `needs` names; the recordings come from the tower itself."""
     needs = frozenset(needs)
     weight = next(tower.parameters())

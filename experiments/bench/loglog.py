@@ -8,7 +8,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 400, 60, 44, 16, 170
 COLOURS = ("#1f6f8b", "#c8553d", "#6a994e", "#7b5ea7")
 
 
-def chart(xs: Sequence[float], series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
+def loglog_chart(xs: Sequence[float], series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
     """Lines named in a legend at the right; all values must be positive."""
     values = [y for ys in series.values() for y in ys]
     low_x, high_x = math.log10(min(xs)), math.log10(max(xs))

@@ -28,7 +28,7 @@ def config_of(*overrides: str) -> DictConfig:
         raise ValueError(explain(error, "eval", overrides)) from None
 
 
-def load(name: str, device: torch.device, attention: str = "sdpa") -> "Lavida":
+def load_model(name: str, device: torch.device, attention: str = "sdpa") -> "Lavida":
     """Weights of a checkpoint, or random ones made on the device itself."""
     return build.build_model(config_of(f"model={name}", f"attention={attention}"), device)
 

@@ -11,7 +11,7 @@ Cell = tuple[int, int]
 WEIGHT, SIGN = {"similarity": 0.65, "neighbor": 0.25}, -1
 
 
-def shirg980(features: VisionFeatures, sample: int, budget: int, scaffold: int = 8) -> tuple[Tensor, list[int]]:
+def naive_shirg980(features: VisionFeatures, sample: int, budget: int, scaffold: int = 8) -> tuple[Tensor, list[int]]:
     """The tokens [budget, D] of one picture and the source tokens among them, by the published weights.
 
     It reads the tiles alone, so it needs a picture whose tiles have enough valid tokens.
@@ -29,7 +29,9 @@ def shirg980(features: VisionFeatures, sample: int, budget: int, scaffold: int =
     score = {cell: WEIGHT["similarity"] * r[cell] + SIGN * WEIGHT["neighbor"] * d[cell] for cell in tile_at}
     best = sorted(tile_at, key=lambda cell: (-score[cell], cell))[: budget - scaffold**2]
     kept = [tile_at[cell] for cell in sorted(best)]
-    windows = [_window(tokens_ND, coarse_at, layout.side, scaffold, *divmod(w, scaffold)) for w in range(scaffold**2)]
+    windows = [
+        _naive_window(tokens_ND, coarse_at, layout.side, scaffold, *divmod(w, scaffold)) for w in range(scaffold**2)
+    ]
     return torch.cat([torch.stack(windows), tokens_ND[kept]]), kept
 
 
@@ -49,7 +51,7 @@ def _zscore(values: dict[Cell, float]) -> dict[Cell, float]:
     return {cell: max(-3.0, min(3.0, (value - mean) / (std + 1e-6))) for cell, value in values.items()}
 
 
-def _window(tokens_ND: Tensor, token_at: dict[Cell, int], side: int, size: int, row: int, col: int) -> Tensor:
+def _naive_window(tokens_ND: Tensor, token_at: dict[Cell, int], side: int, size: int, row: int, col: int) -> Tensor:
     """Mean over a window of the global view; a cell on a boundary counts by the share that lies inside."""
     total, area = torch.zeros(tokens_ND.shape[-1]), 0.0
     for r in range(row * side // size, math.ceil((row + 1) * side / size)):

@@ -21,7 +21,7 @@ Past = list[tuple[Tensor, Tensor]]
 Angles = tuple[Tensor, Tensor]
 
 
-def forward(lm: Llada, x_BLD: Tensor, past: Past | None, angles: Angles) -> tuple[Tensor, Past]:
+def plain_forward(lm: Llada, x_BLD: Tensor, past: Past | None, angles: Angles) -> tuple[Tensor, Past]:
     """Logits [B, L, W] of all that is given, and the keys and values of it and of what came before.
 
     `angles` are those of every position that there will be; the reference keeps them too.
@@ -68,9 +68,9 @@ def angles_of(lm: Llada, n: int) -> Angles:
     return phase.cos(), phase.sin()
 
 
-def step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks: list[int]) -> Tensor:
+def plain_step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks: list[int]) -> Tensor:
     """One denoising step that commits `ks[row]` tokens; like ours, it never chooses the mask token."""
-    logits, _ = forward(lm, lm.wte(ids_BA), past, angles)
+    logits, _ = plain_forward(lm, lm.wte(ids_BA), past, angles)
     logits[..., mask_id] = float("-inf")
     token_BA = logits.argmax(-1)
     p = logits.to(torch.float64).softmax(-1)
@@ -82,11 +82,11 @@ def step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks
 
 
 @torch.inference_mode()
-def generate(lm: Llada, embeds_BPD: Tensor, config: DecodeConfig, mask_id: int) -> Tensor:
+def plain_generate(lm: Llada, embeds_BPD: Tensor, config: DecodeConfig, mask_id: int) -> Tensor:
     """Answers [B, A] in one block, greedy, the surest first. Prompts are of one length: the reference knows no mask."""
     angles = angles_of(lm, embeds_BPD.shape[1] + config.max_new_tokens)
-    _, past = forward(lm, embeds_BPD, None, angles)
+    _, past = plain_forward(lm, embeds_BPD, None, angles)
     ids_BA = torch.full((len(embeds_BPD), config.max_new_tokens), mask_id, device=embeds_BPD.device)
     for k in tokens_per_step(config.max_new_tokens, config.steps_per_block, config.schedule, config.shift):
-        ids_BA = step(lm, ids_BA, past, angles, mask_id, [k] * len(ids_BA))
+        ids_BA = plain_step(lm, ids_BA, past, angles, mask_id, [k] * len(ids_BA))
     return ids_BA

@@ -9,9 +9,9 @@ import torch
 
 from experiments.bench import plain
 from experiments.bench.clock import Timing, time_call
-from experiments.bench.loglog import chart
-from experiments.bench.models import Floor, config_of, load, prompt_embeds
-from experiments.bench.table import aligned, title
+from experiments.bench.loglog import loglog_chart
+from experiments.bench.models import Floor, config_of, load_model, prompt_embeds
+from experiments.bench.table import aligned, table_title
 from experiments.measure import peak_memory_mib, reset_peak_memory
 from experiments.roofline import Work, cost_of
 
@@ -24,7 +24,7 @@ STAGES = ("select", "prefill", "step")
 
 
 @dataclass(frozen=True)
-class Row:
+class PrefillRow:
     """One number of vision tokens."""
 
     tokens: int
@@ -35,10 +35,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class PrefillBench:
     model: str
     shape: dict[str, Any]
-    rows: list[Row]
+    rows: list[PrefillRow]
     limits: dict[str, Any]
 
     @property
@@ -66,7 +66,7 @@ class Bench:
             return None
         tokens = [row.tokens for row in self.rows]
         series = {f"{s} ~ N^{self.exponents[s]:.2f}": [row.ms[s].median for row in self.rows] for s in STAGES}
-        return chart(tokens, series, "vision tokens N", "ms")
+        return loglog_chart(tokens, series, "vision tokens N", "ms")
 
     def lines(self) -> list[str]:
         stages = list(self.rows[0].ms)
@@ -82,7 +82,7 @@ class Bench:
         ]
         if len(self.rows) > 1:
             body.append(("exponent", *(f"{value:.2f}" for value in self.exponents.values()), "", "", ""))
-        return [title(self.model, self.shape), *aligned([head, *body])]
+        return [table_title(self.model, self.shape), *aligned([head, *body])]
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
@@ -103,16 +103,16 @@ def run(
     selector: str,
     attention: str,
     repeats: int,
-) -> Bench:
+) -> PrefillBench:
     if len(batch) > 1:
         raise ValueError("bench prefill takes one batch size: give --batch once")
-    return bench(model, load(model, device, attention), prompt, answer, batch[0], selector, repeats)
+    return bench(model, load_model(model, device, attention), prompt, answer, batch[0], selector, repeats)
 
 
 @torch.inference_mode()
 def bench(
     name: str, model: "Lavida", tokens: Sequence[int], n_answer: int, batch: int, selector: str, repeats: int
-) -> Bench:
+) -> PrefillBench:
     floor, cost = Floor.of(model.device, model.dtype), cost_of(model.config.lm, model.dtype)
     rows = []
     for n in tokens:
@@ -120,24 +120,24 @@ def bench(
         ms = {"select": select_ms(model, selector, n, batch, repeats), **lm_ms(model, n, n_answer, batch, repeats)}
         work: dict[str, Work] = {"prefill": cost.prefill(n, batch), "step": cost.step(n, n_answer, n_answer, batch)}
         floors = {stage: floor.row(ms[stage].median, work[stage]) for stage in work}
-        rows.append(Row(n, ms, floors, peak_memory_mib(model.device)))
+        rows.append(PrefillRow(n, ms, floors, peak_memory_mib(model.device)))
     shape = {"batch": batch, "answer": n_answer, "selector": selector, "threads": torch.get_num_threads()}
     shape["dtype"] = str(model.dtype).removeprefix("torch.")
-    return Bench(name, shape, rows, floor.limits.report())
+    return PrefillBench(name, shape, rows, floor.limits.report())
 
 
 def lm_ms(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> dict[str, Timing]:
     """Prefill and one step over a prompt of `n` tokens, and the plain twin's prefill."""
-    from lavida_adapter.engine import Steps
+    from lavida_adapter.engine import DecodeSteps
 
     lm, embeds = model.lm, prompt_embeds(model, batch, n)
-    steps = Steps(lm, lm.prefill(embeds, room=n_answer), n_answer)
+    steps = DecodeSteps(lm, lm.prefill(embeds, room=n_answer), n_answer)
     ids = torch.full((batch, n_answer), lm.config.mask_token_id, device=embeds.device)
     angles = plain.angles_of(lm, n)
     return {
         "prefill": time_call(lambda: lm.prefill(embeds, room=n_answer), embeds.device, repeats=repeats, warm_up=1),
         "plain prefill": time_call(
-            lambda: plain.forward(lm, embeds, None, angles), embeds.device, repeats=repeats, warm_up=1
+            lambda: plain.plain_forward(lm, embeds, None, angles), embeds.device, repeats=repeats, warm_up=1
         ),
         "step": time_call(lambda: steps(ids), embeds.device, repeats=max(repeats, 5)),
     }

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from experiments import build
 from experiments.bench import naive
 from experiments.bench.clock import Timing, time_call
-from experiments.bench.inputs import Encoded, encode, random_tower
+from experiments.bench.inputs import Encoded, encode_noise, random_tower
 from experiments.bench.table import aligned
 from experiments.schema import CONF, VERSION_BASE
 from lavida_adapter import LavidaConfig
@@ -22,7 +22,7 @@ OWN: Geometry = "lavida_tiles"
 
 
 @dataclass(frozen=True)
-class Row:
+class SelectorRow:
     """One selector at one batch size."""
 
     selector: str
@@ -34,10 +34,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class SelectorBench:
     """Everything that one run measured."""
 
-    rows: list[Row]
+    rows: list[SelectorRow]
     naive: Timing
     encode: Mapping[Geometry, Timing]
     """The tower over the views of one picture, on each geometry."""
@@ -120,7 +120,7 @@ def build_selectors(wanted: Sequence[str], budgets: Mapping[str, int]) -> dict[s
 
 def run(
     *, device: torch.device, dtype: str, batch: Sequence[int], repeats: int, only: Sequence[str] | None = None
-) -> Bench:
+) -> SelectorBench:
     return bench(LavidaConfig(), only or everything(), device, getattr(torch, dtype), batch, repeats)
 
 
@@ -132,7 +132,7 @@ def bench(
     dtype: torch.dtype,
     batches: Sequence[int],
     repeats: int,
-) -> Bench:
+) -> SelectorBench:
     """Times the selectors named, each on its own geometry."""
     selectors = {name: selector.to(device) for name, selector in build_selectors(wanted, config.budgets).items()}
     tower = random_tower(config, device, dtype)
@@ -142,28 +142,28 @@ def bench(
     for geometry in dict.fromkeys([OWN, *(selector.geometry for selector in selectors.values())]):
         needs = frozenset().union(*(s.needs for s in selectors.values() if s.geometry == geometry))
         # Recording is the warm-up: it runs the same layers.
-        encoded[geometry] = encode(config, tower, geometry, needs)
+        encoded[geometry] = encode_noise(config, tower, geometry, needs)
         tower_ms[geometry] = time_call(encoded[geometry].encode, device, repeats=few, warm_up=0)
     one = _on_cpu(encoded[OWN].features(1))
     budget, coarse = config.budgets["base"], min(8, config.pooled_side)
-    twin = time_call(lambda: naive.shirg980(one, 0, budget, coarse), torch.device("cpu"), repeats=repeats)
+    twin = time_call(lambda: naive.naive_shirg980(one, 0, budget, coarse), torch.device("cpu"), repeats=repeats)
     rows = []
     for size in batches:
         features = {geometry: picture.features(size) for geometry, picture in encoded.items()}
         for name, selector in selectors.items():
             rows.append(time_selector(name, selector, features[selector.geometry], config.lm.d_model, device, repeats))
-    return Bench(rows, twin, tower_ms, config.vision.hidden_size)
+    return SelectorBench(rows, twin, tower_ms, config.vision.hidden_size)
 
 
 def time_selector(
     name: str, selector: Selector, features: VisionFeatures, width: int, device: torch.device, repeats: int
-) -> Row:
+) -> SelectorRow:
     if selector.stage == "post":
         projected = torch.randn(*features.tokens_BND.shape[:2], width, device=device, dtype=features.tokens_BND.dtype)
         features = replace(features, tokens_BND=projected)
     timing = time_call(lambda: selector(features), device, repeats=repeats)
     tokens = (features.layout.n_tokens, selector(features).tokens_BTD.shape[1])
-    return Row(name, selector.geometry, len(features.ids), tokens, timing)
+    return SelectorRow(name, selector.geometry, len(features.ids), tokens, timing)
 
 
 def _on_cpu(features: VisionFeatures) -> VisionFeatures:

@@ -14,6 +14,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def title(model: str, shape: Mapping[str, Any]) -> str:
+def table_title(model: str, shape: Mapping[str, Any]) -> str:
     """The line above a table: what was measured, at which sizes."""
     return f"{model}: " + ", ".join(f"{name} {value}" for name, value in shape.items())

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from experiments import build
 from experiments.bench.table import aligned
 from experiments.data.module import TrainData
-from experiments.processes import Crew
+from experiments.processes import Ranks
 from experiments.schema import CONF, VERSION_BASE
 from experiments.training.stages import build_stage
 from experiments.training.trainer import build_trainer
@@ -60,7 +60,7 @@ class Phases(Callback):
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainRow:
     """One batch size."""
 
     batch: int
@@ -83,10 +83,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrainBench:
     model: str
     workers: int
-    rows: list[Row]
+    rows: list[TrainRow]
 
     def report(self) -> dict[str, Any]:
         return {"model": self.model, "workers": self.workers, "train": [row.report() for row in self.rows]}
@@ -100,11 +100,11 @@ class Bench:
         return aligned(table)
 
 
-def run(*, device: torch.device, model: str, batch: Sequence[int], workers: int, repeats: int) -> Bench:
-    return Bench(model, workers, [time_training(model, device, size, workers, repeats) for size in batch])
+def run(*, device: torch.device, model: str, batch: Sequence[int], workers: int, repeats: int) -> TrainBench:
+    return TrainBench(model, workers, [time_training(model, device, size, workers, repeats) for size in batch])
 
 
-def time_training(model: str, device: torch.device, batch: int, workers: int, repeats: int) -> Row:
+def time_training(model: str, device: torch.device, batch: int, workers: int, repeats: int) -> TrainRow:
     """Trains as train.py does, with the adapter and the objective of the model's own recipe, on glyph pictures."""
     recipe = [] if model.startswith("tiny") else ["lora=shirg_980", "objective=lavida"]
     steps = WARM_UP + repeats + 1  # workers end in the last one
@@ -113,11 +113,11 @@ def time_training(model: str, device: torch.device, batch: int, workers: int, re
         cfg = compose("train", [*words, f"device={device}", f"trainer.checkpoint_every={2 * steps}", "study=bench"])
     torch.manual_seed(cfg.seed)
     lavida = build.build_model(cfg, device)
-    stage = build_stage(cfg, lavida, Crew())
+    stage = build_stage(cfg, lavida, Ranks())
     lavida.train()
     phases = Phases()
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = build_trainer(cfg, Crew(), device, Path(folder), Path(folder) / "checkpoints")
+        trainer, _ = build_trainer(cfg, Ranks(), device, Path(folder), Path(folder) / "checkpoints")
         trainer.callbacks.append(phases)  # type: ignore[attr-defined]  # Lightning sets it
         trainer.fit(stage.module, datamodule=TrainData(stage.draw, steps, workers))
-    return Row(batch, phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1]))
+    return TrainRow(batch, phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1]))

@@ -21,14 +21,14 @@ from experiments.data.picture import to_rgb
 from experiments.data.sample import Sample
 from experiments.progress import Progress
 from experiments.schema import CONF, VERSION_BASE
-from experiments.system import System, build_system
+from experiments.system import EvalPipeline, build_pipeline
 
 _GREEDY = {"num_beams": (None, 1), "top_k": (None, 0), "top_p": (None, 0, 1)}
 """Values of the arguments of other models' sampling that ask for nothing."""
 
 
 @dataclass(frozen=True)
-class Request:
+class LmmsRequest:
     """One document of a task."""
 
     id: str
@@ -65,9 +65,9 @@ class Answerer:
         self.device = measure.resolve_device(self.cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         model = build.build_model(self.cfg, self.device)
         # Answers are as long as the task says, which is not known yet.
-        self._system = build_system(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
+        self._system = build_pipeline(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+    def answer(self, requests: Sequence[LmmsRequest]) -> list[Answer]:
         size: int = self.cfg.batch_size
         answers: list[Answer] = []
         with Progress("lmms-eval", len(requests)) as progress:
@@ -82,12 +82,12 @@ class Answerer:
         return answers
 
     @staticmethod
-    def _alike(requests: Sequence[Request]) -> Sequence[Request]:
+    def _alike(requests: Sequence[LmmsRequest]) -> Sequence[LmmsRequest]:
         """The first of them that ask for the same kind of answer."""
         other = next((i for i, r in enumerate(requests) if r.options != requests[0].options), len(requests))
         return requests[:other]
 
-    def _with(self, request: Request) -> System:
+    def _with(self, request: LmmsRequest) -> EvalPipeline:
         """The system, with answers of the length and the temperature that the task asks for."""
         options = request.options
         length = self.cfg.decode.max_new_tokens or options.get("max_new_tokens")
@@ -119,7 +119,7 @@ def _config(overrides: Sequence[str]) -> tuple[DictConfig, str]:
     return cfg, selector
 
 
-def _sample(request: Request) -> Sample:
+def _sample(request: LmmsRequest) -> Sample:
     if len(request.visuals) != 1 or not isinstance(request.visuals[0], Image.Image):
         kinds = ", ".join(type(visual).__name__ for visual in request.visuals) or "nothing"
         raise ValueError(f"{request.id}: the model reads one picture with each question; this one comes with {kinds}")

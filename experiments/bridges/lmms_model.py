@@ -11,7 +11,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from experiments.bridges.lmms import Answerer, Request
+from experiments.bridges.lmms import Answerer, LmmsRequest
 
 
 class Shirg(lmms):
@@ -61,14 +61,14 @@ class Shirg(lmms):
 
     def _request(
         self, context: str, options: dict[str, Any], to_visuals: Any, doc_id: int, task: str, split: str
-    ) -> Request:
+    ) -> LmmsRequest:
         document = self.task_dict[task][split][doc_id]
         if self._question is not None and not isinstance(document.get(self._question), str):
             raise ValueError(
                 f"question={self._question}: the documents of {task} have no such text; they have {', '.join(document)}"
             )
         question = context if self._question is None else document[self._question]
-        return Request(f"{task}/{split}/{doc_id}", context, to_visuals(document) or (), options, question)
+        return LmmsRequest(f"{task}/{split}/{doc_id}", context, to_visuals(document) or (), options, question)
 
 
 MANIFEST = ModelManifest(model_id="shirg", simple_class_path=f"{__name__}.{Shirg.__name__}")

@@ -14,7 +14,7 @@ Draw = Callable[[int], Any]
 """Step -> batch."""
 
 
-class Steps(IterableDataset[Any]):
+class StepDataset(IterableDataset[Any]):
     """Batches of the steps from `begin` to `end`; of several workers each draws every so many, and the loader takes
     turns among them, so that the order is that of the steps."""
 
@@ -54,7 +54,7 @@ class TrainData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         done = self.trainer.global_step if self.trainer is not None else 0
         return DataLoader(
-            Steps(self.draw, done, self.steps),
+            StepDataset(self.draw, done, self.steps),
             batch_size=None,
             num_workers=self.workers,
             multiprocessing_context="spawn" if self.workers else None,

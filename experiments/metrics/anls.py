@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-from experiments.metrics.exact_match import fold
+from experiments.metrics.exact_match import fold_case
 from experiments.metrics.mean import TextMetric
 
 
@@ -29,7 +29,7 @@ def anls(
 
 def _distance(prediction: str, reference: str) -> float:
     longest = max(len(prediction.upper()), len(reference.upper()))
-    return Levenshtein.distance(fold(prediction), fold(reference)) / longest if longest else 0.0
+    return Levenshtein.distance(fold_case(prediction), fold_case(reference)) / longest if longest else 0.0
 
 
 class Anls(TextMetric):

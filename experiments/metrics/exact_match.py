@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from experiments.metrics.mean import TextMetric
 
 
-def fold(text: str) -> str:
+def fold_case(text: str) -> str:
     """Lower case, no outer space, single inner spaces. Punctuation and articles stay: "$5,000" is not "5000"."""
     return " ".join(text.lower().split())
 
@@ -14,7 +14,7 @@ def exact_match(*, prediction: str, references: Sequence[str]) -> float | None:
     """1 when the folded prediction equals a folded reference, else 0; None without references."""
     if not references:
         return None
-    return float(fold(prediction) in map(fold, references))
+    return float(fold_case(prediction) in map(fold_case, references))
 
 
 class ExactMatch(TextMetric):

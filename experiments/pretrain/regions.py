@@ -10,7 +10,7 @@ from experiments.data.synthetic import words
 from experiments.data.synthetic.board import Board, generator
 from experiments.data.synthetic.board import to_image as board_image
 from experiments.data.synthetic.families import FAMILIES
-from experiments.data.synthetic.glyphs import Scene, draw_patchwork, labels, to_image
+from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, labels, to_image
 from experiments.data.synthetic.glyphs.scene import GRID
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, DIGITS, LETTERS, SHAPES
 from lavida_adapter import Lavida
@@ -73,7 +73,7 @@ def board_classes(board: Board) -> Tensor:
     return shown_RCC
 
 
-def _glyph_classes(scene: Scene) -> Tensor:
+def _glyph_classes(scene: GlyphScene) -> Tensor:
     shown_RCC = torch.zeros(GRID, GRID, len(CLASS))
     label = labels(scene)
     for id_RC, names in ((label.char_RC, CHARS), (label.colour_RC, COLOURS), (label.shape_RC, SHAPES)):

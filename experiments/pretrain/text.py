@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.data.synthetic.board import generator as seeded
-from experiments.data.synthetic.contexts import Context, draw_contexts
+from experiments.data.synthetic.contexts import TextContext, draw_contexts
 from experiments.data.synthetic.families import FAMILIES
 from experiments.data.synthetic.glyphs import Lookups, draw_lookups
 from experiments.data.synthetic.glyphs.lookup import DIGIT
@@ -145,7 +145,7 @@ class TextPretraining(Trainable):
         colours = torch.tensor([-1, *self.words.colour[1:]])[colour_BN]
         return Bags(torch.stack([torch.tensor(self.words.char)[char_BN], colours], dim=-1), questions(lookups))
 
-    def family_bags(self, contexts: Sequence[Context]) -> Bags:
+    def family_bags(self, contexts: Sequence[TextContext]) -> Bags:
         """The words of a stamp, or a blank."""
         width = max(1, *(len(bag) for context in contexts for bag in context.bags))
         rows = [[[self.ids[word] for word in bag] or [self.words.blank] for bag in c.bags] for c in contexts]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from experiments.report.cards import RIGHT, Card, printable
+from experiments.report.cards import RIGHT, ExampleCard, printable
 from experiments.report.story import our_row
 from experiments.study.compare import BASELINE
 from experiments.study.layout import labels
@@ -18,7 +18,7 @@ MOST = 2000
 LONGEST = 300
 
 
-def answers(study: Path, rows: Sequence[Row], shown: Sequence[Card]) -> dict[str, Any] | None:
+def prediction_rows(study: Path, rows: Sequence[Row], shown: Sequence[ExampleCard]) -> dict[str, Any] | None:
     """Plain data for the page's script: samples, and per system answers and scores in the samples' order."""
     done = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if row["status"] == "ok"]
     if not done:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.report.shots import Shot, load_shots
+from experiments.report.shots import ExampleRecord, load_examples
 from experiments.study.layout import labels
 from experiments.study.rows import Row
 
@@ -19,7 +19,7 @@ RIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class Seen:
+class SelectorView:
     """What one system kept and answered."""
 
     label: str
@@ -32,7 +32,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Card:
+class ExampleCard:
     """One sample, as every system saw it."""
 
     id: str
@@ -40,30 +40,30 @@ class Card:
     answers: tuple[str, ...]
     kind: str
     picture: str
-    seen: tuple[Seen, ...]
+    seen: tuple[SelectorView, ...]
 
 
-def cards(study: Path, rows: Sequence[Row]) -> list[Card]:
+def example_cards(study: Path, rows: Sequence[Row]) -> list[ExampleCard]:
     """The samples that most systems drew, in the order in which they were chosen."""
-    seen: dict[str, list[tuple[str, Shot]]] = {}
+    seen: dict[str, list[tuple[str, ExampleRecord]]] = {}
     for row, label in zip(rows, labels(rows), strict=True):
-        for shot in load_shots(study / row["job"] / SHOTS):
+        for shot in load_examples(study / row["job"] / SHOTS):
             seen.setdefault(shot.record["id"], []).append((label, shot))
     most = max(1, min(MAX_SHOTS, MAX_PICTURES // (1 + len(rows))))
     common = sorted(seen, key=lambda sample: (-len(seen[sample]), list(seen).index(sample)))[:most]
-    return [_card(seen[sample]) for sample in common]
+    return [_example_card(seen[sample]) for sample in common]
 
 
-def _card(views: Sequence[tuple[str, Shot]]) -> Card:
+def _example_card(views: Sequence[tuple[str, ExampleRecord]]) -> ExampleCard:
     first = views[0][1].record
-    return Card(
+    return ExampleCard(
         id=first["id"],
         question=first["question"],
         answers=tuple(first["answers"]),
         kind=" ".join(part for part in (first["group"], first["density"], first["subtask"]) if part),
         picture=inline_jpeg(views[0][1].picture),
         seen=tuple(
-            Seen(
+            SelectorView(
                 label=label,
                 image=inline_jpeg(shot.overlay),
                 heat=None if shot.heat is None else inline_jpeg(shot.heat),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from experiments.report.plot import ACCENT, GRID, INK, PALE, SOFT, Drawn, panels
+from experiments.report.plot import ACCENT, GRID, INK, PALE, SOFT, ReportFigure, panels
 from experiments.study.cells import flags
 from experiments.study.layout import labels
 from experiments.study.rows import Row
@@ -22,7 +22,7 @@ STAGES = {
 """Stages in the order in which they happen: the encoder pale, the choice in the accent, the language model strong."""
 
 
-def stages(rows: Sequence[Row]) -> Drawn | None:
+def stages(rows: Sequence[Row]) -> ReportFigure | None:
     """Where the time of a sample goes."""
     names = [s for s in STAGES if any(row.get(f"{s} ms") for row in rows)]
     shown = [row for row in rows if row.get("total ms") is not None and not flags(row)]
@@ -40,10 +40,10 @@ def stages(rows: Sequence[Row]) -> Drawn | None:
     panel.set_xlabel("milliseconds per sample (medians of the stages, one on the other)")
     figure.legend(loc="outside upper left", ncols=len(names), columnspacing=1.0, handlelength=1.0)
     caption = "Where a sample's time goes, stage by stage: medians over batches after warm-up."
-    return Drawn("latency", "Latency by stage", caption, figure)
+    return ReportFigure("latency", "Latency by stage", caption, figure)
 
 
-def memory(rows: Sequence[Row]) -> Drawn | None:
+def memory(rows: Sequence[Row]) -> ReportFigure | None:
     """Peak memory of the accelerator, split into weights and all that comes on top; nothing on a CPU."""
     shown = [row for row in rows if row.get("peak memory MiB")]
     if not shown:
@@ -59,7 +59,7 @@ def memory(rows: Sequence[Row]) -> Drawn | None:
     panel.set_xlabel("peak memory, MiB")
     figure.legend(loc="outside upper left", ncols=2, columnspacing=1.0, handlelength=1.0)
     caption = "Peak memory allocated on the accelerator while answering, batch by batch."
-    return Drawn("memory", "Memory", caption, figure)
+    return ReportFigure("memory", "Memory", caption, figure)
 
 
 def name_bars(panel: Axes, rows: Sequence[Row]) -> None:

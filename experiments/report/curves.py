@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.report.plot import ACCENT, INK, SOFT, Drawn, legend_columns, panels
+from experiments.report.plot import ACCENT, INK, SOFT, ReportFigure, legend_columns, panels
 from experiments.study.compare import BASELINE
 from experiments.study.record import RESULT, read_result
 from experiments.training.history import METRICS, read_points
@@ -12,7 +12,7 @@ STYLES = ("-", "--", ":", "-.")
 MOST_NAMED = 12
 
 
-def training(study: Path) -> Drawn | None:
+def training(study: Path) -> ReportFigure | None:
     """One line for each training that left points, unfinished ones among them."""
     runs = {}
     for path in sorted(study.glob(f"*/{RESULT}")):
@@ -38,4 +38,4 @@ def training(study: Path) -> Drawn | None:
     if len(told) <= MOST_NAMED:
         figure.legend(handles, told, loc="outside upper left", ncols=legend_columns(told))
     caption = "Each point is the mean since the one before. Blue: SHIRG and its variants; black: pooled."
-    return Drawn("training", "Training", caption, figure)
+    return ReportFigure("training", "Training", caption, figure)

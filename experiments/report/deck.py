@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments.report.cards import printable
-from experiments.report.plot import Drawn
+from experiments.report.plot import ReportFigure
 from experiments.report.slides import Slide, Slides
-from experiments.report.story import LONGEST_QUESTION, Story
+from experiments.report.story import LONGEST_QUESTION, DeckFacts
 from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE, UNABLATED
 from experiments.study.layout import columns
@@ -24,9 +24,9 @@ NARROW = 5
 """Columns of a table that leave room for intervals."""
 
 
-def write_deck(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> Path:
+def write_slides(study: Path, rows: Sequence[Row], drawn: Sequence[ReportFigure]) -> Path:
     """Writes the deck beside the page; the study must have a finished row."""
-    story = Story(study, rows)
+    story = DeckFacts(study, rows)
     slides = Slides(story.summary)
     figures = {one.name: one for one in drawn}
     motivation(slides, story)
@@ -41,7 +41,7 @@ def write_deck(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> Path
     return slides.save(study / NAME)
 
 
-def motivation(slides: Slides, story: Story) -> None:
+def motivation(slides: Slides, story: DeckFacts) -> None:
     points = ["A diffusion language model reads one prefix cache in every step: its vision tokens are chosen once."]
     if story.pooled:
         before = f" of {story.full['visual tokens mean']:.0f}" if story.full else ""
@@ -61,7 +61,7 @@ def motivation(slides: Slides, story: Story) -> None:
     slide.pictures([(image, f"{caption}\nquestion: {question}") for caption, image in pictures])
 
 
-def upper_bound(slides: Slides, story: Story, figures: Mapping[str, Drawn]) -> None:
+def upper_bound(slides: Slides, story: DeckFacts, figures: Mapping[str, ReportFigure]) -> None:
     title = "What every token gives, and costs"
     if not story.full:
         slides.add(title, [story.missing("selector=full", "all tokens")]).remark("No row selector=full in this study.")
@@ -75,7 +75,7 @@ def upper_bound(slides: Slides, story: Story, figures: Mapping[str, Drawn]) -> N
     _with_figure(slides, title, points, figures, "pareto_tokens")
 
 
-def landscape(slides: Slides, story: Story) -> None:
+def landscape(slides: Slides, story: DeckFacts) -> None:
     table = []
     for row, name in zip(story.rows, story.names, strict=True):
         sources = story.result(row)["tokens"]["by_source"]
@@ -98,7 +98,7 @@ def landscape(slides: Slides, story: Story) -> None:
     slides.add("The landscape", points).table(head, table[:MOST_ROWS])
 
 
-def method(slides: Slides, story: Story) -> None:
+def method(slides: Slides, story: DeckFacts) -> None:
     if not story.ours:
         slide = slides.add("SHIRG", [story.missing("selector=shirg", "the method")])
         slide.remark("No row selector=shirg in this study.")
@@ -122,7 +122,7 @@ def method(slides: Slides, story: Story) -> None:
     slides.add(f"SHIRG: {story.name(row)}", points).flow(steps, accent=1)
 
 
-def results(slides: Slides, story: Story) -> None:
+def results(slides: Slides, story: DeckFacts) -> None:
     kinds = ("score", "difference")
     shown = [c for c in columns(story.rows) if c.kind in kinds or c.title == "visual tokens"]
     shown = [c for c in shown if c.title != "recall" and not c.title.endswith(f"vs {UNABLATED}")]
@@ -136,7 +136,7 @@ def results(slides: Slides, story: Story) -> None:
     slides.add("Results", points).table(["system", *(c.title for c in shown)], table[:MOST_ROWS], bold)
 
 
-def efficiency(slides: Slides, story: Story, figures: Mapping[str, Drawn]) -> None:
+def efficiency(slides: Slides, story: DeckFacts, figures: Mapping[str, ReportFigure]) -> None:
     points = []
     if story.ours and story.pooled and story.ours.get("total ms") and story.pooled.get("total ms"):
         ours, theirs = (f"{row['total ms']:.2f} ms" for row in (story.ours, story.pooled))
@@ -147,7 +147,7 @@ def efficiency(slides: Slides, story: Story, figures: Mapping[str, Drawn]) -> No
     _with_figure(slides, "Where the time goes", points, figures, "latency", "memory")
 
 
-def ablations(slides: Slides, story: Story, figures: Mapping[str, Drawn]) -> None:
+def ablations(slides: Slides, story: DeckFacts, figures: Mapping[str, ReportFigure]) -> None:
     if "ablations" in figures:
         points = ["Each row takes one part away; differences to the whole method.", *story.extremes(UNABLATED)]
         _with_figure(slides, "Ablations", points, figures, "ablations")
@@ -156,7 +156,7 @@ def ablations(slides: Slides, story: Story, figures: Mapping[str, Drawn]) -> Non
     _with_figure(slides, f"Differences to {BASELINE}", points, figures, "differences")
 
 
-def failures(slides: Slides, story: Story) -> None:
+def failures(slides: Slides, story: DeckFacts) -> None:
     title = "Where it fails"
     if not (story.ours and story.pooled):
         slide = slides.add(title, [story.missing("selector=pooled,shirg", "a pair to compare")])
@@ -184,7 +184,7 @@ def failures(slides: Slides, story: Story) -> None:
         slide.remark("Nothing was broken.")
 
 
-def roadmap(slides: Slides, story: Story) -> None:
+def roadmap(slides: Slides, story: DeckFacts) -> None:
     seeds = min(len(row["seeds"].split()) for row in story.rows)
     sets = {row["dataset"] for row in story.rows}
     trained = all(story.result(row)["model"]["trained"] for row in story.rows)
@@ -207,7 +207,9 @@ def roadmap(slides: Slides, story: Story) -> None:
     slides.add("What is known, what is next", points).table(["evidence", "state"], table)
 
 
-def _with_figure(slides: Slides, title: str, points: Sequence[str], figures: Mapping[str, Drawn], *names: str) -> Slide:
+def _with_figure(
+    slides: Slides, title: str, points: Sequence[str], figures: Mapping[str, ReportFigure], *names: str
+) -> Slide:
     drawn = [figures[name] for name in names if name in figures]
     slide = slides.add(title, points, notes="\n".join(one.caption for one in drawn))
     if drawn:

@@ -13,8 +13,20 @@ from matplotlib.lines import Line2D
 from experiments.report.cards import SHOTS, printable
 from experiments.report.costs import memory, name_bars, stages
 from experiments.report.curves import training
-from experiments.report.plot import ACCENT, GRID, INK, PALE, PAPER, SOFT, STYLE, Drawn, legend_columns, log_axis, panels
-from experiments.report.shots import load_shots
+from experiments.report.plot import (
+    ACCENT,
+    GRID,
+    INK,
+    PALE,
+    PAPER,
+    SOFT,
+    STYLE,
+    ReportFigure,
+    legend_columns,
+    log_axis,
+    panels,
+)
+from experiments.report.shots import load_examples
 from experiments.report.tokenmap import MAP, TokenMap, load_map, plane
 from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE, UNABLATED
@@ -30,7 +42,7 @@ LINES = ("-", "--", ":", "-.")
 SHAPES = "os^DvPX<>*ph"
 
 
-def draw(study: Path, rows: Sequence[Row]) -> list[Drawn]:
+def draw(study: Path, rows: Sequence[Row]) -> list[ReportFigure]:
     """All figures that the study allows; rows over a part of the samples only where there are no others."""
     done = [row for row in rows if row["status"] == "ok"]
     done = parts(done)[0][1] if done else []
@@ -49,7 +61,7 @@ def draw(study: Path, rows: Sequence[Row]) -> list[Drawn]:
     return [drawn for drawn in found if drawn is not None]
 
 
-def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> Drawn | None:
+def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure | None:
     """Quality against a cost: every system with its interval, and the line that nobody beats on both."""
     known = [row for row in rows if row.get(cost) is not None]
     scores = headlines(known)[:MOST_PANELS]
@@ -91,7 +103,7 @@ def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> Drawn | None
         f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
         "Systems at the same place stand side by side."
     )
-    return Drawn(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
+    return ReportFigure(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
 
 
 def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -137,7 +149,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def budget_curve(rows: Sequence[Row]) -> Drawn | None:
+def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
     """Quality over the number of tokens, one line for each selector that was run at several budgets."""
     scores = [(title, key, part, curves) for title, key, part in headlines(rows) if (curves := _curves(part, key))]
     scores = scores[:MOST_PANELS]
@@ -172,7 +184,7 @@ def budget_curve(rows: Sequence[Row]) -> Drawn | None:
         f"Score over the token budget with 95 % intervals; a mark for each selector, a kind of line for each adapter "
         f"or other change; black and dashed: {BASELINE}, its interval shaded."
     )
-    return Drawn("budget_curve", "Quality over the token budget", caption, figure)
+    return ReportFigure("budget_curve", "Quality over the token budget", caption, figure)
 
 
 def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
@@ -191,7 +203,7 @@ def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     }
 
 
-def forest(rows: Sequence[Row], against: str) -> Drawn | None:
+def forest(rows: Sequence[Row], against: str) -> ReportFigure | None:
     """Paired differences with their intervals, one line for each system."""
     names = [name for name in differences(rows) if name.rpartition("vs ")[2] == against]
     shown = [row for row in rows if any(f"delta {name} mean" in row for name in names)]
@@ -217,20 +229,20 @@ def forest(rows: Sequence[Row], against: str) -> Drawn | None:
         "samples, in points, with 95 % intervals. Filled: p < 0.05 after Holm's correction over the systems."
     )
     title = "Ablations" if against == UNABLATED else f"Differences to {against}"
-    return Drawn("ablations" if against == UNABLATED else "differences", title, caption, figure)
+    return ReportFigure("ablations" if against == UNABLATED else "differences", title, caption, figure)
 
 
 def colour(row: Row) -> str:
     return ACCENT if row["selector"].startswith("shirg") else INK if row["selector"] == BASELINE else SOFT
 
 
-def token_maps(study: Path, rows: Sequence[Row]) -> Drawn | None:
+def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
     """The tokens of a few pictures on a plane: what each system kept of them, and what it dropped."""
     found: dict[tuple[str, int], dict[str, TokenMap]] = {}
     questions: dict[tuple[str, int], str] = {}
     # Equal budgets first: what a larger one keeps more of says little.
     for row, label in sorted(zip(rows, labels(rows), strict=True), key=lambda pair: unequal(pair[0])):
-        for shot in load_shots(study / row["job"] / SHOTS):
+        for shot in load_examples(study / row["job"] / SHOTS):
             path = study / row["job"] / SHOTS / MAP.format(shot.number)
             if path.exists() and row.get("kept tokens") and row["selector"] != "full":
                 tokens = load_map(path)
@@ -263,4 +275,4 @@ def token_maps(study: Path, rows: Sequence[Row]) -> Drawn | None:
         f"Each dot is a vision token of one picture ({method}); blue: kept, grey: dropped. All panels of a row have "
         f"the same places: those of the first system's tower. Questions: {asked}."
     )
-    return Drawn("tokens", "Kept and dropped tokens", caption, figure)
+    return ReportFigure("tokens", "Kept and dropped tokens", caption, figure)

@@ -73,7 +73,7 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
 
     from experiments import build, measure
     from experiments.data.picture import load_picture
-    from experiments.report.sheet import Choice, sheet
+    from experiments.report.sheet import PanelChoice, draw_panels
     from experiments.tokens import TokenGeometry
 
     image = load_picture(path)
@@ -89,10 +89,10 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
         for name, config, selector in zip(selectors, configs, built, strict=True):
             relevance = build.build_relevance(config, selector)
             prefix = model.encode([image], [own["question"]], selector, relevance=relevance, ids=[path.name])
-            choices.append(Choice(name, prefix.selections[0]))
+            choices.append(PanelChoice(name, prefix.selections[0]))
     weights = "" if model.config.trained else " | random weights: relevance means nothing"
     title = f"{path.name}, {image.width} x {image.height} | {own['question']}{weights}"
-    drawn = sheet(image, title, choices, TokenGeometry(model.config), boxes=boxes)
+    drawn = draw_panels(image, title, choices, TokenGeometry(model.config), boxes=boxes)
     name = re.sub(r"[^\w.-]+", "-", f"{path.stem}_{'_'.join(selectors)}")
     out = Path(own.get("out") or Path("outputs") / "overlay" / f"{name}.png")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.report.browse import answers
-from experiments.report.cards import RIGHT, cards
+from experiments.report.browse import prediction_rows
+from experiments.report.cards import RIGHT, example_cards
 from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE
 from experiments.study.files import write_atomic
@@ -19,7 +19,7 @@ from experiments.study.record import read_result
 from experiments.study.rows import Row
 
 if TYPE_CHECKING:
-    from experiments.report.plot import Drawn
+    from experiments.report.plot import ReportFigure
 
 NAME = "report.html"
 DETAILS = frozenset({"prefix tokens", "select ms", "prefill ms", "cache ms", "denoise ms"})
@@ -31,7 +31,7 @@ Result = Mapping[str, Any]
 """A result.json."""
 
 
-def write_report(study: Path, rows: Sequence[Row], figures: "Sequence[Drawn]" = ()) -> Path:
+def write_report(study: Path, rows: Sequence[Row], figures: "Sequence[ReportFigure]" = ()) -> Path:
     """Writes the page from the jobs' own files; no dataset and no model is needed.
 
     Args:
@@ -42,14 +42,14 @@ def write_report(study: Path, rows: Sequence[Row], figures: "Sequence[Drawn]" = 
     return path
 
 
-def render(study: Path, rows: Sequence[Row], figures: "Sequence[Drawn]" = ()) -> str:
+def render(study: Path, rows: Sequence[Row], figures: "Sequence[ReportFigure]" = ()) -> str:
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     results = [read_result(study / row["job"]) for row in rows]
     known = [result for result in results if result is not None]
     shown = columns(rows)
-    drawn = cards(study, rows)
+    drawn = example_cards(study, rows)
     equal = [not unequal(row) for row in rows]
     indices = range(len(rows))
     groups = [(title, [i for i in indices if any(rows[i] is row for row in part)]) for title, part in parts(rows)]
@@ -77,7 +77,7 @@ def render(study: Path, rows: Sequence[Row], figures: "Sequence[Drawn]" = ()) ->
         cards=drawn,
         right=RIGHT,
         has_targets=any(row.get("recall mean") is not None for row in rows),
-        data=answers(study, rows, drawn),
+        data=prediction_rows(study, rows, drawn),
         style=Markup((_HERE / "page.css").read_text()),
         script=Markup(script),
         digest=digest,

@@ -61,7 +61,7 @@ LETTERS = 92
 
 
 @dataclass(frozen=True)
-class Drawn:
+class ReportFigure:
     """A figure with what stands above and below it."""
 
     name: str

@@ -30,17 +30,17 @@ Panel = tuple[str, Image.Image | None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class PanelChoice:
     """What one selector chose."""
 
     selector: str
     selection: Selection
 
 
-def sheet(
+def draw_panels(
     image: Image.Image,
     title: str,
-    choices: Sequence[Choice],
+    choices: Sequence[PanelChoice],
     geometry: TokenGeometry,
     *,
     boxes: Sequence[Box] = (),
@@ -59,7 +59,7 @@ def sheet(
     return _compose(title, columns)
 
 
-def describe(choice: Choice, geometry: TokenGeometry, size: tuple[int, int], boxes: Sequence[Box]) -> str:
+def describe(choice: PanelChoice, geometry: TokenGeometry, size: tuple[int, int], boxes: Sequence[Box]) -> str:
     """Token counts, and how much of the evidence was kept where that is known."""
     selection = choice.selection
     sources = {name: count for name, count in count_sources(selection).items() if count}

@@ -22,7 +22,7 @@ ENLARGE = 2
 
 
 @dataclass(frozen=True)
-class Shot:
+class ExampleRecord:
     """One sample as one job saw it."""
 
     number: int
@@ -33,7 +33,7 @@ class Shot:
     """The scores that tokens were ranked by; None for a selector without any."""
 
 
-def pick_shots(samples: Sequence[Sample], n: int) -> dict[str, int]:
+def pick_examples(samples: Sequence[Sample], n: int) -> dict[str, int]:
     """Up to n sample ids and their numbers: kinds of question in turn, pictures not seen yet first.
 
     The choice depends on the dataset alone, so that the jobs of a study show the same samples.
@@ -54,7 +54,7 @@ def pick_shots(samples: Sequence[Sample], n: int) -> dict[str, int]:
     return {sample: number for number, sample in enumerate(chosen)}
 
 
-def save_shot(
+def save_example(
     folder: Path,
     number: int,
     image: Image.Image,
@@ -87,7 +87,7 @@ def save_shot(
     write_json(folder / f"{number:02d}.json", {key: row[key] for key in keys})
 
 
-def load_shots(folder: Path) -> list[Shot]:
+def load_examples(folder: Path) -> list[ExampleRecord]:
     """What `save_shot` wrote, in order."""
     shots = []
     for path in sorted(folder.glob("*.json")):
@@ -96,7 +96,9 @@ def load_shots(folder: Path) -> list[Shot]:
         if record is not None and all(picture.exists() for picture in pictures):
             heat = path.with_name(f"{path.stem}_heat.jpg")
             plain, kept = (picture.read_bytes() for picture in pictures)
-            shots.append(Shot(int(path.stem), record, plain, kept, heat.read_bytes() if heat.exists() else None))
+            shots.append(
+                ExampleRecord(int(path.stem), record, plain, kept, heat.read_bytes() if heat.exists() else None)
+            )
     return shots
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from experiments.report.cards import RIGHT, SHOTS, printable
-from experiments.report.shots import Shot, load_shots
+from experiments.report.shots import ExampleRecord, load_examples
 from experiments.study.cells import unequal
 from experiments.study.compare import BASELINE
 from experiments.study.layout import differences, labels, parts
@@ -18,7 +18,7 @@ from experiments.study.samples import RECALL, read_scores
 LONGEST_QUESTION = 60
 
 
-class Story:
+class DeckFacts:
     """The finished rows of a study, which must have one, and the three that most slides are about."""
 
     def __init__(self, study: Path, rows: Sequence[Row]) -> None:
@@ -44,9 +44,9 @@ class Story:
         assert result is not None
         return result
 
-    def shots(self, row: Row) -> dict[str, Shot]:
+    def shots(self, row: Row) -> dict[str, ExampleRecord]:
         """The samples that the row's job drew, by id."""
-        return {shot.record["id"]: shot for shot in load_shots(self.study / row["job"] / SHOTS)}
+        return {shot.record["id"]: shot for shot in load_examples(self.study / row["job"] / SHOTS)}
 
     def against_baseline(self, row: Row) -> str:
         """The row's differences to the baseline, with intervals; empty where there is none."""

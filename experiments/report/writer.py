@@ -8,7 +8,7 @@ from pathlib import Path
 from experiments.report.figures import draw
 from experiments.report.latex import latex
 from experiments.report.page import write_report
-from experiments.report.plot import Drawn
+from experiments.report.plot import ReportFigure
 from experiments.study.files import write_atomic, write_json
 from experiments.study.rows import Row
 from experiments.study.table import refresh
@@ -29,7 +29,7 @@ def publish(study: Path, *, files: bool = False) -> list[Path]:
     return written + _files(study, rows, drawn) if files else written
 
 
-def _files(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Path]:
+def _files(study: Path, rows: Sequence[Row], drawn: Sequence[ReportFigure]) -> list[Path]:
     for one in drawn:
         write_atomic(study / FIGURES / f"{one.name}.svg", one.svg)
         write_atomic(study / FIGURES / f"{one.name}.png", one.png)
@@ -40,10 +40,10 @@ def _files(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Pat
     return [study / "table.tex", study / "table.json", study / FIGURES, *_deck(study, rows, drawn)]
 
 
-def _deck(study: Path, rows: Sequence[Row], drawn: Sequence[Drawn]) -> list[Path]:
+def _deck(study: Path, rows: Sequence[Row], drawn: Sequence[ReportFigure]) -> list[Path]:
     if importlib.util.find_spec("pptx") is None:
         print("no deck.pptx: python-pptx is not installed; pip install -c constraints.txt -e '.[viz]'", file=sys.stderr)
         return []
-    from experiments.report.deck import write_deck
+    from experiments.report.deck import write_slides
 
-    return [write_deck(study, rows, drawn)]
+    return [write_slides(study, rows, drawn)]

@@ -20,25 +20,25 @@ class Cell:
     """A remark that has no place in the cell itself."""
 
 
-def seeds(row: Row) -> Cell:
-    n = len(row["seeds"].split())
+def seeds_cell(row: Row) -> Cell:
+    n = len(row["seeds_cell"].split())
     return Cell(str(n), n) if n > 1 else Cell()
 
 
-def asked(row: Row) -> Cell:
+def n_cell(row: Row) -> Cell:
     """The number of questions, and of how many where they are a part."""
-    cell = count(row["n"])
+    cell = count_cell(row["n"])
     return replace(cell, text=f"{cell.text} of {row['of']}") if row["limited"] and row["of"] else cell
 
 
-def quality(row: Row, name: str) -> Cell:
+def score_cell(row: Row, name: str) -> Cell:
     """A score; of cleaned answers the mean is enough, since they stand beside the raw ones and move with them."""
-    cell = percent(row.get(f"{name} mean")) if name.endswith(CLEAN) else _interval(row, name)
+    cell = percent_cell(row.get(f"{name} mean")) if name.endswith(CLEAN) else _interval(row, name)
     top = row.get(f"{name} ceiling")
-    return cell if top is None else replace(cell, text=f"{cell.text} of {percent(top).text}")
+    return cell if top is None else replace(cell, text=f"{cell.text} of {percent_cell(top).text}")
 
 
-def effect(row: Row, name: str) -> Cell:
+def effect_cell(row: Row, name: str) -> Cell:
     """A difference within one system, between two kinds of question."""
     if row.get(f"{name} mean") is None:
         return Cell()
@@ -55,7 +55,7 @@ def _interval(row: Mapping[str, float], name: str) -> Cell:
     return Cell(" ".join(filter(None, (f"{mean:.1f}", aside, f"[{low:.1f}, {high:.1f}]"))), mean, low, high, aside)
 
 
-def difference(row: Row, name: str) -> Cell:
+def difference_cell(row: Row, name: str) -> Cell:
     if row.get(f"delta {name} mean") is None:
         return Cell()
     mean, low, high = _points(row, f"delta {name}")
@@ -72,36 +72,36 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def percent(value: float | None) -> Cell:
+def percent_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{100 * value:.1f}", 100 * value)
 
 
-def tokens(row: Row, name: str) -> Cell:
+def tokens_cell(row: Row, name: str) -> Cell:
     """A mean and its range; what decides the budget says how many times the baseline's it is, where that is not 1."""
     if row.get(f"{name} mean") is None:
         return Cell()
-    text = ranged(row, name).text
+    text = range_cell(row, name).text
     decides = "visual tokens" if row.get("cache tokens mean") is None else "cache tokens"
     marked = f"{text} ({row['budget ratio']:.2g}x)" if unequal(row) and name == decides else text
     return Cell(marked, row[f"{name} mean"])
 
 
-def ranged(row: Row, name: str) -> Cell:
+def range_cell(row: Row, name: str) -> Cell:
     if row.get(f"{name} mean") is None:
         return Cell()
     low, high, mean = row[f"{name} min"], row[f"{name} max"], row[f"{name} mean"]
     return Cell(str(low) if low == high else f"{mean:.{1 if high < 10 else 0}f} ({low}-{high})", mean)
 
 
-def kib(value: float | None) -> Cell:
+def kib_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value / 1024:.1f}", value / 1024)
 
 
-def drift(value: float | None) -> Cell:
+def drift_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value:.2g}", value)
 
 
-def cost(row: Row, name: str) -> Cell:
+def cost_cell(row: Row, name: str) -> Cell:
     value = row.get(name)
     if name in flags(row):
         return Cell("impossible", None, aside=flags(row)[name])
@@ -112,7 +112,7 @@ def cost(row: Row, name: str) -> Cell:
     return Cell(text, value)
 
 
-def count(value: float | None) -> Cell:
+def count_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value:.0f}", value)
 
 

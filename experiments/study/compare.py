@@ -9,7 +9,7 @@ from experiments.study.samples import Score
 from experiments.study.seeds import over_seeds
 from experiments.study.significance import detectable, holm
 from experiments.study.stats import paired_delta
-from experiments.study.systems import System, base_config
+from experiments.study.systems import RunGroup, base_config
 
 BASELINE = "pooled"
 UNABLATED = "unablated"
@@ -19,7 +19,7 @@ EQUAL = 0.02
 Row = dict[str, Any]
 
 
-def compare_all(systems: Sequence[System], rows: Sequence[Row]) -> None:
+def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
     """Adds to each row its paired differences, with p values adjusted over the systems, and its budget ratio.
 
     `delta [GROUP ]vs NAME KEY`: over all samples and within each group of questions, against the baseline, and for an
@@ -39,7 +39,7 @@ def compare_all(systems: Sequence[System], rows: Sequence[Row]) -> None:
                 row[f"{name} holm"] = p
 
 
-def baseline(system: System, systems: Sequence[System]) -> System | None:
+def baseline(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
     """The pooled system that answered the same questions with the same model and decoding; without adapter first."""
     candidates = [
         other
@@ -50,12 +50,12 @@ def baseline(system: System, systems: Sequence[System]) -> System | None:
     return None if best is system else best
 
 
-def unablated(system: System, systems: Sequence[System]) -> System | None:
+def unablated(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
     """For an ablation, the system that differs from it least and has nothing taken away; None for other systems."""
     if not is_ablation(system):
         return None
 
-    def distance(other: System) -> tuple[bool, int, str]:
+    def distance(other: RunGroup) -> tuple[bool, int, str]:
         ours, theirs = (set(s.result["overrides"]) for s in (system, other))
         adapters = [s.result["config"]["adapter"] is None for s in (system, other)]
         return adapters[0] != adapters[1], len(ours ^ theirs), other.result["job"]
@@ -68,11 +68,11 @@ def unablated(system: System, systems: Sequence[System]) -> System | None:
     return min(candidates, key=distance, default=None)
 
 
-def is_ablation(system: System) -> bool:
+def is_ablation(system: RunGroup) -> bool:
     return system.result["choices"].get("ablation", "none") != "none"
 
 
-def deltas(system: System, other: System, name: str) -> Row:
+def deltas(system: RunGroup, other: RunGroup, name: str) -> Row:
     """Paired differences over all samples and within each group of questions."""
     metric = system.result["quality"]["metric"]
     pairs = _pair_seeds(system, other, metric)
@@ -112,7 +112,7 @@ def _keys(found: Any, *names: str) -> Row:
     return {name: getattr(found, name) for name in names} | {"detectable": detectable(found.low, found.high)}
 
 
-def _pair_seeds(system: System, other: System, metric: str) -> list[tuple[dict[str, Score], dict[str, Score]]]:
+def _pair_seeds(system: RunGroup, other: RunGroup, metric: str) -> list[tuple[dict[str, Score], dict[str, Score]]]:
     """Scores to subtract: seed by seed where both have them, otherwise all of ours against the other's only one."""
     ours, theirs = (dict(zip(s.seeds, s.scores(metric), strict=True)) for s in (system, other))
     if len(theirs) == 1:
@@ -121,12 +121,12 @@ def _pair_seeds(system: System, other: System, metric: str) -> list[tuple[dict[s
     return [(scores, theirs[seed]) for seed, scores in ours.items() if seed in theirs]
 
 
-def _comparable(system: System, systems: Sequence[System]) -> list[System]:
+def _comparable(system: RunGroup, systems: Sequence[RunGroup]) -> list[RunGroup]:
     """Finished systems with the same model and decoding on the same samples, this one among them."""
     if not system.finished:
         return []
 
-    def same(one: System) -> list[Any]:
+    def same(one: RunGroup) -> list[Any]:
         config = base_config(one.result)
         return [*(config[key] for key in ("model", "decode", "data")), one.result["data"]["ids"]]
 

@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def remove(path: Path) -> None:
+def remove_path(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -24,9 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import cli, memory
 from experiments.adapters import adapter_path
-from experiments.processes import Crew, again, assemble
+from experiments.processes import Ranks, init_distributed, is_requeued
 from experiments.study import record, watch
-from experiments.study.files import Journal, remove, write_atomic
+from experiments.study.files import Journal, remove_path, write_atomic
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoints/last.ckpt"
@@ -42,7 +42,7 @@ class Job:
 
     folder: Path
     identity: record.Identity
-    crew: Crew
+    crew: Ranks
     """The processes that do it together; the first one alone writes into the folder."""
 
     def journal(self) -> Journal:
@@ -64,10 +64,10 @@ def run_job(cfg: DictConfig, work: Work) -> bool:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     ok = False
-    if again():
+    if is_requeued():
         cfg.resume, cfg.overwrite = True, False
     try:
-        crew = assemble(cfg)
+        crew = init_distributed(cfg)
         if not crew.first:
             return _follow(cfg, work, folder, crew)
         with ExitStack() as held:
@@ -85,7 +85,7 @@ def run_job(cfg: DictConfig, work: Work) -> bool:
             raise
         _say(folder, str(error))
     cli.finished(folder, ok)
-    if not ok and watch.elsewhere():
+    if not ok and watch.is_launched():
         # All that comes back to the process that waits is this; the sentence has been said.
         raise cli.JobFailed(str(folder))
     return ok
@@ -118,7 +118,7 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job) -> bool:
     except Exception as error:
         if memory.is_out_of_memory(error):
             told = isinstance(error, memory.OutOfMemory)
-            detail = str(error) if told else f"out of memory ({_first_line(error)}): lower batch_size= or budget="
+            detail = str(error) if told else f"out of memory ({_summary_line(error)}): lower batch_size= or budget="
             status, reason = "oom", detail
         else:
             reason = str(error) if is_bad_input(error) else f"{type(error).__name__}: {error}"
@@ -134,8 +134,8 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job) -> bool:
             write_atomic(folder / ERROR, trace)
         record.write_result(folder, identity, status, {**sections, "times": times}, reason)
         if status == "ok":
-            remove(folder / JOURNAL)
-            remove(folder / ERROR)
+            remove_path(folder / JOURNAL)
+            remove_path(folder / ERROR)
             _tell(folder, f"ok    {identity.job}: {seconds:.1f} s")
         _refresh(folder.parent)
     except OSError as error:
@@ -148,7 +148,7 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job) -> bool:
     return status == "ok"
 
 
-def _follow(cfg: DictConfig, work: Work, folder: Path, crew: Crew) -> bool:
+def _follow(cfg: DictConfig, work: Work, folder: Path, crew: Ranks) -> bool:
     """What a process does that is not the first: the work, if the first one says so, and a word when it fails."""
     if not crew.hear(False):
         return True
@@ -164,16 +164,16 @@ def _follow(cfg: DictConfig, work: Work, folder: Path, crew: Crew) -> bool:
     return True
 
 
-def _first_line(error: BaseException) -> str:
+def _summary_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _identify(cfg: DictConfig, folder: Path) -> record.Identity:
     hydra = HydraConfig.get()
-    config = record.plain(cfg)
+    config = record.resolve_config(cfg)
     config["stored"] = {
-        "model": record.stored(config["model"].get("path")),
-        "adapter": record.stored(
+        "model": record.files_digest(config["model"].get("path")),
+        "adapter": record.files_digest(
             adapter_path(config.get("adapter"), config["model"], hydra.runtime.choices["selector"])
         ),
     }
@@ -197,7 +197,7 @@ def _admit(cfg: DictConfig, folder: Path, identity: record.Identity) -> bool:
         raise Refused("resume=true keeps what is there and overwrite=true discards it: give one of them")
     if cfg.overwrite:
         for name in _OWNED:
-            remove(folder / name)
+            remove_path(folder / name)
         return True
     before = record.read_result(folder)
     started = any((folder / trace).exists() and (folder / trace).stat().st_size for trace in (JOURNAL, CHECKPOINT))
@@ -244,8 +244,8 @@ def _refresh(study: Path) -> None:
 def _tell(folder: Path, line: str, ok: bool = True) -> None:
     sys.stdout.flush()
     print(line, file=sys.stdout if ok else sys.stderr, flush=True)
-    if watch.elsewhere():
-        watch.say(folder, ok, line)
+    if watch.is_launched():
+        watch.report_status(folder, ok, line)
 
 
 def _say(folder: Path, sentence: str) -> None:

@@ -41,25 +41,29 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
         Column("data", "text", [Cell(_data(row)) for row in rows]),
         Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
         Column("changes", "text", [Cell(text) for text in changes]),
-        Column("n", "count", [cells.asked(row) for row in rows]),
-        Column("seeds", "count", [cells.seeds(row) for row in rows]),
+        Column("n", "count", [cells.n_cell(row) for row in rows]),
+        Column("seeds", "count", [cells.seeds_cell(row) for row in rows]),
     ]
-    shown += [Column(title, "score", [cells.quality(row, key) for row in part]) for title, key, part in qualities(rows)]
-    shown += [Column(name, "difference", [cells.effect(row, name) for row in rows]) for name in ("disc1", "disc2")]
-    shown += [Column(name, "difference", [cells.difference(row, name) for row in rows]) for name in differences(rows)]
-    shown.append(Column("recall", "score", [cells.percent(row.get("recall mean")) for row in rows]))
+    shown += [
+        Column(title, "score", [cells.score_cell(row, key) for row in part]) for title, key, part in qualities(rows)
+    ]
+    shown += [Column(name, "difference", [cells.effect_cell(row, name) for row in rows]) for name in ("disc1", "disc2")]
+    shown += [
+        Column(name, "difference", [cells.difference_cell(row, name) for row in rows]) for name in differences(rows)
+    ]
+    shown.append(Column("recall", "score", [cells.percent_cell(row.get("recall mean")) for row in rows]))
     for name in ("visual tokens", "cache tokens", "prefix tokens"):
-        shown.append(Column(name, "cost", [cells.tokens(row, name) for row in rows]))
+        shown.append(Column(name, "cost", [cells.tokens_cell(row, name) for row in rows]))
     if len({row.get("steps mean") for row in rows}) > 1:
-        shown.append(Column("steps", "cost", [cells.ranged(row, "steps") for row in rows]))
+        shown.append(Column("steps", "cost", [cells.range_cell(row, "steps") for row in rows]))
     if any(row.get("drift") is not None for row in rows):
-        shown.append(Column("cache KiB", "cost", [cells.kib(row.get("cache bytes")) for row in rows]))
-        shown.append(Column("max logit drift", "cost", [cells.drift(row.get("drift")) for row in rows]))
-        shown.append(Column("same top-1", "count", [cells.percent(row.get("same top1")) for row in rows]))
-    shown += [Column(f"{stage} ms", "cost", [cells.cost(row, f"{stage} ms") for row in rows]) for stage in _STAGES]
-    shown.append(Column("peak MiB", "cost", [cells.cost(row, "peak memory MiB") for row in rows]))
+        shown.append(Column("cache KiB", "cost", [cells.kib_cell(row.get("cache bytes")) for row in rows]))
+        shown.append(Column("max logit drift", "cost", [cells.drift_cell(row.get("drift")) for row in rows]))
+        shown.append(Column("same top-1", "count", [cells.percent_cell(row.get("same top1")) for row in rows]))
+    shown += [Column(f"{stage} ms", "cost", [cells.cost_cell(row, f"{stage} ms") for row in rows]) for stage in _STAGES]
+    shown.append(Column("peak MiB", "cost", [cells.cost_cell(row, "peak memory MiB") for row in rows]))
     shown.append(
-        Column("trained parameters", "count", [cells.count(row["trainable parameters"] or None) for row in rows])
+        Column("trained parameters", "count", [cells.count_cell(row["trainable parameters"] or None) for row in rows])
     )
     shown.append(Column("flags", "text", [Cell(row["flags"]) for row in rows]))
     shown.append(Column("status", "text", [Cell(row["status"]) for row in rows]))

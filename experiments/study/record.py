@@ -71,7 +71,7 @@ def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     }
 
 
-def plain(cfg: DictConfig) -> dict[str, Any]:
+def resolve_config(cfg: DictConfig) -> dict[str, Any]:
     """What a job is: the config with every reference filled in; raises when a mandatory value is missing.
 
     Names of classes are left out: where a class lives is no part of an experiment, and `choices` names the options.
@@ -92,7 +92,7 @@ def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: cleaned(value) for key, value in config.items() if key != _TARGET}
 
 
-def stored(path: str | None) -> str | None:
+def files_digest(path: str | None) -> str | None:
     """Which files a local checkpoint or adapter consists of: by content where that is quick, by size and time else.
 
     None for a hub id, whose revision the hub's own cache decides.

@@ -8,7 +8,7 @@ from filelock import FileLock, Timeout
 
 from experiments.study.compare import BASELINE, compare_all
 from experiments.study.record import LOCK, RESULT, read_result
-from experiments.study.systems import System, group, merged, without_seed
+from experiments.study.systems import RunGroup, group_runs, seed_columns, without_seed
 
 ROW_VERSION = 2
 _SHOWN_ELSEWHERE = frozenset(
@@ -23,19 +23,19 @@ Row = dict[str, Any]
 
 def collect(study: Path) -> list[Row]:
     """One flat row for each evaluated system: the baselines first, then by name."""
-    systems = systems_of(study)
+    systems = run_groups(study)
     rows = [_row(system) for system in systems]
     compare_all(systems, rows)
     return sorted(rows, key=_order)
 
 
-def systems_of(study: Path) -> list[System]:
+def run_groups(study: Path) -> list[RunGroup]:
     """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
     folders = sorted(path.parent for path in study.glob(f"*/{RESULT}"))
     results = {folder: result for folder in folders if (result := read_result(folder))}
     results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
     merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
-    return group({folder: result for folder, result in results.items() if folder.name not in merged_shards})
+    return group_runs({folder: result for folder, result in results.items() if folder.name not in merged_shards})
 
 
 def _order(row: Row) -> tuple[Any, ...]:
@@ -52,8 +52,8 @@ def _order(row: Row) -> tuple[Any, ...]:
     )
 
 
-def _row(system: System) -> Row:
-    row = flatten(system.result) | merged(system)
+def _row(system: RunGroup) -> Row:
+    row = flatten(system.result) | seed_columns(system)
     row["seeds"] = " ".join(system.seeds)
     row["jobs"] = " ".join(result["job"] for result in system.results)
     row["config_hash"] = " ".join(result["config_hash"] for result in system.results)

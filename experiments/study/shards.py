@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.limit import ids_hash
-from experiments.study.files import remove, write_json
+from experiments.study.files import remove_path, write_json
 from experiments.study.record import RESULT, SAMPLES, config_hash, read_result
 from experiments.study.samples import read_rows, write_samples
 from experiments.study.summary import summarise
 
 SHOTS = "shots"
-Result = dict[str, Any]
+StoredResult = dict[str, Any]
 
 
 def merge_shards(study: Path) -> None:
     """Writes the merged job of every complete set of shards that has changed; call it under the table's lock."""
-    sets: dict[str, dict[int, tuple[Path, Result]]] = defaultdict(dict)
+    sets: dict[str, dict[int, tuple[Path, StoredResult]]] = defaultdict(dict)
     for path in sorted(study.glob(f"*/{RESULT}")):
         result = read_result(path.parent)
         if result is None or result["verb"] != "eval" or result["config"].get("shards", 1) == 1:
             continue
-        sets[_whole(result)][result["config"]["shard"]] = (path.parent, result)
+        sets[_set_key(result)][result["config"]["shard"]] = (path.parent, result)
     for parts in sets.values():
         ordered = [parts[number] for number in sorted(parts)]
         if len(ordered) == ordered[0][1]["config"]["shards"] and all(r["status"] == "ok" for _, r in ordered):
-            _merge(study / _name(ordered[0][0].name), ordered)
+            _merge_set(study / _merged_name(ordered[0][0].name), ordered)
 
 
-def _merge(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
+def _merge_set(folder: Path, parts: Sequence[tuple[Path, StoredResult]]) -> None:
     results = [result for _, result in parts]
     stamps = [result["times"]["finished"] for result in results]
     before = read_result(folder)
@@ -50,7 +50,7 @@ def _merge(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
     config = {**results[0]["config"], "shard": 0, "shards": 1}
     overrides = [word for word in results[0]["overrides"] if word.partition("=")[0] != "shard"]
     command = re.sub(r"shard=\d+", f"shard={','.join(map(str, range(len(parts))))}", results[0]["command"])
-    remove(folder)
+    remove_path(folder)
     summary = summarise(rows, tuple(results[0]["quality"]["metrics"]))
     write_samples(folder / SAMPLES, rows)
     for part, _ in parts:
@@ -69,7 +69,7 @@ def _merge(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
             "shards": [part.name for part, _ in parts],
             "data": {**results[0]["data"], "n": len(rows), "ids": ids_hash(row["id"] for row in rows)},
             **summary,
-            "times": _times([result["times"] for result in results], stamps),
+            "times": _merge_times([result["times"] for result in results], stamps),
         },
     )
 
@@ -80,7 +80,7 @@ def _in_order(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, An
     return [dict(parts[i % len(parts)][i // len(parts)]) for i in range(total)]
 
 
-def _times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> dict[str, Any]:
+def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> dict[str, Any]:
     stages = {stage for part in times for stage in part["ms_per_sample"]}
     return {
         "started": min(part["started"] for part in times),
@@ -93,10 +93,10 @@ def _times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> dict[st
     }
 
 
-def _whole(result: Result) -> str:
+def _set_key(result: StoredResult) -> str:
     """What all shards of a set share."""
     return config_hash({**result["config"], "shard": 0})
 
 
-def _name(job: str) -> str:
+def _merged_name(job: str) -> str:
     return re.sub(r"_shard-\d+", "", job)

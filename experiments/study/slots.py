@@ -15,13 +15,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-POLL_S = 0.2
-HANDED_DOWN = "SHIRG_GPUS"
+SLOT_POLL_S = 0.2
+GPUS_VARIABLE = "SHIRG_GPUS"
 """Where a job finds the GPUs of the process that started it: submitit hides them from the jobs of this machine."""
 
 
 @contextmanager
-def turn(threads: int | None, device: str) -> Iterator[str | None]:
+def acquire_slot(threads: int | None, device: str) -> Iterator[str | None]:
     """Waits for a free slot and holds it; a GPU's slot makes it the only one that the job sees.
 
     Jobs that do not come from the launcher `local` have the machine's other users to ask, not us: they go on at once.
@@ -33,7 +33,7 @@ def turn(threads: int | None, device: str) -> Iterator[str | None]:
     if os.environ.get("SUBMITIT_EXECUTOR") != "local":
         yield None
         return
-    gpus = [] if device == "cpu" else _names(os.environ.get(HANDED_DOWN, ""))
+    gpus = [] if device == "cpu" else _names(os.environ.get(GPUS_VARIABLE, ""))
     cores = len(os.sched_getaffinity(0))
     names = [f"gpu-{gpu}" for gpu in gpus] or [f"cpu-{i}" for i in range(max(1, cores // (threads or cores)))]
     with _first_free(names) as name:
@@ -42,9 +42,9 @@ def turn(threads: int | None, device: str) -> Iterator[str | None]:
         yield name
 
 
-def hand_down_gpus() -> None:
+def export_gpus() -> None:
     """Tells the jobs that this process is about to start which GPUs they may take turns on."""
-    os.environ[HANDED_DOWN] = ",".join(visible_gpus())
+    os.environ[GPUS_VARIABLE] = ",".join(visible_gpus())
 
 
 def visible_gpus() -> list[str]:
@@ -78,4 +78,4 @@ def _first_free(names: list[str]) -> Iterator[str]:
             finally:
                 lock.release()
             return
-        time.sleep(POLL_S)
+        time.sleep(SLOT_POLL_S)

@@ -34,13 +34,13 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
             "recall_subsets": {key: _mean_recall(part) for key, part in partition(rows, subset).items()},
         },
         "tokens": {
-            "visual": _spread([row["n_visual"] for row in rows]),
-            "prefix": _spread([row["n_prefix"] for row in rows]),
-            "cache": _spread([row["n_cache"] for row in rows]) if rows[0]["n_cache"] is not None else None,
+            "visual": _count_spread([row["n_visual"] for row in rows]),
+            "prefix": _count_spread([row["n_prefix"] for row in rows]),
+            "cache": _count_spread([row["n_cache"] for row in rows]) if rows[0]["n_cache"] is not None else None,
             "by_source": {s: sum(row["sources"][s] for row in rows) / len(rows) for s in rows[0]["sources"]},
         },
         "decoding": {
-            "steps": _spread([row["n_steps"] for row in rows]),
+            "steps": _count_spread([row["n_steps"] for row in rows]),
             "cache_bytes": _mean([row["cache_bytes"] for row in rows]),
             "drift": max((row["drift"] for row in rows if row["drift"] is not None), default=None),
             "same_top1": _mean([row["same_top1"] for row in rows]),
@@ -82,5 +82,5 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _spread(counts: Sequence[int]) -> dict[str, float]:
+def _count_spread(counts: Sequence[int]) -> dict[str, float]:
     return {"mean": sum(counts) / len(counts), "min": min(counts), "max": max(counts)}

@@ -23,7 +23,7 @@ _SEED = re.compile(r"(?<![a-zA-Z])(seed[-_=]?)(\d+)")
 
 
 @dataclass(frozen=True)
-class System:
+class RunGroup:
     """One job, or the finished jobs of one config with several seeds."""
 
     folders: tuple[Path, ...]
@@ -47,7 +47,7 @@ class System:
         return [read_scores(folder / SAMPLES, metric) for folder in self.folders]
 
 
-def group(results: Mapping[Path, Result]) -> list[System]:
+def group_runs(results: Mapping[Path, Result]) -> list[RunGroup]:
     """All jobs, in their order; a job that is not finished stands alone, so that its failure stays in sight."""
     groups: dict[str, list[Path]] = {}
     for folder, result in results.items():
@@ -58,7 +58,7 @@ def group(results: Mapping[Path, Result]) -> list[System]:
         folders = sorted(members, key=lambda folder: (len(seeds[folder]), seeds[folder], folder.name))
         # The same seed twice is no second training: the same job under another name.
         parts = [folders] if len(set(seeds.values())) == len(folders) else [[folder] for folder in folders]
-        systems += [System(tuple(part), tuple(results[folder] for folder in part)) for part in parts]
+        systems += [RunGroup(tuple(part), tuple(results[folder] for folder in part)) for part in parts]
     return systems
 
 
@@ -85,19 +85,19 @@ def base_config(result: Result) -> dict[str, Any]:
     return config | {"model": config["model"] | {"path": model}, "adapter": adapter}
 
 
-def merged(system: System) -> dict[str, Any]:
+def seed_columns(system: RunGroup) -> dict[str, Any]:
     """The columns of a row that are over several seeds; empty for a single job."""
     if len(system.results) < 2:
         return {}
     quality = system.result["quality"]
     row: dict[str, Any] = {}
     for metric in quality["metrics"]:
-        row |= _columns(metric, spread(system.scores(metric)))
+        row |= _spread_columns(metric, spread_over_seeds(system.scores(metric)))
     headline = system.scores(quality["metric"])
     for name in quality["subsets"]:
-        row |= _columns(f"subset {name}", spread(_part(headline, name)))
+        row |= _spread_columns(f"subset {name}", spread_over_seeds(_part(headline, name)))
     if quality["recall"]:
-        row |= _columns(RECALL, spread(system.scores(RECALL)))
+        row |= _spread_columns(RECALL, spread_over_seeds(system.scores(RECALL)))
     for name in ("visual", "prefix", "cache"):
         spreads = [result["tokens"][name] for result in system.results if result["tokens"].get(name)]
         if spreads:
@@ -110,7 +110,7 @@ def merged(system: System) -> dict[str, Any]:
     return row
 
 
-def spread(scores: Iterable[Mapping[str, Score]], lowest: float = 0.0) -> Spread | None:
+def spread_over_seeds(scores: Iterable[Mapping[str, Score]], lowest: float = 0.0) -> Spread | None:
     """Over the samples that every seed answered; None where too few seeds or pictures are left."""
     tables = list(scores)
     ids = sorted(set.intersection(*(set(table) for table in tables)))
@@ -124,7 +124,7 @@ def _part(tables: Iterable[Mapping[str, Score]], name: str) -> list[dict[str, Sc
     return [{i: score for i, score in table.items() if score.subset == name} for table in tables]
 
 
-def _columns(name: str, found: Spread | None) -> dict[str, Any]:
+def _spread_columns(name: str, found: Spread | None) -> dict[str, Any]:
     if found is None:
         return {}
     return {f"{name} {key}": getattr(found, key) for key in ("mean", "low", "high", "n", "between")}

@@ -22,7 +22,7 @@ from experiments.schema import CONF
 from experiments.study import slots
 from experiments.study.files import read_json, write_atomic
 
-SAID = ".said"
+STATUS_FILE = ".said"
 _SUBMITTED = ".submitit/*/*_submitted.pkl"
 _RETURNED = ".submitit/*/*_0_result.pkl"
 POLL_S = 0.5
@@ -32,24 +32,24 @@ _OVER = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_O
 
 Ended = Callable[[Sequence[str]], Mapping[str, str] | None]
 """Those of the jobs that have ended, and how; None when nobody can tell now."""
-_listeners: list["Listener"] = []
+_listeners: list["SweepMonitor"] = []
 
 
-class Abandoned(BaseException):
+class AllJobsEnded(BaseException):
     """All jobs have ended, and the launcher still waits for one. No Exception: submitit passes over those."""
 
 
-def elsewhere() -> bool:
+def is_launched() -> bool:
     """Whether this process is a job that a launcher started."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
-def say(folder: Path, ok: bool, line: str) -> None:
+def report_status(folder: Path, ok: bool, line: str) -> None:
     """Leaves the job's last line where the waiting process looks."""
-    write_atomic(folder / SAID, json.dumps({"ok": ok, "line": line}))
+    write_atomic(folder / STATUS_FILE, json.dumps({"ok": ok, "line": line}))
 
 
-class Watch(Callback):
+class SweepCallback(Callback):
     """Hydra's callback: listens during a sweep whose jobs run elsewhere. Launchers pickle it, so it holds nothing."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -63,13 +63,13 @@ class Watch(Callback):
         study = Path(config.hydra.sweep.dir).absolute()
         if launcher == "SlurmLauncher":
             signal.signal(signal.SIGUSR1, _abandon)
-            _listeners.append(Listener(study, ended_in_slurm, every_s=QUEUE_S, may_abandon=True))
+            _listeners.append(SweepMonitor(study, ended_in_slurm, every_s=QUEUE_S, may_abandon=True))
         else:
-            slots.hand_down_gpus()
-            _listeners.append(Listener(study, ended_here))
+            slots.export_gpus()
+            _listeners.append(SweepMonitor(study, ended_here))
 
 
-class Listener:
+class SweepMonitor:
     """Prints what the jobs of a study say, and which of them died, from now on until it is stopped.
 
     Args:
@@ -89,7 +89,9 @@ class Listener:
         self._asked = time.monotonic()
         self._over: set[str] = set()
         # A launcher's ids come again: those of processes do so after a restart of the machine.
-        self._seen = {path: changed for of in (f"*/{SAID}", _SUBMITTED, _RETURNED) for path, changed in self._files(of)}
+        self._seen = {
+            path: changed for of in (f"*/{STATUS_FILE}", _SUBMITTED, _RETURNED) for path, changed in self._files(of)
+        }
         self._all_over = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -140,7 +142,7 @@ class Listener:
             self.dead.add(job)
             log = jobs[job].with_name(f"{job}_0_log.err")
             print(
-                f"error: {_overrides(jobs[job])}: ended without a word ({ended[job]}): cancelled, killed, or its "
+                f"error: {_submitted_overrides(jobs[job])}: ended without a word ({ended[job]}): cancelled, killed, or its "
                 f"machine was lost; see {log}",
                 file=sys.stderr,
                 flush=True,
@@ -148,7 +150,7 @@ class Listener:
         return over == set(jobs)
 
     def _hear(self) -> None:
-        for path, changed in self._new(f"*/{SAID}"):
+        for path, changed in self._new(f"*/{STATUS_FILE}"):
             self._seen[path] = changed
             said = read_json(path)
             if said is not None:
@@ -189,7 +191,7 @@ def _is_over(process: int) -> bool:
         return True
 
 
-def _overrides(submitted: Path) -> str:
+def _submitted_overrides(submitted: Path) -> str:
     """What the launcher was to run."""
     from submitit.core.utils import DelayedSubmission
 
@@ -198,7 +200,7 @@ def _overrides(submitted: Path) -> str:
 
 def _abandon(*_: object) -> None:
     if not all(listener.patient for listener in _listeners):
-        raise Abandoned
+        raise AllJobsEnded
 
 
 def wait_all() -> None:

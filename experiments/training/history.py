@@ -14,8 +14,8 @@ from torch import Tensor
 from experiments.study.files import write_atomic
 
 if TYPE_CHECKING:
-    from experiments.mirror import Mirror
-    from experiments.training.pace import Pace
+    from experiments.mirror import RunLogger
+    from experiments.training.pace import Throughput
 
 METRICS = "metrics.csv"
 _LAST = "lr"
@@ -31,7 +31,7 @@ class History(Callback):
     gets each of them, with the pace and the memory of this session.
     """
 
-    def __init__(self, path: Path, every: int, mirror: "Mirror | None", pace: "Pace") -> None:
+    def __init__(self, path: Path, every: int, mirror: "RunLogger | None", pace: "Throughput") -> None:
         if every < 1:
             raise ValueError(f"trainer.log_every={every}: give at least 1")
         self.path, self.every, self.mirror, self.pace = path, every, mirror, pace

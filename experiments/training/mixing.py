@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 from baselines import Pooled
 from experiments import build
 from lavida_adapter.geometries import geometry_layout
-from lavida_adapter.mix import Mix
-from shirg import Selector, ShirgGate
+from lavida_adapter.mix import SelectorSchedule
+from shirg import Selector, ShirgSelector
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
@@ -17,7 +17,7 @@ POOLED = "pooled"
 """A budget of `mix.budgets`: LaViDa's own tokens."""
 
 
-def build_mix(cfg: DictConfig, model: "Lavida", selector: Selector) -> Mix | None:
+def build_schedule(cfg: DictConfig, model: "Lavida", selector: Selector) -> SelectorSchedule | None:
     """The selectors of `mix`, which share the layers of the run's own; None where it trains with that one alone.
 
     A gate with a head trains at each of its levels.
@@ -26,12 +26,12 @@ def build_mix(cfg: DictConfig, model: "Lavida", selector: Selector) -> Mix | Non
         ValueError: for a mix beside such a head, or one that the selector cannot follow.
     """
     budgets, geometries = list(cfg.mix.budgets), list(cfg.mix.geometries)
-    if isinstance(selector, ShirgGate) and selector.head is not None:
+    if isinstance(selector, ShirgSelector) and selector.head is not None:
         if budgets or geometries:
             raise ValueError("selector.adaptive.mode=head draws its own levels in training: leave mix. empty")
         if not cfg.objective.adaptive_k:
             raise ValueError("selector.adaptive.mode=head has to be trained: give objective.adaptive_k (0.1)")
-        return Mix((tuple(selector.at_level(i) for i in range(len(selector.adaptive.levels))),))
+        return SelectorSchedule((tuple(selector.at_level(i) for i in range(len(selector.adaptive.levels))),))
     if not budgets and not geometries:
         return None
     if geometries and "geometry" not in cfg.selector:
@@ -44,7 +44,7 @@ def build_mix(cfg: DictConfig, model: "Lavida", selector: Selector) -> Mix | Non
     for geometry in geometries or [None]:
         turn = [_variant(cfg, model, selector, budget, geometry) for budget in budgets or [None]]
         turns.append(tuple(turn))
-    return Mix(tuple(turns))
+    return SelectorSchedule(tuple(turns))
 
 
 def _variant(cfg: DictConfig, model: "Lavida", selector: Selector, budget: Any, geometry: str | None) -> Selector:

@@ -12,7 +12,7 @@ from experiments.progress import Progress
 from lavida_adapter.module import Trainable
 
 
-class Pace(Callback):
+class Throughput(Callback):
     """Shows progress on the first process, and keeps the rates of this session.
 
     Tokens are positions that the language model reads, pictures included, on all processes. The first step warms up

@@ -13,7 +13,7 @@ from lavida_adapter.prompt import BOS, EOT, header, prompt_ids
 NO_ROOM = "whose prompt leaves no room for the answer"
 
 
-class Room:
+class LengthFilter:
     """True for a sample of which at least one answer token stays when picture, prompt and answer are cut to length.
 
     The picture counts with the most tokens that the stage's selector gives to any canvas.
@@ -44,13 +44,13 @@ class Room:
         return max(prefix.n_visual)
 
 
-def make_room(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:
+def drop_too_long(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:
     """Drops what the model could not learn from, and says how much is left of each dataset.
 
     Raises:
         ValueError: when nothing is left of one.
     """
-    room = Room(stage)
+    room = LengthFilter(stage)
     for part in parts.values():
         if isinstance(part, Listed):
             before = len(part)

@@ -13,13 +13,13 @@ from experiments import build
 from experiments.data.batches import Batches
 from experiments.data.module import Draw
 from experiments.data.sample import Dataset, Listed
-from experiments.processes import Crew
-from experiments.report.shots import save_shot
+from experiments.processes import Ranks
+from experiments.report.shots import save_example
 from experiments.scoring import text_metrics
-from experiments.system import Row, System
+from experiments.system import EvalPipeline, Row
 from experiments.tokens import TokenGeometry
-from experiments.training.mixing import build_mix
-from experiments.training.room import make_room
+from experiments.training.mixing import build_schedule
+from experiments.training.room import drop_too_long
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
 from lavida_adapter.geometries import cut
 from lavida_adapter.lora import rank_growth
@@ -48,7 +48,7 @@ class Stage:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def build_stage(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
+def build_stage(cfg: DictConfig, model: "Lavida", crew: Ranks) -> Stage:
     if cfg.stage in _WITH_SELECTOR:
         return _through_selector(cfg, model, crew)
     if crew.world > 1:
@@ -77,12 +77,14 @@ def draw_shots(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> li
         found = system.answer(samples)
     if folder is not None:
         for i, sample in enumerate(samples):
-            save_shot(folder, i, sample.load_image(), found.selections[i], found.rows[i], sample.boxes, system.geometry)
+            save_example(
+                folder, i, sample.load_image(), found.selections[i], found.rows[i], sample.boxes, system.geometry
+            )
     return found.rows
 
 
-def _system(stage: LavidaModule, dataset: Dataset) -> System:
-    return System(
+def _system(stage: LavidaModule, dataset: Dataset) -> EvalPipeline:
+    return EvalPipeline(
         model=stage.model,
         selector=stage.selector,
         relevance=stage.relevance,
@@ -167,7 +169,7 @@ def make_trainable(cfg: DictConfig, model: "Lavida", selector: Selector) -> None
     _WITH_SELECTOR[cfg.stage](cfg, model, selector)
 
 
-def _through_selector(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
+def _through_selector(cfg: DictConfig, model: "Lavida", crew: Ranks) -> Stage:
     parts = build.build_parts(cfg)
     selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device)
     relevance = build.build_relevance(cfg, selector)
@@ -180,7 +182,7 @@ def _through_selector(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
         objective_config(cfg),
         optim_config(cfg),
         cfg.seed,
-        mix=build_mix(cfg, model, selector),
+        mix=build_schedule(cfg, model, selector),
         growth=rank_growth(lora_config(cfg), model, selector) if cfg.stage == "adapt" else None,
     )
 
@@ -192,7 +194,7 @@ def _through_selector(cfg: DictConfig, model: "Lavida", crew: Crew) -> Stage:
     def show(folder: Path) -> list[Row]:
         return draw_shots(stage, next(iter(parts.values())), folder if crew.first else None)
 
-    make_room(parts, stage)
+    drop_too_long(parts, stage)
     batches = Batches(
         build.build_stream(cfg, parts), cfg.batch_size, prepare=Cutter.of(stage), rank=crew.rank, world=crew.world
     )

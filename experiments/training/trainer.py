@@ -12,17 +12,17 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
 
-from experiments.mirror import Mirror
-from experiments.processes import Crew
+from experiments.mirror import RunLogger
+from experiments.processes import Ranks
 from experiments.training.checkpoints import SafeCheckpoints
 from experiments.training.history import METRICS, History
-from experiments.training.pace import Pace
+from experiments.training.pace import Throughput
 from experiments.training.sharded import ShardedBase
 
 
 def build_trainer(
-    cfg: DictConfig, crew: Crew, device: torch.device, folder: Path, checkpoints: Path, mirror: Mirror | None = None
-) -> tuple[L.Trainer, Pace]:
+    cfg: DictConfig, crew: Ranks, device: torch.device, folder: Path, checkpoints: Path, mirror: RunLogger | None = None
+) -> tuple[L.Trainer, Throughput]:
     """A trainer whose curve lies in `folder`, and its rates; the launcher has started all processes already."""
     if cfg.trainer.checkpoint_every < 1:
         raise ValueError(f"trainer.checkpoint_every={cfg.trainer.checkpoint_every}: give at least 1")
@@ -32,7 +32,7 @@ def build_trainer(
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.callbacks\.model_checkpoint")  # a resumed folder
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # one may well train without it
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing changes it in place
-    pace = Pace(folder.name, cfg.trainer.log_every, cfg.batch_size)
+    pace = Throughput(folder.name, cfg.trainer.log_every, cfg.batch_size)
     callbacks: list[Callback] = [
         PlainTermination(signal.SIG_DFL if mirror is None else mirror.sigterm),
         pace,  # before the history, which asks it

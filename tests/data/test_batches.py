@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from experiments.data.batches import Batches, Shuffled, collate
-from experiments.data.module import Steps, TrainData
+from experiments.data.module import StepDataset, TrainData
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.training.stages import Cutter
 from lavida_adapter.geometries import ready
@@ -64,14 +64,14 @@ def test_processes_share_the_batch_of_one() -> None:
 
 def test_a_resumed_loader_goes_on_with_its_own_step() -> None:
     batches = Batches(Shuffled(glyphs(), 0), 3)
-    whole = [batch.ids for batch in Steps(batches, 0, 6)]
-    assert [batch.ids for batch in Steps(batches, 4, 6)] == whole[4:]
+    whole = [batch.ids for batch in StepDataset(batches, 0, 6)]
+    assert [batch.ids for batch in StepDataset(batches, 4, 6)] == whole[4:]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_workers_draw_the_same_batches_in_the_same_order() -> None:
     batches = Batches(Shuffled(glyphs(), 0), 3)
-    loader = DataLoader(Steps(batches, 2, 7), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    loader = DataLoader(StepDataset(batches, 2, 7), batch_size=None, num_workers=2, multiprocessing_context="fork")
     assert [batch.ids for batch in loader] == [batches(step).ids for step in range(2, 7)]
 
 
@@ -104,7 +104,7 @@ def test_a_thread_draws_ahead_and_hands_on_what_goes_wrong() -> None:
         drawn.append(step)
         return step
 
-    steps = iter(Steps(draw, 0, 9))
+    steps = iter(StepDataset(draw, 0, 9))
     assert next(steps) == 0
     deadline = time.monotonic() + 10
     while len(drawn) < 3 and time.monotonic() < deadline:

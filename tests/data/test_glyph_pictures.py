@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.data.synthetic.glyphs import Scene, draw_patchwork, draw_scene, labels, render, to_image
+from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, draw_scene, labels, render, to_image
 from experiments.data.synthetic.glyphs.font import GLYPHS
 from experiments.data.synthetic.glyphs.scene import BigShape
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOUR_RGB, FIRST_FOIL, SHAPES
@@ -14,17 +14,17 @@ def cells(picture: np.ndarray) -> np.ndarray:
     return picture.reshape(16, 8, 16, 8, 3).transpose(0, 2, 1, 3, 4) / 255
 
 
-def scene_with(**changes: object) -> Scene:
+def scene_with(**changes: object) -> GlyphScene:
     blank = np.zeros((16, 16), dtype=np.uint8)
     content: dict[str, object] = {"char_RC": blank, "colour_RC": blank, "shapes": (), "look": 7}
-    return Scene(**{**content, **changes})  # type: ignore[arg-type]
+    return GlyphScene(**{**content, **changes})  # type: ignore[arg-type]
 
 
 def test_pictures_are_reproducible_and_noise_has_its_own_seed() -> None:
     s = draw_scene(0, "train", 0, "dense")
     assert np.array_equal(render(s), render(s))
     assert np.array_equal(np.asarray(to_image(s)), render(s))
-    other = Scene(s.char_RC, s.colour_RC, s.shapes, look=s.look + 1)
+    other = GlyphScene(s.char_RC, s.colour_RC, s.shapes, look=s.look + 1)
     assert not np.array_equal(render(s), render(other))
     assert render(s).shape == (128, 128, 3) and render(s).dtype == np.uint8
 

@@ -5,11 +5,11 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from experiments.data.synthetic.glyphs import Scene, ask, draw_scene, questions
+from experiments.data.synthetic.glyphs import GlyphScene, ask, draw_scene, questions
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, DIGITS, FIRST_DIGIT, LETTERS, SHAPES
 
 
-def every_question(scene: Scene) -> list[str]:
+def every_question(scene: GlyphScene) -> list[str]:
     letters = [text for text in LETTERS if (scene.char_RC[scene.colour_RC > 0] == CHARS.index(text)).sum() == 1]
     return [f"digit {c}" for c in COLOURS[1:]] + [f"letter {c}" for c in letters] + ["shape kind", "shape colour"]
 
@@ -44,11 +44,11 @@ def test_a_second_candidate_is_an_error() -> None:
         char_RC, colour_RC = scene.char_RC.copy(), scene.colour_RC.copy()
         char_RC[free], colour_RC[free] = char, COLOURS.index("red")
         with pytest.raises(ValueError, match=f"'{text}' must have exactly one answer; this scene has 2"):
-            ask(Scene(char_RC, colour_RC, scene.shapes, look=0), *text.split())
+            ask(GlyphScene(char_RC, colour_RC, scene.shapes, look=0), *text.split())
     with pytest.raises(ValueError, match="'shape kind' needs exactly one big shape; this scene has 2"):
-        ask(Scene(scene.char_RC, scene.colour_RC, scene.shapes * 2, look=0), "shape", "kind")
+        ask(GlyphScene(scene.char_RC, scene.colour_RC, scene.shapes * 2, look=0), "shape", "kind")
     with pytest.raises(ValueError, match="this scene has 0"):
-        ask(Scene(0 * scene.char_RC, 0 * scene.colour_RC, scene.shapes, look=0), "digit", "red")
+        ask(GlyphScene(0 * scene.char_RC, 0 * scene.colour_RC, scene.shapes, look=0), "digit", "red")
 
 
 @pytest.mark.parametrize("text", ["digit K", "letter red", "letter Q", "shape size", "word K"])

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from experiments.data.synthetic.glyphs import Scene, draw_patchwork, draw_scene, scene
+from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, draw_scene, scene
 from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, FIRST_FOIL, FIRST_LETTER, FOILS, LETTERS
 
 SPLITS = ("train", "val", "test")
@@ -19,11 +19,11 @@ PINNED = {
 }
 
 
-def is_digit(s: Scene) -> np.ndarray:
+def is_digit(s: GlyphScene) -> np.ndarray:
     return (s.char_RC > 0) & (s.char_RC < FIRST_LETTER)
 
 
-def shape_mask(s: Scene) -> np.ndarray:
+def shape_mask(s: GlyphScene) -> np.ndarray:
     mask = np.zeros((16, 16), dtype=bool)
     for shape in s.shapes:
         mask[shape.row : shape.row + 4, shape.col : shape.col + 4] = True
@@ -71,13 +71,13 @@ def test_splits_are_disjoint_by_construction() -> None:
 
 def test_the_hash_sees_content_and_nothing_else() -> None:
     s = draw_scene(0, "train", 0, "dense")
-    assert Scene(s.char_RC, s.colour_RC, s.shapes, look=s.look + 1).digest == s.digest
+    assert GlyphScene(s.char_RC, s.colour_RC, s.shapes, look=s.look + 1).digest == s.digest
     (shape,) = s.shapes
     moved = scene.BigShape(shape.kind, shape.colour, shape.row ^ 2, shape.col)
-    assert Scene(s.char_RC, s.colour_RC, (moved,), look=s.look).digest != s.digest
+    assert GlyphScene(s.char_RC, s.colour_RC, (moved,), look=s.look).digest != s.digest
     char_RC = s.char_RC.copy()
     char_RC[0, 0] += 1
-    assert Scene(char_RC, s.colour_RC, s.shapes, look=s.look).digest != s.digest
+    assert GlyphScene(char_RC, s.colour_RC, s.shapes, look=s.look).digest != s.digest
 
 
 def test_a_split_without_buckets_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

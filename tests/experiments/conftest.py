@@ -18,7 +18,7 @@ from PIL import Image
 
 from experiments.data.tokenizer import build_tokenizer
 from experiments.evaluate import evaluate
-from experiments.fit import fit
+from experiments.fit import train
 from experiments.schema import CONF, VERSION_BASE
 from experiments.study.job import Work, run_job
 from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
@@ -65,7 +65,7 @@ def evaluator(home: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def train_here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     """Runs train's job in this process, on one thread as other processes do."""
-    here = partial(_run_here, "train", fit, monkeypatch, tiny_weights, "threads=1", "device=cpu", root=tmp_path)
+    here = partial(_run_here, "train", train, monkeypatch, tiny_weights, "threads=1", "device=cpu", root=tmp_path)
     return partial(here, "optim.warmup=0")
 
 

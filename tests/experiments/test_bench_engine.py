@@ -10,7 +10,7 @@ import torch
 from experiments import compare, profile_cache
 from experiments.bench import __main__ as command
 from experiments.bench import cache, decode, encode, end2end, prefill
-from experiments.bench.loglog import chart
+from experiments.bench.loglog import loglog_chart
 from tests.experiments.conftest import result_of
 from tests.lavida_adapter.tiny import tiny_model
 
@@ -46,7 +46,7 @@ def test_growth_and_its_exponents() -> None:
 
 
 def test_a_chart_has_a_point_for_every_value() -> None:
-    svg = chart([1, 10, 100], {"a <b>": [1, 10, 100], "c": [3, 3, 3]}, "x", "y")
+    svg = loglog_chart([1, 10, 100], {"a <b>": [1, 10, 100], "c": [3, 3, 3]}, "x", "y")
     assert svg.count("<circle") == 6 and "a &lt;b&gt;" in svg and svg.startswith("<svg")
 
 

@@ -12,7 +12,7 @@ def test_shares_and_rates_follow_from_the_steps() -> None:
         {"data": 0.0, "forward": 60.0, "backward": 30.0, "optimiser": 10.0},
         {"data": 20.0, "forward": 100.0, "backward": 60.0, "optimiser": 20.0},
     ]
-    found = train.Row(batch=8, steps=steps, tokens=2000).report()
+    found = train.TrainRow(batch=8, steps=steps, tokens=2000).report()
     assert found["step_ms"] == 100
     assert found["samples_per_s"] == pytest.approx(3 * 8 / 0.4)
     assert found["tokens_per_s"] == pytest.approx(2000 / 0.4)

@@ -15,7 +15,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from experiments.bridges.lmms import Answerer, Request
+from experiments.bridges.lmms import Answerer, LmmsRequest
 from experiments.bridges.lmms_results import aggregate, export
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.report.__main__ import main as report
@@ -49,10 +49,10 @@ def glyphs() -> SynthGlyphs:
     )
 
 
-def requests(**options: Any) -> list[Request]:
+def requests(**options: Any) -> list[LmmsRequest]:
     """One for each sample of `glyphs`, as lmms-eval would make them."""
     samples = [glyphs()[i] for i in range(N)]
-    return [Request(s.id, s.prompt, [s.load_image()], {"max_new_tokens": 3} | options, s.question) for s in samples]
+    return [LmmsRequest(s.id, s.prompt, [s.load_image()], {"max_new_tokens": 3} | options, s.question) for s in samples]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_sampling_is_asked_for_by_a_temperature(answerer: Answerer) -> None:
 def test_tokens_are_ranked_by_the_question_alone_where_it_is_known(answerer: Answerer) -> None:
     """With one that asks for something else, the same prompt gets other tokens and other answers."""
     asked = requests()
-    other = [Request(r.id, r.prompt, r.visuals, r.options, "shape") for r in asked]
+    other = [LmmsRequest(r.id, r.prompt, r.visuals, r.options, "shape") for r in asked]
     assert [a.text for a in answerer.answer(other)] != [a.text for a in answerer.answer(asked)]
 
 
@@ -104,11 +104,11 @@ def test_tokens_are_ranked_by_the_question_alone_where_it_is_known(answerer: Ans
 )
 def test_one_picture_a_question(answerer: Answerer, visuals: list[Any], kinds: str) -> None:
     with pytest.raises(ValueError, match=f"t/0: the model reads one picture with each question; .* comes with {kinds}"):
-        answerer.answer([Request("t/0", "?", visuals, {"max_new_tokens": 2}, "?")])
+        answerer.answer([LmmsRequest("t/0", "?", visuals, {"max_new_tokens": 2}, "?")])
 
 
 def test_transparent_pictures_stand_on_white(answerer: Answerer) -> None:
-    clear = [Request(r.id, r.prompt, [r.visuals[0].convert("RGBA")], r.options, r.question) for r in requests()]
+    clear = [LmmsRequest(r.id, r.prompt, [r.visuals[0].convert("RGBA")], r.options, r.question) for r in requests()]
     assert answerer.answer(clear) == answerer.answer(requests())
 
 

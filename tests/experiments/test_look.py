@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from experiments.report.look import main, parse_boxes
-from experiments.report.sheet import COLD_TO_HOT, Choice, describe, heat_map, sheet
+from experiments.report.sheet import COLD_TO_HOT, PanelChoice, describe, draw_panels, heat_map
 from experiments.tokens import TokenGeometry
 from lavida_adapter import LavidaConfig, VisionConfig
 from shirg import Selection, Source
@@ -35,9 +35,9 @@ def chosen(index: list[int], scores: torch.Tensor | None = None) -> Selection:
 def test_counts_and_retention() -> None:
     geometry = TokenGeometry(TOY)
     # The target is the top left tile's first 2 x 2 cells: tokens 64, 65, 72, 73.
-    text = describe(Choice("x", chosen([64, 65, 73, 200])), geometry, (128, 128), [(0, 0, 0.125, 0.125)])
+    text = describe(PanelChoice("x", chosen([64, 65, 73, 200])), geometry, (128, 128), [(0, 0, 0.125, 0.125)])
     assert text == "x: 5 tokens (4 kept, 1 scaffold); 75% of the target's tokens kept"
-    assert describe(Choice("x", chosen([64])), geometry, (128, 128), []) == "x: 2 tokens (1 kept, 1 scaffold)"
+    assert describe(PanelChoice("x", chosen([64])), geometry, (128, 128), []) == "x: 2 tokens (1 kept, 1 scaffold)"
 
 
 def test_the_best_tile_is_hottest_where_it_sits() -> None:
@@ -55,8 +55,8 @@ def test_the_best_tile_is_hottest_where_it_sits() -> None:
 
 def test_a_sheet_has_a_column_for_each_selector_and_wraps() -> None:
     geometry, scored = TokenGeometry(TOY), torch.randn(1, 320)
-    few = sheet(WHITE, "t", [Choice("a", chosen([64], scored))], geometry, longest=240)
-    many = sheet(WHITE, "t", [Choice("a", chosen([64], scored))] * 5, geometry, longest=240)
+    few = draw_panels(WHITE, "t", [PanelChoice("a", chosen([64], scored))], geometry, longest=240)
+    many = draw_panels(WHITE, "t", [PanelChoice("a", chosen([64], scored))] * 5, geometry, longest=240)
     assert few.width == 14 + 2 * 254 and many.width == 14 + 3 * 254
     assert many.height > 1.8 * few.height
 
@@ -64,10 +64,10 @@ def test_a_sheet_has_a_column_for_each_selector_and_wraps() -> None:
 def test_a_sheet_leaves_little_empty() -> None:
     """Few places at its end, and no room for heat maps in a row of selectors that have none."""
     geometry, scored = TokenGeometry(TOY), torch.randn(1, 320)
-    ranked, plain = Choice("a", chosen([64], scored)), Choice("b", chosen([64]))
+    ranked, plain = PanelChoice("a", chosen([64], scored)), PanelChoice("b", chosen([64]))
 
-    def size(*choices: Choice) -> tuple[int, int]:
-        return sheet(WHITE, "t", choices, geometry, longest=240).size
+    def size(*choices: PanelChoice) -> tuple[int, int]:
+        return draw_panels(WHITE, "t", choices, geometry, longest=240).size
 
     across = [(size(*[ranked] * n)[0] - 14) // 254 for n in range(1, 11)]
     assert across == [2, 3, 4, 5, 3, 4, 4, 3, 5, 4]

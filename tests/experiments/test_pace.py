@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 
 from experiments import measure, progress
-from experiments.training.pace import Pace
+from experiments.training.pace import Throughput
 from tests.lavida_adapter.test_module import fit, stage
 
 NOTE = r"loss (\d\.\d{4})  ([\d,]+) tokens/s  (\d+\.\d\d) GiB"
@@ -26,7 +26,7 @@ class _Steps(L.Callback):
 
 def test_lines_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "EVERY_S", -1.0)  # a line at every step
-    pace, steps, module = Pace("job", 2, batch_size=2), _Steps(), stage()
+    pace, steps, module = Throughput("job", 2, batch_size=2), _Steps(), stage()
     fit(module, 4, callbacks=[pace, steps])
     head, *lines = [line for line in capsys.readouterr().out.splitlines() if "job: " in line]
     assert head == "run   job: 4 steps" and len(lines) == 4

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from experiments import build
 from experiments.plan import plan
-from experiments.processes import Crew
+from experiments.processes import Ranks
 from experiments.schema import CONF, VERSION_BASE
 from experiments.training.stages import build_stage
 from lavida_adapter.module import LavidaModule
@@ -130,7 +130,7 @@ def test_the_tiny_model(capsys: pytest.CaptureFixture[str]) -> None:
 def kept_by_a_step(*overrides: str) -> int:
     """Bytes that autograd keeps of the first step of the run itself; with checkpointing, see test_footprint.py."""
     cfg = composed("device=cpu", *overrides)
-    stage = build_stage(cfg, build.build_model(cfg, torch.device("cpu")), Crew())
+    stage = build_stage(cfg, build.build_model(cfg, torch.device("cpu")), Ranks())
     assert isinstance(stage.module, LavidaModule)
     stage.module.model.train()
     own = {p.untyped_storage()._cdata for p in stage.module.parameters()}

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from experiments.processes import Crew, assemble, launched
+from experiments.processes import Ranks, detect_ranks, init_distributed
 from experiments.training.history import read_points
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_mirror import read_run
@@ -47,17 +47,17 @@ def config(**trainer: Any) -> DictConfig:
 @pytest.mark.parametrize(
     ("variables", "crew"),
     [
-        ({}, Crew()),
-        (OF_TORCHRUN, Crew(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
-        (OF_SRUN, Crew(launcher="srun", rank=2, world=4, local_rank=0, local_world=2)),
-        (OF_SRUN | OF_TORCHRUN, Crew(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Crew()),  # a batch script, not a task
+        ({}, Ranks()),
+        (OF_TORCHRUN, Ranks(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
+        (OF_SRUN, Ranks(launcher="srun", rank=2, world=4, local_rank=0, local_world=2)),
+        (OF_SRUN | OF_TORCHRUN, Ranks(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Ranks()),  # a batch script, not a task
     ],
 )
-def test_launchers(variables: dict[str, str], crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers(variables: dict[str, str], crew: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert launched() == crew
+    assert detect_ranks() == crew
     assert crew.world == 1 or crew.nodes == 2
 
 
@@ -84,14 +84,14 @@ def test_a_launcher_that_does_not_fit_the_config(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
-        assemble(config(**trainer))
+        init_distributed(config(**trainer))
 
 
 def test_evaluation_refuses_company(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OF_TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="this job runs in one"):
-        assemble(OmegaConf.create({"device": "cpu"}))
+        init_distributed(OmegaConf.create({"device": "cpu"}))
 
 
 def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ from experiments import build
 from experiments.data.batches import collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.plan import FourCharacters, skeleton
-from experiments.processes import Crew
+from experiments.processes import Ranks
 from experiments.schema import CONF, VERSION_BASE
 from experiments.shorthand import system_of
-from experiments.training.mixing import build_mix
+from experiments.training.mixing import build_schedule
 from experiments.training.stages import build_stage, lora_config
 from lavida_adapter import Lavida, TrainBatch, add_lora, merge_lora
 from lavida_adapter.lora import lora_layers
 from lavida_adapter.module import LavidaModule
 from lavida_adapter.targets import part_of
-from shirg import Selector, ShirgGate
+from shirg import Selector, ShirgSelector
 from tests.experiments.conftest import Here, result_of
 
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml") if path.stem != "none")
@@ -68,7 +68,7 @@ def prepared(name: str) -> tuple[LavidaModule, TrainBatch]:
     cfg = recipe(name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        found = build_stage(cfg, build.build_model(cfg, torch.device("cpu")), Crew())
+        found = build_stage(cfg, build.build_model(cfg, torch.device("cpu")), Ranks())
     assert isinstance(found.module, LavidaModule)
     found.module.model.train()
     return found.module, found.draw(0)
@@ -204,7 +204,7 @@ def test_rank_zero_is_the_untouched_model(name: str) -> None:
 
 
 def budgets_of(cfg: DictConfig, model: Lavida) -> list[list[tuple[str, Any]]]:
-    mix = build_mix(cfg, model, build.build_selector(cfg, model.config.budgets, model.config))
+    mix = build_schedule(cfg, model, build.build_selector(cfg, model.config.budgets, model.config))
     assert mix is not None
     return [[(s.geometry, s.budget) for s in turn] for turn in mix.turns]
 
@@ -223,9 +223,11 @@ def test_two_resolutions_in_turn(name: str, whole: int, smaller: int) -> None:
 
 def test_variants_share_the_layers_that_are_trained() -> None:
     module, _ = prepared("shirg_x")
-    assert module.mix is not None and isinstance(module.selector, ShirgGate)
+    assert module.mix is not None and isinstance(module.selector, ShirgSelector)
     variants: list[Selector] = [s for turn in module.mix.turns for s in turn]
-    assert len(variants) == 2 and all(s.coords is module.selector.coords for s in variants if isinstance(s, ShirgGate))
+    assert len(variants) == 2 and all(
+        s.coords is module.selector.coords for s in variants if isinstance(s, ShirgSelector)
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_variants_share_the_layers_that_are_trained() -> None:
 def test_mixes_that_cannot_be(overrides: list[str], sentence: str) -> None:
     cfg = composed("device=cpu", *overrides)
     with pytest.raises(ValueError, match=sentence):
-        build_stage(cfg, build.build_model(cfg, torch.device("cpu")), Crew())
+        build_stage(cfg, build.build_model(cfg, torch.device("cpu")), Ranks())
 
 
 def test_a_recipe_says_how_to_evaluate_it() -> None:

@@ -20,7 +20,7 @@ from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
 from experiments.report.figures import budget_curve, token_maps
 from experiments.report.overlay import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
-from experiments.report.shots import pick_shots
+from experiments.report.shots import pick_examples
 from experiments.report.tokenmap import MAP, MAPS, load_map
 from experiments.report.writer import publish
 from experiments.study.rows import collect
@@ -199,8 +199,8 @@ def test_shots_take_kinds_of_question_in_turn_and_new_pictures_first() -> None:
         for picture in "abc"
         for kind in ("digit", "letter")
     ]
-    assert pick_shots(samples, 4) == {"a-digit": 0, "b-letter": 1, "c-digit": 2, "a-letter": 3}
-    assert len(pick_shots(samples, 20)) == 6
+    assert pick_examples(samples, 4) == {"a-digit": 0, "b-letter": 1, "c-digit": 2, "a-letter": 3}
+    assert len(pick_examples(samples, 20)) == 6
 
 
 def test_overlay_lights_what_was_kept() -> None:

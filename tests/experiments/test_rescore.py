@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from experiments import rescore as module
 from experiments.metrics.exact_match import ExactMatch
-from experiments.rescore import Request, parse, rescore, rescore_all
+from experiments.rescore import RescoreRequest, parse, rescore, rescore_all
 from experiments.scoring import scorer_version
 from experiments.study.files import write_together
 from experiments.study.record import LOCK
@@ -180,7 +180,7 @@ def test_jobs_that_have_nothing_to_score(eval_here: Eval, tmp_path: Path) -> Non
         rescore(tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
     with pytest.raises(ValueError, match=r"rescore=nowhere/\*: no folder of a job of eval.py matches"):
-        rescore_all(Request("nowhere/*", None))
+        rescore_all(RescoreRequest("nowhere/*", None))
 
 
 @pytest.mark.parametrize(

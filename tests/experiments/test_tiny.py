@@ -15,14 +15,14 @@ from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.schema import CONF
 from lavida_adapter import DecodeConfig, Lavida, load_adapter, merge_lora
 from lavida_adapter.relevance import LmEmbed
-from shirg import Selector, ShirgGate
+from shirg import Selector, ShirgSelector
 
 WEIGHTS = CONF.parent / "weights" / "tiny"
 SELECTORS: dict[str, Callable[[], Selector]] = {
     "pooled": Pooled,
     "full": Full,
     "random": lambda: Random(budget=80),
-    "shirg": lambda: ShirgGate(budget=80),
+    "shirg": lambda: ShirgSelector(budget=80),
 }
 
 

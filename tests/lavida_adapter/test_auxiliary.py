@@ -12,7 +12,7 @@ from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_
 from lavida_adapter.auxiliary import TEMPERATURE, adaptive_k_loss, alignment_loss, row_losses
 from lavida_adapter.objective import Tally
 from lavida_adapter.relevance import LmEmbed
-from shirg import Selection, Selector, ShirgGate, Source
+from shirg import Selection, Selector, ShirgSelector, Source
 from tests.lavida_adapter.tiny import noise, picture, tiny_model
 
 IMAGES = [picture((40, 40)), picture((38, 16)), picture((12, 70))]
@@ -25,8 +25,8 @@ def batch(images: list[Any] = IMAGES, questions: list[str] = QUESTIONS) -> Train
     return TrainBatch(images, questions, ["7", "blue green", "square"][: len(images)], [str(i) for i in n])
 
 
-def gate(**knobs: Any) -> ShirgGate:
-    return ShirgGate(**{"budget": 10, "scaffold": {"size": 2}, "newline": "row"} | knobs)
+def gate(**knobs: Any) -> ShirgSelector:
+    return ShirgSelector(**{"budget": 10, "scaffold": {"size": 2}, "newline": "row"} | knobs)
 
 
 def run(model: Lavida, selector: Selector, data: TrainBatch, **objective: Any) -> tuple[torch.Tensor, Tally]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, Lavida, Prefix
 from lavida_adapter.relevance import LmEmbed, NoRelevance, Relevance
-from shirg import Selector, ShirgGate
+from shirg import Selector, ShirgSelector
 from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
 
 QUESTIONS = ("digit red", "What is in the top left corner of this page?", "x", "letter K", "how many shapes are there?")
@@ -98,7 +98,7 @@ def test_questions_about_one_picture_encode_it_once(monkeypatch: pytest.MonkeyPa
 
 def test_another_question_keeps_other_tokens_only_where_relevance_reads_it() -> None:
     model = tiny_model()
-    gate = ShirgGate(budget=40, scaffold={"size": 0})
+    gate = ShirgSelector(budget=40, scaffold={"size": 0})
 
     def kept(question: str, relevance: Relevance) -> list[int]:
         chosen = model.encode([picture((40, 40))], [question], gate, relevance=relevance).selections[0]

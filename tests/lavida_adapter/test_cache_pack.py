@@ -11,7 +11,7 @@ from lavida_adapter import CachePacker, Cast, DecodeConfig, Fp8, Int8, Lavida, L
 from lavida_adapter.attention import attention_weights
 from lavida_adapter.cache_retain import FIRST, MassReceived, RaggedPrefix, forgotten, profile
 from lavida_adapter.drift import drift
-from lavida_adapter.engine import Steps
+from lavida_adapter.engine import DecodeSteps
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 P, A, L = 20, 4, 3
@@ -127,7 +127,7 @@ def test_hidden_rows_equal_rows_that_are_gone(model: Lavida, retention: LayerRet
     cache = model.prefill(prompt, watch=seen)
     kept = retention(cache, prompt, seen)
     ids = torch.full((2, A), model.config.lm.mask_token_id)
-    hidden = Steps(model.lm, cache, A)
+    hidden = DecodeSteps(model.lm, cache, A)
     assert isinstance(kept, RaggedPrefix)
     for i in range(L):
         seen_BP = torch.zeros(2, P + A, dtype=torch.bool)
@@ -135,7 +135,7 @@ def test_hidden_rows_equal_rows_that_are_gone(model: Lavida, retention: LayerRet
         for b in range(2):
             seen_BP[b, kept.positions[i][b, kept.masks[i][b]]] = True
         hidden._masks[i] = seen_BP[:, None, None]
-    torch.testing.assert_close(Steps(model.lm, kept, A)(ids), hidden(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(DecodeSteps(model.lm, kept, A)(ids), hidden(ids), rtol=0, atol=1e-5)
 
 
 def test_a_profile_keeps_one_share_of_attention_and_meets_its_budget() -> None:

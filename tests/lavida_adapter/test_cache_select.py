@@ -14,7 +14,7 @@ from lavida_adapter import AdaptiveK, CacheSelector, DecodeConfig, FastV, Lavida
 from lavida_adapter.cache import PrefixCache
 from lavida_adapter.cache_select import FirstStep, reindex
 from lavida_adapter.denoise import denoise, start
-from lavida_adapter.engine import Steps, pick
+from lavida_adapter.engine import DecodeSteps, pick
 from lavida_adapter.fastv import prompt_attention
 from lavida_adapter.llada import rotary_angles, rotate
 from shirg import Selection, Source
@@ -256,16 +256,16 @@ def test_the_cache_is_written_once_and_cut_once(
     build: Callable[..., CacheSelector], model: Lavida, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix, digests, prefills = made_prefix(), [], []
-    step, prefill = Steps.__call__, model.lm.prefill
+    step, prefill = DecodeSteps.__call__, model.lm.prefill
 
-    def watched(steps: Steps, *args: Any, **kwargs: Any) -> Tensor:
+    def watched(steps: DecodeSteps, *args: Any, **kwargs: Any) -> Tensor:
         logits = step(steps, *args, **kwargs)
         lengths = steps.reader.lengths
         keys, values = (tuple(steps.reader.open(i)[kind][:, :, : lengths[i]] for i in range(3)) for kind in (0, 1))
         digests.append(replace(steps.cache, keys=keys, values=values).digest())
         return logits
 
-    monkeypatch.setattr(Steps, "__call__", watched)
+    monkeypatch.setattr(DecodeSteps, "__call__", watched)
     monkeypatch.setattr(model.lm, "prefill", lambda *a: (prefills.append(1), prefill(*a))[1])
     out = model.generate(prefix, DECODE, cache_selector=build(budget=2))
     assert out.forwards == len(digests) == A and len(prefills) == 1

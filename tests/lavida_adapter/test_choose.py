@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lavida_adapter.choose import Draw, Rule, candidates, confidence, decide, is_clear, surest
+from lavida_adapter.choose import Draw, Rule, candidates, commit_tokens, confidence, is_clear, topk_confident
 from tests.lavida_adapter.tiny import noise
 
 # Probabilities of tokens 0..4 at four positions; what each rule is surest of differs.
@@ -61,8 +61,8 @@ def test_float32_ranks_like_float64_or_steps_back(seed: int) -> None:
     for k in (1, 3, 6):
         for b in range(8):
             row, here, ks = logits[b : b + 1], open_BM[b : b + 1], [k]
-            tokens, chosen = decide(row, here, ks, Rule(), NO_DRAW)
-            exact = surest(confidence(row, tokens, "low_confidence"), here, ks)
+            tokens, chosen = commit_tokens(row, here, ks, Rule(), NO_DRAW)
+            exact = topk_confident(confidence(row, tokens, "low_confidence"), here, ks)
             assert torch.equal(chosen, exact)
             stepped_back += not is_clear(confidence(row, tokens, "low_confidence", torch.float32), here, ks)
     assert 3 <= stepped_back <= 16
@@ -74,8 +74,8 @@ def test_small_probabilities_are_told_apart_in_float32(scale: float, least: int)
     clear = 0
     for seed in range(32):
         logits, here = scale * noise(1, 8, 50_000, seed=seed), torch.ones(1, 8, dtype=torch.bool)
-        tokens, chosen = decide(logits, here, [2], Rule(), NO_DRAW)
-        assert torch.equal(chosen, surest(confidence(logits, tokens, "low_confidence"), here, [2]))
+        tokens, chosen = commit_tokens(logits, here, [2], Rule(), NO_DRAW)
+        assert torch.equal(chosen, topk_confident(confidence(logits, tokens, "low_confidence"), here, [2]))
         clear += is_clear(confidence(logits, tokens, "low_confidence", torch.float32), here, [2])
     assert clear >= least
 

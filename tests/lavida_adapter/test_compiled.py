@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lavida_adapter import DecodeConfig, Lavida, Prefix
-from lavida_adapter.compiled import Compiled, CompiledSteps, check_compiler, store_by_column
-from lavida_adapter.engine import Steps, step_logits
+from lavida_adapter.compiled import CompiledEngine, CompiledSteps, check_compiler, store_by_column
+from lavida_adapter.engine import DecodeSteps, step_logits
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 A = 6
@@ -47,21 +47,21 @@ def test_one_graph_serves_every_length(model: Lavida, padded: int) -> None:
         expected = model.lm.prefill(*given)
         for found, eager in zip((*cache.keys, *cache.values), (*expected.keys, *expected.values), strict=True):
             torch.testing.assert_close(found, eager, rtol=0, atol=1e-5)
-        logits = Steps(model.lm, cache, A, step)(ids, want)
-        torch.testing.assert_close(logits, Steps(model.lm, expected, A)(ids, want), rtol=0, atol=1e-5)
+        logits = DecodeSteps(model.lm, cache, A, step)(ids, want)
+        torch.testing.assert_close(logits, DecodeSteps(model.lm, expected, A)(ids, want), rtol=0, atol=1e-5)
     assert len(graphs) == 2
 
 
 @torch.inference_mode()
 def test_all_slots_are_asked_for_by_number(model: Lavida) -> None:
     cache, ids = model.prefill(prefix(9), A), torch.full((2, A), model.config.lm.mask_token_id)
-    eager, asked = Steps(model.lm, cache, A), []
+    eager, asked = DecodeSteps(model.lm, cache, A), []
 
     def step(lm: Any, ids: Any, want: Any, *rest: Any) -> torch.Tensor:
         asked.append(want)
         return step_logits(lm, ids, want, *rest)
 
-    steps = CompiledSteps(Steps(model.lm, cache, A, step))
+    steps = CompiledSteps(DecodeSteps(model.lm, cache, A, step))
     torch.testing.assert_close(steps(ids), eager(ids), rtol=0, atol=1e-6)
     want = torch.tensor([[0, 2], [5, 1]])
     assert torch.equal(steps(ids, want), eager(ids, want))
@@ -111,4 +111,4 @@ def test_compiled_answers_are_the_same(model: Lavida, knobs: dict[str, Any]) -> 
             for engine in ("eager", "compile")
         ]
         assert torch.equal(*ids)
-    assert isinstance(model._launchers["compile", "cpu"], Compiled)
+    assert isinstance(model._launchers["compile", "cpu"], CompiledEngine)

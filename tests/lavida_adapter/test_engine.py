@@ -8,8 +8,8 @@ import torch
 from experiments.bench import plain
 from lavida_adapter import DecodeConfig, Lavida, Prefix
 from lavida_adapter.denoise import denoise, start
-from lavida_adapter.engine import Steps, pick
-from lavida_adapter.replay import KEPT, Recorder, ReplayedSteps
+from lavida_adapter.engine import DecodeSteps, pick
+from lavida_adapter.replay import KEPT, GraphCache, ReplayedSteps
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 A, MASK = 6, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -37,7 +37,7 @@ def answers(model: Lavida) -> torch.Tensor:
 def test_steps_equal_the_differentiable_decoder(model: Lavida, mask: torch.Tensor | None, room: int) -> None:
     cache, ids = model.prefill(prefix(mask=mask), room=room), answers(model)
     expected = model.lm.logits(model.lm.decode(model.lm.wte(ids), cache))
-    before, steps = cache.digest(), Steps(model.lm, cache, A)
+    before, steps = cache.digest(), DecodeSteps(model.lm, cache, A)
     want = torch.tensor([[0, 3, 5], [4, 2, 2]])
     for _ in range(2):  # what the first step leaves behind does not show in the second
         torch.testing.assert_close(steps(ids), expected, rtol=0, atol=1e-5)
@@ -52,14 +52,14 @@ def test_steps_equal_the_differentiable_decoder(model: Lavida, mask: torch.Tenso
 @pytest.mark.parametrize("n_prompt", [5, 64, 70])
 def test_a_recording_answers_like_single_kernels(model: Lavida, n_prompt: int, knobs: dict[str, Any]) -> None:
     """The recorded function, without a recording: what a GPU replays. Buckets, masks and buffers are all there."""
-    recorder = Recorder(model.lm)
+    recorder = GraphCache(model.lm)
     decode = DecodeConfig(max_new_tokens=A, **knobs)
     mask_id = model.config.lm.mask_token_id
     for seed in range(2):
         prompt = prefix(n_prompt, MASK if n_prompt == 5 else None, seed)
         cache, ids = model.prefill(prompt), answers(model)
         logits = ReplayedSteps(recorder, cache)(ids).clone()
-        torch.testing.assert_close(logits, Steps(model.lm, cache, A)(ids), rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits, DecodeSteps(model.lm, cache, A)(ids), rtol=0, atol=1e-5)
         blank = start(2, decode, mask_id, (), torch.device("cpu"))
         found, forwards, _, _ = denoise(
             ReplayedSteps(recorder, cache), blank, decode, mask_id, least_slots=decode.block
@@ -71,7 +71,7 @@ def test_a_recording_answers_like_single_kernels(model: Lavida, n_prompt: int, k
 
 @torch.inference_mode()
 def test_few_recordings_are_kept(model: Lavida) -> None:
-    recorder, ids = Recorder(model.lm), answers(model)
+    recorder, ids = GraphCache(model.lm), answers(model)
     for n in range(1, KEPT + 3):
         ReplayedSteps(recorder, model.prefill(prefix(64 * n)))(ids)
     assert [key[3] for key in recorder._kept] == [64 * n for n in range(3, KEPT + 3)]
@@ -107,5 +107,5 @@ def test_graphs_need_a_gpu(model: Lavida) -> None:
 def test_the_plain_twin_gives_the_same_ids(model: Lavida, knobs: dict[str, Any]) -> None:
     """Keys rotated at every step, concatenated, all logits in float64: another way to the same answer."""
     decode, prompt = DecodeConfig(max_new_tokens=12, **knobs), prefix(40)
-    twin = plain.generate(model.lm, prompt.embeds_BPD, decode, model.config.lm.mask_token_id)
+    twin = plain.plain_generate(model.lm, prompt.embeds_BPD, decode, model.config.lm.mask_token_id)
     assert torch.equal(twin, model.generate(prompt, decode).ids_BA)

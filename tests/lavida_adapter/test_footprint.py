@@ -9,7 +9,7 @@ from torch import Tensor
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
 from lavida_adapter.footprint import Shape, footprint, kept_bytes
 from lavida_adapter.prompt import training_example
-from shirg import ShirgGate
+from shirg import ShirgSelector
 from tests.lavida_adapter.tiny import picture, tiny_config, tiny_model, tokenizer
 
 LAYERS = "vision_tower.vision_tower.vision_model.encoder.layers"
@@ -31,7 +31,7 @@ def real(lora: LoraConfig, objective: ObjectiveConfig, recompute: bool) -> int:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    selector = ShirgGate(budget=20, scaffold={"size": 2}, weights={"similarity": 0})
+    selector = ShirgSelector(budget=20, scaffold={"size": 2}, weights={"similarity": 0})
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model.loss(BATCH, selector, objective, torch.Generator().manual_seed(0))
     assert loss.requires_grad

@@ -10,18 +10,18 @@ from PIL import Image
 
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, add_lora
-from lavida_adapter.geometries import SINGLE, cells_of, cut, geometry_layout, ready
+from lavida_adapter.geometries import SINGLE_VIEW, cells_of, cut, geometry_layout, ready
 from lavida_adapter.relevance import LmEmbed
 from lavida_adapter.views import patch_pixels, pooled_count
-from shirg import Geometry, Selector, ShirgGate, Source
+from shirg import Geometry, Selector, ShirgSelector, Source
 from tests.lavida_adapter.tiny import PATCH, picture, tiny_config, tiny_model
 
 GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "single_512", "fovea")
 
 
-def gate(geometry: Geometry, **knobs: Any) -> ShirgGate:
+def gate(geometry: Geometry, **knobs: Any) -> ShirgSelector:
     coarse = {"size": 1, "source": "global" if geometry in ("fovea", "lavida_tiles") else "canvas"}
-    return ShirgGate(**{"budget": 10, "geometry": geometry, "scaffold": coarse, **knobs})
+    return ShirgSelector(**{"budget": 10, "geometry": geometry, "scaffold": coarse, **knobs})
 
 
 def test_true_sizes() -> None:
@@ -43,7 +43,7 @@ def test_views_at_true_size(size: tuple[int, int]) -> None:
     views = {geometry: cut(image, config, geometry) for geometry in GEOMETRIES}
     shapes = [tuple(v.pixels_V3SS.shape) for v in views.values()]
     assert shapes == [(5, 3, 384, 384), (1, 3, 672, 672), (1, 3, 504, 504), (2, 3, 448, 448)]
-    assert all(bool(views[single].valid_N.all()) for single in SINGLE)
+    assert all(bool(views[single].valid_N.all()) for single in SINGLE_VIEW)
     for v in views.values():
         assert v.size == size and v.base_count == pooled_count(size, config)
         px = v.layout.canvas_px[0]
@@ -115,10 +115,10 @@ def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
             assert count == used and (used == 10 or selector.may_use_less)
             assert selection.source_BT[0, selection.mask_BT[0]].unique().tolist() in ([0, 1], [0])
     base = model.encode(images, questions, Pooled()).n_visual
-    short = {} if geometry in SINGLE else {"underflow": "mask"}  # a view without padding is never short of tokens
+    short = {} if geometry in SINGLE_VIEW else {"underflow": "mask"}  # a view without padding is never short of tokens
     matched = model.encode(images, questions, gate(geometry, budget="matched", **short), relevance=LmEmbed())
     assert all(n <= b for n, b in zip(matched.n_visual, base, strict=True))
-    if geometry in SINGLE:
+    if geometry in SINGLE_VIEW:
         cells = {"single_672": 25, "single_512": 16}[geometry]
         assert matched.n_visual[0] == min(base[0], cells)
         assert model.encode(images[:1], questions[:1], Full(newline="none", geometry=geometry)).n_visual == (cells,)
@@ -126,7 +126,7 @@ def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
 
 def test_edges_of_pixels_reach_the_selector() -> None:
     model = tiny_model()
-    selector = ShirgGate(
+    selector = ShirgSelector(
         budget=5, weights={"similarity": 0, "neighbor": 0, "edge": 1}, edge_space="pixels", scaffold={"size": 0}
     )
     image = Image.new("RGB", (40, 40), (90, 90, 90))
@@ -141,7 +141,7 @@ def test_edges_of_pixels_reach_the_selector() -> None:
 def test_the_prefix_cache_is_exact(geometry: Geometry, knobs: dict[str, Any]) -> None:
     """Answer states behind the cache equal those of one pass in which the prompt does not see the answer."""
     model = tiny_model()
-    knobs = {name: value for name, value in knobs.items() if name != "underflow" or geometry not in SINGLE}
+    knobs = {name: value for name, value in knobs.items() if name != "underflow" or geometry not in SINGLE_VIEW}
     prefix = model.encode([picture((30, 22))], ["which one"], gate(geometry, **knobs), relevance=LmEmbed())
     answer = model.lm.wte(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():

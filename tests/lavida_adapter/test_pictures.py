@@ -9,7 +9,7 @@ from torch import Tensor
 from baselines import Pooled
 from lavida_adapter import Lavida, Prefix
 from lavida_adapter.prompt import encode_text
-from lavida_adapter.relevance import Context, LmEmbed, NoRelevance
+from lavida_adapter.relevance import LmEmbed, NoRelevance, RelevanceContext
 from lavida_adapter.views import make_views
 from shirg import Selection, Selector, Source, VisionFeatures
 from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
@@ -37,9 +37,9 @@ class Question:
     space = "lm"
 
     def __init__(self) -> None:
-        self.contexts: list[Context] = []
+        self.contexts: list[RelevanceContext] = []
 
-    def __call__(self, features: VisionFeatures, context: Context) -> Tensor:
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         self.contexts.append(context)
         return context.projected().detach().sum(-1)
 

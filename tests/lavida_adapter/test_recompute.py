@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
 from lavida_adapter.relevance import LmEmbed
-from shirg import ShirgGate
+from shirg import ShirgSelector
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 LAYERS = "vision_tower.vision_tower.vision_model.encoder.layers"
@@ -37,7 +37,7 @@ def model(recompute: bool) -> Lavida:
 def loss(found: Lavida, **objective: Any) -> Tensor:
     batch = TrainBatch([picture((40, 40)), picture((100, 26))], ["digit red", "hm?"], ["7", "blue"], ["a", "b"])
     settings = ObjectiveConfig(extra_padding=0, **objective)
-    selector = ShirgGate(budget=10, scaffold={"size": 2}, newline="row")
+    selector = ShirgSelector(budget=10, scaffold={"size": 2}, newline="row")
     torch.manual_seed(1)  # for dropout
     return found.loss(batch, selector, settings, torch.Generator().manual_seed(0), relevance=LmEmbed())
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lavida_adapter.relevance import Context, External, LmEmbed, NoRelevance
+from lavida_adapter.relevance import External, LmEmbed, NoRelevance, RelevanceContext
 from shirg import VisionFeatures
 from tests.features import make_features
 from tests.lavida_adapter.tiny import noise
@@ -32,9 +32,9 @@ def embedding() -> nn.Embedding:
     return table
 
 
-def context(embedding: nn.Embedding, projected: Tensor | None = None, questions: Any = QUESTIONS) -> Context:
+def context(embedding: nn.Embedding, projected: Tensor | None = None, questions: Any = QUESTIONS) -> RelevanceContext:
     table = noise(2, N, WIDE, seed=2) + 1 if projected is None else projected
-    return Context(lambda: table, questions, embedding)
+    return RelevanceContext(lambda: table, questions, embedding)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

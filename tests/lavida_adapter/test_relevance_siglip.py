@@ -8,9 +8,9 @@ import torch
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 from lavida_adapter import Lavida
-from lavida_adapter.relevance import Context
+from lavida_adapter.relevance import RelevanceContext
 from lavida_adapter.relevance_siglip import SiglipText
-from shirg import ShirgGate
+from shirg import ShirgSelector
 from tests.features import make_features
 from tests.lavida_adapter.tiny import noise, picture, tiny_model, tokenizer
 
@@ -49,8 +49,8 @@ def model_of(provider: SiglipText) -> Lavida:
     return model
 
 
-def context(model: Lavida, *texts: str) -> Context:
-    return Context(lambda: torch.empty(0), [], model.lm.wte, texts, model.model.vision_tower)
+def context(model: Lavida, *texts: str) -> RelevanceContext:
+    return RelevanceContext(lambda: torch.empty(0), [], model.lm.wte, texts, model.model.vision_tower)
 
 
 def test_of_one_token_it_is_siglips_own_similarity(provider: SiglipText) -> None:
@@ -82,7 +82,7 @@ def test_views_are_strangers_and_questions_matter(provider: SiglipText) -> None:
 
 def test_the_model_hands_over_questions_and_tower(provider: SiglipText) -> None:
     model = model_of(provider)
-    gate = ShirgGate(budget=12, scaffold={"size": 0})
+    gate = ShirgSelector(budget=12, scaffold={"size": 0})
     image = picture((40, 40))
     first, second = (
         model.encode([image], [question], gate, relevance=provider).selections[0].scores_BN
@@ -104,7 +104,7 @@ def test_a_tower_that_is_not_siglips_is_refused(provider: SiglipText, folder: Pa
     with pytest.raises(ValueError, match="tolerance=0.01"):
         SiglipText(path=folder, tolerance=0.01)(features, context(moved, "digit red"))
     with pytest.raises(ValueError, match=r"Context\.tower is None"):
-        provider(features, Context(lambda: torch.empty(0), [], moved.lm.wte, ("digit red",)))
+        provider(features, RelevanceContext(lambda: torch.empty(0), [], moved.lm.wte, ("digit red",)))
 
 
 def test_bad_paths_and_tolerances(folder: Path) -> None:

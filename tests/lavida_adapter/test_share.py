@@ -10,7 +10,7 @@ import torch
 
 from baselines import Pooled
 from lavida_adapter import LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.share import Share
+from lavida_adapter.share import Shard
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 WORLD = 2
@@ -32,7 +32,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Threaded(Share):
+class Threaded(Shard):
     table: Table = field(default_factory=Table)
 
     def largest(self, n: int) -> int:
@@ -53,7 +53,7 @@ def batch(rows: range) -> TrainBatch:
     )
 
 
-def step(rows: range, objective: ObjectiveConfig, share: Share) -> tuple[float, dict[str, torch.Tensor]]:
+def step(rows: range, objective: ObjectiveConfig, share: Shard) -> tuple[float, dict[str, torch.Tensor]]:
     with LOCK, torch.random.fork_rng():  # threads share the random state
         model = tiny_model()
         torch.manual_seed(0)
@@ -71,7 +71,7 @@ LOCK = threading.Lock()
 )
 def test_the_mean_over_processes_is_the_global_batch(knobs: dict[str, Any]) -> None:
     objective = ObjectiveConfig(**({"extra_padding": 6} | knobs))
-    whole, gradients = step(range(4), objective, Share())
+    whole, gradients = step(range(4), objective, Shard())
     table = Table()
     with ThreadPoolExecutor(WORLD) as pool:
         work = [
@@ -88,9 +88,9 @@ def test_the_mean_over_processes_is_the_global_batch(knobs: dict[str, Any]) -> N
 
 def test_rows_are_cut_from_what_all_draw() -> None:
     drawn = torch.arange(6)
-    assert [Share(r, 3).rows(drawn).tolist() for r in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert Share().rows(drawn).tolist() == list(range(6))
+    assert [Shard(r, 3).rows(drawn).tolist() for r in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert Shard().rows(drawn).tolist() == list(range(6))
 
 
 def test_one_process_agrees_with_itself() -> None:
-    assert (Share.here(), Share().largest(5), Share().mean(7)) == (Share(0, 1), 5, 7)
+    assert (Shard.here(), Shard().largest(5), Shard().mean(7)) == (Shard(0, 1), 5, 7)

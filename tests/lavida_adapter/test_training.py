@@ -14,10 +14,10 @@ from baselines import Pooled, Random
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora, load_adapter, merge_lora
 from lavida_adapter import save_adapter as save
 from lavida_adapter.loss import draw_loss
-from lavida_adapter.mix import Mix
+from lavida_adapter.mix import SelectorSchedule
 from lavida_adapter.module import LavidaModule, OptimConfig
 from lavida_adapter.relevance import LmEmbed
-from shirg import Selector, ShirgGate
+from shirg import Selector, ShirgSelector
 from tests.lavida_adapter.test_module import _Losses, draw, fit, trained
 from tests.lavida_adapter.tiny import tiny_model
 
@@ -38,9 +38,9 @@ PLAIN = LoraConfig(rank=2, targets=("mm_projector.0",))
 RATES_PLAIN = OptimConfig(steps=5, lr=0.02, warmup=2)
 
 
-def gate(**knobs: Any) -> ShirgGate:
+def gate(**knobs: Any) -> ShirgSelector:
     defaults: dict[str, Any] = {"budget": 10, "scaffold": {"size": 2}, "newline": "row"}
-    return ShirgGate(**defaults | {"coord_embed": "sincos_linear", "coord_width": 16} | knobs)
+    return ShirgSelector(**defaults | {"coord_embed": "sincos_linear", "coord_width": 16} | knobs)
 
 
 def module(
@@ -159,7 +159,7 @@ def test_the_picture_is_encoded_once_for_both_copies(monkeypatch: pytest.MonkeyP
 
 def test_the_budget_of_a_step() -> None:
     small, large = Random(budget=4), Random(budget=9)
-    mix = Mix(((small, large), (Pooled(),)))
+    mix = SelectorSchedule(((small, large), (Pooled(),)))
     chosen = [mix.at(seed=3, step=step) for step in range(60)]
     assert all(isinstance(s, Pooled) for s in chosen[1::2])
     assert chosen == [mix.at(3, step) for step in range(60)]
@@ -168,7 +168,7 @@ def test_the_budget_of_a_step() -> None:
 
 
 def test_a_run_trains_with_the_selector_of_each_step() -> None:
-    mix = Mix(((Random(budget=4), Random(budget=9), Pooled()),))
+    mix = SelectorSchedule(((Random(budget=4), Random(budget=9), Pooled()),))
     losses: list[float] = []
     fit(plain(mix=mix), 4, callbacks=[_Losses(losses)])
     by_hand = plain()

@@ -16,7 +16,7 @@ from lavida_adapter.objective import mask_probability, masked_cross_entropy, mas
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE, Example
 from lavida_adapter.schedule import tokens_per_step
-from lavida_adapter.share import Share
+from lavida_adapter.share import Shard
 from tests.parity.conftest import Golden
 from tests.parity.test_vision import picture_blocks
 
@@ -148,7 +148,7 @@ def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
 
 
 @dataclass(frozen=True)
-class Replay(Share):
+class Replay(Shard):
     """The fixture's draws in place of fresh ones."""
 
     t_B: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -177,7 +177,7 @@ def test_training_loss_through_the_module(golden: Golden, close, monkeypatch: py
     u_BL = torch.ones(b, saved["input_ids"].shape[1] - 1 + len(block))
     u_BL[:, -saved["u_after_image"].shape[1] :] = saved["u_after_image"]
     u_BL[:, 0] = saved["u_min"]  # a prompt token, so that it is the row's smallest and no target
-    monkeypatch.setattr(Share, "here", lambda: Replay(t_B=saved["t"], u_BL=u_BL))
+    monkeypatch.setattr(Shard, "here", lambda: Replay(t_B=saved["t"], u_BL=u_BL))
     module = LavidaModule(golden.model, Pooled(), None, ObjectiveConfig(), OptimConfig(steps=1, lr=1.0), seed=0)
     loss = module.loss(TrainBatch([image] * b, ids, ids, ids), torch.Generator())
     close("training loss, through the module", loss[None], saved["loss"], 1e-4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shirg import ShirgGate
+from shirg import ShirgSelector
 from shirg.adaptive import TEMPERATURES, AdaptiveHead, effective_number
 from shirg.knobs import Adaptive
 from tests.features import make_features
@@ -60,14 +60,14 @@ def test_the_smallest_level_that_is_good_enough(bias: list[float], level: int) -
 
 def test_an_untrained_head_keeps_everything() -> None:
     features = make_features((2, 2), sizes=[(640, 480), (480, 640)])
-    gate = ShirgGate(budget=69, adaptive={"mode": "head"}, scaffold={"size": 3})
+    gate = ShirgSelector(budget=69, adaptive={"mode": "head"}, scaffold={"size": 3})
     assert gate(features).mask_BT.sum(-1).tolist() == [69, 69]
     assert gate.may_use_less
 
 
 def test_levels_are_fixed_for_training_and_share_the_head() -> None:
     features = make_features((2, 2), sizes=[(640, 480), (480, 640)])
-    gate = ShirgGate(budget=69, adaptive={"mode": "head"}, scaffold={"size": 3})
+    gate = ShirgSelector(budget=69, adaptive={"mode": "head"}, scaffold={"size": 3})
     fixed = [gate.at_level(i) for i in range(3)]
     assert [f(features).mask_BT.sum(-1).tolist() for f in fixed] == [[9 + k] * 2 for k in (30, 45, 60)]
     assert gate.level is None and all(f.head is gate.head for f in fixed)
@@ -76,7 +76,7 @@ def test_levels_are_fixed_for_training_and_share_the_head() -> None:
     assert gate.head is not None
     gradient = gate.head.linear.weight.grad
     assert gradient is not None and gradient[0].abs().min() > 0 and gradient[1:].abs().max() == 0
-    plain = ShirgGate(budget=69, scaffold={"size": 3})(features)
+    plain = ShirgSelector(budget=69, scaffold={"size": 3})(features)
     assert plain.expected_B is None and torch.equal(plain.tokens_BTD, gate(features).tokens_BTD)
 
 
@@ -100,5 +100,5 @@ def test_knobs_that_mean_nothing(knobs: dict[str, Any], sentence: str) -> None:
 def test_the_tolerance_decides_how_early_to_stop() -> None:
     features = make_features((2, 2), sizes=[(640, 480)])
     for tolerance, kept in ((0.0, 69), (0.3, 54), (0.6, 39)):
-        gate = ShirgGate(budget=69, adaptive={"mode": "head", "tolerance": tolerance}, scaffold={"size": 3})
+        gate = ShirgSelector(budget=69, adaptive={"mode": "head", "tolerance": tolerance}, scaffold={"size": 3})
         assert gate(features).mask_BT.sum().item() == kept

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shirg import ShirgGate, Source
+from shirg import ShirgSelector, Source
 from shirg.coords import CoordEmbed, sincos
 from tests.features import make_features
 
@@ -39,10 +39,10 @@ def test_widths_and_heights_count() -> None:
 
 def test_coordinates_start_silent_and_then_count() -> None:
     features = make_features((2, 2))
-    plain_gate = ShirgGate(budget=69, **SMALL)
-    gate = ShirgGate(budget=69, coord_embed="sincos_linear", coord_width=16, newline="row", **SMALL)
+    plain_gate = ShirgSelector(budget=69, **SMALL)
+    gate = ShirgSelector(budget=69, coord_embed="sincos_linear", coord_width=16, newline="row", **SMALL)
     assert [name for name, _ in gate.named_parameters()] == ["coords.linear.weight", "coords.linear.bias"]
-    rows = ShirgGate(budget=69, newline="row", **SMALL)(features)
+    rows = ShirgSelector(budget=69, newline="row", **SMALL)(features)
     assert torch.equal(gate(features).tokens_BTD, rows.tokens_BTD)
     assert gate.coords is not None
     torch.nn.init.normal_(gate.coords.linear.weight, generator=torch.Generator().manual_seed(0))
@@ -51,4 +51,4 @@ def test_coordinates_start_silent_and_then_count() -> None:
     assert torch.equal(changed, moved.mask_BT & (moved.source_BT != int(Source.NEWLINE)))
     assert torch.equal(moved.index_BT, rows.index_BT) and not list(plain_gate.parameters())
     with pytest.raises(ValueError, match="coord_width=8, but the tokens are 16 wide"):
-        ShirgGate(budget=69, coord_embed="sincos_linear", coord_width=8, **SMALL)(features)
+        ShirgSelector(budget=69, coord_embed="sincos_linear", coord_width=8, **SMALL)(features)

@@ -5,12 +5,12 @@ import torch
 
 from shirg import Source, VisionFeatures
 from shirg.coverage import scaffold_tokens
-from shirg.seats import Seats, seat
+from shirg.seats import CellAssignment, assign_cells
 from tests.features import SIZES, make_features
 
 
-def seats(features: VisionFeatures) -> Seats:
-    return seat(features.layout, features.valid_BN, features.relevance_BN, "relevance")
+def seats(features: VisionFeatures) -> CellAssignment:
+    return assign_cells(features.layout, features.valid_BN, features.relevance_BN, "relevance")
 
 
 def exact(features: VisionFeatures, sample: int, size: int, source: str) -> tuple[torch.Tensor, torch.Tensor]:

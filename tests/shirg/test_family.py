@@ -12,14 +12,14 @@ from torch import Tensor
 from shirg import (
     Pooling,
     Selection,
-    ShirgGate,
+    ShirgSelector,
     Source,
     VisionFeatures,
     crops_layout,
     fovea_layout,
+    layout_tables,
     regions,
     single_layout,
-    tables,
 )
 from tests.features import features_for, geometry_layout, make_features, mirror
 from tests.shirg import plain
@@ -29,10 +29,10 @@ PUBLISHED = {"shirg": 980, "shirg_div": 980, "shirg_672": 1216, "shirg_v2": 769,
 PUBLISHED |= {"shirg_fovea": 980}
 
 
-def variant(name: str, **knobs: Any) -> ShirgGate:
+def variant(name: str, **knobs: Any) -> ShirgSelector:
     own = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     drop = ("defaults", "_target_")
-    return ShirgGate(**{**{k: v for k, v in own.items() if k not in drop}, "budget": PUBLISHED[name], **knobs})
+    return ShirgSelector(**{**{k: v for k, v in own.items() if k not in drop}, "budget": PUBLISHED[name], **knobs})
 
 
 def kept(chosen: Selection, sample: int = 0) -> list[int]:
@@ -65,7 +65,7 @@ def test_published_numbers_at_true_geometry(name: str, expected: list[int]) -> N
 
 def test_the_notes_canvas_holds_2304_cells() -> None:
     layout = crops_layout(48, 27, 14, Pooling(side=14))
-    table = tables(layout)
+    table = layout_tables(layout)
     assert layout.n_tokens == 3645 and len(table.candidate_MC) == 2304 and layout.overlaps
     several = (table.candidate_MC >= 0).sum(-1)
     assert torch.bincount(several).tolist() == [0, 1323, 693, 252, 0, 36]
@@ -81,7 +81,7 @@ def test_the_notes_canvas_holds_2304_cells() -> None:
 def test_a_cell_goes_to_its_most_relevant_token() -> None:
     layout = geometry_layout("seed_canvas48", 6)
     features = make_features(layout=layout, sizes=[(640, 640), (640, 480)], seed=2)
-    gate = ShirgGate(budget=60, geometry="seed_canvas48", scaffold={"size": 0})
+    gate = ShirgSelector(budget=60, geometry="seed_canvas48", scaffold={"size": 0})
     chosen = gate(features)
     cell_N = layout.cell_N2 @ torch.tensor([layout.canvas[1], 1])
     assert features.relevance_BN is not None
@@ -98,13 +98,13 @@ def test_equal_relevance_goes_to_the_token_deepest_in_its_crop_then_to_the_first
     features = make_features(layout=layout, sizes=[(640, 640)])
     flat = replace(features, relevance_BN=torch.zeros(1, layout.n_tokens))
     weights = {"similarity": 1.0, "neighbor": 0.3}
-    index = kept(ShirgGate(budget=100, geometry="seed_canvas48", weights=weights, scaffold={"size": 0})(flat))
+    index = kept(ShirgSelector(budget=100, geometry="seed_canvas48", weights=weights, scaffold={"size": 0})(flat))
     view_of = {tuple(layout.cell_N2[i].tolist()): int(layout.view_N[i]) for i in index}
     assert view_of[(0, 0)] == 0 and view_of[(0, 9)] == 1 and view_of[(9, 0)] == 2 and view_of[(9, 9)] == 3
     assert view_of[(4, 4)] == 4, "two cells inside the centre crop, on the border of the others"
     assert view_of[(0, 4)] == 0, "on the border of both: the first crop"
     assert (
-        ShirgGate(budget=100, geometry="seed_canvas48", dedup="border", scaffold={"size": 0})(features)
+        ShirgSelector(budget=100, geometry="seed_canvas48", dedup="border", scaffold={"size": 0})(features)
         .index_BT[0]
         .tolist()
         == index
@@ -114,7 +114,7 @@ def test_equal_relevance_goes_to_the_token_deepest_in_its_crop_then_to_the_first
 def test_who_stands_back_gets_no_gradient() -> None:
     features = make_features(layout=geometry_layout("seed_canvas48", 6), sizes=[(640, 640)], seed=2)
     x = features.tokens_BND.clone().requires_grad_()
-    gate = ShirgGate(budget=64, geometry="seed_canvas48", scaffold={"size": 2, "source": "canvas"})
+    gate = ShirgSelector(budget=64, geometry="seed_canvas48", scaffold={"size": 2, "source": "canvas"})
     (grad,) = torch.autograd.grad(gate(replace(features, tokens_BND=x)).tokens_BTD.sum(), x)
     layout, r = features.layout, features.relevance_BN
     assert r is not None
@@ -128,7 +128,7 @@ def test_means_of_cells() -> None:
     layout = geometry_layout("seed_canvas48", 6)
     features = make_features(layout=layout, sizes=[(640, 640)])
     knobs: dict[str, Any] = {"geometry": "seed_canvas48", "dedup": "mean", "underflow": "mask", "scaffold": {"size": 0}}
-    chosen = ShirgGate(budget=100, **knobs)(features)
+    chosen = ShirgSelector(budget=100, **knobs)(features)
     for slot in range(100):
         cell = torch.tensor([slot // 10, slot % 10])
         members = (layout.cell_N2 == cell).all(-1).nonzero().flatten()
@@ -139,7 +139,7 @@ def test_means_of_cells() -> None:
 def test_doubles_fill_up_last() -> None:
     layout = geometry_layout("seed_canvas48", 6)
     features = make_features(layout=layout, sizes=[(1000, 300)])
-    gate = ShirgGate(budget=40, geometry="seed_canvas48", scaffold={"size": 0})
+    gate = ShirgSelector(budget=40, geometry="seed_canvas48", scaffold={"size": 0})
     cells = layout.cell_N2[kept(gate(features))]
     distinct = len({tuple(c) for c in layout.cell_N2[features.valid_BN[0]].tolist()})
     assert distinct < 40 and len(cells) == 40 and len({tuple(c) for c in cells.tolist()}) == distinct
@@ -212,7 +212,7 @@ def test_every_region_keeps_a_token(name: str, seed: int) -> None:
     rows = regions(features.layout, 4, 0)
     if name == "shirg_v2":
         assert len(rows) == 5 * 9
-    places = tables(features.layout).place_N
+    places = layout_tables(features.layout).place_N
     chosen = gate(features)
     for sample in range(2):
         taken = set(places[kept(chosen, sample)].tolist())
@@ -228,25 +228,25 @@ def test_regions_partition_the_places() -> None:
         (crops_layout(48, 27, 14, Pooling(side=14)), 4, 144),
     ):
         rows = regions(layout, cells, 0)
-        n_places = len(tables(layout).centre_P2)
+        n_places = len(layout_tables(layout).centre_P2)
         members = rows[rows < n_places]
         assert len(rows) == count and sorted(members.tolist()) == list(range(n_places))
 
 
 def test_more_regions_than_tokens_is_refused() -> None:
-    gate = ShirgGate(budget=30, coverage=2)
+    gate = ShirgSelector(budget=30, coverage=2)
     with pytest.raises(ValueError, match=r"has 100 regions to cover, but only 5 tokens are kept"):
         gate(make_features((2, 2)))
 
 
 def test_the_summary_is_the_mean_of_what_was_left() -> None:
     features = make_features((2, 2), sizes=[(640, 480)])
-    chosen = ShirgGate(budget=61, scaffold={"size": 0}, summary=True)(features)
+    chosen = ShirgSelector(budget=61, scaffold={"size": 0}, summary=True)(features)
     left = features.valid_BN[0].clone()
     left[kept(chosen)] = False
     assert chosen.source_BT[0, -1] == Source.SUMMARY and chosen.index_BT[0, -1] == -1
     assert torch.allclose(chosen.tokens_BTD[0, -1], features.tokens_BND[0, left].mean(0), atol=1e-6)
-    everything = ShirgGate(budget=features.n_valid[0] + 1, scaffold={"size": 0}, summary=True)(features)
+    everything = ShirgSelector(budget=features.n_valid[0] + 1, scaffold={"size": 0}, summary=True)(features)
     assert torch.allclose(everything.tokens_BTD[0, -1], features.tokens_BND[0, features.valid_BN[0]].mean(0), atol=1e-6)
 
 
@@ -254,7 +254,7 @@ def test_the_summary_is_the_mean_of_what_was_left() -> None:
 def test_mirrored_features_give_mirrored_cells(geometry: Any) -> None:
     weights = {"centre": 0.2, "variance": 0.3, "edge": 0.2}
     source = "canvas" if geometry == "single_672" else "global"
-    gate = ShirgGate(budget=60, geometry=geometry, weights=weights, scaffold={"size": 2, "source": source})
+    gate = ShirgSelector(budget=60, geometry=geometry, weights=weights, scaffold={"size": 2, "source": source})
     features = make_features(layout=geometry_layout(geometry, 8), sizes=[(640, 640)])
     last = features.layout.canvas[1] - 1
     here = {tuple(features.layout.cell_N2[i].tolist()) for i in kept(gate(features))}
@@ -268,7 +268,7 @@ def test_tome_merges_the_most_similar_neighbours() -> None:
     x[0, 6] = x[0, 5] + 0.1 * x[0, 6]  # cell (1, 2) resembles (1, 1), which is white and goes there
     features = make_features(layout=layout, sizes=[(640, 640)], tokens=x, relevance=torch.arange(16.0)[None])
     knobs: dict[str, Any] = {"geometry": "single_672", "scaffold": {"size": 0}, "weights": {"neighbor": 0}}
-    chosen = ShirgGate(budget=15, merge={"mode": "tome", "share": 0.07}, **knobs)(features)
+    chosen = ShirgSelector(budget=15, merge={"mode": "tome", "share": 0.07}, **knobs)(features)
     assert kept(chosen) == [i for i in range(16) if i not in (5, 6)]
     slot = int((chosen.source_BT[0] == int(Source.MERGED)).nonzero())
     assert slot == 5 and chosen.index_BT[0, slot] == -1
@@ -280,7 +280,7 @@ def test_tome_merges_the_most_similar_neighbours() -> None:
 
 def test_diversity_picks_one_by_one() -> None:
     features = make_features((2, 2), side=5, sizes=[(768, 768)])
-    gate = ShirgGate(budget=12, diversity={"mode": "mmr", "weight": 0.7}, scaffold={"size": 0})
+    gate = ShirgSelector(budget=12, diversity={"mode": "mmr", "weight": 0.7}, scaffold={"size": 0})
     scores = gate.score(features)[0].double()
     x = torch.nn.functional.normalize(features.tokens_BND[0].double(), dim=-1)
     tiles = (features.layout.role_N == 1).nonzero().flatten().tolist()
@@ -289,7 +289,7 @@ def test_diversity_picks_one_by_one() -> None:
         worth = {i: scores[i] - (0.7 * (x[i] @ x[picked].T).max() if picked else 0) for i in tiles if i not in picked}
         picked.append(max(worth, key=lambda i: float(worth[i])))
     assert kept(gate(features)) == sorted(picked, key=lambda i: int(features.layout.rank_N[i]))
-    assert kept(gate(features)) != kept(ShirgGate(budget=12, scaffold={"size": 0})(features))
+    assert kept(gate(features)) != kept(ShirgSelector(budget=12, scaffold={"size": 0})(features))
 
 
 def test_entropy_decides_how_many() -> None:
@@ -298,12 +298,12 @@ def test_entropy_decides_how_many() -> None:
     peaked, flat = torch.zeros(1, n), torch.linspace(0, 1, n)[None].clone()
     peaked[0, 100:103] = 1
     knobs: dict[str, Any] = {"scaffold": {"size": 0}, "weights": {"neighbor": 0}}
-    gate = ShirgGate(budget=100, adaptive={"mode": "entropy", "temperature": 0.3}, **knobs)
+    gate = ShirgSelector(budget=100, adaptive={"mode": "entropy", "temperature": 0.3}, **knobs)
     few, many = (gate(replace(features, relevance_BN=r)) for r in (peaked, flat))
     assert gate.may_use_less and few.mask_BT.shape == many.mask_BT.shape == (1, 100)
     assert (int(few.mask_BT.sum()), int(many.mask_BT.sum())) == (50, 100)
     assert {100, 101, 102} <= set(kept(few)) and set(kept(few)) <= set(
-        kept(ShirgGate(budget=100, **knobs)(replace(features, relevance_BN=peaked)))
+        kept(ShirgSelector(budget=100, **knobs)(replace(features, relevance_BN=peaked)))
     )
 
 
@@ -312,16 +312,16 @@ def test_the_global_view_may_compete() -> None:
     in_global = features.layout.role_N == 0
     wanted = replace(features, relevance_BN=in_global.float()[None], taps=features.taps)
     flat = {"norm": "none", "scaffold": {"size": 0}, "weights": {"neighbor": 0}}
-    assert all(in_global[kept(ShirgGate(budget=60, views="all", **flat)(wanted))])
-    assert not any(in_global[kept(ShirgGate(budget=60, **flat)(wanted))])
+    assert all(in_global[kept(ShirgSelector(budget=60, views="all", **flat)(wanted))])
+    assert not any(in_global[kept(ShirgSelector(budget=60, **flat)(wanted))])
 
 
 def test_a_selector_refuses_another_geometry() -> None:
     with pytest.raises(ValueError, match="is for geometry=fovea, the features are of lavida_tiles"):
-        ShirgGate(budget=60, geometry="fovea")(make_features((2, 2)))
+        ShirgSelector(budget=60, geometry="fovea")(make_features((2, 2)))
     features = make_features(layout=geometry_layout("fovea"))
     with pytest.raises(ValueError, match="needs VisionFeatures.base_count_B"):
-        ShirgGate(budget="matched", geometry="fovea")(replace(features, base_count_B=None))
+        ShirgSelector(budget="matched", geometry="fovea")(replace(features, base_count_B=None))
 
 
 def test_crops_must_overlap_and_cover() -> None:

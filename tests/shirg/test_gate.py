@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shirg import Selection, ShirgGate, Source, VisionFeatures, pooled_count_B
+from shirg import Selection, ShirgSelector, Source, VisionFeatures, pooled_count_B
 from shirg.knobs import Adaptive, Diversity, Merging, Neighbor, Scaffold, Weights
 from tests.features import GRIDS, SIZES, differs, layout_of, make_features, mirror, projector, through
 from tests.shirg import plain
@@ -31,7 +31,7 @@ def cells(features: VisionFeatures, index: list[int]) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_equals_the_plain_reading(grid: tuple[int, int], sign: int) -> None:
     features = make_features(grid, side=6, sizes=SIZES[grid][:2], seed=3, width=8)
-    gate = ShirgGate(budget=29, neighbor={"sign": sign}, **SMALL)
+    gate = ShirgSelector(budget=29, neighbor={"sign": sign}, **SMALL)
     for sample in range(2):
         assert kept(gate(features), sample) == plain.shirg980(features, sample, 20, sign)
 
@@ -40,7 +40,7 @@ def test_equals_the_plain_reading(grid: tuple[int, int], sign: int) -> None:
 def test_statistics_of_each_view(grid: tuple[int, int]) -> None:
     features = make_features(grid, side=5, sizes=SIZES[grid][1:2], seed=5)
     assert features.relevance_BN is not None
-    scores = ShirgGate(budget=50, norm_scope="view", weights={"neighbor": 0}).score(features)
+    scores = ShirgSelector(budget=50, norm_scope="view", weights={"neighbor": 0}).score(features)
     for view in range(features.layout.n_views):
         in_view = (features.layout.view_N == view) & features.valid_BN[0]
         members = in_view.nonzero().flatten().tolist()
@@ -50,7 +50,7 @@ def test_statistics_of_each_view(grid: tuple[int, int]) -> None:
 
 def test_published_numbers_at_true_geometry() -> None:
     features = make_features((2, 2), side=27, sizes=[(2480, 3508)], width=8)
-    chosen = ShirgGate(budget=980)(features)
+    chosen = ShirgSelector(budget=980)(features)
     assert chosen.tokens_BTD.shape == (1, 980, 8) and bool(chosen.mask_BT.all())
     assert chosen.source_BT[0].tolist() == [int(Source.SCAFFOLD)] * 64 + [int(Source.KEPT)] * 916
     assert all(features.layout.role_N[i] == 1 for i in kept(chosen))
@@ -58,7 +58,7 @@ def test_published_numbers_at_true_geometry() -> None:
 
 def test_the_scaffold_follows_the_base_models_pooled_side() -> None:
     coarse = make_features((2, 2), side=8, sizes=[(768, 768)])
-    assert int((ShirgGate(budget=80)(coarse).source_BT == int(Source.SCAFFOLD)).sum()) == 16
+    assert int((ShirgSelector(budget=80)(coarse).source_BT == int(Source.SCAFFOLD)).sum()) == 16
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -82,7 +82,7 @@ def test_the_budget_is_exact_whatever_the_content(kind: str, dtype: torch.dtype,
     features = make_features(grid, side=8, sizes=SIZES[grid][:2], layout=layout, tokens=tokens, dtype=dtype)
     if kind in ("zero", "equal"):
         features = replace(features, relevance_BN=torch.zeros(2, layout.n_tokens))
-    chosen = ShirgGate(budget=k + 4, scaffold={"size": 2})(features)
+    chosen = ShirgSelector(budget=k + 4, scaffold={"size": 2})(features)
     assert chosen.mask_BT.shape == (2, k + 4) and bool(chosen.mask_BT.all())
     assert chosen.tokens_BTD.dtype == dtype
     for sample in range(2):
@@ -92,7 +92,7 @@ def test_the_budget_is_exact_whatever_the_content(kind: str, dtype: torch.dtype,
 
 def test_the_best_are_kept() -> None:
     features = make_features((2, 2), sizes=SIZES[(2, 2)])
-    chosen = ShirgGate(budget=69, **SMALL)(features)
+    chosen = ShirgSelector(budget=69, **SMALL)(features)
     assert chosen.scores_BN is not None
     for sample in range(3):
         index = set(kept(chosen, sample))
@@ -105,7 +105,7 @@ def test_equal_scores_go_to_the_first_in_reading_order() -> None:
     layout = layout_of((2, 2), side=4)
     same = torch.ones(1, layout.n_tokens, 3)
     features = make_features(layout=layout, sizes=[(768, 768)], tokens=same, relevance=torch.zeros(1, layout.n_tokens))
-    assert kept(ShirgGate(budget=11, scaffold={"size": 1})(features)) == layout.order_N[16:26].tolist()
+    assert kept(ShirgSelector(budget=11, scaffold={"size": 1})(features)) == layout.order_N[16:26].tolist()
 
 
 def test_matched_budget_is_the_base_models_count() -> None:
@@ -113,19 +113,19 @@ def test_matched_budget_is_the_base_models_count() -> None:
     counts = pooled_count_B(features.layout, features.size_B2).tolist()
     assert counts == [1008, 834, 784]
     for newline in ("none", "row"):
-        chosen = ShirgGate(budget="matched", newline=newline)(features)
+        chosen = ShirgSelector(budget="matched", newline=newline)(features)
         assert chosen.mask_BT.sum(-1).tolist() == counts
         assert int((chosen.source_BT == int(Source.SCAFFOLD)).sum()) == 3 * 64
     # Room for the largest picture of the canvas, whichever pictures there are.
-    assert ShirgGate(budget="matched")(features[1:]).mask_BT.shape == (2, 1008)
+    assert ShirgSelector(budget="matched")(features[1:]).mask_BT.shape == (2, 1008)
 
 
 def test_newlines_come_on_top_of_a_budget_in_numbers() -> None:
     features = make_features((2, 2), sizes=[(768, 768), (768, 300)])
-    chosen = ShirgGate(budget=69, newline="row", **SMALL)(features)
+    chosen = ShirgSelector(budget=69, newline="row", **SMALL)(features)
     assert chosen.mask_BT.shape[1] == 69 + 18
     assert (chosen.mask_BT & (chosen.source_BT == int(Source.NEWLINE))).sum(-1).tolist() == [18, 7]
-    plain_rows = ShirgGate(budget=69, **SMALL)(features)
+    plain_rows = ShirgSelector(budget=69, **SMALL)(features)
     assert [kept(chosen, s) for s in range(2)] == [kept(plain_rows, s) for s in range(2)]
 
 
@@ -133,7 +133,7 @@ def test_underflow() -> None:
     features = make_features((2, 2), sizes=[(3000, 300), (768, 768)])
     tiles = features.n_valid[0] - 81
     assert tiles == 36, "a strip of two rows"
-    filled = ShirgGate(budget=69, **SMALL)(features)
+    filled = ShirgSelector(budget=69, **SMALL)(features)
     index = kept(filled)
     assert len(index) == 60 and bool(filled.mask_BT.all())
     assert sum(int(features.layout.role_N[i]) for i in index) == tiles, "every tile token first"
@@ -142,16 +142,16 @@ def test_underflow() -> None:
     assert {i for i in index if i < 81} == set(of_global)
     assert index == sorted(index, key=lambda i: int(features.layout.rank_N[i]))
 
-    masked = ShirgGate(budget=69, underflow="mask", **SMALL)(features)
+    masked = ShirgSelector(budget=69, underflow="mask", **SMALL)(features)
     assert masked.mask_BT.sum(-1).tolist() == [9 + tiles, 69]
     assert kept(masked) == [i for i in index if i >= 81]
     assert kept(masked, 1) == kept(filled, 1)
     with pytest.raises(ValueError, match=rf"picture 'picture-0' has {tiles} tile tokens.*underflow=global"):
-        ShirgGate(budget=69, underflow="raise", **SMALL)(features)
+        ShirgSelector(budget=69, underflow="raise", **SMALL)(features)
     with pytest.raises(ValueError, match=r"asks for 191 tokens, but picture 'picture-0' has .*underflow=mask"):
-        ShirgGate(budget=200, **SMALL)(features)
+        ShirgSelector(budget=200, **SMALL)(features)
     with pytest.raises(ValueError, match=r"has 405 tokens"):
-        ShirgGate(budget=500, underflow="mask", **SMALL)(features)
+        ShirgSelector(budget=500, underflow="mask", **SMALL)(features)
 
 
 def test_relevance_decides() -> None:
@@ -161,7 +161,7 @@ def test_relevance_decides() -> None:
     wanted = []
     for top, left in ((2, 3), (10, 7)):
         box = is_tile & (row >= top) & (row < top + 5) & (col >= left) & (col < left + 5)
-        chosen = ShirgGate(budget=69, **SMALL)(replace(features, relevance_BN=box.float()[None]))
+        chosen = ShirgSelector(budget=69, **SMALL)(replace(features, relevance_BN=box.float()[None]))
         assert set(box.nonzero().flatten().tolist()) <= set(kept(chosen))
         wanted.append(kept(chosen))
     assert wanted[0] != wanted[1]
@@ -169,14 +169,14 @@ def test_relevance_decides() -> None:
 
 def test_relevance_is_required() -> None:
     with pytest.raises(ValueError, match="choose relevance="):
-        ShirgGate(budget=69)(replace(make_features(), relevance_BN=None))
+        ShirgSelector(budget=69)(replace(make_features(), relevance_BN=None))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(token=st.integers(0, 323), by=st.floats(0.01, 5), norm=st.sampled_from(["none", "rank"]))
 def test_more_relevance_never_evicts(token: int, by: float, norm: str) -> None:
     features = make_features((2, 2), sizes=[(640, 480)])
-    gate = ShirgGate(budget=69, norm=norm, **SMALL)
+    gate = ShirgSelector(budget=69, norm=norm, **SMALL)
     raised = features.relevance_BN.clone()
     raised[0, 81 + token] += by
     before, after = kept(gate(features)), kept(gate(replace(features, relevance_BN=raised)))
@@ -188,7 +188,7 @@ def test_a_constant_in_the_relevance_changes_nothing(norm: str) -> None:
     features = make_features((2, 2))
     # Sixteenths, so that the sum is exact.
     dyadic = (features.relevance_BN * 16).round() / 16
-    gate = ShirgGate(budget=69, norm=norm, **SMALL)
+    gate = ShirgSelector(budget=69, norm=norm, **SMALL)
     here = gate(replace(features, relevance_BN=dyadic))
     there = gate(replace(features, relevance_BN=dyadic + 2))
     tiles = features.layout.role_N == 1
@@ -205,7 +205,7 @@ def test_mirrored_features_give_mirrored_cells(grid: tuple[int, int]) -> None:
         replace(features, valid_BN=torch.ones_like(features.valid_BN), n_valid=(features.layout.n_tokens,) * 2)
     )
     straight = replace(features, valid_BN=flipped.valid_BN, n_valid=flipped.n_valid)
-    gate = ShirgGate(budget=69, crop_term="border", **SMALL)
+    gate = ShirgSelector(budget=69, crop_term="border", **SMALL)
     last = features.layout.canvas[1] - 1
     for sample in range(2):
         here = cells(features, kept(gate(straight), sample))
@@ -215,7 +215,7 @@ def test_mirrored_features_give_mirrored_cells(grid: tuple[int, int]) -> None:
 def test_gradient_reaches_kept_and_scaffold_and_nothing_else() -> None:
     features = make_features((2, 2), sizes=[(640, 480)])
     x, r = features.tokens_BND.clone().requires_grad_(), features.relevance_BN.clone().requires_grad_()
-    chosen = ShirgGate(budget=69, **SMALL)(replace(features, tokens_BND=x, relevance_BN=r))
+    chosen = ShirgSelector(budget=69, **SMALL)(replace(features, tokens_BND=x, relevance_BN=r))
     is_kept = chosen.source_BT == int(Source.KEPT)
     (of_kept,) = torch.autograd.grad(chosen.tokens_BTD[is_kept].sum(), x, retain_graph=True)
     assert of_kept[0].abs().sum(-1).nonzero().flatten().tolist() == sorted(kept(chosen))
@@ -228,8 +228,8 @@ def test_gradient_reaches_kept_and_scaffold_and_nothing_else() -> None:
 
 def test_choosing_commutes_with_projecting_and_averaging_does_not() -> None:
     features, project = make_features((2, 2)), projector()
-    before = ShirgGate(budget=69, **SMALL)
-    after = ShirgGate(budget=69, scaffold={"size": 3, "space": "post"})
+    before = ShirgSelector(budget=69, **SMALL)
+    after = ShirgSelector(budget=69, scaffold={"size": 3, "space": "post"})
     assert (before.stage, after.stage, after.needs) == ("pre", "post", frozenset({"encoder"}))
     early = before(features)
     late = after(replace(features, tokens_BND=project(features.tokens_BND)))
@@ -245,7 +245,7 @@ def test_choosing_commutes_with_projecting_and_averaging_does_not() -> None:
 def test_bfloat16_keeps_nearly_the_same() -> None:
     features = make_features((2, 2), side=27, sizes=[(768, 768), (640, 480)], width=64)
     half = replace(features, tokens_BND=features.tokens_BND.bfloat16())
-    gate = ShirgGate(budget=980)
+    gate = ShirgSelector(budget=980)
     for sample in range(2):
         assert len(set(kept(gate(features), sample)) & set(kept(gate(half), sample))) >= 0.98 * 916
 
@@ -256,7 +256,7 @@ def test_not_a_number_is_loud() -> None:
         tokens = features.tokens_BND.clone()
         tokens[1, 200] = value
         with pytest.raises(RuntimeError, match="not finite"):
-            ShirgGate(budget=69, **SMALL)(replace(features, tokens_BND=tokens))
+            ShirgSelector(budget=69, **SMALL)(replace(features, tokens_BND=tokens))
 
 
 # Each field of each group, and each value of each choice: (knobs it is compared to, knobs).
@@ -292,8 +292,8 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("base", "knobs"), CHANGES, ids=lambda knobs: str(knobs))
 def test_every_value_changes_what_the_model_reads(base: dict[str, Any], knobs: dict[str, Any]) -> None:
     features = make_features((2, 2), sizes=[(640, 480), (480, 640)])
-    here = through(ShirgGate(budget=69, **{**SMALL, **base}), features)
-    assert differs(here, through(ShirgGate(budget=69, **{**SMALL, **knobs}), features))
+    here = through(ShirgSelector(budget=69, **{**SMALL, **base}), features)
+    assert differs(here, through(ShirgSelector(budget=69, **{**SMALL, **knobs}), features))
 
 
 def test_every_field_of_every_group_is_tried() -> None:
@@ -360,19 +360,19 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("knobs", "error", "says"), BAD, ids=lambda value: str(value))
 def test_bad_knobs_are_refused_in_one_sentence(knobs: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says) as caught:
-        ShirgGate(**{"budget": 69, **knobs})
+        ShirgSelector(**{"budget": 69, **knobs})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("budget", "least"), [(20, "20"), ("matched", "25")])
 def test_a_scaffold_larger_than_the_budget_is_refused(budget: Any, least: str) -> None:
     with pytest.raises(ValueError, match=f"takes 36 tokens, but budget={budget} can be as small as {least}"):
-        ShirgGate(budget=budget, scaffold={"size": 6})(make_features())
+        ShirgSelector(budget=budget, scaffold={"size": 6})(make_features())
 
 
 def test_padding_may_be_kept_in_the_literal_reading() -> None:
     features = make_features((2, 2), sizes=[(3000, 150)])
     relevance: Tensor = (~features.valid_BN).float()
-    literal = ShirgGate(budget=69, mask_padding=False, **SMALL)(replace(features, relevance_BN=relevance))
+    literal = ShirgSelector(budget=69, mask_padding=False, **SMALL)(replace(features, relevance_BN=relevance))
     assert not bool(features.valid_BN[0, kept(literal)].any())
     assert all(features.layout.role_N[i] == 1 for i in kept(literal))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from shirg import Pooling, Role, area_weights, pooled_count_B, subdivide, tables, tiles_layout
+from shirg import Pooling, Role, area_weights, layout_tables, pooled_count_B, subdivide, tiles_layout
 from tests.features import GRIDS, SIZES, layout_of, make_features, permute_views
 
 LAVIDA = dict(side=27, patch_px=14, view_px=384, pooling=Pooling(side=14))
@@ -107,8 +107,8 @@ def test_subdivide() -> None:
 
 def test_tables_are_built_once_and_in_reading_order() -> None:
     layout = layout_of((2, 2), side=5)
-    table = tables(layout)
-    assert tables(layout) is table
+    table = layout_tables(layout)
+    assert layout_tables(layout) is table
     # One tile row: border 1 at both ends, 0 in the middle of a 5-wide tile, whatever the tile.
     canvas = table.border_N[layout.n_global :].view(10, 10)
     assert canvas[2].tolist() == [1, 0.5, 0, 0.5, 1] * 2
@@ -124,16 +124,16 @@ def test_tables_follow_the_views_not_their_numbers() -> None:
     features = make_features((2, 2), side=5)
     moved = permute_views(features, (4, 2, 0, 1, 3)).layout
     for name in ("border_N", "tile_N"):
-        assert torch.equal(getattr(tables(features.layout), name), getattr(tables(moved), name))
+        assert torch.equal(getattr(layout_tables(features.layout), name), getattr(layout_tables(moved), name))
 
 
 def test_a_layout_made_in_inference_mode_serves_training() -> None:
     with torch.inference_mode():
         layout = layout_of((1, 2), side=5)
-        tables(layout)
+        layout_tables(layout)
         area_weights(5, 2, torch.device("cpu"))
     x = torch.randn(layout.n_tokens, requires_grad=True)
-    (x[layout.order_N] * tables(layout).border_N).sum().backward()
+    (x[layout.order_N] * layout_tables(layout).border_N).sum().backward()
     (area_weights(5, 2, torch.device("cpu")) * torch.randn(5, requires_grad=True)).sum().backward()
     assert x.grad is not None
 

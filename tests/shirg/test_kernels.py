@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from shirg import ShirgGate, VisionFeatures
+from shirg import ShirgSelector, VisionFeatures
 from shirg.kernels.score import relevance_and_neighbours
-from shirg.seats import seat
+from shirg.seats import assign_cells
 from tests.features import geometry_layout, make_features
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,9 +40,9 @@ def awkward() -> Iterator[tuple[VisionFeatures, dict[str, Any]]]:
 def compare(features: VisionFeatures, **knobs: Any) -> None:
     """The kernel's scores against those of a gate that has no other terms."""
     layout = features.layout
-    gate = ShirgGate(budget=4, geometry=layout.geometry, scaffold={"size": 0}, **knobs)
+    gate = ShirgSelector(budget=4, geometry=layout.geometry, scaffold={"size": 0}, **knobs)
     usable_BN = features.valid_BN if gate.mask_padding else torch.ones_like(features.valid_BN)
-    seats = seat(layout, usable_BN, features.relevance_BN, gate.dedup)
+    seats = assign_cells(layout, usable_BN, features.relevance_BN, gate.dedup)
     with torch.no_grad():
         everywhere = (True,) * len(features.ids)
         twin = gate._terms.relevance_and_neighbours(features, features.tokens_BND, seats, everywhere)
@@ -102,7 +102,7 @@ def test_equals_the_twin_on_the_device() -> None:
 @pytest.mark.gpu
 def test_the_whole_gate_runs_as_one_cuda_graph() -> None:
     features = full_size()
-    gate = ShirgGate(budget=980).cuda()
+    gate = ShirgSelector(budget=980).cuda()
     other = replace(features, tokens_BND=features.tokens_BND.flip(1).contiguous())
     with torch.inference_mode():
         expected = gate(other)
@@ -122,7 +122,7 @@ def test_the_whole_gate_runs_as_one_cuda_graph() -> None:
 
 @pytest.mark.gpu
 def test_the_kernel_is_part_of_the_compiled_graph() -> None:
-    features, gate = full_size(), ShirgGate(budget=980).cuda()
+    features, gate = full_size(), ShirgSelector(budget=980).cuda()
     torch.compiler.reset()
     compiled = torch.compile(gate, fullgraph=True, dynamic=False)(features)
     eager = gate(features)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shirg import ShirgGate, scoring
+from shirg import ShirgSelector, scoring
 from shirg.scoring import crop_term, neighbour_term, normalise
 from tests.features import SIZES, layout_of, make_features
 from tests.shirg import plain
@@ -116,7 +116,7 @@ def test_scores_tell_apart_what_half_precision_cannot() -> None:
     layout = layout_of((2, 2), side=9)
     place = torch.randperm(layout.n_tokens, generator=torch.Generator().manual_seed(0))
     features = make_features(layout=layout, sizes=[(768, 768)], relevance=1 + 1e-5 * place[None])
-    gate = ShirgGate(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
+    gate = ShirgSelector(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
     tiles = [i for i in range(layout.n_tokens) if layout.role_N[i] == 1]
     kept = gate(features).index_BT[0, 9:].tolist()
     assert set(kept) == set(sorted(tiles, key=lambda i: -int(place[i]))[:60])

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from shirg import ShirgGate, VisionFeatures, terms
+from shirg import ShirgSelector, VisionFeatures, terms
 from tests.features import features_for
 
 ROWS = (0, 1, 0, 0, 1)
@@ -20,7 +20,7 @@ KNOBS: list[dict[str, Any]] = [
 ]
 
 
-def asked(selector: ShirgGate) -> VisionFeatures:
+def asked(selector: ShirgSelector) -> VisionFeatures:
     """Two pictures, one of them with padding, and five questions about them."""
     pictures = features_for(selector, sizes=((640, 480), (2480, 3508)))
     rows = torch.tensor(ROWS)
@@ -42,7 +42,7 @@ def asked(selector: ShirgGate) -> VisionFeatures:
 def test_a_picture_is_looked_at_once_and_nothing_changes(
     knobs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selector = ShirgGate(budget=60, **knobs)
+    selector = ShirgSelector(budget=60, **knobs)
     features, looks = asked(selector), []
     real = terms._on_grids_of_one
     monkeypatch.setattr(terms, "_on_grids_of_one", lambda *args: (looks.append(1), real(*args))[1])

@@ -11,7 +11,7 @@ from experiments.data.benchmarks.rows import (
     answers_of,
     disk_rows,
     existing,
-    first,
+    first_value,
     question_of,
     read_json,
     rows_in,
@@ -43,7 +43,7 @@ class Chartqa:
 
 
 def _picture(folder: Path, row: Mapping[str, Any], where: str) -> list[Path]:
-    return [folder / str(first(row, where, "imgname"))]
+    return [folder / str(first_value(row, where, "imgname"))]
 
 
 def _kind(raw: Raw) -> str:

@@ -10,7 +10,7 @@ from experiments.data.benchmarks.rows import (
     answers_of,
     disk_rows,
     existing,
-    first,
+    first_value,
     id_of,
     question_of,
     read_json,
@@ -48,7 +48,7 @@ class Docvqa:
         folders = [root / folder.format(split=split) for folder in self.folders]
 
         def place(row: Mapping[str, Any], where: str) -> list[Path]:
-            name = str(first(row, where, self.picture_column))
+            name = str(first_value(row, where, self.picture_column))
             return [folder / part for folder in folders for part in (name, Path(name).name)]
 
         return disk_rows(rows_in(read_json(path), "data", path), path, place)

@@ -57,7 +57,7 @@ class Reader(Protocol):
         ...
 
 
-def first(fields: Mapping[str, Any], where: str, *names: str) -> Any:
+def first_value(fields: Mapping[str, Any], where: str, *names: str) -> Any:
     """The value of the first of these columns that the row has."""
     for name in names:
         if fields.get(name) is not None:
@@ -66,7 +66,7 @@ def first(fields: Mapping[str, Any], where: str, *names: str) -> Any:
 
 
 def question_of(raw: Raw) -> str:
-    question = first(raw.fields, raw.where, "question", "query")
+    question = first_value(raw.fields, raw.where, "question", "query")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{raw.where}: the question is {question!r}; it must be a text that is not empty")
     return question
@@ -85,7 +85,7 @@ def answers_of(raw: Raw, *names: str) -> tuple[str, ...]:
 
 def id_of(fields: Mapping[str, Any], where: str, *names: str) -> str:
     """The official id, a number or a text."""
-    value = first(fields, where, *names)
+    value = first_value(fields, where, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
         raise ValueError(f"{where}: {names[0]} is {value!r}; it must be a whole number or a text")
     return str(value)

@@ -14,7 +14,7 @@ PER_BOARD = 8
 
 
 @dataclass(frozen=True)
-class Context:
+class TextContext:
     """Bags in random order, empty ones for blank cells, with one question that they answer."""
 
     bags: tuple[Bag, ...]
@@ -22,9 +22,9 @@ class Context:
     answer: str
 
 
-def draw_contexts(rng: Random, family: type[SynthTask], *, n: int, cells: int) -> list[Context]:
+def draw_contexts(rng: Random, family: type[SynthTask], *, n: int, cells: int) -> list[TextContext]:
     """`n` contexts of `cells` cells each: the evidence, then whatever else is on the board, then blanks."""
-    drawn: list[Context] = []
+    drawn: list[TextContext] = []
     while len(drawn) < n:
         board = family.compose(rng, rng.random())
         asked = [q for task in family.LOOKUPS for q in family.questions(board, rng)[task]]
@@ -36,5 +36,5 @@ def draw_contexts(rng: Random, family: type[SynthTask], *, n: int, cells: int) -
             kept = [*evidence, *rng.sample(others, min(len(others), cells - len(evidence)))]
             bags = [stamp.words for stamp in kept] + [()] * (cells - len(kept))
             rng.shuffle(bags)
-            drawn.append(Context(tuple(bags), question.text, question.answer))
+            drawn.append(TextContext(tuple(bags), question.text, question.answer))
     return drawn[:n]

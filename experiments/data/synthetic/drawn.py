@@ -8,7 +8,7 @@ BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
 """The hash of a picture's content, modulo 100, decides the one split that it may appear in."""
 
 
-class Drawn:
+class SyntheticDataset:
     """`n` questions in all, `qa_per_image` about each picture; a subclass says which sample a number stands for."""
 
     name: str

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.data.sample import Dataset, Sample
-from experiments.data.synthetic.drawn import Drawn
+from experiments.data.synthetic.drawn import SyntheticDataset
 from experiments.data.synthetic.families import FAMILIES
 from experiments.data.synthetic.glyphs import SynthGlyphs
 
 GLYPHS = "glyphs"
 
 
-class SynthMix(Drawn):
+class SynthMix(SyntheticDataset):
     """Rounds of pictures, so many of each family in a round.
 
     Args:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from experiments.data.sample import Sample
 from experiments.data.synthetic.board import Board, Stamp, box_of, generator, to_image
-from experiments.data.synthetic.drawn import BUCKETS, Drawn, densities_of
+from experiments.data.synthetic.drawn import BUCKETS, SyntheticDataset, densities_of
 from experiments.data.synthetic.glyphs.render import PICTURE_PX
 from experiments.data.synthetic.glyphs.scene import MAX_ATTEMPTS
 
@@ -26,7 +26,7 @@ class Question:
     """Whether the answer is that there is none; the evidence is then what it could be mistaken for."""
 
 
-class SynthTask(Drawn):
+class SynthTask(SyntheticDataset):
     """Questions about drawn pictures (docs/method.md, "Four task families"). Always label results synthetic.
 
     Args:

@@ -18,7 +18,7 @@ from experiments.data.synthetic.entitygrid.scene import (
     ROWS,
     Anchor,
     Canvas,
-    Scene,
+    EntityScene,
     alone,
     anchors,
     cell_of,
@@ -159,12 +159,12 @@ class EntityGrid:
         size: int,
         anchor: Anchor,
         jitter: int,
-        scene: Scene,
+        scene: EntityScene,
     ) -> Sample:
         canvas = scene.canvas
         # Where there is nothing to count, what stands at the anchor is what has to be seen.
         shown = [p.box for p in scene.placed if p.entity == entity] or [scene.placed[0].box]
-        drawn = Scene(canvas, (), scene.noise, scene.look) if self._blank else scene
+        drawn = EntityScene(canvas, (), scene.noise, scene.look) if self._blank else scene
         return Sample(
             id=f"{key}-{task}",
             dataset=self.name,

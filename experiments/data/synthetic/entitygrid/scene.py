@@ -55,18 +55,18 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedEntity:
     entity: Entity
     size: int
     box: Pixels
 
 
 @dataclass(frozen=True)
-class Scene:
+class EntityScene:
     """Everything that a picture shows; the same scene is the same pixels."""
 
     canvas: Canvas
-    placed: tuple[Placed, ...]
+    placed: tuple[PlacedEntity, ...]
     noise: float
     look: int
     """Seed of the noise."""
@@ -83,24 +83,26 @@ def _stops(length: int, slices: int) -> list[tuple[float, bool]]:
     return [(length * k / (2 * slices), k % 2 == 0) for k in range(1, 2 * slices)]
 
 
-def put(entity: Entity, size: int, anchor: Anchor, jitter: int) -> Placed:
+def put(entity: Entity, size: int, anchor: Anchor, jitter: int) -> PlacedEntity:
     """The entity at an anchor; jitter moves it away from boundaries, to the right and down."""
     width, height = mask_of(entity, size).size
     x = anchor.x + jitter * anchor.on_x - width / 2
     y = anchor.y + jitter * anchor.on_y - height / 2
-    return Placed(entity, size, (round(x), round(y), round(x) + width, round(y) + height))
+    return PlacedEntity(entity, size, (round(x), round(y), round(x) + width, round(y) + height))
 
 
-def place_of(placed: Placed, anchor: Anchor) -> str:
+def place_of(placed: PlacedEntity, anchor: Anchor) -> str:
     """The anchor's place, where the entity really is cut by each of its boundaries; else `NEAR`."""
     x0, y0, x1, y1 = placed.box
     shares = [(anchor.x - x0) / (x1 - x0)] * anchor.on_x + [(anchor.y - y0) / (y1 - y0)] * anchor.on_y
     return anchor.place if all(SPLIT_SHARE <= share <= 1 - SPLIT_SHARE for share in shares) else NEAR
 
 
-def alone(canvas: Canvas, entity: Entity, size: int, anchor: Anchor, jitter: int, noise: float, seed: str) -> Scene:
+def alone(
+    canvas: Canvas, entity: Entity, size: int, anchor: Anchor, jitter: int, noise: float, seed: str
+) -> EntityScene:
     """One entity and nothing else."""
-    return Scene(canvas, (put(entity, size, anchor, jitter),), noise, _digest(seed))
+    return EntityScene(canvas, (put(entity, size, anchor, jitter),), noise, _digest(seed))
 
 
 def counted(
@@ -113,7 +115,7 @@ def counted(
     jitter: int,
     noise: float,
     seed: str,
-) -> Scene:
+) -> EntityScene:
     """`count` of the entity among others of its family; one of them, or for 0 another entity, is at the anchor.
 
     All but that one stand in the centres of slices.
@@ -133,7 +135,7 @@ def counted(
             f"a canvas of {canvas.width}x{canvas.height} pixels in {canvas.rows}x{canvas.cols} slices has no room for "
             f"two entities of {size} pixels: take a larger data.canvas or smaller data.sizes"
         )
-    return Scene(canvas, tuple(placed), noise, _digest(seed))
+    return EntityScene(canvas, tuple(placed), noise, _digest(seed))
 
 
 def cell_of(anchor: Anchor, canvas: Canvas) -> str | None:
@@ -150,7 +152,7 @@ def fraction(box: Pixels, canvas: Canvas) -> Box:
     return (x0 / canvas.width, y0 / canvas.height, x1 / canvas.width, y1 / canvas.height)
 
 
-def render(scene: Scene) -> Image.Image:
+def render(scene: EntityScene) -> Image.Image:
     """The picture, RGB."""
     canvas = scene.canvas
     picture = Image.new("RGB", (canvas.width, canvas.height), "white")

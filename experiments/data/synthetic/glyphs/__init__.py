@@ -2,16 +2,16 @@
 
 from experiments.data.synthetic.glyphs.dataset import SynthGlyphs
 from experiments.data.synthetic.glyphs.lookup import Lookups, draw_lookups
-from experiments.data.synthetic.glyphs.questions import Question, ask, questions
+from experiments.data.synthetic.glyphs.questions import GlyphQuestion, ask, questions
 from experiments.data.synthetic.glyphs.render import Labels, labels, render, to_image
-from experiments.data.synthetic.glyphs.scene import BigShape, Scene, draw_patchwork, draw_scene
+from experiments.data.synthetic.glyphs.scene import BigShape, GlyphScene, draw_patchwork, draw_scene
 
 __all__ = [
     "BigShape",
+    "GlyphQuestion",
+    "GlyphScene",
     "Labels",
     "Lookups",
-    "Question",
-    "Scene",
     "SynthGlyphs",
     "ask",
     "draw_lookups",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 
 from experiments.data.sample import Sample
-from experiments.data.synthetic.drawn import Drawn, densities_of
+from experiments.data.synthetic.drawn import SyntheticDataset, densities_of
 from experiments.data.synthetic.glyphs.questions import questions
 from experiments.data.synthetic.glyphs.render import PICTURE_PX, to_image
 from experiments.data.synthetic.glyphs.scene import DENSITIES, draw_scene
@@ -14,7 +14,7 @@ _scene = lru_cache(maxsize=64)(draw_scene)
 """Consecutive samples share a picture."""
 
 
-class SynthGlyphs(Drawn):
+class SynthGlyphs(SyntheticDataset):
     """Questions about glyph pictures (docs/method.md, "The tiny testbed"). Always label results from it synthetic.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from experiments.data.sample import Box
-from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE, Scene
+from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE, GlyphScene
 from experiments.data.synthetic.glyphs.vocabulary import (
     ASPECTS,
     CHARS,
@@ -23,7 +23,7 @@ from experiments.data.synthetic.glyphs.vocabulary import (
 
 
 @dataclass(frozen=True)
-class Question:
+class GlyphQuestion:
     text: str
     answer: str
     subtask: str
@@ -36,7 +36,7 @@ class Question:
         return "fine" if self.subtask in FINE else "guard"
 
 
-def ask(scene: Scene, task: str, argument: str) -> Question:
+def ask(scene: GlyphScene, task: str, argument: str) -> GlyphQuestion:
     """The question "`task` `argument`"; raises when the scene has no answer to it or more than one."""
     text = f"{task} {argument}"
     if task == "shape" and argument in ASPECTS:
@@ -44,7 +44,7 @@ def ask(scene: Scene, task: str, argument: str) -> Question:
             raise ValueError(f"{text!r} needs exactly one big shape; this scene has {len(scene.shapes)}")
         (shape,) = scene.shapes
         answer = SHAPES[shape.kind] if argument == "kind" else COLOURS[shape.colour]
-        return Question(text, answer, f"shape_{argument}", _box(shape.row, shape.col, SHAPE_SIDE))
+        return GlyphQuestion(text, answer, f"shape_{argument}", _box(shape.row, shape.col, SHAPE_SIDE))
     char, colour = scene.char_RC, scene.colour_RC
     if task == "digit" and argument in COLOURS[1:]:
         matches = (char >= FIRST_DIGIT) & (char < FIRST_LETTER) & (colour == COLOURS.index(argument))
@@ -57,10 +57,10 @@ def ask(scene: Scene, task: str, argument: str) -> Question:
         raise ValueError(f"{text!r} must have exactly one answer; this scene has {len(cells)}")
     row, col = map(int, cells[0])
     answer = CHARS[char[row, col]] if task == "digit" else COLOURS[colour[row, col]]
-    return Question(text, answer, task, _box(row, col, 1))
+    return GlyphQuestion(text, answer, task, _box(row, col, 1))
 
 
-def questions(scene: Scene, *, n: int, tasks: Sequence[str] = TASKS) -> list[Question]:
+def questions(scene: GlyphScene, *, n: int, tasks: Sequence[str] = TASKS) -> list[GlyphQuestion]:
     """`n` different questions, the tasks in turn. The scene alone decides which; fewer are a prefix of more."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
@@ -78,7 +78,7 @@ def questions(scene: Scene, *, n: int, tasks: Sequence[str] = TASKS) -> list[Que
     return asked
 
 
-def _arguments(scene: Scene, task: str) -> list[str]:
+def _arguments(scene: GlyphScene, task: str) -> list[str]:
     """What can be asked of this scene."""
     if task == "shape":
         return list(ASPECTS)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from experiments.data.synthetic.glyphs.font import GLYPH_H, GLYPH_W, GLYPHS
-from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE, Scene
+from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE, GlyphScene
 from experiments.data.synthetic.glyphs.vocabulary import COLOUR_RGB, FIRST_FOIL, SHAPES
 
 CELL_PX = 8
@@ -33,7 +33,7 @@ class Labels:
     shape_RC: Ids
 
 
-def render(scene: Scene) -> Picture:
+def render(scene: GlyphScene) -> Picture:
     """The picture [128, 128, 3] in uint8; everything random in it comes from `scene.look`."""
     rng = np.random.default_rng(scene.look)
     jitter_RC = rng.integers(len(JITTERED), size=(GRID, GRID))
@@ -53,11 +53,11 @@ def render(scene: Scene) -> Picture:
     return np.clip(noise, 0, 255, out=noise).astype(np.uint8)
 
 
-def to_image(scene: Scene) -> Image.Image:
+def to_image(scene: GlyphScene) -> Image.Image:
     return Image.fromarray(render(scene))
 
 
-def labels(scene: Scene) -> Labels:
+def labels(scene: GlyphScene) -> Labels:
     """The labels of the cells, for training the vision tower."""
     char, colour = scene.char_RC.astype(np.int64), scene.colour_RC.astype(np.int64)
     kind = np.zeros_like(char)

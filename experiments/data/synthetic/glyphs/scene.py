@@ -49,7 +49,7 @@ class BigShape:
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class GlyphScene:
     """Char id and colour id of every cell, and the big shapes (one, but for the patchworks of `draw_patchwork`)."""
 
     char_RC: Cells
@@ -67,7 +67,7 @@ class Scene:
         return int.from_bytes(blake2b(payload, digest_size=8).digest())
 
 
-def draw_scene(seed: int, split: str, index: int, density: str) -> Scene:
+def draw_scene(seed: int, split: str, index: int, density: str) -> GlyphScene:
     """Scene number `index` of a split; the same in every process, whatever was drawn before.
 
     Draws again until the scene's hash falls into the split's bucket, so no scene is ever in two splits.
@@ -83,7 +83,7 @@ def draw_scene(seed: int, split: str, index: int, density: str) -> Scene:
     raise RuntimeError(f"no scene of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
 
 
-def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> Scene:
+def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> GlyphScene:
     """A scene for teaching the vision tower what cells look like: glyphs at random, most in colour, and 1-3 shapes.
 
     `foil_share` of the glyphs have no name, so that the tower learns that a mark need not be a known character.
@@ -104,7 +104,7 @@ def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> Scene:
     return _freeze(np.where(filled, char, 0), np.where(filled, colour, 0), shapes, layout)
 
 
-def _compose(rng: random.Random, density: str) -> Scene:
+def _compose(rng: random.Random, density: str) -> GlyphScene:
     hard = density == "hard"
     char, colour = [0] * (GRID * GRID), [0] * (GRID * GRID)
     blocks: set[tuple[int, int]] = set()
@@ -165,11 +165,11 @@ def _shape_cells(shape: BigShape) -> list[int]:
     return [(shape.row + r) * GRID + shape.col + c for r in range(SHAPE_SIDE) for c in range(SHAPE_SIDE)]
 
 
-def _freeze(char: npt.ArrayLike, colour: npt.ArrayLike, shapes: list[BigShape], rng: random.Random) -> Scene:
+def _freeze(char: npt.ArrayLike, colour: npt.ArrayLike, shapes: list[BigShape], rng: random.Random) -> GlyphScene:
     char_RC, colour_RC = (np.array(values, dtype=np.uint8).reshape(GRID, GRID) for values in (char, colour))
     char_RC.setflags(write=False)
     colour_RC.setflags(write=False)
-    return Scene(char_RC, colour_RC, tuple(shapes), look=rng.getrandbits(63))
+    return GlyphScene(char_RC, colour_RC, tuple(shapes), look=rng.getrandbits(63))
 
 
 def _seed(*parts: object) -> int:
