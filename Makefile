@@ -1,6 +1,5 @@
 # make demo   install, evaluate four selectors on the tiny model, write outputs/demo/report.html
 # make test   run the tests          make lint   style, types, import directions
-# make mutants   plant faults in a copy of the sources, one by one, and show which test catches each
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
 # make evidence   both for five seeds, then the sweeps of docs/results
 PYTHON ?= python3
@@ -9,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint mutants tiny adapters ranks evidence clean
+.PHONY: setup demo test lint tiny adapters ranks evidence clean
 
 setup: $(STAMP)
 
@@ -32,9 +31,6 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-mutants: setup
-	$(BIN)/python -m tests.mutations
 
 # Each stage starts from the weights of the one before it; a gate that fails stops the chain. What is finished is not
 # done again; to start over, delete the folder.

@@ -4,15 +4,15 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import cli
+from experiments.jobs.launchers import acquire_slot
 from experiments.schema import VERSION_BASE
-from experiments.study.slots import acquire_slot
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> None:
     with acquire_slot(cfg.threads, cfg.device):
         from experiments.evaluate import evaluate
-        from experiments.study.job import run_job
+        from experiments.jobs.job import run_job
 
         run_job(cfg, evaluate)
 

@@ -4,19 +4,19 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import cli
+from experiments.jobs.launchers import acquire_slot
 from experiments.schema import VERSION_BASE
-from experiments.study.slots import acquire_slot
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
     if cfg.plan:
-        from experiments.plan import show
+        from experiments.training.plan import show
 
         return show(cfg)
     with acquire_slot(cfg.threads, cfg.device):
-        from experiments.fit import train
-        from experiments.study.job import run_job
+        from experiments.jobs.job import run_job
+        from experiments.train import train
 
         run_job(cfg, train)
 

@@ -1,9 +1,10 @@
 """Selectors that SHIRG is compared to: controls first."""
 
 from baselines.cdpruner import CDPruner
-from baselines.controls import Full, GlobalOnly, NormTopK, Pooled, Random
+from baselines.controls import Full, GlobalOnly, NormTopK, Random
 from baselines.divprune import DivPrune
 from baselines.oracle import Oracle
+from baselines.pooled import Pooled
 from baselines.saint import Saint, SaintVote
 from baselines.tome import ToMe
 from baselines.topv import TopV

@@ -5,10 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, picked
-from baselines.similarity import gram
+from baselines.base import Groups, GroupSelector, Scope, gram, picked
 from shirg import Budget, VisionFeatures
-from shirg.knobs import one_of
+from shirg.errors import one_of
 from shirg.scoring import normalise
 
 EPS = 1e-5

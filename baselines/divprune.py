@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, picked
-from baselines.similarity import gram, rows
+from baselines.base import Groups, GroupSelector, Scope, gram, picked, rows
 from shirg import Budget, VisionFeatures
 
 

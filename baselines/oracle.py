@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from baselines.uniform_grid import dither
-from shirg import Budget, Role, Selector, VisionFeatures
+from shirg import Budget, Role, Selector, UserError, VisionFeatures
 
 
 class Oracle(Selector):
@@ -17,7 +17,7 @@ class Oracle(Selector):
     of `uniform_grid`.
 
     Raises:
-        ValueError: for a sample whose boxes nobody knows.
+        UserError: for a sample whose boxes nobody knows.
     """
 
     reads_sample = True
@@ -50,7 +50,7 @@ class Oracle(Selector):
         boxes = features.boxes if features.boxes is not None else ((),) * len(features.ids)
         for sample, known in zip(features.ids, boxes, strict=True):
             if not known:
-                raise ValueError(
+                raise UserError(
                     f"Oracle needs to know where the evidence is, and sample {sample!r} has no boxes: choose a dataset "
                     "with boxes, or another selector"
                 )

@@ -10,10 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, share_per_round, take
-from baselines.pairs import Line
-from baselines.similarity import product_strips, rows
-from shirg import Budget, VisionFeatures
+from baselines.base import Groups, GroupSelector, Line, Scope, product_strips, rows, share_per_round, take
+from shirg import Budget, UserError, VisionFeatures
 
 
 class Saint(GroupSelector):
@@ -85,9 +83,9 @@ class SaintVote(GroupSelector):
     ) -> None:
         super().__init__(budget=budget, scope=scope)
         if not -1 <= tau <= 1 or not 0 < tau_step <= 2:
-            raise ValueError(f"tau={tau}, tau_step={tau_step}: give a cosine, and a positive step of at most 2")
+            raise UserError(f"tau={tau}, tau_step={tau_step}: give a cosine, and a positive step of at most 2")
         if votes < 1:
-            raise ValueError(f"votes={votes}: give at least 1")
+            raise UserError(f"votes={votes}: give at least 1")
         self.tau, self.tau_step, self.votes, self.gamma, self.layer = tau, tau_step, votes, gamma, layer
         self.tap = f"keys@{layer}"
         self.needs = frozenset({self.tap})

@@ -4,9 +4,7 @@ import math
 
 import torch
 
-from baselines.groups import GroupSelector, Scope, absorb, chosen_tokens, rounds_of, share_per_round
-from baselines.pairs import Line
-from baselines.similarity import products, rows
+from baselines.base import GroupSelector, Line, Scope, absorb, chosen_tokens, products, rounds_of, rows, share_per_round
 from baselines.visionzip import merged
 from shirg import Budget, Selection, VisionFeatures
 from shirg.scoring import unit

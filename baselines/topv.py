@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, spread, take
-from shirg import Budget, Role, VisionFeatures, assert_finite, gather_tokens
-from shirg.knobs import one_of
+from baselines.base import Groups, GroupSelector, Scope, spread, take
+from shirg import Budget, Role, UserError, VisionFeatures, assert_finite, gather_tokens
+from shirg.errors import one_of
 
 Marginals = Literal["semi_relaxed", "balanced_cols_last"]
 Importance = Literal["total", "own"]
@@ -65,9 +65,9 @@ class TopV(GroupSelector):
         one_of("marginals", marginals, Marginals)
         one_of("importance", importance, Importance)
         if min(alpha, beta, gamma) < 0 or alpha + beta + gamma == 0:
-            raise ValueError(f"alpha={alpha}, beta={beta}, gamma={gamma}: give numbers >= 0, one of them larger")
+            raise UserError(f"alpha={alpha}, beta={beta}, gamma={gamma}: give numbers >= 0, one of them larger")
         if min(sigma, eps) <= 0 or not 0 <= recover < 1:
-            raise ValueError(f"sigma={sigma}, eps={eps}, recover={recover}: give sigma, eps > 0 and 0 <= recover < 1")
+            raise UserError(f"sigma={sigma}, eps={eps}, recover={recover}: give sigma, eps > 0 and 0 <= recover < 1")
         self.marginals: Marginals = marginals
         self.importance: Importance = importance
         self.layer = layer

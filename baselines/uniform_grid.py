@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, take
+from baselines.base import Groups, GroupSelector, Scope, take
 from shirg import Budget, VisionFeatures
 
 

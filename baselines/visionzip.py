@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from baselines.groups import GroupSelector, Scope, absorb, chosen_tokens, spread, take
-from baselines.similarity import products
-from shirg import Budget, Selection, Source, VisionFeatures
+from baselines.base import GroupSelector, Scope, absorb, chosen_tokens, products, spread, take
+from shirg import Budget, Selection, Source, UserError, VisionFeatures
 
 
 class VisionZip(GroupSelector):
@@ -30,7 +29,7 @@ class VisionZip(GroupSelector):
     ) -> None:
         super().__init__(budget=budget, scope=scope)
         if not 0 <= contextual <= 1:
-            raise ValueError(f"contextual={contextual}: give the share of the budget for merged tokens, 0 to 1")
+            raise UserError(f"contextual={contextual}: give the share of the budget for merged tokens, 0 to 1")
         self.contextual, self.layer = contextual, layer
         self.attention, self.keys = f"attention@{layer}", f"keys@{layer}"
         self.needs = frozenset({self.attention, self.keys})

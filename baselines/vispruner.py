@@ -5,10 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.groups import Groups, GroupSelector, Scope, rounds_of, share_per_round, take
-from baselines.pairs import Line
-from baselines.similarity import gram, rows
-from shirg import Budget, VisionFeatures
+from baselines.base import Groups, GroupSelector, Line, Scope, gram, rounds_of, rows, share_per_round, take
+from shirg import Budget, UserError, VisionFeatures
 
 FAR = -4.0
 """Added to a cosine, it makes it smaller than any other."""
@@ -40,7 +38,7 @@ class VisPruner(GroupSelector):
     ) -> None:
         super().__init__(budget=budget, scope=scope)
         if not 0 <= important <= 1:
-            raise ValueError(f"important={important}: give the share of the budget for attention, 0 to 1")
+            raise UserError(f"important={important}: give the share of the budget for attention, 0 to 1")
         self.important, self.rho, self.layer = important, share_per_round(rho), layer
         self.tap = f"attention@{layer}"
         self.needs = frozenset({self.tap})

@@ -18,17 +18,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.data.batches import Shuffled, Stream
-from experiments.data.mixture import Mixture, check_weights
+from experiments.data.loader import Mixture, Shuffled, Stream, check_weights
 from experiments.data.sample import Dataset
-from experiments.knobs import check_knobs
-from experiments.schema import CONF
-from experiments.study.record import local_folder
-from shirg import Selector
+from experiments.jobs.results import local_folder
+from experiments.schema import CONF, check_knobs
+from shirg import MissingFileError, Selector, UserError
 
 if TYPE_CHECKING:
     from lavida_adapter import CachePacker, CacheSelector, DecodeConfig, Lavida, LavidaConfig
     from lavida_adapter.relevance import Relevance
+
 
 _SWITCHES = ("prefix_attention", "drop_token_after_image")
 """Fields of the model's own config that a run may change; null leaves what the checkpoint says."""
@@ -37,11 +36,11 @@ _SWITCHES = ("prefix_attention", "drop_token_after_image")
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     """The dataset of `data=...`; an empty one raises."""
     if "parts" in OmegaConf.select(cfg, group):
-        raise ValueError(f"{group}: a mixture is for training; evaluate its parts one by one")
+        raise UserError(f"{group}: a mixture is for training; evaluate its parts one by one")
     dataset = _instantiate(cfg, group)
     assert isinstance(dataset, Dataset)
     if not len(dataset):
-        raise ValueError(f"{group}: {dataset.name} ({dataset.split}) has no samples")
+        raise UserError(f"{group}: {dataset.name} ({dataset.split}) has no samples")
     return dataset
 
 
@@ -78,10 +77,10 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
     assert isinstance(spec, dict)
     known = {"path", "dtype", "config", "seed", *_SWITCHES}
     if unknown := sorted(str(k) for k in spec.keys() - known):
-        raise ValueError(f"model.{unknown[0]}: there is no such knob; a model has {', '.join(sorted(known))}")
+        raise UserError(f"model.{unknown[0]}: there is no such knob; a model has {', '.join(sorted(known))}")
     path, sizes = spec.get("path"), spec.get("config")
     if (path is None) == (sizes is None):
-        raise ValueError("model: give either model.path (a checkpoint) or model.config (sizes, random weights)")
+        raise UserError("model: give either model.path (a checkpoint) or model.config (sizes, random weights)")
     if path is None:
         assert isinstance(sizes, dict)
         model = _random_model({str(k): v for k, v in sizes.items()}, int(spec.get("seed") or 0), cfg.dtype, device)
@@ -89,7 +88,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
         model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device)
     model.config = replace(model.config, **{k: spec[k] for k in _SWITCHES if spec.get(k) is not None})
     if cfg.attention == "flash" and find_spec("flash_attn") is None:
-        raise ValueError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
+        raise UserError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
     model.lm.backend = str(cfg.attention)  # type: ignore[assignment]  # the schema allows only backends
     return model.eval().requires_grad_(False)
 
@@ -113,7 +112,7 @@ def build_selector(cfg: DictConfig, budgets: Mapping[str, int], config: "LavidaC
         fixed["coord_width"] = config.lm.d_model if projected else config.vision.hidden_size
     selector = _instantiate(cfg, "selector", fixed)
     if not isinstance(selector, Selector):
-        raise ValueError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
+        raise UserError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
     return selector
 
 
@@ -126,7 +125,7 @@ def build_cache(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector |
     fixed = {"budget": resolve_budget(cfg.cache.budget, budgets)} if "budget" in cfg.cache else {}
     made = _instantiate(cfg, "cache", fixed)
     if not isinstance(made, CacheSelector | CachePacker):
-        raise ValueError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector or CachePacker")
+        raise UserError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector or CachePacker")
     return made
 
 
@@ -167,7 +166,7 @@ def adapter_size(adapter: str | None) -> int:
         return 0
     from safetensors import safe_open
 
-    from lavida_adapter.adapter import ADAPTER
+    from lavida_adapter.lora import ADAPTER
 
     with safe_open(_adapter_folder(adapter) / ADAPTER, framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
@@ -185,14 +184,14 @@ def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["ma
     if share and share[3] in budgets:
         return max(1, round(Fraction(int(share[1]), int(share[2])) * budgets[share[3]]))
     names = ", ".join(f"{name} ({count})" for name, count in budgets.items())
-    raise ValueError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
+    raise UserError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
 
 
 def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:
     """Checks the knobs of a plug-in against its constructor, then builds it."""
     node = OmegaConf.select(cfg, group)
     if "_target_" not in node:
-        raise ValueError(f"{group}: the config has no _target_; choose an option, for example {group}=NAME")
+        raise UserError(f"{group}: the config has no _target_; choose an option, for example {group}=NAME")
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     knobs = {str(k): v for k, v in values.items() if k != "_target_"} | dict(fixed or {})
@@ -217,7 +216,7 @@ def _defaults(group: str, target: str) -> Mapping[str, Any]:
 
 def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.device) -> "Lavida":
     """A model of the given sizes whose tokenizer is the built-in one; its config says that it is untrained."""
-    from experiments.data.tokenizer import build_tokenizer
+    from experiments.data.synthetic.tokenizer import build_tokenizer
     from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 
     tokenizer = build_tokenizer()
@@ -234,7 +233,7 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
             sizes["image_grid_pinpoints"] = tuple((w, h) for w, h in sizes["image_grid_pinpoints"])
         config = LavidaConfig(vision=vision, lm=lm, trained=False, **sizes)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"model.config: {re.sub(r'.*got an unexpected keyword argument', 'no model has a field', str(error))}"
         ) from None
     generator_state = torch.get_rng_state()
@@ -253,9 +252,36 @@ def _checkpoint(path: str) -> str | Path:
     """The folder that a path names, else the path as it is: a hub id."""
     folder = local_folder(path)
     if folder is None and path.startswith(("./", "/")):
-        raise FileNotFoundError(f"model.path={path}: there are no weights there; `make tiny` trains the tiny model")
+        raise MissingFileError(f"model.path={path}: there are no weights there; `make tiny` trains the tiny model")
     return folder or path
 
 
 def _adapter_folder(path: str) -> Path:
     return local_folder(path) or Path(path)
+
+
+OWN = "own"
+"""The adapter that was trained for the selector."""
+
+
+def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -> str | None:
+    """The folder of an adapter.
+
+    A name stands for the folder of that name in `adapters/` beside the model's weights, `own` for the one that bears
+    the selector's name; anything else is a path.
+
+    Raises:
+        MissingFileError: a name that the model has no adapter for.
+    """
+    if adapter is None or "/" in adapter or local_folder(adapter) is not None:
+        return adapter
+    name = selector if adapter == OWN else adapter
+    path = f"{model.get('path')}/adapters"
+    folder = local_folder(path)
+    there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder is not None else []
+    if name not in there:
+        raise MissingFileError(
+            f"adapter={adapter}: there is no adapter {name} in {path} ({', '.join(there) or 'it has none'}); "
+            f"train one: python train.py selector={selector} weights={path}/{name}"
+        )
+    return f"{path}/{name}"

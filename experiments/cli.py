@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,9 +14,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from experiments.errors import fail
+from experiments.jobs import launchers
 from experiments.schema import CONF, VERSION_BASE
-from experiments.shorthand import expand
-from experiments.study import watch
+from experiments.sweeps import expand
 
 _jobs: list[tuple[Path, bool]] = []
 _died = 0
@@ -55,8 +56,8 @@ def run(main: Callable[[], Any], verb: str) -> None:
     except KeyboardInterrupt:
         fail("interrupted; the same command with resume=true goes on from here", code=130)
     if any(ok for _, ok in _jobs):
-        from experiments.report.writer import publish
-        from experiments.study.table import print_table
+        from experiments.analysis.table import print_table
+        from experiments.report.publish import publish
 
         for study in dict.fromkeys(folder.parent for folder, _ in _jobs):
             publish(study)
@@ -74,7 +75,7 @@ def _call(main: Callable[[], Any]) -> None:
     failed = 0
     try:
         main()
-    except (JobFailed, watch.AllJobsEnded):
+    except (JobFailed, launchers.AllJobsEnded):
         pass
     except Exception as error:
         # submitit is optional and slow to import, so its errors are known by name.
@@ -87,10 +88,10 @@ def _call(main: Callable[[], Any]) -> None:
             cause = re.split(r"-{20,}", str(error))[1].strip().splitlines()[-1]
             print(f"error: a job could not begin: {cause}", file=sys.stderr, flush=True)
         # submitit stops waiting at the first job that died; the others go on, and their news are wanted.
-        watch.wait_all()
+        launchers.wait_all()
         failed = 1
     finally:
-        heard, dead = watch.stop_all()
+        heard, dead = launchers.stop_all()
         _jobs.extend(heard.items())
         _died += max(dead, failed)
 
@@ -110,12 +111,6 @@ def _command_lines(verb: str) -> list[list[str]]:
         return expand(verb, sys.argv[1:])
     except ValueError as error:
         fail(str(error))
-
-
-def fail(sentence: str, code: int = 1) -> NoReturn:
-    sys.stdout.flush()
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(code)
 
 
 def explain(error: BaseException, verb: str, argv: Sequence[str]) -> str:

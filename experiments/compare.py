@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from experiments.cli import fail
-from experiments.study.compare import Row, column, deltas
-from experiments.study.layout import labels
-from experiments.study.rows import collect, run_groups
-from experiments.study.significance import holm
-from experiments.study.systems import Result, RunGroup, base_config
+from experiments.analysis.aggregate import Result, RunGroup, base_config
+from experiments.analysis.columns import labels
+from experiments.analysis.paired import Row, column, deltas
+from experiments.analysis.rows import collect, run_groups
+from experiments.analysis.stats import holm
+from experiments.errors import fail
+from shirg import MissingFileError, UserError
 
 DECIDED = {
     "experiment": {"experiment", "selector"},
@@ -39,17 +40,17 @@ def table(study: Path, group: str, option: str) -> list[str]:
     """Lines of a Markdown table, the system that is compared with first among those that it is compared to.
 
     Raises:
-        FileNotFoundError: for a folder without evaluated jobs.
-        ValueError: when no job has that choice.
+        MissingFileError: for a folder without evaluated jobs.
+        UserError: when no job has that choice.
     """
     done = [system for system in run_groups(study) if system.finished]
     if not done:
-        raise FileNotFoundError(f"{study}: there are no finished evaluations in this folder")
+        raise MissingFileError(f"{study}: there are no finished evaluations in this folder")
     chosen = [s for s in done if _choice(s.result, group) == option]
     # A control that was shown other questions is compared, and compared to by nobody.
     bases = {_rest(s.result, group): s for s in chosen if not s.result["config"].get("shuffle_questions")}
     if not bases:
-        raise ValueError(f"{study}: no finished evaluation has {group}={option}")
+        raise UserError(f"{study}: no finished evaluation has {group}={option}")
     shown = collect(study)
     told = dict(zip((row["job"] for row in shown), labels(shown), strict=True))
     names = list(dict.fromkeys(_groups(done)))

@@ -13,31 +13,30 @@ import torch
 from omegaconf import DictConfig
 from PIL import Image
 
-from experiments import build, measure, memory, roofline
-from experiments.adapters import adapter_path
-from experiments.data.ahead import picture_of, read_ahead
-from experiments.data.limit import draw_ids, ids_hash
-from experiments.data.sample import Dataset, Sample, Traced
-from experiments.data.shuffle import other_questions
-from experiments.metrics.cleaning import CLEANER
-from experiments.mirror import RunLogger
+from experiments import build, profiling
+from experiments.analysis.aggregate import summarise
+from experiments.build import adapter_path
+from experiments.data.loader import picture_of, read_ahead
+from experiments.data.sample import Dataset, Sample, Traced, draw_ids, ids_hash, other_questions
+from experiments.inference import EvalPipeline, Row, build_pipeline
+from experiments.jobs import results
+from experiments.jobs.job import JOURNAL, SHOTS, Job
+from experiments.jobs.results import write_samples
+from experiments.metrics.answer_metric import CLEANER
+from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.progress import Progress
-from experiments.report.shots import pick_examples, save_example
-from experiments.report.tokenmap import MAPS, TokenWatch, save_map
-from experiments.scoring import scorer_version, text_metrics
-from experiments.study import record
-from experiments.study.job import JOURNAL, SHOTS, Job
-from experiments.study.samples import write_samples
-from experiments.study.summary import summarise
-from experiments.system import EvalPipeline, Row, build_pipeline
-from lavida_adapter.attention import kernel_of
+from experiments.training.run_logger import RunLogger
+from experiments.viz.examples import pick_examples, save_example
+from experiments.viz.token_map import MAPS, TokenWatch, save_map
+from lavida_adapter.llada import kernel_of
+from shirg import UserError
 
 
 def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     """Evaluates one system on one dataset; returns the sections of result.json."""
     if cfg.batch_size < 1:
-        raise ValueError(f"batch_size={cfg.batch_size}: give at least 1")
-    device = measure.resolve_device(cfg.device)
+        raise UserError(f"batch_size={cfg.batch_size}: give at least 1")
+    device = profiling.resolve_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     # The data first: what is wrong with it should not wait for the weights.
@@ -55,15 +54,15 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     system = build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked)
     selector, cache = system.selector, system.cache
     if cfg.shuffle_questions and not (system.relevance is not None and system.relevance.reads_question):
-        raise ValueError(
+        raise UserError(
             "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "
             "that reads the question"
         )
     weights = build.fingerprint(model)
-    measure.reset_peak_memory(device)
+    profiling.reset_peak_memory(device)
     rows, timings = answer_all(system, samples, pick_examples(everything, cfg.shots), job, cfg, weights)
     summary = summarise(rows, tuple(system.scorers))
-    write_samples(job.folder / record.SAMPLES, rows)
+    write_samples(job.folder / results.SAMPLES, rows)
     sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
@@ -92,17 +91,17 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         },
         **summary,
         "environment": {
-            **record.environment(device, cfg.dtype),
+            **results.environment(device, cfg.dtype),
             "attention": kernel_of(model.lm.backend, device, model.dtype, model.config.lm),
         },
-        "times": {**measure.summarise_stages(timings), "peak_memory_mib": measure.peak_memory_mib(device)},
+        "times": {**profiling.summarise_stages(timings), "peak_memory_mib": profiling.peak_memory_mib(device)},
     }
     if decode.prefix_cache:
-        cost = roofline.cost_of(model.config.lm, model.dtype)
-        floor = roofline.eval_floor(cost, rows, decode.max_new_tokens, cfg.batch_size)
-        limits = roofline.known_limits(job.folder.parent, device, model.dtype)
+        cost = profiling.cost_of(model.config.lm, model.dtype)
+        floor = profiling.eval_floor(cost, rows, decode.max_new_tokens, cfg.batch_size)
+        limits = profiling.known_limits(job.folder.parent, device, model.dtype)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
-        sections["times"]["flags"] = roofline.flags(sections["times"], held, limits, floor)
+        sections["times"]["flags"] = profiling.flags(sections["times"], held, limits, floor)
     with mirror:  # only now: a logger has threads of its own, which would be timed too
         mirror.begin()
         mirror.end(sections, rows)
@@ -118,10 +117,10 @@ def budget_of(system: EvalPipeline) -> int:
 def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
     """All samples, or `limit` of them drawn with the seed by their ids; the dataset's order stays."""
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: give a positive number of samples, or null for all of them")
+        raise UserError(f"limit={limit}: give a positive number of samples, or null for all of them")
     samples = [dataset[i] for i in range(len(dataset))]
     if len({sample.id for sample in samples}) < len(samples):
-        raise ValueError(f"data: {dataset.name} has two samples with the same id; answers could not be told apart")
+        raise UserError(f"data: {dataset.name} has two samples with the same id; answers could not be told apart")
     drawn = draw_ids([sample.id for sample in samples], limit, seed)
     return [sample for sample in samples if sample.id in drawn]
 
@@ -135,9 +134,9 @@ def prompt_hash(data: DictConfig, max_new_tokens: int) -> str:
 def shard_of(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
     """Every `shards`-th sample, from number `shard` on."""
     if not 0 <= shard < shards:
-        raise ValueError(f"shard={shard} shards={shards}: shards are numbered from 0 to shards - 1")
+        raise UserError(f"shard={shard} shards={shards}: shards are numbered from 0 to shards - 1")
     if len(samples) < shards:
-        raise ValueError(f"shards={shards}: there are only {len(samples)} samples")
+        raise UserError(f"shards={shards}: there are only {len(samples)} samples")
     return samples[shard::shards]
 
 
@@ -156,12 +155,12 @@ def answer_all(
     watch = TokenWatch(system.selector, {name: at for name, at in shown.items() if at in watched})
     with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
-            raise ValueError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
+            raise UserError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
         done = len(journal.entries)
         progress.advance(sum(map(len, batches[:done])))
         coming = read_ahead(batches[done:], system.model.config, system.selector.geometry, cfg.workers)
         for number, (batch, pictures) in enumerate(zip(batches[done:], coming, strict=True)):
-            with memory.explain_oom(system.model, len(batch), budget_of(system)):
+            with profiling.explain_oom(system.model, len(batch), budget_of(system)):
                 answers = system.answer(batch, pictures)
             for sample, picture, selection, row in zip(
                 batch, answers.pictures, answers.selections, answers.rows, strict=True

@@ -15,17 +15,19 @@ from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from experiments.data.limit import ids_hash
-from experiments.metrics.cleaning import CLEANER
+from experiments.analysis.aggregate import summarise
+from experiments.analysis.table import refresh
+from experiments.data.sample import ids_hash
+from experiments.errors import is_user_error
+from experiments.jobs import results
+from experiments.jobs.atomic_files import encode_json, read_json, write_together
+from experiments.jobs.job import SHOTS
+from experiments.jobs.results import encode_samples, read_rows
+from experiments.metrics.answer_metric import CLEANER
+from experiments.metrics.answers import Scorer, score_answer, scorer_version, text_metrics
 from experiments.schema import override_key
-from experiments.scoring import Scorer, score_answer, scorer_version, text_metrics
-from experiments.shorthand import job_folders
-from experiments.study import record
-from experiments.study.files import encode_json, read_json, write_together
-from experiments.study.job import SHOTS, is_bad_input
-from experiments.study.samples import encode_samples, read_rows
-from experiments.study.summary import summarise
-from experiments.study.table import refresh
+from experiments.sweeps import job_folders
+from shirg import MissingFileError, UserError
 
 WORD = "rescore"
 METRICS = "data.metrics"
@@ -47,13 +49,13 @@ def parse(argv: Sequence[str]) -> RescoreRequest:
     """The request of a command line, which has a `rescore=` in it.
 
     Raises:
-        ValueError: more than one of them, or words that would change more than scores.
+        UserError: more than one of them, or words that would change more than scores.
     """
     patterns = [word.partition("=")[2] for word in argv if word.startswith(f"{WORD}=")]
     others = [word for word in argv if not word.startswith(f"{WORD}=")]
     asked = [word for word in others if override_key(word) == METRICS]
     if len(patterns) > 1 or len(asked) > 1 or len(asked) < len(others):
-        raise ValueError(
+        raise UserError(
             f"{WORD}=FOLDER goes with {METRICS}=[...] and nothing else, each once: it changes scores and leaves "
             f"answers as they are (several jobs: {WORD}='outputs/STUDY/*')"
         )
@@ -64,7 +66,7 @@ def rescore_all(request: RescoreRequest) -> dict[Path, bool]:
     """Scores every job that the request names; says what became of each, and returns whether it went well.
 
     Raises:
-        ValueError: the pattern names no job.
+        UserError: the pattern names no job.
     """
     folders = job_folders(WORD, request.pattern, "eval")
     outcome = {}
@@ -72,7 +74,7 @@ def rescore_all(request: RescoreRequest) -> dict[Path, bool]:
         try:
             before, after = rescore(folder, request.metrics)
         except (ValueError, OSError) as error:
-            if not is_bad_input(error):
+            if not is_user_error(error):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             outcome[folder] = False
@@ -86,22 +88,22 @@ def rescore(folder: Path, metrics: Sequence[str] | None = None) -> tuple[Mapping
     """Scores one job again, by its own metrics or by those given; returns its quality before and after.
 
     Raises:
-        ValueError: no finished job of eval.py, a part of a larger one, answers that are not those it scored, or a
+        UserError: no finished job of eval.py, a part of a larger one, answers that are not those it scored, or a
             metric that they cannot be scored by.
     """
-    if record.read_result(folder) is None:
-        raise ValueError(f"{WORD}={folder}: there is no {record.RESULT} in it; give the folder of a job of eval.py")
+    if results.read_result(folder) is None:
+        raise UserError(f"{WORD}={folder}: there is no {results.RESULT} in it; give the folder of a job of eval.py")
     try:
-        with FileLock(folder / record.LOCK, timeout=0):
+        with FileLock(folder / results.LOCK, timeout=0):
             qualities = _rescore(folder, metrics)
     except Timeout:
-        raise ValueError(f"{WORD}={folder}: another process is running this job; wait for it") from None
+        raise UserError(f"{WORD}={folder}: another process is running this job; wait for it") from None
     refresh(folder.parent)
     return qualities
 
 
 def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    result = record.read_result(folder)
+    result = results.read_result(folder)
     assert result is not None
     rows = _answers(folder, result)
     scorers = text_metrics(metrics or result["config"]["data"]["metrics"])
@@ -119,15 +121,15 @@ def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, 
         "quality": quality,
         "rescored": {
             "before": {"metrics": list(before["metrics"]), "scorer": scored_by},
-            **record.code_version(),
+            **results.code_version(),
         },
-        "times": {**result["times"], "rescored": record.now()},
+        "times": {**result["times"], "rescored": results.now()},
     }
     write_together(
         {
             **{path: encode_json(shot) for path, shot in shots.items()},
-            folder / record.SAMPLES: encode_samples(rows),
-            folder / record.RESULT: encode_json(new),
+            folder / results.SAMPLES: encode_samples(rows),
+            folder / results.RESULT: encode_json(new),
         }
     )
     return before, quality
@@ -137,21 +139,19 @@ def _answers(folder: Path, result: Mapping[str, Any]) -> list[Row]:
     """The job's answers, after making sure that they are all of them and the ones that were scored."""
     where = f"{WORD}={folder}"
     if result["verb"] != "eval" or result["status"] != "ok":
-        raise ValueError(
+        raise UserError(
             f"{where} is a job of {result['verb']}.py with status {result['status']}: only a finished job of eval.py "
             "has answers to score; resume=true finishes it"
         )
     if result["config"].get("shards", 1) > 1:
-        raise ValueError(
-            f"{where} is one of {result['config']['shards']} shards: score the job that they make together"
-        )
-    if not (folder / record.SAMPLES).is_file():
-        raise FileNotFoundError(f"{where} has no {record.SAMPLES}: overwrite=true answers again")
-    rows = read_rows(folder / record.SAMPLES)
+        raise UserError(f"{where} is one of {result['config']['shards']} shards: score the job that they make together")
+    if not (folder / results.SAMPLES).is_file():
+        raise MissingFileError(f"{where} has no {results.SAMPLES}: overwrite=true answers again")
+    rows = read_rows(folder / results.SAMPLES)
     found = ids_hash(row["id"] for row in rows)
     if found != result["data"]["ids"]:
-        raise ValueError(
-            f"{where}: {record.SAMPLES} holds other samples (ids {found}) than {record.RESULT} scored "
+        raise UserError(
+            f"{where}: {results.SAMPLES} holds other samples (ids {found}) than {results.RESULT} scored "
             f"(ids {result['data']['ids']}); overwrite=true answers again"
         )
     return rows
@@ -166,7 +166,7 @@ def _check_fed(folder: Path, rows: Sequence[Row], scorers: Mapping[str, Scorer],
             fed = any(row["scores"][name] is not None for row in rows)
             lacking = getattr(scorers[name], "reference", "answers")
         if not fed:
-            raise ValueError(f"{METRICS}: {name} needs {lacking}, and no sample of {folder.name} has any")
+            raise UserError(f"{METRICS}: {name} needs {lacking}, and no sample of {folder.name} has any")
 
 
 def _asked_with(result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _asked_with(result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any
         "command": shlex.join(replaced(shlex.split(result["command"]))),
         "overrides": replaced(result["overrides"]),
         "config": config,
-        "config_hash": record.config_hash(config),
+        "config_hash": results.config_hash(config),
     }
 
 
@@ -198,9 +198,9 @@ def _names(word: str) -> tuple[str, ...]:
     try:
         value = OverridesParser.create().parse_override(word).value()
     except HydraException as error:
-        raise ValueError(f"{word}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{word}: {str(error).splitlines()[0]}") from None
     if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{word}: give a list of metrics, for example {METRICS}=[exact_match,anls]")
+        raise UserError(f"{word}: give a list of metrics, for example {METRICS}=[exact_match,anls]")
     return tuple(value)
 
 

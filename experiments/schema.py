@@ -5,15 +5,20 @@ answers at once. Plug-in groups (model, selector, relevance, data, cache, logger
 """
 
 import hashlib
+import inspect
 import itertools
 import re
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+from experiments.errors import ConfigError
 
 VERSION_BASE = "1.3"
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -100,7 +105,7 @@ class Eval(Run):
 
 @dataclass
 class Optim:
-    """The fields of `lavida_adapter.module.OptimConfig`."""
+    """The fields of `lavida_adapter.lightning_module.OptimConfig`."""
 
     steps: int = MISSING
     lr: float = MISSING
@@ -128,7 +133,7 @@ class Objective:
 
 @dataclass
 class Grow:
-    """The fields of `lavida_adapter.growth.Growth`."""
+    """The fields of `lavida_adapter.lora.Growth`."""
 
     start: int = 16
     patience: int = 200
@@ -246,3 +251,57 @@ def register() -> None:
 
 
 register()
+
+
+def check_knobs(group: str, target: type, knobs: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Compares knobs with a constructor and with the option's own file; `group` is how a message names them.
+
+    Raises:
+        ConfigError: for a knob that the constructor does not have, or a value of another type.
+    """
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and (unknown := sorted(knobs.keys() - parameters.keys())):
+        raise ConfigError(f"{group}.{unknown[0]}: {target.__name__} has no such knob; it has {', '.join(parameters)}")
+    _compare_types(group, knobs, defaults)
+    for name, value in knobs.items():
+        if name in parameters and not _fits(value, hint := parameters[name].annotation):
+            raise ConfigError(f"{group}.{name}={value!r} is not {_describe(hint)}")
+
+
+def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses a text where the option's own file has a number or a truth value; nested knobs have no annotation."""
+    for name, default in defaults.items():
+        value = given.get(name)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            _compare_types(f"{where}.{name}", value, default)
+        elif isinstance(default, bool) and isinstance(value, str):
+            raise ConfigError(f"{where}.{name}={value!r} is not true or false")
+        elif isinstance(default, int | float) and isinstance(value, str):
+            raise ConfigError(f"{where}.{name}={value!r} is not a number")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a config value is of the annotated type; annotations beyond plain ones are left to the constructor."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, types.NoneType):
+        return isinstance(value, hint)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,19 +1,18 @@
 """LaViDa, natively: loads the published checkpoint, matches the reference's numbers, takes any selector."""
 
-from lavida_adapter.adapter import load_adapter, save_adapter
-from lavida_adapter.adaptive_k import AdaptiveK
-from lavida_adapter.cache_pack import CachePacker, Cast, Fp8, Int8
-from lavida_adapter.cache_retain import LayerRetention
-from lavida_adapter.cache_select import CacheSelector
+from lavida_adapter.cache_compression.adaptive_k import AdaptiveK
+from lavida_adapter.cache_compression.compressor import CacheSelector
+from lavida_adapter.cache_compression.fastv import FastV
+from lavida_adapter.cache_compression.layer_retention import LayerRetention
+from lavida_adapter.cache_compression.quantize import CachePacker, Cast, Fp8, Int8
+from lavida_adapter.cache_compression.redvtp import RedVTP
 from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
-from lavida_adapter.denoise import DecodeConfig, Generation
-from lavida_adapter.fastv import FastV
-from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
+from lavida_adapter.generate import DecodeConfig, Generation
+from lavida_adapter.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
 from lavida_adapter.loss import TrainBatch
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prefix import Prefix
-from lavida_adapter.redvtp import RedVTP
 
 __all__ = [
     "AdaptiveK",

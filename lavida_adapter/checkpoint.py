@@ -1,29 +1,136 @@
-"""Reading and writing checkpoints in the published layout: config.json, safetensors, tokenizer files.
-
-docs/lavida.md, "Checkpoint layout". Nothing in a checkpoint is ever executed: pickle files are refused, and tokenizers
-are read from their JSON.
-"""
+"""Checkpoints in the published layout: files, tensors, config, tokenizer; loading and saving."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.prompt import CONTROL
-from lavida_adapter.stored import WTE, check_tensors, first_line, open_tensors, read_headers, read_json, tensor_files
+from shirg import MissingFileError, UserError
 
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
+
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+_VISION = "model.vision_tower.vision_tower.vision_model."
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index of a sharded checkpoint or from the single file."""
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise UserError(f"{folder / INDEX} has no weight_map: download the checkpoint again")
+        absent = sorted({file for file in index.values() if not (folder / file).is_file()})
+        if absent:
+            raise MissingFileError(f"{folder}: {INDEX} names {', '.join(absent)}, which are not there")
+        files = {name: folder / file for name, file in index.items()}
+    elif (folder / SINGLE).is_file():
+        with open_tensors(folder / SINGLE) as file:
+            files = {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118 (not a dict)
+    else:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder} holds pickled weights only ({', '.join(pickles[:3])}): loading a pickle can run any code, "
+                "so it is refused; convert the checkpoint to safetensors"
+            )
+        raise MissingFileError(f"{folder} has no {SINGLE} and no {INDEX}: there are no weights to load")
+    for path in sorted({p for p in files.values() if p.suffix != ".safetensors"}):
+        raise UserError(
+            f"{path} is not a safetensors file: loading a pickle can run any code, so it is refused; convert the "
+            "checkpoint to safetensors"
+        )
+    return files
+
+
+def read_headers(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype | None]]:
+    """Shape and dtype of every stored tensor, None for a type that nothing is computed in; headers alone are read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype | None] = {}
+    for path in sorted(set(where.values())):
+        with open_tensors(path) as file:
+            names = [name for name, p in where.items() if p == path]
+            absent = set(names) - set(file.keys())
+            if absent:
+                raise UserError(f"{path} lacks tensors that {INDEX} puts there: {', '.join(sorted(absent)[:5])}")
+            for name in names:
+                header = file.get_slice(name)
+                shapes[name] = tuple(header.get_shape())
+                dtypes[name] = _DTYPES.get(header.get_dtype())
+    return shapes, dtypes
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path
+) -> set[str]:
+    """Compares names and shapes; returns the tensors that may be absent and are.
+
+    Tolerated: more rows in embedding and head, a further vision layer or pooling head (ignored), no post_layernorm.
+    """
+    optional = {name for name in expected if "post_layernorm" in name}
+    layer = re.compile(re.escape(_VISION) + r"encoder\.layers\.(\d+)\.")
+    n_layers = 1 + max((int(m[1]) for name in expected if (m := layer.match(name))), default=-1)
+    ignored = re.compile(re.escape(_VISION) + rf"(head\..*|encoder\.layers\.{n_layers}\..*|embeddings\.position_ids)")
+    missing = sorted(expected.keys() - stored.keys() - optional)
+    extra = sorted(name for name in stored.keys() - expected.keys() if not ignored.fullmatch(name))
+    wrong = []
+    for name in sorted(expected.keys() & stored.keys()):
+        want, have = expected[name], stored[name]
+        longer = name in (WTE, HEAD) and len(have) == 2 and have[0] >= want[0] and have[1] == want[1]
+        if have != want and not longer:
+            least = "at least " if name in (WTE, HEAD) else ""
+            wrong.append(f"{name} is {list(have)}, expected {least}{list(want)}")
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+        for names, what in ((missing, "missing"), (wrong, "of the wrong shape"), (extra, "unexpected"))
+        if names
+    ]
+    if problems:
+        raise UserError(f"the tensors in {folder} do not fit its config.json: {'; '.join(problems)}")
+    return optional - stored.keys()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; ValueError names the file that holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return found
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, to be used as a context; ValueError names a file that is none."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut to a line that fits into another sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
 
 M = TypeVar("M", bound="Lavida")
 
@@ -33,11 +140,11 @@ def locate(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise FileNotFoundError(f"model.path={source}: no such checkpoint folder")
+        raise MissingFileError(f"model.path={source}: no such checkpoint folder")
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
     except Exception as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"model.path={source}: no such folder here, and the hub did not deliver it ({type(error).__name__}); "
             "download the checkpoint once and give its folder"
         ) from error
@@ -50,8 +157,8 @@ def load(cls: type[M], source: str | Path, *, dtype: torch.dtype | str, device: 
     and the head beyond the tokenizer's are cut off, as the reference's inference does.
 
     Raises:
-        FileNotFoundError: no checkpoint there, or no weights in it.
-        ValueError: pickled weights, an unsupported config, or tensors that do not fit; one error lists them all.
+        MissingFileError: no checkpoint there, or no weights in it.
+        UserError: pickled weights, an unsupported config, or tensors that do not fit; one error lists them all.
     """
     folder = locate(source)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
@@ -85,16 +192,16 @@ def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype | None) -> torch.d
     """A floating type, by itself or by name; "auto" is the stored one, None where nothing is computed in that.
 
     Raises:
-        ValueError: for what is no floating type, or for "auto" without a stored one.
+        UserError: for what is no floating type, or for "auto" without a stored one.
     """
     if dtype == "auto" and stored is None:
-        raise ValueError(
+        raise UserError(
             "dtype=auto: the checkpoint stores its embedding in a type that cannot be computed in; choose float32, "
             "bfloat16 or float16"
         )
     found = stored if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype={dtype}: choose auto, float32, bfloat16 or float16")
+        raise UserError(f"dtype={dtype}: choose auto, float32, bfloat16 or float16")
     return found
 
 
@@ -102,18 +209,18 @@ def read_config(folder: Path) -> LavidaConfig:
     """The config of a checkpoint; FileNotFoundError where there is none."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is not a checkpoint folder")
+        raise MissingFileError(f"{folder} has no config.json: it is not a checkpoint folder")
     return LavidaConfig.from_dict(read_json(path))
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint, from its tokenizer.json; never another one in its place."""
     if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} has no tokenizer.json: copy the tokenizer files of the checkpoint there")
+        raise MissingFileError(f"{folder} has no tokenizer.json: copy the tokenizer files of the checkpoint there")
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the reader raises the bare Exception for a broken file
-        raise ValueError(f"the tokenizer files in {folder} cannot be read: {first_line(error)}") from error
+        raise UserError(f"the tokenizer files in {folder} cannot be read: {first_line(error)}") from error
 
 
 def check_tokens(config: LavidaConfig, tokenizer: Any, folder: Path) -> None:
@@ -121,10 +228,10 @@ def check_tokens(config: LavidaConfig, tokenizer: Any, folder: Path) -> None:
     known = tokenizer.get_added_vocab()
     absent = [token for token in CONTROL if token not in known]
     if absent:
-        raise ValueError(f"the tokenizer in {folder} lacks {', '.join(absent)}: it is not LLaDA's")
+        raise UserError(f"the tokenizer in {folder} lacks {', '.join(absent)}: it is not LLaDA's")
     for token, name in (("<|mdm_mask|>", "mask_token_id"), ("<|endoftext|>", "eos_token_id")):
         if (told := getattr(config.lm, name)) != known[token]:
-            raise ValueError(f"{folder}: config.json says {name}={told}, but the tokenizer's {token} is {known[token]}")
+            raise UserError(f"{folder}: config.json says {name}={told}, but the tokenizer's {token} is {known[token]}")
 
 
 def n_rows(tokenizer: Any) -> int:
@@ -136,7 +243,7 @@ def save(model: "Lavida", folder: Path, *, max_shard_size: int | str = "5GB") ->
     """Writes a checkpoint beside its place and then moves it in: an interrupted save leaves the old one as it was."""
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
-        raise ValueError("the model carries LoRA layers: merge them (lavida_adapter.merge_lora) before saving it whole")
+        raise UserError("the model carries LoRA layers: merge them (lavida_adapter.merge_lora) before saving it whole")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

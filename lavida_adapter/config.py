@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
+from shirg import UserError
+
 PrefixAttention = Literal["full", "image_first"]
 
 
@@ -120,20 +122,20 @@ class LavidaConfig:
 
     def __post_init__(self) -> None:
         if self.vision.hidden_size % self.vision.num_attention_heads or self.lm.d_model % (2 * self.lm.n_heads):
-            raise ValueError("config: the widths must be divisible by the number of heads (and head size must be even)")
+            raise UserError("config: the widths must be divisible by the number of heads (and head size must be even)")
         if self.lm.n_heads % self.lm.n_kv_heads:
-            raise ValueError(f"config: n_heads={self.lm.n_heads} is not a multiple of n_kv_heads={self.lm.n_kv_heads}")
+            raise UserError(f"config: n_heads={self.lm.n_heads} is not a multiple of n_kv_heads={self.lm.n_kv_heads}")
         if self.vision.num_hidden_layers < 2:
-            raise ValueError("config: the vision tower needs at least 2 layers, because the last one is never built")
+            raise UserError("config: the vision tower needs at least 2 layers, because the last one is never built")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise UserError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         size = self.vision.image_size
         if not self.image_grid_pinpoints:
-            raise ValueError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
+            raise UserError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
         for w, h in self.image_grid_pinpoints:
             if w % size or h % size or not w or not h:
-                raise ValueError(f"config: canvas ({w}, {h}) is not made of whole {size}-pixel views")
+                raise UserError(f"config: canvas ({w}, {h}) is not made of whole {size}-pixel views")
         views = 1 + max((w // size) * (h // size) for w, h in self.image_grid_pinpoints)
         views = views if self.image_aspect_ratio == "anyres" else 1
         derived = {"base": views * self.pooled_side**2, "full": views * self.vision.side**2}
@@ -157,7 +159,7 @@ class LavidaConfig:
         ]
         wrong += [*_mistyped(LladaConfig, raw), *_mistyped(cls, raw), *_mistyped(VisionConfig, tower)]
         if wrong:
-            raise ValueError("config.json asks for what LaViDa-LLaDA does not have: " + "; ".join(wrong))
+            raise UserError("config.json asks for what LaViDa-LLaDA does not have: " + "; ".join(wrong))
         lm = _pick(LladaConfig, raw)
         # LLaDA names the rows of its embedding `embedding_size` and falls back to `vocab_size`.
         lm["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size", LladaConfig.vocab_size)
@@ -172,7 +174,7 @@ class LavidaConfig:
             own["image_grid_pinpoints"] = _canvases(own["image_grid_pinpoints"])
         vision = VisionConfig(**_pick(VisionConfig, tower))
         if raw.get("mm_hidden_size") not in (None, vision.hidden_size):
-            raise ValueError(
+            raise UserError(
                 f"config.json: mm_hidden_size={raw['mm_hidden_size']} but the tower is {vision.hidden_size} wide"
             )
         own |= {"vision": vision, "lm": LladaConfig(**lm)}
@@ -209,7 +211,7 @@ def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(w), int(h)) for w, h in pairs)
     except (SyntaxError, TypeError, ValueError):
-        raise ValueError(f"config.json: image_grid_pinpoints={value!r} is not a list of [width, height]") from None
+        raise UserError(f"config.json: image_grid_pinpoints={value!r} is not a list of [width, height]") from None
 
 
 def _mistyped(cls: type, raw: Mapping[str, Any]) -> list[str]:

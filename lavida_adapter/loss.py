@@ -1,20 +1,37 @@
-"""The loss of training examples: pictures and answers to rows, rows to masked copies, copies to cross entropy.
+"""The training loss of a batch: masked cross entropy, complementary masks, auxiliary losses."""
 
-docs/lavida.md, "Training objective". Letters: B rows, L positions, C copies of all rows, M masked targets.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from lavida_adapter.auxiliary import adaptive_k_loss, alignment, row_losses
-from lavida_adapter.copies import states_of_copies
+from lavida_adapter.prefix import Prefix
+from lavida_adapter.prompt import IGNORE
+from shirg import UserError
+
+if TYPE_CHECKING:
+    from lavida_adapter.model import Lavida
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+
+from lavida_adapter.prompt import encode_text
+from shirg import Selection, Source
+
+if TYPE_CHECKING:
+    pass
+    from lavida_adapter.model import Lavida
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from lavida_adapter.encode import Boxes, picture_blocks
 from lavida_adapter.objective import (
+    SINGLE,
     ObjectiveConfig,
+    Shard,
     Tally,
     extra_padding,
     mask_probability,
@@ -23,17 +40,118 @@ from lavida_adapter.objective import (
     pad_answers,
     sample_times,
 )
-from lavida_adapter.pictures import Boxes, picture_blocks
-from lavida_adapter.prefix import Prefix, splice
-from lavida_adapter.prompt import IGNORE, training_example
+from lavida_adapter.prefix import splice
+from lavida_adapter.prompt import training_example
 from lavida_adapter.relevance import Relevance
-from lavida_adapter.share import SINGLE, Shard
-from lavida_adapter.timer import NoTimer
+from lavida_adapter.timing import NoTimer
 from lavida_adapter.views import Views
 from shirg import Selector
 
 if TYPE_CHECKING:
     from lavida_adapter.model import Lavida
+
+
+def states_of_copies(
+    model: "Lavida", whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, *, prefix_mask: bool
+) -> Tensor:
+    """States [C, L, D] of copies of spliced rows in which the masked positions hold the mask embedding.
+
+    Without `prefix_mask` prompt and answer see each other, as in LaViDa's training; with it the prompt does not see the
+    answer, as at decoding.
+    """
+    mask_D = model.lm.wte(torch.tensor(model.config.lm.mask_token_id, device=model.device))
+    n = len(masked_CL) // len(labels_BL)
+    embeds = torch.where(masked_CL[..., None], mask_D.to(whole.embeds_BPD.dtype), whole.embeds_BPD.repeat(n, 1, 1))
+    if prefix_mask:
+        return _states_behind_prefix(model, whole, labels_BL, embeds, n)
+    mask = None if whole.padding is None else whole.mask_BP.repeat(n, 1)
+    states: Tensor = model.lm(embeds, mask_BL=mask, visual_BL=model.visual(whole.visual_BP.repeat(n, 1)))
+    return states
+
+
+def _states_behind_prefix(model: "Lavida", whole: Prefix, labels_BL: Tensor, embeds: Tensor, n: int) -> Tensor:
+    """One prefill per prompt, then all `n` copies of its answer decode against it."""
+    b, length = labels_BL.shape
+    device = labels_BL.device
+    begin_B = (labels_BL != IGNORE).to(torch.int64).argmax(-1)
+    length_B1 = whole.mask_BP.sum(-1, keepdim=True)
+    p, a = int(begin_B.max()), int((length_B1[:, 0] - begin_B).max())
+    prompt_BP = torch.arange(p, device=device) < begin_B[:, None]
+    cache = model.prefill(Prefix(whole.embeds_BPD[:, :p], prompt_BP, whole.visual_BP[:, :p]))
+    index_BA = begin_B[:, None] + torch.arange(a, device=device)
+    real_CA = (index_BA < length_B1).repeat(n, 1)
+    # Slots behind a shorter row's end read position 0, are masked, and write to a spare position that is cut off.
+    read = index_BA.repeat(n, 1).masked_fill(~real_CA, 0)[..., None].expand(-1, -1, embeds.shape[-1])
+    write = index_BA.repeat(n, 1).masked_fill(~real_CA, length)[..., None].expand_as(read)
+    states_CAD = model.lm.decode(embeds.gather(1, read), cache.repeat(n), None if real_CA.all() else real_CA)
+    return states_CAD.new_zeros(n * b, length + 1, embeds.shape[-1]).scatter(1, write, states_CAD)[:, :length]
+
+
+TEMPERATURE = 0.07
+"""Of the contrast between pictures and questions, as in CLIP at its start (arXiv 2103.00020)."""
+
+
+def alignment_loss(picture_BD: Tensor, question_BD: Tensor, same_BB: Tensor, temperature: float) -> Tensor:
+    """InfoNCE between pictures and questions, both ways, float32; pairs in `same_BB` off the diagonal do not count."""
+    z_BB = F.normalize(picture_BD.float(), dim=-1) @ F.normalize(question_BD.float(), dim=-1).T / temperature
+    own_B = torch.arange(len(z_BB), device=z_BB.device)
+    z_BB = z_BB.masked_fill(same_BB & ~torch.eye(len(z_BB), dtype=torch.bool, device=z_BB.device), float("-inf"))
+    return (F.cross_entropy(z_BB, own_B) + F.cross_entropy(z_BB.T, own_B)) / 2
+
+
+def alignment(
+    model: "Lavida", batch: "TrainBatch", blocks: Sequence[Tensor], selections: Sequence[Selection]
+) -> Tensor:
+    """`alignment_loss` of a batch: the mean of each prompt's projected picture tokens against that of its question.
+
+    Newlines do not count; prompts that share their picture or their question are not told apart.
+
+    Raises:
+        UserError: when no two prompts can be told apart, or a question has no token.
+    """
+    pictures, questions = [], []
+    for i, (block, selection) in enumerate(zip(blocks, selections, strict=True)):
+        is_token = selection.source_BT[0][selection.mask_BT[0]] != int(Source.NEWLINE)
+        pictures.append(block[is_token].mean(0))
+        ids = encode_text(model.tokenizer, batch.questions[i].strip())
+        if not ids:
+            raise UserError(f"objective.alignment: the question of sample {batch.ids[i]!r} has no token")
+        questions.append(model.lm.wte(torch.tensor(ids, device=model.device)).mean(0))
+    n = range(len(pictures))
+    same = [
+        [batch.images[i] is batch.images[j] or batch.questions[i].strip() == batch.questions[j].strip() for j in n]
+        for i in n
+    ]
+    if all(all(row) for row in same):
+        raise UserError(
+            "objective.alignment contrasts the prompts of a batch, and this one has no two with other pictures and "
+            "other questions: raise batch_size"
+        )
+    same_BB = torch.tensor(same, device=model.device)
+    return alignment_loss(torch.stack(pictures), torch.stack(questions), same_BB, TEMPERATURE)
+
+
+def row_losses(logits_MW: Tensor, labels_M: Tensor, row_M: Tensor, b: int) -> Tensor:
+    """The mean cross entropy of each of b rows, float32 without a graph; NaN for a row without masked targets."""
+    with torch.no_grad():
+        loss_M = F.cross_entropy(logits_MW.float(), labels_M, reduction="none")
+        total_B = loss_M.new_zeros(b).index_add(0, row_M, loss_M)
+        return total_B / loss_M.new_zeros(b).index_add(0, row_M, torch.ones_like(loss_M))
+
+
+def adaptive_k_loss(selections: Sequence[Selection], row_loss_B: Tensor) -> Tensor:
+    """Mean squared error of what the selector's head expected of each row, over the rows that have a loss.
+
+    Raises:
+        UserError: for a selector without a head.
+    """
+    expected = [selection.expected_B for selection in selections if selection.expected_B is not None]
+    if len(expected) < len(selections):
+        raise UserError("objective.adaptive_k trains the head of a selector: choose selector.adaptive.mode=head")
+    expected_B, seen_B = torch.cat(expected), row_loss_B.isfinite()
+    # Replaced before the difference: a NaN that is masked afterwards would still be in the gradient.
+    error_B = (expected_B - torch.where(seen_B, row_loss_B, expected_B.detach())).square()
+    return error_B.sum() / seen_B.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
@@ -107,7 +225,7 @@ def rows_loss(
     """The loss of token rows with one picture block each; what exceeds the model's context is cut off on the right.
 
     Raises:
-        ValueError: for a row without a target: it would teach nothing.
+        UserError: for a row without a target: it would teach nothing.
     """
     max_length = model.config.tokenizer_model_max_length
     room = [max_length - len(block) + 1 for block in blocks]
@@ -115,7 +233,7 @@ def rows_loss(
     labels = [label[:n] for label, n in zip(labels, room, strict=True)]
     for i, label in enumerate(labels):
         if all(token == IGNORE for token in label):
-            raise ValueError(f"training row {i} has no target token: its answer was empty or cut away")
+            raise UserError(f"training row {i} has no target token: its answer was empty or cut away")
     whole, labels_BL = splice(rows, blocks, model.lm.wte, max_length=max_length, labels=labels)
     b, length = labels_BL.shape
     whole_b, longest = b * share.world, share.largest(length)

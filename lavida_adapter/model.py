@@ -13,29 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lavida_adapter.attention import AttentionHook
-from lavida_adapter.cache import PrefixCache, StoredPrefix
-from lavida_adapter.cache_pack import CachePacker
-from lavida_adapter.cache_select import CacheSelector
-from lavida_adapter.compiled import CompiledEngine
+from lavida_adapter.cache_compression.compressor import CacheSelector
+from lavida_adapter.cache_compression.quantize import CachePacker
 from lavida_adapter.config import LavidaConfig
-from lavida_adapter.denoise import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
-from lavida_adapter.engine import DecodeEngine, EagerEngine, pick
-from lavida_adapter.llada import Llada
+from lavida_adapter.encode import Boxes, picture_blocks
+from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache, pick
+from lavida_adapter.generate import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
+from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
+from lavida_adapter.llada import AttentionHook, Llada
 from lavida_adapter.loss import TrainBatch, batch_loss
-from lavida_adapter.objective import ObjectiveConfig, Tally
-from lavida_adapter.pictures import Boxes, picture_blocks
+from lavida_adapter.objective import SINGLE, ObjectiveConfig, Shard, Tally
 from lavida_adapter.prefix import Prefix, splice
-from lavida_adapter.projector import build_projector
 from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.relevance import Relevance
-from lavida_adapter.replay import GraphCache
-from lavida_adapter.share import SINGLE, Shard
-from lavida_adapter.steps import CachedSteps
-from lavida_adapter.timer import NoTimer, Pausing, Timer
+from lavida_adapter.timing import NoTimer, Pausing, Timer
 from lavida_adapter.views import Views, pooled_count
-from lavida_adapter.vision import VisionTower
-from shirg import Selector
+from lavida_adapter.vision import VisionTower, build_projector
+from shirg import Selector, UserError
 
 
 class _Body(nn.Module):
@@ -121,7 +115,7 @@ class Lavida(nn.Module):
         `boxes` says where each question's evidence is, as fractions of its picture; only an oracle looks.
 
         Raises:
-            ValueError: when there are not as many pictures, questions, ids and prompts, or none at all.
+            UserError: when there are not as many pictures, questions, ids and prompts, or none at all.
         """
         timer = timer or NoTimer()
         ids = [str(i) for i in range(len(images))] if ids is None else ids
@@ -130,7 +124,7 @@ class Lavida(nn.Module):
         given |= {} if boxes is None else {"lists of boxes": boxes}
         if len({len(things) for things in given.values()}) > 1 or not images:
             counts = ", ".join(f"{len(things)} {name}" for name, things in given.items())
-            raise ValueError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
+            raise UserError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
         blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer, boxes)
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
@@ -156,17 +150,17 @@ class Lavida(nn.Module):
         less memory.
 
         Raises:
-            ValueError: when prompt and answer together exceed the model's context, or the cache cannot be treated so.
+            UserError: when prompt and answer together exceed the model's context, or the cache cannot be treated so.
         """
         timer = Pausing(timer or NoTimer())
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
         if longest > self.config.lm.max_sequence_length:
-            raise ValueError(
+            raise UserError(
                 f"prompt and answer need {longest} positions, the model has {self.config.lm.max_sequence_length}: "
                 "lower the budget or decode.max_new_tokens"
             )
         if cache_selector is not None and cache_packer is not None:
-            raise ValueError("a prefix cache can be cut or packed: give cache_selector or cache_packer")
+            raise UserError("a prefix cache can be cut or packed: give cache_selector or cache_packer")
         for treatment in (cache_selector, cache_packer):
             if treatment is not None:
                 treatment.check(prefix, decode)
@@ -220,12 +214,12 @@ class Lavida(nn.Module):
         """What launches this model's prefill and steps, with what it has compiled and recorded already.
 
         Raises:
-            ValueError: for CUDA graphs on a CPU, and for `compile` on a machine without a compiler.
+            UserError: for CUDA graphs on a CPU, and for `compile` on a machine without a compiler.
         """
         if engine == "eager":
             return EagerEngine(self.lm)
         if engine == "graph" and self.device.type != "cuda":
-            raise ValueError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
+            raise UserError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
         key = engine, self.device.type
         found = self._launchers.get(key)
         if found is None or found.lm is not self.lm:

@@ -6,13 +6,15 @@ docs/lavida.md, "Training objective". Draws are arguments, so that a test can re
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from lavida_adapter.prompt import IGNORE
+from shirg import UserError
 
 TimeSampler = Literal["uniform", "logit_normal", "mode"]
 
@@ -42,14 +44,14 @@ class ObjectiveConfig:
         choices = {"time": ("uniform", "logit_normal", "mode"), "weighting": ("none", "inverse_time")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"objective.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                raise UserError(f"objective.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
         if self.extra_padding < 0:
-            raise ValueError(f"objective.extra_padding={self.extra_padding}: give 0 or more")
+            raise UserError(f"objective.extra_padding={self.extra_padding}: give 0 or more")
         for name in ("alignment", "adaptive_k"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"objective.{name}={getattr(self, name)}: give a weight >= 0")
+                raise UserError(f"objective.{name}={getattr(self, name)}: give a weight >= 0")
         if self.answer_tokens is not None and self.answer_tokens < 1:
-            raise ValueError(f"objective.answer_tokens={self.answer_tokens}: give at least 1, or null")
+            raise UserError(f"objective.answer_tokens={self.answer_tokens}: give at least 1, or null")
 
 
 @dataclass
@@ -139,3 +141,38 @@ def pad_answers(
         rows.append([*prompt, *tail])
         labels.append([IGNORE] * len(prompt) + tail)
     return rows, labels
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows rank*b .. (rank+1)*b-1 of world*b; every process has as many. Numbers are agreed on by the CPU's backend."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def here(cls) -> Self:
+        """This process's share in torch's process group; everything where there is none."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+
+    def rows(self, drawn_G: Tensor) -> Tensor:
+        """This process's rows of what was drawn for the global batch."""
+        b = len(drawn_G) // self.world
+        return drawn_G[self.rank * b : (self.rank + 1) * b]
+
+    def largest(self, n: int) -> int:
+        """The largest of all processes' numbers."""
+        return n if self.world == 1 else int(self._reduce(n, dist.ReduceOp.MAX))
+
+    def mean(self, n: int) -> float:
+        """The mean of all processes' numbers."""
+        return n if self.world == 1 else float(self._reduce(n, dist.ReduceOp.SUM)) / self.world
+
+    @staticmethod
+    def _reduce(n: int, how: dist.ReduceOp.RedOpType) -> Tensor:
+        number = torch.tensor(n)
+        dist.all_reduce(number, how)
+        return number
+
+
+SINGLE = Shard()

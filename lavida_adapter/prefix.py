@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lavida_adapter.prompt import IGNORE, IMAGE
-from shirg import Selection, Source
+from shirg import Selection, Source, UserError
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ def splice(
     """Text ids with one placeholder each, and their picture blocks [n, D], to a padded Prefix and its labels [B, P].
 
     Raises:
-        ValueError: for a row that does not hold exactly one placeholder.
+        UserError: for a row that does not hold exactly one placeholder.
     """
     device = wte.weight.device
     ids, visual, targets = [], [], []
     for i, (row, block) in enumerate(zip(rows, blocks, strict=True)):
         if (pictures := list(row).count(IMAGE)) != 1:
-            raise ValueError(f"prompt {i} holds {pictures} pictures, expected exactly one")
+            raise UserError(f"prompt {i} holds {pictures} pictures, expected exactly one")
         at, n = list(row).index(IMAGE), len(block)
         # A picture block longer than the model's context leaves no room for the question: cutting it would hide that.
         if len(row) - 1 + n > max_length:
-            raise ValueError(
+            raise UserError(
                 f"prompt {i} has {len(row) - 1 + n} tokens, {n} of them for the picture, more than the model's "
                 f"{max_length}: lower the budget or shorten the text"
             )

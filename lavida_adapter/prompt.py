@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lavida_adapter.config import LavidaConfig
+from shirg import UserError
 
 IMAGE = -200
 """Placeholder id that the picture's tokens replace."""
@@ -49,7 +50,7 @@ def render(turns: Sequence[str], config: LavidaConfig) -> tuple[tuple[Piece, ...
     `turns` alternate between user and assistant and end with the user; the picture opens the first one.
     """
     if not len(turns) % 2:
-        raise ValueError(f"a conversation of {len(turns)} turns does not end with the user: drop the last turn")
+        raise UserError(f"a conversation of {len(turns)} turns does not end with the user: drop the last turn")
     before = Piece(BOS + header("system") + config.system_prompt.strip() + EOT + header("user"), True)
     # The line break belongs to the user's message: the two are tokenised as one text.
     texts = ["\n" + turns[0].rstrip(), *(turn.strip() for turn in turns[1:])]
@@ -77,7 +78,7 @@ def training_example(
     """Ids of one round of a conversation. The answer is stripped, as the template strips every message."""
     text = answer.strip()
     if not text:
-        raise ValueError(f"the training example {question!r} has an empty answer: drop it from the data")
+        raise UserError(f"the training example {question!r} has an empty answer: drop it from the data")
     prompt = prompt_ids(tokenizer, question, config, history=history, training=True)
     return Example(prompt, encode(tokenizer, [Piece(text, False), Piece(EOT, True)]))
 

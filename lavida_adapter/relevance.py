@@ -7,16 +7,17 @@ and never matched by width: a provider that cannot work with a model says so whe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer, SiglipModel
 
 from lavida_adapter.vision import VisionTower
-from shirg import VisionFeatures
+from shirg import MissingFileError, UserError, VisionFeatures
 
 Aggregate = Literal["mean", "max", "pooled"]
 
@@ -67,7 +68,7 @@ class LmEmbed:
 
     def __init__(self, *, agg: Aggregate = "mean") -> None:
         if agg not in ("mean", "max", "pooled"):
-            raise ValueError(f"relevance.agg={agg!r}: choose mean, max or pooled")
+            raise UserError(f"relevance.agg={agg!r}: choose mean, max or pooled")
         self.agg = agg
 
     @torch.no_grad()
@@ -84,7 +85,7 @@ class LmEmbed:
         for picture, ids_Q in zip(at, context.questions, strict=True):
             p_ND = by_picture[picture]
             if not len(ids_Q):
-                raise ValueError("relevance=lm_embed needs a question, and this one has no tokens: use relevance=none")
+                raise UserError("relevance=lm_embed needs a question, and this one has no tokens: use relevance=none")
             q_QD = context.embedding(ids_Q).float() - vocabulary_mean_D
             q_QD = F.normalize(q_QD.mean(0, keepdim=True) if self.agg == "pooled" else q_QD, dim=-1)
             r_NQ = p_ND @ q_QD.T
@@ -100,23 +101,23 @@ class External:
 
     def __init__(self, *, path: str | Path | None = None, scores: dict[str, Tensor] | None = None) -> None:
         if (path is None) == (scores is None):
-            raise ValueError("relevance=external needs relevance.path, a safetensors file of sample id -> [N] scores")
+            raise UserError("relevance=external needs relevance.path, a safetensors file of sample id -> [N] scores")
         if path is not None:
             if not Path(path).is_file():
-                raise FileNotFoundError(f"relevance.path={path}: no such file")
+                raise MissingFileError(f"relevance.path={path}: no such file")
             try:
                 scores = load_file(path)
             except SafetensorError as error:
-                raise ValueError(f"relevance.path={path} is not a readable safetensors file: {error}") from error
+                raise UserError(f"relevance.path={path} is not a readable safetensors file: {error}") from error
         self.scores = scores or {}
 
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         n = features.layout.n_tokens
         for sample in features.ids:
             if sample not in self.scores:
-                raise ValueError(f"relevance=external has no scores for sample {sample!r}")
+                raise UserError(f"relevance=external has no scores for sample {sample!r}")
             if self.scores[sample].shape != (n,):
-                raise ValueError(
+                raise UserError(
                     f"relevance=external: the scores of sample {sample!r} have shape "
                     f"{tuple(self.scores[sample].shape)}, its canvas has {n} tokens"
                 )
@@ -127,3 +128,82 @@ def masked_mean(x_BND: Tensor, valid_BN: Tensor) -> Tensor:
     """Mean over valid tokens [B, 1, D]."""
     weight_BN1 = valid_BN[..., None].to(x_BND.dtype)
     return (x_BND * weight_BN1).sum(1, keepdim=True) / weight_BN1.sum(1, keepdim=True).clamp_min(1)
+
+
+CHECKED = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
+"""What is compared of the two towers, beside the norms of the last layer that both have."""
+
+
+class SiglipText:
+    """Cosine of each token, taken through the rest of SigLIP, and the question's pooled text feature."""
+
+    space = "siglip"
+
+    def __init__(self, *, path: str | Path, tolerance: float = 0.1) -> None:
+        """Loads a whole SigLIP, text tower and tokenizer included, from a folder or a hub id.
+
+        `tolerance` is how far, relative to its size, a weight of LaViDa's tower may have moved from SigLIP's: LaViDa
+        trained it a little, and weights that never were SigLIP's are more than 1 away.
+        """
+        if not tolerance >= 0:
+            raise UserError(f"relevance.tolerance={tolerance}: give a number >= 0")
+        if str(path).startswith((".", "/")) and not Path(path).is_dir():
+            raise MissingFileError(f"relevance.path={path}: there is no SigLIP checkpoint")
+        self.tolerance = tolerance
+        self.siglip = SiglipModel.from_pretrained(path).eval().requires_grad_(False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        self._checked: VisionTower | None = None
+
+    @torch.no_grad()
+    def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
+        self._check(context.tower)
+        self.siglip.to(features.tokens_BND.device)
+        value_BND = self._to_text_space(features)
+        text_BD = self._texts(context.texts, value_BND.device)
+        return F.cosine_similarity(value_BND, text_BD[:, None], dim=-1)
+
+    def _to_text_space(self, features: VisionFeatures) -> Tensor:
+        """Tokens [B, N, D] where SigLIP compares pictures with texts; views know nothing of one another."""
+        vision, views = self.siglip.vision_model, features.layout.n_views
+        x = features.tokens_BND.float().unflatten(1, (views, -1)).flatten(0, 1)
+        x = vision.post_layernorm(vision.encoder.layers[-1](x, attention_mask=None))
+        pool = vision.head.attention
+        # The head's attention averages values over tokens; a token's own value is what it would contribute alone.
+        weight_DD, bias_D = pool.in_proj_weight.chunk(3)[2], pool.in_proj_bias.chunk(3)[2]
+        x = pool.out_proj(F.linear(x, weight_DD, bias_D))
+        x = x + vision.head.mlp(vision.head.layernorm(x))
+        return x.unflatten(0, (-1, views)).flatten(1, 2)
+
+    def _texts(self, texts: Sequence[str], device: torch.device) -> Tensor:
+        """Pooled text features [B, D]; padded to the full length, as SigLIP was trained, and cut there."""
+        length = self.siglip.config.text_config.max_position_embeddings
+        ids_BL = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )["input_ids"]
+        return self.siglip.text_model(input_ids=ids_BL.to(device)).pooler_output
+
+    def _check(self, tower: VisionTower | None) -> None:
+        """Raises UserError unless the model's tower is this SigLIP's, but for its last layer."""
+        if tower is None:
+            raise UserError("relevance=siglip_text needs to know the model's vision tower: Context.tower is None")
+        if tower is self._checked:
+            return
+        ours, theirs = tower.config, self.siglip.config.vision_config
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise UserError(
+                    f"relevance=siglip_text: the model's tower has {name}={getattr(ours, name)}, the SigLIP at "
+                    f"relevance.path has {getattr(theirs, name)}; give the SigLIP that the tower was made from"
+                )
+        kept = tower.vision_tower.vision_model.state_dict()
+        last = len(tower.layers) - 1
+        given = self.siglip.vision_model.state_dict()
+        for name in (*CHECKED, *(f"encoder.layers.{last}.layer_norm{i}.weight" for i in (1, 2))):
+            original = given[name].float().cpu()
+            moved = (kept[name].float().cpu() - original).norm() / original.norm()
+            if not moved <= self.tolerance:
+                raise UserError(
+                    f"relevance=siglip_text: {name} of the model's tower is {float(moved):.2g} away from the SigLIP at "
+                    f"relevance.path, more than relevance.tolerance={self.tolerance}; its last layer would not fit"
+                )
+        self._checked = tower

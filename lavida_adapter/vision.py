@@ -14,7 +14,8 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from lavida_adapter.config import VisionConfig
-from lavida_adapter.recompute import run_block
+from lavida_adapter.llada import run_block
+from shirg import UserError
 
 TAPS = ("keys", "attention", "input", "post_norm")
 """What a layer can record: its attention keys [V, n, H, D/H]; the attention that each token receives from its own view,
@@ -68,7 +69,7 @@ class VisionTower(nn.Module):
         embeddings themselves stay as they are.
 
         Raises:
-            ValueError: for a tap that this tower cannot record.
+            UserError: for a tap that this tower cannot record.
         """
         wanted = {tap: self._parse(tap) for tap in taps}
         recorded: dict[str, Tensor] = {}
@@ -89,7 +90,7 @@ class VisionTower(nn.Module):
         except ValueError:
             index = n  # out of range: the message below covers it
         if what not in TAPS or not -n <= index < n:
-            raise ValueError(
+            raise UserError(
                 f"the vision tower has no tap {tap!r}: use one of {', '.join(TAPS)} with @layer in 0..{n - 1}, "
                 "counted from the end if negative, or a share of the depth from 0.0 to below 1.0"
             )
@@ -123,3 +124,8 @@ def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 1
     for part in q.split(chunk, dim=2):
         total += (part @ k.transpose(-1, -2) * attention.scale).softmax(-1).sum(dim=(1, 2))
     return total / (heads * h_BND.shape[1])
+
+
+def build_projector(vision_width: int, lm_width: int) -> nn.Sequential:
+    """`mlp2x_gelu`, applied to every token on its own; keys 0 and 2 as in the published checkpoint."""
+    return nn.Sequential(nn.Linear(vision_width, lm_width), nn.GELU(), nn.Linear(lm_width, lm_width))

@@ -1,24 +1,39 @@
 """SHIRG: which vision tokens a diffusion vision-language model should keep before its prefix cache is built."""
 
 from shirg.budget import Budget, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
+from shirg.errors import MissingFileError, UserError
 from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
-from shirg.gate import ShirgSelector
-from shirg.geometry import area_weights, crops_layout, fovea_layout, single_layout, subdivide, tiles_layout
-from shirg.newline import close_rows, used_rows
+from shirg.layouts import (
+    area_weights,
+    crops_layout,
+    fovea_layout,
+    layout_tables,
+    regions,
+    single_layout,
+    subdivide,
+    tiles_layout,
+)
+from shirg.scaffold import close_rows, used_rows
 from shirg.selection import Selection, Selector, Source, Stage, assert_finite, gather_tokens, join, keep, stable_topk
-from shirg.tables import layout_tables, regions
+from shirg.shirg import ShirgSelector
+
+ShirgGate = ShirgSelector
+"""The name of the first edition."""
 
 __all__ = [
     "Budget",
     "Geometry",
+    "MissingFileError",
     "Pooling",
     "Role",
     "Selection",
     "Selector",
+    "ShirgGate",
     "ShirgSelector",
     "Source",
     "Stage",
     "TokenLayout",
+    "UserError",
     "VisionFeatures",
     "area_weights",
     "assert_finite",

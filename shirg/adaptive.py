@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from shirg.knobs import Adaptive
+from shirg.options import Adaptive
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0)
 

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from shirg.errors import UserError
 from shirg.features import TokenLayout, VisionFeatures
 
 Budget = int | Literal["matched"]
@@ -17,7 +18,7 @@ def matched_count_B(features: VisionFeatures) -> Tensor:
     if layout.geometry == "lavida_tiles":
         return pooled_count_B(layout, features.size_B2)
     if features.base_count_B is None:
-        raise ValueError(
+        raise UserError(
             f"budget=matched on geometry={layout.geometry} needs VisionFeatures.base_count_B, the base model's count"
         )
     return features.base_count_B

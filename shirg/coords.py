@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from shirg.errors import UserError
 from shirg.selection import Selection, Source
 
 FREQUENCIES = 16
@@ -32,7 +33,7 @@ class CoordEmbed(nn.Module):
         """The selection with the embedding on all tokens but newlines and unused slots."""
         tokens_BTD, width = selection.tokens_BTD, self.linear.out_features
         if tokens_BTD.shape[-1] != width:
-            raise ValueError(
+            raise UserError(
                 f"coord_width={width}, but the tokens are {tokens_BTD.shape[-1]} wide; set coord_width to that"
             )
         used_BT1 = (selection.mask_BT & (selection.source_BT != int(Source.NEWLINE)))[..., None]

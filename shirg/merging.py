@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shirg.dedup import CellAssignment
 from shirg.features import TokenLayout, VisionFeatures
+from shirg.layouts import layout_tables
 from shirg.scoring import unit
-from shirg.seats import CellAssignment
 from shirg.selection import Selection, Source, gather_tokens, stable_topk
-from shirg.tables import layout_tables
 
 STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 """Right, down, left, up: (rows, columns)."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shirg.budget import Budget, matched_count_B, most_pooled
+from shirg.errors import UserError
 from shirg.features import Geometry, VisionFeatures
 
 Stage = Literal["pre", "post"]
@@ -96,11 +97,11 @@ class Selector(nn.Module):
         """`budget`: tokens per picture; "matched": as many as the base model; None: the method itself decides."""
         super().__init__()
         if geometry not in get_args(Geometry):
-            raise ValueError(f"geometry={geometry!r}: choose one of {', '.join(get_args(Geometry))}")
+            raise UserError(f"geometry={geometry!r}: choose one of {', '.join(get_args(Geometry))}")
         self.geometry = geometry
         is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
         if not (budget is None or budget == "matched" or is_count):
-            raise ValueError(f"budget={budget!r}: give a positive number of tokens or 'matched'")
+            raise UserError(f"budget={budget!r}: give a positive number of tokens or 'matched'")
         self.budget: Budget | None = budget
 
     def score(self, features: VisionFeatures) -> Tensor:
@@ -119,24 +120,24 @@ class Selector(nn.Module):
 
     def forward(self, features: VisionFeatures) -> Selection:
         if self.uses_relevance and features.relevance_BN is None:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} ranks by relevance to the question, but no relevance was computed: "
                 "choose relevance=lm_embed, none or external"
             )
         if features.layout.geometry != self.geometry:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} is for geometry={self.geometry}, the features are of {features.layout.geometry}"
             )
         missing = self.needs - set(features.taps)
         if missing:
-            raise ValueError(f"{type(self).__name__} needs the taps {sorted(missing)}, which the tower did not record")
+            raise UserError(f"{type(self).__name__} needs the taps {sorted(missing)}, which the tower did not record")
         return self.select(features)
 
     def resolve_budget(self, features: VisionFeatures) -> tuple[int, Tensor]:
         """The static T for this layout and the count [B] that each picture uses; they differ only for "matched"."""
         layout = features.layout
         if self.budget is None:
-            raise ValueError(f"{type(self).__name__} has no budget: override select, or pass budget= to Selector")
+            raise UserError(f"{type(self).__name__} has no budget: override select, or pass budget= to Selector")
         if self.budget == "matched":
             return most_pooled(layout), matched_count_B(features).clamp_max(layout.n_tokens)
         self.check_count(features, self.budget)
@@ -146,13 +147,13 @@ class Selector(nn.Module):
         """Raises when a picture has fewer tokens than the budget asks for."""
         total = features.layout.n_tokens
         if wanted > total:
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}: budget {wanted} is larger than the {total} vision tokens of a canvas of "
                 f"{features.layout.n_views} views; lower budget= or use budget=matched"
             )
         for sample, n in zip(features.ids, features.n_valid, strict=True):
             if n < wanted:
-                raise ValueError(
+                raise UserError(
                     f"{type(self).__name__}: budget {wanted} is larger than the {n} tokens of picture {sample!r} that "
                     "are not padding; lower budget= or use budget=matched"
                 )

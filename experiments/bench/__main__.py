@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from experiments.cli import fail
+from experiments.errors import fail
 
 
 class Measured(Protocol):
@@ -167,9 +167,9 @@ def main(arguments: list[str]) -> None:
 
     import torch
 
-    from experiments.measure import resolve_device
-    from experiments.study.files import write_atomic, write_json
-    from experiments.study.record import environment
+    from experiments.jobs.atomic_files import write_atomic, write_json
+    from experiments.jobs.results import environment
+    from experiments.profiling import resolve_device
 
     if given.threads is not None:
         torch.set_num_threads(given.threads)

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from experiments.bench import plain
-from experiments.bench.clock import Timing, time_call
-from experiments.bench.models import Floor, load_model, prompt_embeds
-from experiments.bench.table import aligned, table_title
-from experiments.measure import peak_memory_mib, reset_peak_memory
-from experiments.roofline import cost_of
+from experiments.bench import reference
+from experiments.bench.common import Floor, Timing, aligned, load_model, prompt_embeds, table_title, time_call
+from experiments.profiling import cost_of, peak_memory_mib, reset_peak_memory
+from shirg import UserError
 
 if TYPE_CHECKING:
     from lavida_adapter import DecodeConfig, Lavida, Prefix
@@ -93,7 +91,7 @@ def run(
     repeats: int,
 ) -> DecodeBench:
     if len(prompt) > 1 or len(batch) > 1:
-        raise ValueError("bench decode takes one prompt length and one batch size: give --prompt and --batch once")
+        raise UserError("bench decode takes one prompt length and one batch size: give --prompt and --batch once")
     return bench(
         model, load_model(model, device, attention), prompt[0], answer, steps or answer, batch[0], engine, repeats
     )
@@ -105,7 +103,7 @@ def bench(
 ) -> DecodeBench:
     """The plain twin first, then each engine; all in one process, one after the other."""
     from lavida_adapter import DecodeConfig
-    from lavida_adapter.attention import kernel_of
+    from lavida_adapter.llada import kernel_of
 
     embeds = prompt_embeds(model, batch, n_prompt)
     decode = DecodeConfig(max_new_tokens=n_answer, step_per_block=steps)
@@ -130,11 +128,11 @@ def _plain_row(
     model: "Lavida", embeds: Tensor, decode: "DecodeConfig", repeats: int, floor: Floor
 ) -> tuple[DecodeRow, Tensor]:
     lm, mask_id = model.lm, model.config.lm.mask_token_id
-    angles = plain.angles_of(lm, embeds.shape[1])
+    angles = reference.angles_of(lm, embeds.shape[1])
     reset_peak_memory(model.device)
-    whole = time_call(lambda: plain.plain_generate(lm, embeds, decode, mask_id), model.device, repeats=repeats)
-    prefill = time_call(lambda: plain.plain_forward(lm, embeds, None, angles), model.device, repeats=repeats)
-    ids = plain.plain_generate(lm, embeds, decode, mask_id)
+    whole = time_call(lambda: reference.plain_generate(lm, embeds, decode, mask_id), model.device, repeats=repeats)
+    prefill = time_call(lambda: reference.plain_forward(lm, embeds, None, angles), model.device, repeats=repeats)
+    ids = reference.plain_generate(lm, embeds, decode, mask_id)
     return _made("plain twin", model, embeds, decode, whole, prefill, floor, same_ids=True), ids
 
 

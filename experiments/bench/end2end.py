@@ -9,12 +9,11 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import build
-from experiments.bench.models import config_of
-from experiments.bench.table import aligned
+from experiments.bench.common import aligned, config_of
 from experiments.data.sample import Sample
-from experiments.measure import peak_memory_mib, reset_peak_memory, summarise_stages
-from experiments.scoring import text_metrics
-from experiments.system import EvalPipeline, build_pipeline
+from experiments.inference import EvalPipeline, build_pipeline
+from experiments.metrics.answers import text_metrics
+from experiments.profiling import peak_memory_mib, reset_peak_memory, summarise_stages
 
 STAGES = ("views", "tower", "relevance", "select", "project", "prefill", "denoise")
 

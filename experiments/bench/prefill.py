@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.bench import plain
-from experiments.bench.clock import Timing, time_call
-from experiments.bench.loglog import loglog_chart
-from experiments.bench.models import Floor, config_of, load_model, prompt_embeds
-from experiments.bench.table import aligned, table_title
-from experiments.measure import peak_memory_mib, reset_peak_memory
-from experiments.roofline import Work, cost_of
+from experiments.bench import reference
+from experiments.bench.common import (
+    Floor,
+    Timing,
+    aligned,
+    config_of,
+    load_model,
+    loglog_chart,
+    prompt_embeds,
+    table_title,
+    time_call,
+)
+from experiments.profiling import Work, cost_of, peak_memory_mib, reset_peak_memory
+from shirg import UserError
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
@@ -105,7 +112,7 @@ def run(
     repeats: int,
 ) -> PrefillBench:
     if len(batch) > 1:
-        raise ValueError("bench prefill takes one batch size: give --batch once")
+        raise UserError("bench prefill takes one batch size: give --batch once")
     return bench(model, load_model(model, device, attention), prompt, answer, batch[0], selector, repeats)
 
 
@@ -133,11 +140,11 @@ def lm_ms(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> d
     lm, embeds = model.lm, prompt_embeds(model, batch, n)
     steps = DecodeSteps(lm, lm.prefill(embeds, room=n_answer), n_answer)
     ids = torch.full((batch, n_answer), lm.config.mask_token_id, device=embeds.device)
-    angles = plain.angles_of(lm, n)
+    angles = reference.angles_of(lm, n)
     return {
         "prefill": time_call(lambda: lm.prefill(embeds, room=n_answer), embeds.device, repeats=repeats, warm_up=1),
         "plain prefill": time_call(
-            lambda: plain.plain_forward(lm, embeds, None, angles), embeds.device, repeats=repeats, warm_up=1
+            lambda: reference.plain_forward(lm, embeds, None, angles), embeds.device, repeats=repeats, warm_up=1
         ),
         "step": time_call(lambda: steps(ids), embeds.device, repeats=max(repeats, 5)),
     }
@@ -146,7 +153,7 @@ def lm_ms(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> d
 def select_ms(model: "Lavida", name: str, n: int, batch: int, repeats: int) -> Timing:
     """Choosing among about `n` tokens: one square view of them with its own grid."""
     from experiments import build
-    from experiments.bench.inputs import square_features
+    from experiments.bench.common import square_features
 
     budget = min(KEPT, n // 2)
     cfg = config_of(f"selector={name}", f"budget={budget}")

@@ -10,13 +10,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import build
-from experiments.bench import naive
-from experiments.bench.clock import Timing, time_call
-from experiments.bench.inputs import Encoded, encode_noise, random_tower
-from experiments.bench.table import aligned
+from experiments.bench import reference
+from experiments.bench.common import Encoded, Timing, aligned, encode_noise, random_tower, time_call
 from experiments.schema import CONF, VERSION_BASE
 from lavida_adapter import LavidaConfig
-from shirg import Geometry, Selector, VisionFeatures
+from shirg import Geometry, Selector, UserError, VisionFeatures
 
 OWN: Geometry = "lavida_tiles"
 
@@ -111,7 +109,7 @@ def build_selectors(wanted: Sequence[str], budgets: Mapping[str, int]) -> dict[s
     for entry in wanted:
         name, *knobs = entry.split()
         if name not in options:
-            raise ValueError(f"selector={name}: there is no such option; choose from {', '.join(options)}")
+            raise UserError(f"selector={name}: there is no such option; choose from {', '.join(options)}")
         with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
             cfg = compose("eval", overrides=[f"selector={name}", *(f"selector.{knob}" for knob in knobs)])
         selectors[entry] = build.build_selector(cfg, budgets).eval()
@@ -146,7 +144,7 @@ def bench(
         tower_ms[geometry] = time_call(encoded[geometry].encode, device, repeats=few, warm_up=0)
     one = _on_cpu(encoded[OWN].features(1))
     budget, coarse = config.budgets["base"], min(8, config.pooled_side)
-    twin = time_call(lambda: naive.naive_shirg980(one, 0, budget, coarse), torch.device("cpu"), repeats=repeats)
+    twin = time_call(lambda: reference.naive_shirg980(one, 0, budget, coarse), torch.device("cpu"), repeats=repeats)
     rows = []
     for size in batches:
         features = {geometry: picture.features(size) for geometry, picture in encoded.items()}

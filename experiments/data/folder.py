@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.data.limit import draw_ids
-from experiments.data.picture import load_picture
-from experiments.data.sample import Sample
+from experiments.data.image_io import load_picture
+from experiments.data.sample import Sample, draw_ids
+from shirg import MissingFileError, UserError
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Folder:
         name: what the dataset is called in tables; the folder's name by default.
 
     Raises:
-        FileNotFoundError: the folder, its metadata or a picture is not there.
-        ValueError: a line is unusable; the message names it.
+        MissingFileError: the folder, its metadata or a picture is not there.
+        UserError: a line is unusable; the message names it.
     """
 
     split = "all"
@@ -62,10 +62,10 @@ class Folder:
         name: str | None = None,
     ) -> None:
         if limit is not None and limit < 1:
-            raise ValueError(f"data.limit={limit} must be a positive number of rows, or null for all")
+            raise UserError(f"data.limit={limit} must be a positive number of rows, or null for all")
         folder = Path(root)
         if not folder.is_dir():
-            raise FileNotFoundError(f"data folder {folder} does not exist: set data.root to a folder with {metadata}")
+            raise MissingFileError(f"data folder {folder} does not exist: set data.root to a folder with {metadata}")
         self.name = name or folder.resolve().name
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens
@@ -103,7 +103,7 @@ def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
     """Every line of the metadata file, checked; raises what `Folder` raises."""
     path = folder / metadata
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} does not exist: write one JSON object a line with file_name, question and answers"
         )
     rows: list[FolderRow] = []
@@ -124,12 +124,12 @@ def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
             fields=fields,
         )
         if row.id in line_of_id:
-            raise ValueError(f"{where}: id {row.id!r} is also on line {line_of_id[row.id]}; ids must be unique")
+            raise UserError(f"{where}: id {row.id!r} is also on line {line_of_id[row.id]}; ids must be unique")
         line_of_id[row.id] = number
         seen_of_file[file_name] += 1
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} is empty: write one JSON object a line with file_name, question and answers")
+        raise UserError(f"{path} is empty: write one JSON object a line with file_name, question and answers")
     return rows
 
 
@@ -137,16 +137,16 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
+        raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{where}: must be a JSON object with file_name, question and answers")
+        raise UserError(f"{where}: must be a JSON object with file_name, question and answers")
     return fields
 
 
 def _text(fields: dict[str, Any], key: str, where: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: needs a non-empty text {key!r}")
+        raise UserError(f"{where}: needs a non-empty text {key!r}")
     return value
 
 
@@ -154,7 +154,7 @@ def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
     value = fields.get("answers", fields.get("answer"))
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError(f"{where}: needs 'answers', a text or a list of texts (numbers in quotes), none of them empty")
+        raise UserError(f"{where}: needs 'answers', a text or a list of texts (numbers in quotes), none of them empty")
     return tuple(answers)
 
 
@@ -163,7 +163,7 @@ def _given_id(fields: dict[str, Any], where: str) -> str | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-        raise ValueError(f"{where}: the id must be a text or a whole number, not {value!r}")
+        raise UserError(f"{where}: the id must be a text or a whole number, not {value!r}")
     return str(value)
 
 
@@ -175,13 +175,13 @@ def _picture_path(folder: Path, file_name: str, where: str) -> Path:
         inside = inside and (folder / relative).resolve().is_relative_to(folder.resolve())
         size = (folder / relative).stat().st_size if inside and (folder / relative).is_file() else None
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name the file system cannot hold
-        raise ValueError(f"{where}: picture {file_name!r} cannot be looked up ({error})") from error
+        raise UserError(f"{where}: picture {file_name!r} cannot be looked up ({error})") from error
     if not inside:
-        raise ValueError(f"{where}: picture {file_name!r} is outside the data folder; move it into {folder}")
+        raise UserError(f"{where}: picture {file_name!r} is outside the data folder; move it into {folder}")
     if size is None:
-        raise FileNotFoundError(f"{where}: picture {folder / relative} does not exist; add it or remove the row")
+        raise MissingFileError(f"{where}: picture {folder / relative} does not exist; add it or remove the row")
     if size == 0:
-        raise ValueError(f"{where}: picture {folder / relative} is an empty file; replace it or remove the row")
+        raise UserError(f"{where}: picture {folder / relative} is an empty file; replace it or remove the row")
     return folder / relative
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from experiments.data.picture import load_picture
+from experiments.data.image_io import load_picture
 from experiments.data.sample import Sample
+from shirg import MissingFileError, UserError
 
 PLACEHOLDER = "<image>"
 USER, ASSISTANT = ("human", "user"), ("gpt", "assistant")
@@ -50,8 +51,8 @@ class Llava:
         name: what the dataset is called; the file's name by default.
 
     Raises:
-        FileNotFoundError: the file, the folder or a picture is not there.
-        ValueError: the file is not of this format, or nothing in it can be learned from.
+        MissingFileError: the file, the folder or a picture is not there.
+        UserError: the file is not of this format, or nothing in it can be learned from.
     """
 
     split = "train"
@@ -74,11 +75,11 @@ class Llava:
     ) -> None:
         path, self._images = Path(json), Path(images)
         if not path.is_file():
-            raise FileNotFoundError(f"data.json={path} does not exist: give a JSON file of conversations")
+            raise MissingFileError(f"data.json={path} does not exist: give a JSON file of conversations")
         if not self._images.is_dir():
-            raise FileNotFoundError(f"data.images={images} does not exist: give the folder of the pictures")
+            raise MissingFileError(f"data.images={images} does not exist: give the folder of the pictures")
         if limit is not None and limit < 1:
-            raise ValueError(f"data.limit={limit} must be a positive number of conversations, or null for all")
+            raise UserError(f"data.limit={limit} must be a positive number of conversations, or null for all")
         self.name = name or path.stem
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens
@@ -97,7 +98,7 @@ class Llava:
         self._use(array("q", range(len(self._entry_of))))
         if not len(self):
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items()) or "it is empty"
-            raise ValueError(f"{path}: nothing in it can be learned from ({reasons})")
+            raise UserError(f"{path}: nothing in it can be learned from ({reasons})")
 
     def __len__(self) -> int:
         return len(self._begin) - 1 if self._one else len(self._usable)
@@ -154,7 +155,7 @@ class Llava:
         for number, fields in enumerate(raw):
             where = f"{path}, entry {number}"
             if not isinstance(fields, dict):
-                raise ValueError(f"{where}: must be an object with image and conversations, not {fields!r:.60}")
+                raise UserError(f"{where}: must be an object with image and conversations, not {fields!r:.60}")
             pictures = fields.get("image") or []
             pictures = [pictures] if isinstance(pictures, str) else pictures
             rounds = list(_rounds(fields.get("conversations"), where))
@@ -173,14 +174,14 @@ class Llava:
         for entry in entries:
             relative = Path(entry.picture)
             if relative.is_absolute() or ".." in relative.parts:
-                raise ValueError(f"picture {entry.picture!r} is outside {self._images}: give paths that start there")
+                raise UserError(f"picture {entry.picture!r} is outside {self._images}: give paths that start there")
             folder = str(relative.parent)
             if folder not in listed:
                 inside = self._images / folder
                 listed[folder] = frozenset(os.listdir(inside) if inside.is_dir() else ())
             (found if relative.name in listed[folder] else absent).append(entry)
         if absent and not drop:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{len(absent)} of {len(absent) + len(found)} pictures are not in {self._images}, the first is "
                 f"{absent[0].picture}: add them, or give data.missing=drop"
             )
@@ -198,17 +199,17 @@ def _read(path: Path) -> list[Any]:
             return entries
         return [loads(line) for line in text.splitlines() if line.strip()]
     except JSONDecodeError as error:
-        raise ValueError(f"{path} is neither a JSON list nor JSON lines ({error})") from None
+        raise UserError(f"{path} is neither a JSON list nor JSON lines ({error})") from None
 
 
 def _rounds(turns: Any, where: str) -> Iterator[tuple[str, str]]:
     """Pairs of what the user says and the answer right behind it; what has no answer is left out."""
     if not isinstance(turns, list):
-        raise ValueError(f"{where}: needs conversations, a list of turns")
+        raise UserError(f"{where}: needs conversations, a list of turns")
     asked = None
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"{where}: a turn must be an object with from and value, not {turn!r:.60}")
+            raise UserError(f"{where}: a turn must be an object with from and value, not {turn!r:.60}")
         speaker, text = turn.get("from"), turn["value"].replace(PLACEHOLDER, "").strip()
         if speaker in USER:
             asked = text
@@ -217,4 +218,4 @@ def _rounds(turns: Any, where: str) -> Iterator[tuple[str, str]]:
                 yield asked, text
             asked = None
         elif speaker != "system":
-            raise ValueError(f"{where}: a turn is from {speaker!r}: it must be from human or gpt")
+            raise UserError(f"{where}: a turn is from {speaker!r}: it must be from human or gpt")

@@ -1,11 +1,15 @@
 """What every dataset yields, so that training and evaluation never ask where a picture comes from."""
 
+import hashlib
+import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
+
+from shirg import UserError
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) as fractions of the picture, origin at the top left."""
@@ -81,3 +85,45 @@ class Listed(Protocol):
 
     def keep(self, fits: Callable[[Sample], bool], reason: str) -> None:
         """Drops and counts what does not fit."""
+
+
+def draw_ids(ids: Sequence[str], limit: int | None, seed: int) -> frozenset[str]:
+    """`limit` of the ids, the first of an order drawn with the seed: a smaller limit draws a part of a larger one's.
+
+    All of them where there is no limit, or not that many.
+    """
+    if limit is None or limit >= len(ids):
+        return frozenset(ids)
+    order = sorted(ids)
+    random.Random(seed).shuffle(order)
+    return frozenset(order[:limit])
+
+
+def ids_hash(ids: Iterable[str]) -> str:
+    """Which samples these are: 16 hex digits of the ids in order."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def other_questions(samples: Sequence[Sample], seed: int) -> dict[str, str]:
+    """For each sample id the question of another sample, never the same text; a function of the samples and the seed.
+
+    Samples stand in a circle, in an order drawn by the seed; each takes the next question that is not its own.
+
+    Raises:
+        UserError: when a sample has no other question to take.
+    """
+    circle = sorted(samples, key=lambda s: hashlib.sha256(f"{seed}|{s.id}".encode()).digest())
+    texts = [" ".join(sample.question.casefold().split()) for sample in circle]
+    n, asked = len(circle), {}
+    if len(set(texts)) < 2:
+        raise UserError(
+            "shuffle_questions=true needs different questions, and all samples ask the same: choose another dataset or "
+            "a larger limit="
+        )
+    # From the end of the circle backwards: the next question that differs is known from the place behind.
+    following = next(i for i in range(n) if texts[i] != texts[-1])
+    for i in reversed(range(n)):
+        after = (i + 1) % n
+        following = after if texts[after] != texts[i] else following
+        asked[circle[i].id] = circle[following].question
+    return asked

@@ -9,15 +9,24 @@ from typing import Any
 
 from torchmetrics import Metric
 
-from experiments.metrics.anls import Anls, anls
+from experiments.metrics.answer_metric import SampleMean, TextMetric
 from experiments.metrics.cider_d import CiderD, cider_d
-from experiments.metrics.entity_match import EntityMatch, entity_match
-from experiments.metrics.exact_match import ExactMatch, TargetMatch, exact_match
-from experiments.metrics.mean import SampleMean, TextMetric
 from experiments.metrics.recall import EntityRecall, entity_recall
-from experiments.metrics.relaxed_accuracy import RelaxedAccuracy, relaxed_accuracy
-from experiments.metrics.squad import SquadExactMatch, TokenF1
-from experiments.metrics.vqa_accuracy import VqaAccuracy, vqa_accuracy
+from experiments.metrics.text import (
+    Anls,
+    EntityMatch,
+    ExactMatch,
+    RelaxedAccuracy,
+    SquadExactMatch,
+    TargetMatch,
+    TokenF1,
+    anls,
+    entity_match,
+    exact_match,
+    relaxed_accuracy,
+)
+from experiments.metrics.vqa import VqaAccuracy, vqa_accuracy
+from shirg import UserError
 
 CLEAN = "_clean"
 METRICS: dict[str, Callable[..., Metric]] = {
@@ -42,7 +51,7 @@ def metric(name: str, **options: Any) -> Metric:
     base = name.removesuffix(CLEAN)
     if base not in METRICS or (base != name and base == "entity_recall"):
         known = ", ".join(METRICS)
-        raise ValueError(f"metric {name!r} does not exist: choose from {known}, or one of them with {CLEAN} behind it")
+        raise UserError(f"metric {name!r} does not exist: choose from {known}, or one of them with {CLEAN} behind it")
     return METRICS[base](**options, **({"clean": True} if base != name else {}))
 
 

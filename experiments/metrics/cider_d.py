@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.metrics.cleaning import clean_answer
-from experiments.metrics.mean import Gathered
+from experiments.metrics.answer_metric import Gathered, clean_answer
+from shirg import UserError
 
 ORDERS = 4
 SIGMA = 6.0
@@ -63,7 +63,7 @@ class _Corpus:
         self.frequency: Counter[tuple[str, ...]] = Counter()
         for item in references:
             if not item:
-                raise ValueError("CIDEr-D needs a reference for every item; leave out those without")
+                raise UserError("CIDEr-D needs a reference for every item; leave out those without")
             self.frequency.update({gram for text in item for counts in _grams(text) for gram in counts})
         self.log_n = math.log(len(references)) if references else 0.0
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experiments.metrics.mean import SampleMean
+from experiments.metrics.answer_metric import SampleMean
+from shirg import UserError
 
 
 def target_tokens(boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligible_N: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ def target_tokens(boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligib
             everything a second time, too small to read. A picture without tiles has its global tokens count.
     """
     if not bool(eligible_N.any()):
-        raise ValueError("no token is eligible for entity recall; count the global view where there are no tiles")
+        raise UserError("no token is eligible for entity recall; count the global view where there are no tiles")
     centre_N2 = (token_box_N4[:, :2] + token_box_N4[:, 2:]).double() / 2
     shown_N = torch.zeros_like(eligible_N)
     for box in boxes:

@@ -7,9 +7,9 @@ and deck.pptx. With --lmms instead: lmms/, every finished job in the JSON files 
 import sys
 from pathlib import Path
 
-from experiments.cli import fail
-from experiments.study.record import RESULT
-from experiments.study.table import print_table
+from experiments.analysis.table import print_table
+from experiments.errors import fail
+from experiments.jobs.results import RESULT
 
 
 def main(arguments: list[str]) -> None:
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _publish(study: Path) -> list[Path]:
-    from experiments.report.writer import publish
+    from experiments.report.publish import publish
 
     written = publish(study, files=True)
     print_table(study)
@@ -39,7 +39,7 @@ def _publish(study: Path) -> list[Path]:
 
 
 def _export(study: Path) -> list[Path]:
-    from experiments.bridges.lmms_results import export
+    from experiments.lmms_eval.lmms_results import export
 
     return export(study)
 

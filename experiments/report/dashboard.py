@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.cli import fail
-from experiments.study.layout import headlines
-from experiments.study.rows import Row, collect
+from experiments.analysis.columns import headlines
+from experiments.analysis.rows import Row, collect
+from experiments.errors import fail
 
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces
@@ -65,7 +65,7 @@ def workspace(study: str, rows: Sequence[Row], entity: str, project: str = PROJE
 
 
 def _metric(key: str) -> str:
-    """The name under which `experiments.mirror` logs what a row calls `key`."""
+    """The name under which `experiments.training.run_logger` logs what a row calls `key`."""
     return f"subsets.{key.removeprefix('subset ')}" if key.startswith("subset ") else f"metrics.{key}"
 
 

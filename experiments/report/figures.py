@@ -1,4 +1,4 @@
-"""The figures of a study, each made from its rows; None where the study has nothing to show in it."""
+"""Figures of what a system costs: time by stage, memory."""
 
 import re
 from collections import Counter
@@ -10,10 +10,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.report.cards import SHOTS, printable
-from experiments.report.costs import memory, name_bars, stages
-from experiments.report.curves import training
-from experiments.report.plot import (
+from experiments.analysis.columns import differences, flags, headlines, labels, parts, short, unequal
+from experiments.analysis.paired import BASELINE, UNABLATED
+from experiments.analysis.rows import Row
+from experiments.analysis.stats import ALPHA
+from experiments.jobs.results import RESULT, read_result
+from experiments.report.figure_style import (
     ACCENT,
     GRID,
     INK,
@@ -26,13 +28,105 @@ from experiments.report.plot import (
     log_axis,
     panels,
 )
-from experiments.report.shots import load_examples
-from experiments.report.tokenmap import MAP, TokenMap, load_map, plane
-from experiments.study.cells import unequal
-from experiments.study.compare import BASELINE, UNABLATED
-from experiments.study.layout import differences, headlines, labels, parts, short
-from experiments.study.rows import Row
-from experiments.study.significance import ALPHA
+from experiments.report.page import SHOTS, printable
+from experiments.training.callbacks import METRICS, read_points
+from experiments.viz.examples import load_examples
+from experiments.viz.token_map import MAP, TokenMap, load_map, plane
+
+STAGES = {
+    "views": GRID,
+    "tower": PALE,
+    "relevance": "#8d97a3",
+    "select": ACCENT,
+    "project": "#8fa9e4",
+    "prefill": SOFT,
+    "cache": "#738496",
+    "denoise": INK,
+}
+"""Stages in the order in which they happen: the encoder pale, the choice in the accent, the language model strong."""
+
+
+def stages(rows: Sequence[Row]) -> ReportFigure | None:
+    """Where the time of a sample goes."""
+    names = [s for s in STAGES if any(row.get(f"{s} ms") for row in rows)]
+    shown = [row for row in rows if row.get("total ms") is not None and not flags(row)]
+    if not names or not shown:
+        return None
+    figure, (panel,) = panels(1, 1, 0.75 + 0.2 * len(shown))
+    left = [0.0] * len(shown)
+    for name in names:
+        width = [row.get(f"{name} ms") or 0.0 for row in shown]
+        panel.barh(range(len(shown)), width, left=left, height=0.66, color=STAGES[name], label=name)
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    for i, total in enumerate(left):
+        panel.text(total, i, f" {total:.3g}", va="center", color=SOFT, fontsize=7)
+    name_bars(panel, shown)
+    panel.set_xlabel("milliseconds per sample (medians of the stages, one on the other)")
+    figure.legend(loc="outside upper left", ncols=len(names), columnspacing=1.0, handlelength=1.0)
+    caption = "Where a sample's time goes, stage by stage: medians over batches after warm-up."
+    return ReportFigure("latency", "Latency by stage", caption, figure)
+
+
+def memory(rows: Sequence[Row]) -> ReportFigure | None:
+    """Peak memory of the accelerator, split into weights and all that comes on top; nothing on a CPU."""
+    shown = [row for row in rows if row.get("peak memory MiB")]
+    if not shown:
+        return None
+    figure, (panel,) = panels(1, 1, 0.75 + 0.2 * len(shown))
+    weights = [row.get("weights MiB") or 0.0 for row in shown]
+    rest = [row["peak memory MiB"] - w for row, w in zip(shown, weights, strict=True)]
+    panel.barh(range(len(shown)), weights, height=0.66, color=STAGES["tower"], label="weights")
+    panel.barh(range(len(shown)), rest, left=weights, height=0.66, color=ACCENT, label="prefix cache and activations")
+    for i, row in enumerate(shown):
+        panel.text(row["peak memory MiB"], i, f" {row['peak memory MiB']:.4g}", va="center", color=SOFT, fontsize=7)
+    name_bars(panel, shown)
+    panel.set_xlabel("peak memory, MiB")
+    figure.legend(loc="outside upper left", ncols=2, columnspacing=1.0, handlelength=1.0)
+    caption = "Peak memory allocated on the accelerator while answering, batch by batch."
+    return ReportFigure("memory", "Memory", caption, figure)
+
+
+def name_bars(panel: Axes, rows: Sequence[Row]) -> None:
+    """Systems down the y axis, the first on top."""
+    panel.set_yticks(range(len(rows)), labels(rows))
+    panel.tick_params(axis="y", labelcolor=INK)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.grid(axis="y", visible=False)
+
+
+SHOWN = ("loss", "accuracy")
+STYLES = ("-", "--", ":", "-.")
+MOST_NAMED = 12
+
+
+def training(study: Path) -> ReportFigure | None:
+    """One line for each training that left points, unfinished ones among them."""
+    runs = {}
+    for path in sorted(study.glob(f"*/{RESULT}")):
+        result, metrics = read_result(path.parent), path.parent / METRICS
+        if result is not None and result["verb"] == "train" and metrics.exists() and (points := read_points(metrics)):
+            runs[path.parent.name.removeprefix("train_")] = (result["choices"]["selector"], points)
+    names = [name for name in SHOWN if any(name in point for _, points in runs.values() for point in points)]
+    if not names:
+        return None
+    figure, axes = panels(len(names), 2, 2.1)
+    for panel, name in zip(axes, names, strict=True):
+        used: dict[str, int] = {}
+        for run, (selector, points) in runs.items():
+            tone = ACCENT if selector.startswith("shirg") else INK if selector == BASELINE else SOFT
+            used[tone] = used.get(tone, -1) + 1
+            known = [(point["step"], point[name]) for point in points if name in point]
+            x, y = ([pair[i] for pair in known] for i in (0, 1))
+            panel.plot(x, y, color=tone, linestyle=STYLES[used[tone] % len(STYLES)], linewidth=1.1, label=run)
+        panel.set_title(name, loc="left")
+        panel.set_xlabel("step")
+        panel.set_ylim(bottom=0)
+    handles, told = axes[0].get_legend_handles_labels()
+    if len(told) <= MOST_NAMED:
+        figure.legend(handles, told, loc="outside upper left", ncols=legend_columns(told))
+    caption = "Each point is the mean since the one before. Blue: SHIRG and its variants; black: pooled."
+    return ReportFigure("training", "Training", caption, figure)
+
 
 MOST_PANELS = 6
 MOST_MAPS = 4

@@ -1,84 +1,125 @@
-"""What a selector kept, drawn on the picture; `python -m experiments.report.overlay` draws one of your own."""
+"""The command behind `python -m experiments.report.overlay`: one picture, one question, several selectors."""
 
-import sys
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from shirg import Source
+from experiments.cli import explain
+from experiments.data.sample import Box
+from experiments.errors import fail
+from experiments.schema import CONF, VERSION_BASE
+from shirg import MissingFileError, UserError
 
-DARK = 0.16
-COARSE = 0.3
-EDGE_COLOUR = (86, 150, 255)
-SCAFFOLD_COLOUR = (255, 176, 32)
-TARGET_COLOUR = (64, 224, 120)
+USAGE = """python -m experiments.report.overlay image=FILE question=TEXT [selector=a,b,...] [key=value ...]
 
-BoxArray = Sequence[Sequence[float]]
+Draws what each selector keeps of a picture: kept tokens bright at their place, scaffold outlined, scores as a heat map.
 
+  image=FILE            the picture
+  question=TEXT         what is asked; selectors that rank by relevance need it
+  selector=shirg        options of the group selector, separated by commas
+  boxes=[[x0,y0,x1,y1]] where the evidence is, in fractions of the picture; retention is then written beside the counts
+  out=FILE.png          default outputs/overlay/IMAGE_SELECTORS.png
+  model=small           and every other group or key of eval.py: budget=matched, relevance=none, device=cuda, ..."""
 
-def overlay(
-    image: Image.Image,
-    box_T4: BoxArray,
-    source_T: Sequence[int],
-    *,
-    fine_area: float | None = None,
-    targets: BoxArray = (),
-    longest: int = 448,
-) -> Image.Image:
-    """The picture, bright where tokens were kept and dark where they were dropped.
-
-    A token coarser than the finest one is lit the less, the more of the picture it covers: it saw fewer pixels.
-    Scaffold and summary tokens are outlined, not lit, since they cover everything; newlines have no place.
-
-    Args:
-        image: RGB.
-        box_T4: each token's (x0, y0, x1, y1) as fractions of the picture.
-        source_T: each token's `shirg.Source`.
-        fine_area: area of the finest token that this picture could have; by default the finest one given.
-        targets: boxes of the evidence, outlined in green.
-        longest: pixels of the result's longer side; the picture is scaled, up or down.
-    """
-    scale = longest / max(image.size)
-    width, height = (max(1, round(edge * scale)) for edge in image.size)
-    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    pixels = np.asarray(image.convert("RGB").resize((width, height), resample), dtype=np.float32)
-    boxes = np.asarray(box_T4, dtype=np.float64).reshape(-1, 4)
-    source = np.asarray(source_T, dtype=np.int64)
-    lit = boxes[np.isin(source, (Source.KEPT, Source.MERGED))]
-    area = (lit[:, 2] - lit[:, 0]) * (lit[:, 3] - lit[:, 1])
-    finest = fine_area if fine_area is not None else area.min(initial=1.0)
-    light = np.full((height, width), DARK, dtype=np.float32)
-    for box, level in zip(lit, COARSE + (1 - COARSE) * np.sqrt(np.clip(finest / area, 0, 1)), strict=True):
-        x0, y0, x1, y1 = _pixels(box, width, height)
-        np.maximum(light[y0:y1, x0:x1], level, out=light[y0:y1, x0:x1])
-    pixels *= light[..., None]
-    # A dark picture hides what is bright: where kept meets dropped, a thin line says so.
-    kept = light > DARK
-    edge = np.zeros_like(kept)
-    edge[:, 1:] |= kept[:, 1:] != kept[:, :-1]
-    edge[1:] |= kept[1:] != kept[:-1]
-    pixels[edge] = 0.4 * pixels[edge] + 0.6 * np.asarray(EDGE_COLOUR)
-    drawn = Image.fromarray(pixels.astype(np.uint8))
-    pen = ImageDraw.Draw(drawn)
-    for box in boxes[np.isin(source, (Source.SCAFFOLD, Source.SUMMARY))]:
-        x0, y0, x1, y1 = _pixels(box, width, height)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=SCAFFOLD_COLOUR)
-    for target in targets:
-        x0, y0, x1, y1 = _pixels(np.asarray(target), width, height)
-        pen.rectangle((x0 - 2, y0 - 2, x1 + 1, y1 + 1), outline=TARGET_COLOUR, width=2)
-    return drawn
+_OWN = ("image", "question", "selector", "boxes", "out")
 
 
-def _pixels(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
-    """Pixel bounds, at least one pixel wide, inside the picture."""
-    x0, x1 = (int(np.clip(round(x * width), 0, width)) for x in (box[0], box[2]))
-    y0, y1 = (int(np.clip(round(y * height), 0, height)) for y in (box[1], box[3]))
-    x0, y0 = min(x0, width - 1), min(y0, height - 1)
-    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+def main(arguments: list[str]) -> None:
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
+        print(USAGE)
+        return
+    own, rest = _split(arguments)
+    selectors = [name for name in own.get("selector", "shirg").split(",") if name]
+    try:
+        print(draw(own, selectors, rest))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error, "eval", [f"selector={','.join(selectors)}", *rest]))
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
 
 
-if __name__ == "__main__":
-    from experiments.report.look import main
+def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Our own keys, taken literally so that a question may hold any character, and the overrides for eval's config."""
+    own: dict[str, str] = {}
+    rest: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            fail(f"{argument}: give key=value; the keys are {', '.join(_OWN)} and those of eval.py")
+        if key in _OWN:
+            own[key] = value
+        else:
+            rest.append(argument)
+    for key in ("image", "question"):
+        if not own.get(key):
+            fail(f"{key} has no value; give {key}=...")
+    return own, rest
 
-    main(sys.argv[1:])
+
+def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]) -> Path:
+    """Draws the sheet and returns where it lies."""
+    boxes = parse_boxes(own.get("boxes", "[]"))
+    path = Path(own["image"])
+    if not path.is_file():
+        raise MissingFileError(f"image={path}: there is no such file")
+    configs = [_config(name, overrides) for name in selectors]
+
+    import torch
+
+    from experiments import build, profiling
+    from experiments.data.image_io import load_picture
+    from experiments.token_stats import TokenGeometry
+    from experiments.viz.kept_tokens import PanelChoice, draw_panels
+
+    image = load_picture(path)
+    cfg = configs[0]
+    device = profiling.resolve_device(cfg.device)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    model = build.build_model(cfg, device)
+    built = [build.build_selector(c, model.config.budgets, model.config).to(device).eval() for c in configs]
+    build.adapt(cfg.adapter, model, built[0])
+    choices = []
+    with torch.inference_mode():
+        for name, config, selector in zip(selectors, configs, built, strict=True):
+            relevance = build.build_relevance(config, selector)
+            prefix = model.encode([image], [own["question"]], selector, relevance=relevance, ids=[path.name])
+            choices.append(PanelChoice(name, prefix.selections[0]))
+    weights = "" if model.config.trained else " | random weights: relevance means nothing"
+    title = f"{path.name}, {image.width} x {image.height} | {own['question']}{weights}"
+    drawn = draw_panels(image, title, choices, TokenGeometry(model.config), boxes=boxes)
+    name = re.sub(r"[^\w.-]+", "-", f"{path.stem}_{'_'.join(selectors)}")
+    out = Path(own.get("out") or Path("outputs") / "overlay" / f"{name}.png")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"out={out}: give a name that ends in .png, .jpg or .webp")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    drawn.save(out)
+    return out
+
+
+def _config(selector: str, overrides: Sequence[str]) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+        cfg = compose("eval", overrides=["model=small", *overrides, f"selector={selector}"])
+    assert isinstance(cfg, DictConfig)
+    OmegaConf.set_struct(cfg, True)
+    return cfg
+
+
+def parse_boxes(text: str) -> tuple[Box, ...]:
+    """Boxes from "[[x0, y0, x1, y1], ...]"; raises ValueError unless each lies in the picture."""
+    try:
+        given: Any = json.loads(text)
+        boxes = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in given)
+    except (ValueError, TypeError):
+        raise UserError(f"boxes={text}: give [[x0,y0,x1,y1],...] as fractions of the picture") from None
+    for x0, y0, x1, y1 in boxes:
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise UserError(f"boxes={text}: each needs 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
+    return boxes

@@ -1,25 +1,147 @@
-"""`report.html`: a study on one page that opens anywhere and asks the network for nothing."""
+"""Samples as people look at them: the picture, what each system kept of it, and what it answered."""
 
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.report.browse import prediction_rows
-from experiments.report.cards import RIGHT, example_cards
-from experiments.study.cells import unequal
-from experiments.study.compare import BASELINE
-from experiments.study.files import write_atomic
-from experiments.study.layout import Column, columns, comparable, labels, legend, parts
-from experiments.study.record import read_result
-from experiments.study.rows import Row
+from experiments.analysis.columns import Column, columns, comparable, labels, legend, our_row, parts, unequal
+from experiments.analysis.paired import BASELINE
+from experiments.analysis.rows import Row
+from experiments.jobs.atomic_files import write_atomic
+from experiments.jobs.results import SAMPLES, read_result
+from experiments.viz.examples import ExampleRecord, load_examples
 
 if TYPE_CHECKING:
-    from experiments.report.plot import ReportFigure
+    from experiments.report.figure_style import ReportFigure
+
+
+SHOTS = "shots"
+MAX_SHOTS = 8
+MAX_PICTURES = 120
+"""Pictures on a page: with many systems there are fewer samples, so that the page still opens at once."""
+LONGEST_ANSWER = 40
+RIGHT = 0.5
+"""A score from here on counts as right where a sample is called right or wrong."""
+
+
+@dataclass(frozen=True)
+class SelectorView:
+    """What one system kept and answered."""
+
+    label: str
+    image: str
+    heat: str | None
+    prediction: str
+    score: float | None
+    kept: str
+    recall: float | None
+
+
+@dataclass(frozen=True)
+class ExampleCard:
+    """One sample, as every system saw it."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    kind: str
+    picture: str
+    seen: tuple[SelectorView, ...]
+
+
+def example_cards(study: Path, rows: Sequence[Row]) -> list[ExampleCard]:
+    """The samples that most systems drew, in the order in which they were chosen."""
+    seen: dict[str, list[tuple[str, ExampleRecord]]] = {}
+    for row, label in zip(rows, labels(rows), strict=True):
+        for shot in load_examples(study / row["job"] / SHOTS):
+            seen.setdefault(shot.record["id"], []).append((label, shot))
+    most = max(1, min(MAX_SHOTS, MAX_PICTURES // (1 + len(rows))))
+    common = sorted(seen, key=lambda sample: (-len(seen[sample]), list(seen).index(sample)))[:most]
+    return [_example_card(seen[sample]) for sample in common]
+
+
+def _example_card(views: Sequence[tuple[str, ExampleRecord]]) -> ExampleCard:
+    first = views[0][1].record
+    return ExampleCard(
+        id=first["id"],
+        question=first["question"],
+        answers=tuple(first["answers"]),
+        kind=" ".join(part for part in (first["group"], first["density"], first["subtask"]) if part),
+        picture=inline_jpeg(views[0][1].picture),
+        seen=tuple(
+            SelectorView(
+                label=label,
+                image=inline_jpeg(shot.overlay),
+                heat=None if shot.heat is None else inline_jpeg(shot.heat),
+                prediction=printable(shot.record["prediction"]),
+                score=next(iter(shot.record["scores"].values())),
+                kept=f"{shot.record['n_visual']} tokens"
+                + "".join(f", {count} {source}" for source, count in shot.record["sources"].items() if count),
+                recall=shot.record["recall"],
+            )
+            for label, shot in views
+        ),
+    )
+
+
+def printable(text: str, longest: int = LONGEST_ANSWER) -> str:
+    """The text, not too long, with control characters spelt out, so that nothing a model says is invisible."""
+    spelt = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return spelt if len(spelt) <= longest else spelt[:longest] + "..."
+
+
+def inline_jpeg(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+MOST = 2000
+"""Samples on a page; all of them are in each job's samples.parquet."""
+LONGEST = 300
+
+
+def prediction_rows(study: Path, rows: Sequence[Row], shown: Sequence[ExampleCard]) -> dict[str, Any] | None:
+    """Plain data for the page's script: samples, and per system answers and scores in the samples' order."""
+    done = [(row, label) for row, label in zip(rows, labels(rows), strict=True) if row["status"] == "ok"]
+    if not done:
+        return None
+    samples: dict[str, dict[str, Any]] = {}
+    said: list[dict[str, tuple[str, float | None]]] = []
+    for row, _ in done:
+        columns = ["id", "question", "answers", "group", "density", "subtask", "prediction", f"score_{row['metric']}"]
+        table = pq.read_table(study / row["job"] / SAMPLES, columns=columns)
+        of_row = {}
+        for i, question, expected, group, density, subtask, prediction, score in zip(
+            *table.to_pydict().values(), strict=True
+        ):
+            kind = " ".join(filter(None, (group, density, subtask)))
+            sample = {"id": i, "question": question, "answers": expected, "kind": kind}
+            samples.setdefault(i, sample)
+            of_row[i] = (printable(prediction, LONGEST), score)
+        said.append(of_row)
+    ids = list(samples)[:MOST]
+    cards = {card.id: number for number, card in enumerate(shown)}
+    first = next((i for i, (row, _) in enumerate(done) if row["selector"] == BASELINE), 0)
+    ours = our_row(rows)
+    second = next((i for i, (row, _) in enumerate(done) if row is ours and i != first), (first + 1) % len(done))
+    return {
+        "right": RIGHT,
+        "of": len(samples),
+        "first": first,
+        "second": second,
+        "samples": [{**samples[i], "card": cards.get(i)} for i in ids],
+        "systems": [
+            {"label": label, "said": [of_row.get(i, (None, None)) for i in ids]}
+            for (_, label), of_row in zip(done, said, strict=True)
+        ],
+    }
+
 
 NAME = "report.html"
 DETAILS = frozenset({"prefix tokens", "select ms", "prefill ms", "cache ms", "denoise ms"})

@@ -1,185 +1,331 @@
-"""Slides of one kind: a title, at most three points, one graphic. The layout that `deck` fills."""
+"""What the slides say about a study: which rows stand for what, and sentences with their figures."""
 
-import io
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pptx import Presentation
-from pptx.dml.color import RGBColor
-from pptx.enum.shapes import MSO_CONNECTOR, MSO_SHAPE
-from pptx.enum.text import MSO_ANCHOR, PP_ALIGN
-from pptx.util import Emu, Inches, Pt
+import pyarrow.parquet as pq
 
-from experiments.report.plot import ACCENT, GRID, INK, SOFT
-from experiments.study.files import write_atomic
+from experiments.analysis.columns import columns, differences, labels, our_row, parts, unequal
+from experiments.analysis.paired import BASELINE, UNABLATED
+from experiments.analysis.rows import Row
+from experiments.jobs.results import RECALL, SAMPLES, read_result, read_scores
+from experiments.report.figure_style import ReportFigure
+from experiments.report.page import RIGHT, SHOTS, printable
+from experiments.report.slide_layout import Slide, Slides
+from experiments.viz.examples import ExampleRecord, load_examples
 
-WIDTH, HEIGHT, MARGIN = 13.333, 7.5, 0.6
-TOP = 1.25
-POINTS_WIDE = 3.7
-MOST_POINTS = 3
-TALLEST_ROW = 0.42
-LETTER = 0.0072
-"""Width of a letter in inches, for each point of its size."""
-FONT = "Arial"
+LONGEST_QUESTION = 60
 
 
-class Slides:
-    """A deck in the making; lengths are inches."""
+class DeckFacts:
+    """The finished rows of a study, which must have one, and the three that most slides are about."""
 
-    def __init__(self, footer: str) -> None:
-        self._deck: Any = Presentation()
-        self._deck.slide_width, self._deck.slide_height = Inches(WIDTH), Inches(HEIGHT)
-        self._footer = footer
+    def __init__(self, study: Path, rows: Sequence[Row]) -> None:
+        self.study = study
+        self.rows = parts([row for row in rows if row["status"] == "ok"])[0][1]
+        self.names = labels(self.rows)
+        self.pooled = self._first(BASELINE)
+        self.full = self._first("full")
+        self.ours = our_row(self.rows)
 
-    def add(self, title: str, points: Sequence[str], notes: str = "") -> "Slide":
-        if len(points) > MOST_POINTS:
-            raise ValueError(f"slide {title!r} has {len(points)} points; {MOST_POINTS} is the limit")
-        page = self._deck.slides.add_slide(self._deck.slide_layouts[5])
-        slide = Slide(page)
-        slide.heading(title)
-        slide.text("\n".join(points), (MARGIN, TOP + 0.1, POINTS_WIDE, HEIGHT - TOP - 1), size=18, apart=14)
-        number = len(self._deck.slides)
-        slide.text(self._footer, (MARGIN, HEIGHT - 0.5, WIDTH - 2, 0.35), size=10, colour=SOFT)
-        slide.text(str(number), (WIDTH - 1.2, HEIGHT - 0.5, 0.6, 0.35), size=10, colour=SOFT, align=PP_ALIGN.RIGHT)
-        if notes:
-            page.notes_slide.notes_text_frame.text = notes
-        return slide
+    @property
+    def summary(self) -> str:
+        sets = ", ".join(sorted({row["dataset"] for row in self.rows}))
+        counts = sorted({row["n"] for row in self.rows})
+        n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return f"study {self.study.name}; {sets}; n = {n}; 95 % intervals"
 
-    def save(self, path: Path) -> Path:
-        buffer = io.BytesIO()
-        self._deck.save(buffer)
-        write_atomic(path, buffer.getvalue())
-        return path
+    def name(self, row: Row) -> str:
+        return self.names[next(i for i, other in enumerate(self.rows) if other is row)]
 
+    def result(self, row: Row) -> Mapping[str, Any]:
+        result = read_result(self.study / row["job"])
+        assert result is not None
+        return result
 
-class Slide:
-    """One slide; its graphic goes to the right of the points."""
+    def shots(self, row: Row) -> dict[str, ExampleRecord]:
+        """The samples that the row's job drew, by id."""
+        return {shot.record["id"]: shot for shot in load_examples(self.study / row["job"] / SHOTS)}
 
-    place = (MARGIN + POINTS_WIDE + 0.4, TOP + 0.1, WIDTH - 2 * MARGIN - POINTS_WIDE - 0.4, HEIGHT - TOP - 0.75)
-    """Left, top, width and height of the graphic."""
+    def against_baseline(self, row: Row) -> str:
+        """The row's differences to the baseline, with intervals; empty where there is none."""
+        parts = []
+        for name in self._compared(BASELINE):
+            if f"delta {name} mean" in row:
+                mean, low, high = (100 * row[f"delta {name} {key}"] for key in ("mean", "low", "high"))
+                group = name.removesuffix(f"vs {BASELINE}").strip() or "all"
+                parts.append(f"{group} {signed(mean)} [{signed(low)}, {signed(high)}]")
+        return "; ".join(parts)
 
-    def __init__(self, page: Any) -> None:
-        self._page = page
-
-    def heading(self, title: str) -> None:
-        box = self._page.shapes.title
-        box.left, box.top, box.width, box.height = (Inches(x) for x in (MARGIN, 0.4, WIDTH - 2 * MARGIN, 0.8))
-        frame = box.text_frame
-        frame.margin_left = frame.margin_right = 0
-        frame.vertical_anchor = MSO_ANCHOR.MIDDLE
-        self._write(frame, title, 28, INK, bold=True)
-
-    def text(
-        self,
-        text: str,
-        place: tuple[float, float, float, float],
-        *,
-        size: float,
-        colour: str = INK,
-        bold: bool = False,
-        align: Any = PP_ALIGN.LEFT,
-        apart: float = 0,
-    ) -> None:
-        """Each line is a paragraph, `apart` points from the next."""
-        frame = self._page.shapes.add_textbox(*(Inches(x) for x in place)).text_frame
-        frame.word_wrap = True
-        frame.margin_left = frame.margin_right = 0
-        self._write(frame, text, size, colour, bold=bold, align=align)
-        for paragraph in frame.paragraphs:
-            paragraph.space_after = Pt(apart)
-
-    def remark(self, text: str) -> None:
-        """Says in the graphic's place why there is none."""
-        self.text(text, self.place, size=14, colour=SOFT)
-
-    def stack(self, images: Sequence[bytes]) -> None:
-        """Pictures one above the other."""
-        left, top, width, height = self.place
-        each = height / len(images)
-        for i, image in enumerate(images):
-            self._picture(image, (left, top + i * each, width, each - 0.1))
-
-    def pictures(self, captioned: Sequence[tuple[bytes, str]]) -> None:
-        """Pictures side by side, each with a caption below."""
-        left, top, width, height = self.place
-        each, tall = width / len(captioned), min(height - 1.3, width / len(captioned))
-        for i, (image, caption) in enumerate(captioned):
-            self._picture(image, (left + i * each, top, each - 0.15, tall))
-            self.text(caption, (left + i * each, top + tall + 0.05, each - 0.15, 1.2), size=12)
-
-    def _picture(self, image: bytes, place: tuple[float, float, float, float]) -> None:
-        """As large as fits, where its place begins: beside the first point, above its caption."""
-        left, top, width, height = place
-        shape = self._page.shapes.add_picture(io.BytesIO(image), Inches(left), Inches(top))
-        scale = min(Inches(width) / shape.width, Inches(height) / shape.height)
-        shape.width, shape.height = Emu(int(shape.width * scale)), Emu(int(shape.height * scale))
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
-        """A plain table; the first column is wider, and the rows numbered in `bold` stand out."""
-        left, top, width, height = self.place
-        row_height = min(TALLEST_ROW, height / (len(rows) + 1))
-        # Headings may break between words, cells may not.
-        longest = [
-            2 + max([1 + max(map(len, title.split())), *map(len, column)])
-            for title, *column in zip(head, *rows, strict=True)
+    def extremes(self, against: str) -> list[str]:
+        """The largest loss and the largest gain of a comparison."""
+        found = [
+            (100 * row[f"delta {name} mean"], name, self.name(row))
+            for row in self.rows
+            for name in self._compared(against)
+            if f"delta {name} mean" in row
         ]
-        size = max(7, min(14, int(34 * row_height), int(width / (LETTER * sum(longest)))))
-        shape = self._page.shapes.add_table(
-            len(rows) + 1, len(head), *(Inches(x) for x in (left, top, width, row_height * (len(rows) + 1)))
+        ends = dict.fromkeys((min(found), max(found))) if found else ()
+        return [f"{who}, {what}: {signed(size)} points." for size, what, who in ends]
+
+    def detectable(self) -> float | None:
+        """The largest of the differences that the study's comparisons would find with 80 % power, in points."""
+        sizes = [
+            100 * row[f"delta {name} detectable"]
+            for row in self.rows
+            for name in differences(self.rows)
+            if f"delta {name} detectable" in row
+        ]
+        return max(sizes, default=None)
+
+    def right(self, row: Row) -> dict[str, bool]:
+        """Whether each sample was answered right."""
+        scores = read_scores(self.study / row["job"] / SAMPLES, row["metric"])
+        return {i: score.value >= RIGHT for i, score in scores.items()}
+
+    def recall(self, row: Row) -> dict[str, float]:
+        """Share of each sample's evidence that was kept, where it is known."""
+        return {i: score.value for i, score in read_scores(self.study / row["job"] / SAMPLES, RECALL).items()}
+
+    def said(self, ids: Sequence[str], row: Row, other: Row) -> list[list[str]]:
+        """Question, expected answers, what the row said and what the other said."""
+        columns = ["id", "question", "answers", "prediction"]
+        ours, theirs = (
+            {sample["id"]: sample for sample in pq.read_table(path / SAMPLES, columns=columns).to_pylist()}
+            for path in (self.study / row["job"], self.study / other["job"])
         )
-        table = shape.table
-        table.horz_banding = False
-        for column, letters in zip(table.columns, longest, strict=True):
-            column.width = Inches(width * letters / sum(longest))
-        for i, values in enumerate([head, *rows]):
-            table.rows[i].height = Inches(row_height)
-            for j, value in enumerate(values):
-                cell = table.cell(i, j)
-                cell.fill.solid()
-                cell.fill.fore_color.rgb = _rgb(GRID if i == 0 else "#ffffff")
-                cell.margin_left = cell.margin_right = Inches(0.06)
-                cell.margin_top = cell.margin_bottom = Inches(0.02)
-                cell.vertical_anchor = MSO_ANCHOR.MIDDLE
-                tone = ACCENT if i - 1 in bold else INK
-                align = PP_ALIGN.LEFT if j == 0 else PP_ALIGN.RIGHT
-                # A true minus sign, as in the points beside the table.
-                text = re.sub(r"^-(?=\d)", "\u2212", value)
-                self._write(cell.text_frame, text, size, tone, bold=i == 0 or i - 1 in bold, align=align)
+        return [
+            [
+                printable(ours[i]["question"], LONGEST_QUESTION),
+                printable(" | ".join(ours[i]["answers"])),
+                printable(ours[i]["prediction"]) or "(empty)",
+                printable(theirs[i]["prediction"]) or "(empty)",
+            ]
+            for i in ids
+        ]
 
-    def flow(self, steps: Sequence[tuple[str, str]], accent: int) -> None:
-        """Boxes from top to bottom, each with a remark on its right; the box numbered `accent` stands out."""
-        left, top, width, height = self.place
-        each = height / len(steps)
-        for i, (name, remark) in enumerate(steps):
-            y = top + i * each
-            box = self._page.shapes.add_shape(
-                MSO_SHAPE.ROUNDED_RECTANGLE, *(Inches(x) for x in (left, y, 2.3, each - 0.25))
-            )
-            box.fill.solid()
-            box.fill.fore_color.rgb = _rgb(ACCENT if i == accent else GRID)
-            box.line.fill.background()
-            box.shadow.inherit = False
-            self._write(box.text_frame, name, 14, "#ffffff" if i == accent else INK, bold=True, align=PP_ALIGN.CENTER)
-            self.text(remark, (left + 2.55, y + (each - 0.25) / 2 - 0.22, width - 2.55, 0.6), size=15, colour=INK)
-            if i:
-                ends = (Inches(x) for x in (left + 1.15, y - 0.25, left + 1.15, y))
-                line = self._page.shapes.add_connector(MSO_CONNECTOR.STRAIGHT, *ends)
-                line.line.color.rgb = _rgb(SOFT)
+    def missing(self, what: str, sense: str) -> str:
+        return f"Not in this study: {sense}. python eval.py study={self.study.name} {what} adds it."
 
-    @staticmethod
-    def _write(
-        frame: Any, text: str, size: float, colour: str, *, bold: bool = False, align: Any = PP_ALIGN.LEFT
-    ) -> None:
-        for number, line in enumerate(text.split("\n")):
-            paragraph = frame.paragraphs[0] if number == 0 else frame.add_paragraph()
-            paragraph.alignment = align
-            run = paragraph.add_run()
-            run.text = line
-            run.font.size, run.font.bold, run.font.name = Pt(size), bold, FONT
-            run.font.color.rgb = _rgb(colour)
+    def _compared(self, against: str) -> list[str]:
+        return [name for name in differences(self.rows) if name.rpartition("vs ")[2] == against]
+
+    def _first(self, selector: str) -> Row | None:
+        return next((row for row in self.rows if row["selector"] == selector), None)
 
 
-def _rgb(colour: str) -> RGBColor:
-    return RGBColor.from_string(colour.removeprefix("#").upper())
+def signed(points: float) -> str:
+    """With a true minus sign, which no line breaks after."""
+    return f"{points:+.1f}".replace("-", "\u2212")
+
+
+NAME = "deck.pptx"
+BENCHMARKS = ("chartqa", "docvqa", "vqav2", "entitygrid")
+MOST_ROWS = 14
+MOST_SHOTS = 3
+NARROW = 5
+"""Columns of a table that leave room for intervals."""
+
+
+def write_slides(study: Path, rows: Sequence[Row], drawn: Sequence[ReportFigure]) -> Path:
+    """Writes the deck beside the page; the study must have a finished row."""
+    story = DeckFacts(study, rows)
+    slides = Slides(story.summary)
+    figures = {one.name: one for one in drawn}
+    motivation(slides, story)
+    upper_bound(slides, story, figures)
+    landscape(slides, story)
+    method(slides, story)
+    results(slides, story)
+    efficiency(slides, story, figures)
+    ablations(slides, story, figures)
+    failures(slides, story)
+    roadmap(slides, story)
+    return slides.save(study / NAME)
+
+
+def motivation(slides: Slides, story: DeckFacts) -> None:
+    points = ["A diffusion language model reads one prefix cache in every step: its vision tokens are chosen once."]
+    if story.pooled:
+        before = f" of {story.full['visual tokens mean']:.0f}" if story.full else ""
+        count = f"{story.pooled['visual tokens mean']:.0f}{before}"
+        points.append(f"{BASELINE} hands on {count} tokens, as many for a margin as for a legend.")
+    points.append("At the same number of tokens: which ones should be kept?")
+    slide = slides.add("Chosen once, read in every step", points)
+    rows = [row for row in (story.pooled, story.ours) if row]
+    shots = [story.shots(row) for row in rows]
+    common = next((i for i in (shots[-1] if shots else ()) if all(i in drawn for drawn in shots)), None)
+    if common is None:
+        slide.remark("This study drew no samples; shots=8 draws some.")
+        return
+    pictures = [("the picture", shots[0][common].picture)]
+    pictures += [(f"kept by {story.name(row)}", drawn[common].overlay) for row, drawn in zip(rows, shots, strict=True)]
+    question = printable(shots[0][common].record["question"], LONGEST_QUESTION)
+    slide.pictures([(image, f"{caption}\nquestion: {question}") for caption, image in pictures])
+
+
+def upper_bound(slides: Slides, story: DeckFacts, figures: Mapping[str, ReportFigure]) -> None:
+    title = "What every token gives, and costs"
+    if not story.full:
+        slides.add(title, [story.missing("selector=full", "all tokens")]).remark("No row selector=full in this study.")
+        return
+    full, pooled = story.full, story.pooled
+    points = [f"{story.name(full)}, {full['visual tokens mean']:.0f} tokens: {story.against_baseline(full)}."]
+    if pooled and pooled.get("total ms") and full.get("total ms"):
+        tokens, time = (full[key] / pooled[key] for key in ("visual tokens mean", "total ms"))
+        points.append(f"Price: {tokens:.1f} times the tokens, {time:.1f} times the time for a sample.")
+    points.append("Not trained on long prefixes it need not be a bound: compare rows trained alike.")
+    _with_figure(slides, title, points, figures, "pareto_tokens")
+
+
+def landscape(slides: Slides, story: DeckFacts) -> None:
+    table = []
+    for row, name in zip(story.rows, story.names, strict=True):
+        sources = story.result(row)["tokens"]["by_source"]
+        trained, select = row["trainable parameters"], row.get("select ms")
+        table.append(
+            [
+                name,
+                ", ".join(f"{count:.0f} {source}" for source, count in sources.items() if count),
+                "yes" if row.get("relevance ms") else "no",
+                f"{trained:,}" if trained else "-",
+                "-" if select is None else f"{select:.2f}",
+            ]
+        )
+    points = [
+        f"{len({row['selector'] for row in story.rows})} ways to choose, {len(story.rows)} systems.",
+        "All choose before the prefix is cached; nothing changes it afterwards.",
+        "random at the same budget is the bar that a choice has to clear.",
+    ]
+    head = ["system", "tokens it hands on", "reads question", "trained", "select ms"]
+    slides.add("The landscape", points).table(head, table[:MOST_ROWS])
+
+
+def method(slides: Slides, story: DeckFacts) -> None:
+    if not story.ours:
+        slide = slides.add("SHIRG", [story.missing("selector=shirg", "the method")])
+        slide.remark("No row selector=shirg in this study.")
+        return
+    row, result = story.ours, story.result(story.ours)
+    weights = {name: weight for name, weight in result["config"]["selector"].get("weights", {}).items() if weight}
+    sources = {name: count for name, count in result["tokens"]["by_source"].items() if count}
+    steps = [
+        ("Views", "up to five views of the picture, each a grid of tokens"),
+        ("Score", ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "as its config says"),
+        ("Keep", f"the best at a fixed budget: {', '.join(f'{n:.0f} {name}' for name, n in sources.items())}"),
+        ("Project, cache", "in reading order; keys and values are written once"),
+        ("Denoise", "every step reads the same prefix"),
+    ]
+    points = ["Score each token once, keep the best, add a coarse scaffold so that no region goes blank."]
+    trained = row["trainable parameters"]
+    share = f"{trained:,} trained parameters, {trained / result['model']['parameters']:.2%} of the model."
+    points.append(share if trained else "Nothing is trained in this row.")
+    if row.get("select ms") is not None and row.get("total ms"):
+        points.append(f"Choosing takes {row['select ms']:.2f} of {row['total ms']:.2f} ms for a sample.")
+    slides.add(f"SHIRG: {story.name(row)}", points).flow(steps, accent=1)
+
+
+def results(slides: Slides, story: DeckFacts) -> None:
+    kinds = ("score", "difference")
+    shown = [c for c in columns(story.rows) if c.kind in kinds or c.title == "visual tokens"]
+    shown = [c for c in shown if c.title != "recall" and not c.title.endswith(f"vs {UNABLATED}")]
+    whole = len(shown) < NARROW
+    cells = [c.texts if whole else [text.split(" [")[0] for text in c.texts] for c in shown]
+    table = [[name, *values] for name, *values in zip(story.names, *cells, strict=True)]
+    told = [(row, story.against_baseline(row)) for row in (story.ours, story.full) if row]
+    points = [f"{story.name(row)}: {text}." for row, text in told if text]
+    points.append("Scores in %, differences in points on the same samples; intervals: report.html, table.tex.")
+    bold = [i for i, row in enumerate(story.rows) if row is story.ours]
+    slides.add("Results", points).table(["system", *(c.title for c in shown)], table[:MOST_ROWS], bold)
+
+
+def efficiency(slides: Slides, story: DeckFacts, figures: Mapping[str, ReportFigure]) -> None:
+    points = []
+    if story.ours and story.pooled and story.ours.get("total ms") and story.pooled.get("total ms"):
+        ours, theirs = (f"{row['total ms']:.2f} ms" for row in (story.ours, story.pooled))
+        points.append(f"{story.name(story.ours)}: {ours} for a sample; {story.name(story.pooled)}: {theirs}.")
+    points.append(f"On {story.rows[0]['env device']}, {story.rows[0]['env dtype']}: medians over batches.")
+    if "memory" not in figures:
+        points.append("No accelerator memory: this ran on a CPU; device=cuda measures it.")
+    _with_figure(slides, "Where the time goes", points, figures, "latency", "memory")
+
+
+def ablations(slides: Slides, story: DeckFacts, figures: Mapping[str, ReportFigure]) -> None:
+    if "ablations" in figures:
+        points = ["Each row takes one part away; differences to the whole method.", *story.extremes(UNABLATED)]
+        _with_figure(slides, "Ablations", points, figures, "ablations")
+        return
+    points = ["No ablations in this study; instead, all differences.", *story.extremes(BASELINE)]
+    _with_figure(slides, f"Differences to {BASELINE}", points, figures, "differences")
+
+
+def failures(slides: Slides, story: DeckFacts) -> None:
+    title = "Where it fails"
+    if not (story.ours and story.pooled):
+        slide = slides.add(title, [story.missing("selector=pooled,shirg", "a pair to compare")])
+        slide.remark("There is no pair of systems to compare.")
+        return
+    ours, theirs = story.right(story.ours), story.right(story.pooled)
+    both = ours.keys() & theirs.keys()
+    broken = sorted(i for i in both if theirs[i] and not ours[i])
+    fixed = sum(ours[i] and not theirs[i] for i in both)
+    names = f"{story.name(story.ours)} against {story.name(story.pooled)}"
+    points = [f"{names}: {fixed} answers fixed, {len(broken)} broken of {len(both)}."]
+    recall = story.recall(story.ours)
+    lost = [recall[i] for i in broken if i in recall]
+    if lost:
+        points.append(f"Evidence kept where broken: {sum(lost) / len(lost):.0%}, n = {len(lost)}.")
+        points.append(f"Evidence kept in all: {sum(recall.values()) / len(recall):.0%}, n = {len(recall)}.")
+    slide = slides.add(title, points)
+    drawn = [shot for i, shot in story.shots(story.ours).items() if i in broken][:MOST_SHOTS]
+    if drawn:
+        slide.pictures([(shot.overlay, _answered(shot.record)) for shot in drawn])
+    elif broken:
+        rows = story.said(broken[:MOST_ROWS], story.ours, story.pooled)
+        slide.table(["question", "expected", "said", f"{BASELINE} said"], rows)
+    else:
+        slide.remark("Nothing was broken.")
+
+
+def roadmap(slides: Slides, story: DeckFacts) -> None:
+    seeds = min(len(row["seeds"].split()) for row in story.rows)
+    sets = {row["dataset"] for row in story.rows}
+    trained = all(story.result(row)["model"]["trained"] for row in story.rows)
+    size = story.detectable()
+    table = [
+        *([f"data: {name}", "in this study" if name in sets else "not in this study"] for name in BENCHMARKS),
+        ["other data", ", ".join(sorted(sets - set(BENCHMARKS))) or "none"],
+        ["seeds for each system", str(seeds)],
+        ["difference that may be missed", "-" if size is None else f"{size:.1f} points"],
+        ["rows at another budget", str(sum(unequal(row) for row in story.rows))],
+        ["weights", "trained" if trained else "random: answers mean nothing"],
+        ["device", story.rows[0]["env device"]],
+    ]
+    known = "Intervals hold for a new training seed." if seeds > 2 else "Three seeds and more of each training."
+    points = [
+        "First what the table on the right lacks.",
+        known,
+        "Then with a shorter cache: cache=... cuts what is kept.",
+    ]
+    slides.add("What is known, what is next", points).table(["evidence", "state"], table)
+
+
+def _with_figure(
+    slides: Slides, title: str, points: Sequence[str], figures: Mapping[str, ReportFigure], *names: str
+) -> Slide:
+    drawn = [figures[name] for name in names if name in figures]
+    slide = slides.add(title, points, notes="\n".join(one.caption for one in drawn))
+    if drawn:
+        slide.stack([one.png for one in drawn])
+    else:
+        slide.remark("The study has too few rows for this figure.")
+    return slide
+
+
+def _answered(record: Mapping[str, object]) -> str:
+    answers = record["answers"]
+    assert isinstance(answers, list)
+    expected = printable(" | ".join(answers))
+    said = printable(str(record["prediction"])) or "(empty)"
+    return f"{printable(str(record['question']), LONGEST_QUESTION)}\nexpected {expected}\nsaid {said}"

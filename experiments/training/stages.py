@@ -10,22 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from experiments import build
-from experiments.data.batches import Batches
-from experiments.data.module import Draw
+from experiments.data.loader import Batches, Draw
 from experiments.data.sample import Dataset, Listed
-from experiments.processes import Ranks
-from experiments.report.shots import save_example
-from experiments.scoring import text_metrics
-from experiments.system import EvalPipeline, Row
-from experiments.tokens import TokenGeometry
-from experiments.training.mixing import build_schedule
-from experiments.training.room import drop_too_long
+from experiments.inference import EvalPipeline, Row
+from experiments.jobs.distributed import Ranks
+from experiments.metrics.answers import text_metrics
+from experiments.token_stats import TokenGeometry
+from experiments.training.filters import drop_too_long
+from experiments.training.multi_budget import build_schedule
+from experiments.viz.examples import save_example
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
-from lavida_adapter.geometries import cut
+from lavida_adapter.lightning_module import LavidaModule, OptimConfig, Trainable
 from lavida_adapter.lora import rank_growth
-from lavida_adapter.module import LavidaModule, OptimConfig, Trainable
-from lavida_adapter.views import Views
-from shirg import Geometry, Selector
+from lavida_adapter.views import Views, cut
+from shirg import Geometry, Selector, UserError
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
@@ -52,7 +50,7 @@ def build_stage(cfg: DictConfig, model: "Lavida", crew: Ranks) -> Stage:
     if cfg.stage in _WITH_SELECTOR:
         return _through_selector(cfg, model, crew)
     if crew.world > 1:
-        raise ValueError(f"stage={cfg.stage} makes the tiny model's base in one process: leave trainer= out")
+        raise UserError(f"stage={cfg.stage} makes the tiny model's base in one process: leave trainer= out")
     return _ALONE[cfg.stage](cfg, model)
 
 
@@ -118,15 +116,15 @@ def _fields(node: DictConfig) -> dict[str, Any]:
 
 
 def _vision(cfg: DictConfig, model: "Lavida") -> Stage:
-    from experiments.pretrain import VisionPretraining
+    from experiments.training.pretrain import VisionPretraining
 
     stage = VisionPretraining(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
 def _text(cfg: DictConfig, model: "Lavida") -> Stage:
-    from experiments.pretrain import TextPretraining
-    from experiments.pretrain.text import Curriculum
+    from experiments.training.pretrain import TextPretraining
+    from experiments.training.pretrain.text_stage import Curriculum
 
     options = {str(k): v for k, v in cfg.text.items()}
     attention, noise = options.pop("prefix_attention"), options.pop("noise")
@@ -143,7 +141,7 @@ def _text(cfg: DictConfig, model: "Lavida") -> Stage:
 
 
 def _align(cfg: DictConfig, model: "Lavida") -> Stage:
-    from experiments.pretrain import Align
+    from experiments.training.pretrain import Align
 
     stage = Align(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
@@ -152,7 +150,7 @@ def _align(cfg: DictConfig, model: "Lavida") -> Stage:
 def _base(cfg: DictConfig, model: "Lavida", selector: Selector) -> None:
     """Everything but the vision tower, through the selector of the config: pooled, for LaViDa's own base."""
     if any(True for _ in selector.parameters()):
-        raise ValueError("stage=base writes the model alone: choose a selector without layers of its own")
+        raise UserError("stage=base writes the model alone: choose a selector without layers of its own")
     model.requires_grad_(False)
     for part in (model.lm, model.model.mm_projector):
         part.requires_grad_(True)

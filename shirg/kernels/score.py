@@ -1,7 +1,7 @@
 """Relevance and neighbours of all places in one kernel (docs/method.md, "Terms").
 
-The torch twin is `Terms.relevance_and_neighbours` in shirg/terms.py. On a GPU that one moves every token through memory
-a dozen times, in as many launches; here a program holds the token of one place and reads each neighbour once.
+The torch twin is `ScoreTerms.relevance_and_neighbours` in shirg/scoring.py. On a GPU that one moves every token through
+memory a dozen times, in as many launches; here a program holds the token of one place and reads each neighbour once.
 """
 
 from functools import cache

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from baselines import Full, Pooled, Random
-from baselines.controls import pool
+from baselines.pooled import pool
 from shirg import Pooling, Selection, Source, TokenLayout, VisionFeatures, pooled_count_B
 from tests.features import GRIDS, SIZES, layout_of, make_features, permute_views
 from tests.golden_data import golden_dir

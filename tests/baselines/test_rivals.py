@@ -5,8 +5,8 @@ from math import ceil
 import pytest
 import torch
 
-from baselines import CDPruner, DivPrune, Saint, SaintVote, ToMe, VisionZip, VisPruner, similarity
-from baselines.groups import GroupSelector
+from baselines import CDPruner, DivPrune, Saint, SaintVote, ToMe, VisionZip, VisPruner, base
+from baselines.base import GroupSelector
 from shirg import Source, VisionFeatures
 from tests.baselines import naive
 from tests.features import SIZES, make_features
@@ -52,7 +52,7 @@ def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budge
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("cached", [1, 200])
 def test_votes_are_the_same_counted_in_strips(scope: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "CACHED", cached)
+    monkeypatch.setattr(base, "CACHED", cached)
     features = pictures((2, 2))
     expected = naive.in_groups(features, scope, 31, naive.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83"))
     assert kept(SaintVote(budget=31, scope=scope, tau=0.6, tau_step=0.25, votes=2, gamma=3.0), features) == expected

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from baselines import similarity
-from baselines.similarity import gram, product_strips, products, rows
+from baselines import base
+from baselines.base import gram, product_strips, products, rows
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
 def test_gram_is_the_product(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "BLOCK", block)
+    monkeypatch.setattr(base, "BLOCK", block)
     x = torch.randn(2, 3, 10, 4, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(gram(x), x @ x.transpose(-1, -2), atol=1e-6)
 
@@ -23,7 +23,7 @@ def test_rows_and_products_by_hand() -> None:
 
 @pytest.mark.parametrize("cached", [1, 30, 1000])
 def test_strips_are_the_products(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "CACHED", cached)
+    monkeypatch.setattr(base, "CACHED", cached)
     a, b = torch.randn(2, 2, 3, 7, 4, generator=torch.Generator().manual_seed(0))
     used = torch.arange(7) < torch.tensor([[7, 3, 5], [1, 0, 6]])[..., None]
     strips = list(product_strips(a, b, used, -2.0))

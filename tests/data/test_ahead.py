@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.data.ahead import CutBatches, load_pictures, read_ahead
-from experiments.data.picture import load_picture
+from experiments.data.image_io import load_picture
+from experiments.data.loader import CutBatches, load_pictures, read_ahead
 from experiments.data.sample import Sample
-from lavida_adapter.geometries import cut, ready
-from lavida_adapter.views import Views
+from lavida_adapter.views import Views, cut, ready
 from tests.lavida_adapter.tiny import tiny_config
 
 

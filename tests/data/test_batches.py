@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from experiments.data.batches import Batches, Shuffled, collate
-from experiments.data.module import StepDataset, TrainData
+from experiments.data.loader import Batches, Shuffled, StepDataset, TrainData, collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.training.stages import Cutter
-from lavida_adapter.geometries import ready
-from lavida_adapter.views import Views
+from lavida_adapter.views import Views, ready
 from tests.lavida_adapter.tiny import tiny_config
 
 

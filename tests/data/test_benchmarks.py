@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from experiments.build import build_dataset
-from experiments.data.batches import collate
 from experiments.data.benchmarks import hub as hub_source
+from experiments.data.loader import collate
 from experiments.data.sample import Dataset, Traced
 from experiments.evaluate import prompt_hash
 from experiments.metrics import metric

@@ -15,11 +15,12 @@ from experiments.data.sample import Dataset, Sample
 from experiments.data.synthetic.entitygrid import EntityGrid
 from experiments.data.synthetic.entitygrid.draw import mask_of
 from experiments.data.synthetic.entitygrid.entities import FAMILIES, ICONS, SHAPES, SPLITS, Entity, family_of, foils
-from experiments.data.synthetic.entitygrid.export import digests, write
-from experiments.data.synthetic.entitygrid.scene import Canvas, anchors
+from experiments.data.synthetic.entitygrid.entitygrid_files import digests, write
+from experiments.data.synthetic.entitygrid.placement import Canvas, anchors
 from experiments.metrics import entity_match
+from experiments.metrics.position_bias import probe
 from experiments.schema import CONF
-from experiments.study.probe import probe
+from shirg import UserError
 
 
 def grid(**knobs: Any) -> EntityGrid:
@@ -221,7 +222,7 @@ def test_written_pictures_are_checked(tmp_path: Path) -> None:
     ]
     assert [again[i].load_image().tobytes() for i in (0, 1)] == [data[i].load_image().tobytes() for i in (0, 1)]
     assert {again[0].meta[key] == data[0].meta[key] for key in ("place", "entity")} == {True}
-    with pytest.raises(FileExistsError, match="exists already: remove it"):
+    with pytest.raises(UserError, match="exists already: remove it"):
         write(data, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"data.split=val does not exist in .*: write it with"):
         grid(source="disk", root=str(tmp_path), split="val")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.data.synthetic.glyphs import draw_lookups
-from experiments.data.synthetic.glyphs.lookup import DIGIT, LETTER
-from experiments.data.synthetic.glyphs.vocabulary import FIRST_DIGIT, FIRST_FOIL, FIRST_LETTER
+from experiments.data.synthetic.glyphs.questions import DIGIT, LETTER
+from experiments.data.synthetic.glyphs.scene import FIRST_DIGIT, FIRST_FOIL, FIRST_LETTER
 
 
 @pytest.mark.parametrize("cells", [2, 6, 7, 24, 64, 100])

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, draw_scene, labels, render, to_image
-from experiments.data.synthetic.glyphs.font import GLYPHS
-from experiments.data.synthetic.glyphs.scene import BigShape
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOUR_RGB, FIRST_FOIL, SHAPES
+from experiments.data.synthetic.glyphs.render import GLYPHS
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOUR_RGB, FIRST_FOIL, SHAPES, BigShape
 
 
 def cells(picture: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data.synthetic.glyphs import GlyphScene, ask, draw_scene, questions
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, DIGITS, FIRST_DIGIT, LETTERS, SHAPES
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS, DIGITS, FIRST_DIGIT, LETTERS, SHAPES
 
 
 def every_question(scene: GlyphScene) -> list[str]:

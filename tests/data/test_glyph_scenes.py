@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, draw_scene, scene
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, FIRST_FOIL, FIRST_LETTER, FOILS, LETTERS
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS, FIRST_FOIL, FIRST_LETTER, FOILS, LETTERS
 
 SPLITS = ("train", "val", "test")
 PINNED = {

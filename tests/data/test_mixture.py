@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments import build
-from experiments.data.mixture import ROUND, Mixture
+from experiments.data.loader import ROUND, Mixture
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from tests.experiments.test_configs import composed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.data.picture import load_picture
+from experiments.data.image_io import load_picture
 
 
 @pytest.mark.parametrize(

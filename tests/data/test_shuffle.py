@@ -2,8 +2,7 @@
 
 import pytest
 
-from experiments.data.sample import Sample
-from experiments.data.shuffle import other_questions
+from experiments.data.sample import Sample, other_questions
 
 
 def samples(*questions: str) -> list[Sample]:

@@ -12,17 +12,16 @@ from omegaconf import OmegaConf
 
 from experiments.data.sample import Dataset, Sample
 from experiments.data.synthetic.board import BAR, KINDS, Stamp
+from experiments.data.synthetic.board_task import SynthTask
 from experiments.data.synthetic.chart import SynthChart, value
-from experiments.data.synthetic.contexts import draw_contexts
-from experiments.data.synthetic.drawn import BUCKETS
-from experiments.data.synthetic.families import FAMILIES
-from experiments.data.synthetic.glyphs.font import GLYPHS
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOUR_RGB, COLOURS, SHAPES
-from experiments.data.synthetic.mix import SynthMix
-from experiments.data.synthetic.task import SynthTask
-from experiments.data.tokenizer import build_tokenizer, word_tokens
+from experiments.data.synthetic.glyphs.render import GLYPHS
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOUR_RGB, COLOURS, SHAPES
+from experiments.data.synthetic.mixture import FAMILIES, SynthMix
+from experiments.data.synthetic.synthetic_dataset import BUCKETS
+from experiments.data.synthetic.text_context import draw_contexts
+from experiments.data.synthetic.tokenizer import build_tokenizer, word_tokens
 from experiments.metrics import METRICS, metric
-from experiments.metrics.mean import TextMetric
+from experiments.metrics.answer_metric import TextMetric
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
 PINNED = {

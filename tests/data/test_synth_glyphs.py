@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from experiments.data.sample import Dataset
 from experiments.data.synthetic.glyphs import SynthGlyphs
-from experiments.data.synthetic.glyphs.vocabulary import COLOUR_RGB
+from experiments.data.synthetic.glyphs.scene import COLOUR_RGB
 from experiments.metrics import METRICS
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"

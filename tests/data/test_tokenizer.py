@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from experiments.data.synthetic.glyphs import SynthGlyphs
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS, LETTERS, SHAPES
-from experiments.data.tokenizer import SPECIAL, build_tokenizer, glyph_tokens
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS, LETTERS, SHAPES
+from experiments.data.synthetic.tokenizer import SPECIAL, build_tokenizer, glyph_tokens
 
 TOKENIZER = build_tokenizer()
 WORDS = ["digit ", "letter ", "shape ", "kind", "colour", "red", "triangle", "system", "user", "assistant", "\n\n"]

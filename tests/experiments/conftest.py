@@ -16,11 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
-from experiments.data.tokenizer import build_tokenizer
+from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.evaluate import evaluate
-from experiments.fit import train
+from experiments.jobs.job import Work, run_job
 from experiments.schema import CONF, VERSION_BASE
-from experiments.study.job import Work, run_job
+from experiments.train import train
 from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 
 ROOT = CONF.parent

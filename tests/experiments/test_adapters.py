@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.adapters import adapter_path
+from experiments.build import adapter_path
 
 
 @pytest.fixture

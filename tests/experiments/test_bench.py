@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experiments.bench import __main__ as command
-from experiments.bench import naive, selectors
-from experiments.bench.clock import time_call
+from experiments.bench import reference, selectors
+from experiments.bench.common import time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
 from shirg import ShirgSelector
@@ -32,7 +32,7 @@ def test_the_naive_twin_equals_the_gate(grid: tuple[int, int]) -> None:
     features = make_features(grid, side=9, sizes=SIZES[grid][:2], seed=4)
     chosen = ShirgSelector(budget=70, scaffold={"size": 5})(features)
     for sample in range(2):
-        tokens, kept = naive.naive_shirg980(features, sample, 70, scaffold=5)
+        tokens, kept = reference.naive_shirg980(features, sample, 70, scaffold=5)
         assert kept == chosen.index_BT[sample, 25:].tolist()
         assert torch.allclose(tokens, chosen.tokens_BTD[sample], atol=1e-5)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import compare, profile_cache
+from experiments import compare
 from experiments.bench import __main__ as command
-from experiments.bench import cache, decode, encode, end2end, prefill
-from experiments.bench.loglog import loglog_chart
+from experiments.bench import cache_size, decode, encoding, end2end, prefill, profile_cache
+from experiments.bench.common import loglog_chart
 from tests.experiments.conftest import result_of
 from tests.lavida_adapter.tiny import tiny_model
 
@@ -31,7 +31,7 @@ def test_decode_has_the_twin_first_and_says_when_ids_differ(monkeypatch: pytest.
         for stage in ("prefill", "step"):
             assert row["floor"][stage]["times_floor"] > 1, "nothing is faster than the device"
     assert "on one thread of another machine" in measured.lines()[-1]
-    monkeypatch.setattr(decode.plain, "generate", lambda *_: torch.zeros(2, 8, dtype=torch.int64))
+    monkeypatch.setattr(decode.reference, "plain_generate", lambda *_: torch.zeros(2, 8, dtype=torch.int64))
     wrong = decode.bench("tiny", model, 40, 8, 4, 2, ["eager"], repeats=1)
     assert not wrong.rows[1].same_ids and any("NO" in line for line in wrong.lines())
 
@@ -52,11 +52,11 @@ def test_a_chart_has_a_point_for_every_value() -> None:
 
 def test_cache_and_encode() -> None:
     model = tiny_model()
-    measured = cache.bench("toy", model, 30, 4, 2, repeats=1)
+    measured = cache_size.bench("toy", model, 30, 4, 2, repeats=1)
     saved = {row["cache"]: row["saved"] for row in measured.report()["rows"]}
     assert saved["none"] == 0 and saved["cast"] == 0.5 and saved["fp8"] == pytest.approx(0.75, abs=0.01)
     assert measured.rows[0].most == 0 and measured.rows[0].same_top1 == 1
-    encoded = encode.bench("toy", model, [1, 2], repeats=1)
+    encoded = encoding.bench("toy", model, [1, 2], repeats=1)
     assert [row.pictures for row in encoded.rows] == [1, 2]
     assert encoded.rows[1].floor["gflop"] == 2 * encoded.rows[0].floor["gflop"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from experiments.analysis.columns import markdown
+from experiments.analysis.rows import collect
+from experiments.analysis.table import print_table
 from experiments.data.synthetic.entitygrid.__main__ import main as export
-from experiments.study.layout import markdown
-from experiments.study.rows import collect
-from experiments.study.table import print_table
 from tests.data import official
 from tests.experiments.conftest import result_of
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.study.layout import columns
-from experiments.study.rows import collect
+from experiments.analysis.columns import columns
+from experiments.analysis.rows import collect
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]

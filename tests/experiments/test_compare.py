@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.analysis.columns import columns, flags, markdown, unequal
+from experiments.analysis.paired import budget_ratio
+from experiments.analysis.rows import collect
+from experiments.analysis.stats import holm
+from experiments.analysis.table import refresh
 from experiments.compare import table
-from experiments.study.cells import flags, unequal
-from experiments.study.compare import budget_ratio
-from experiments.study.layout import columns, markdown
-from experiments.study.rows import collect
-from experiments.study.significance import holm
-from experiments.study.table import refresh
 from tests.experiments.conftest import result_of
 from tests.experiments.test_seeds import plant
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import build, schema
 from experiments.schema import CONF, VERSION_BASE, describe_groups, job_name
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig
-from lavida_adapter.module import OptimConfig
+from lavida_adapter.lightning_module import OptimConfig
 
 PLUG_INS = ("selector", "relevance", "data", "cache", "logger")
 BUDGETS = {"base": 80, "wide": 100, "full": 320}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study.job import is_bad_input
+from experiments.errors import is_user_error
 from tests.experiments.conftest import ROOT, finish, result_of, start
 
 
@@ -152,10 +152,10 @@ def test_what_counts_as_bad_input() -> None:
 
     from experiments.build import resolve_budget
 
-    assert is_bad_input(error_of(lambda: resolve_budget("most", {})))
-    assert not is_bad_input(error_of(lambda: int("seven")))
-    assert not is_bad_input(error_of(lambda: Path("absent").read_text()))
-    assert not is_bad_input(error_of(lambda: {}["key"]))
+    assert is_user_error(error_of(lambda: resolve_budget("most", {})))
+    assert not is_user_error(error_of(lambda: int("seven")))
+    assert not is_user_error(error_of(lambda: Path("absent").read_text()))
+    assert not is_user_error(error_of(lambda: {}["key"]))
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study.files import Journal, read_json, write_atomic, write_json
+from experiments.jobs.atomic_files import Journal, read_json, write_atomic, write_json
 
 
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_a_write_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch:
     def dies(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("experiments.study.files.os.replace", dies)
+    monkeypatch.setattr("experiments.jobs.results.os.replace", dies)
     with pytest.raises(OSError, match="no space"):
         write_json(path, {"status": "ok"})
     assert read_json(path) == {"status": "running"}

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from experiments.study.record import LOCK, VOLATILE
+from experiments.jobs.results import LOCK, VOLATILE
 from tests.experiments.conftest import finish, result_of, start
 
 Eval = Callable[..., Path]

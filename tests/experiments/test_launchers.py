@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
+from experiments.jobs import launchers
 from experiments.schema import CONF, VERSION_BASE
-from experiments.study import slots, watch
 from tests.experiments.conftest import finish, start
 from tests.experiments.test_job import table_without_times
 
@@ -20,7 +20,7 @@ submitit = pytest.importorskip("submitit")
 
 def _occupy(began: Any, threads: int, log: Path) -> None:
     began.wait()
-    with slots.acquire_slot(threads, "cpu") as name:
+    with launchers.acquire_slot(threads, "cpu") as name:
         with open(log, "a") as file:
             file.write(f"+{name}\n")
         time.sleep(0.05)
@@ -54,9 +54,9 @@ def test_jobs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _what_a_job_sees() -> tuple[str | None, str | None]:
-    with slots.acquire_slot(None, "auto"):
+    with launchers.acquire_slot(None, "auto"):
         in_turn = os.environ["CUDA_VISIBLE_DEVICES"]
-        with slots.acquire_slot(None, "auto"):
+        with launchers.acquire_slot(None, "auto"):
             return in_turn, os.environ["CUDA_VISIBLE_DEVICES"]
 
 
@@ -65,23 +65,23 @@ def test_a_job_sees_the_gpu_of_its_slot_alone(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setenv("PYTHONPATH", str(CONF.parent))
-    monkeypatch.setenv(slots.GPUS_VARIABLE, "")
-    slots.export_gpus()
+    monkeypatch.setenv(launchers.GPUS_VARIABLE, "")
+    launchers.export_gpus()
     executor = submitit.LocalExecutor(tmp_path / "jobs")
     assert executor.submit(_what_a_job_sees).result() == ("3", "5")
 
 
 def test_a_job_of_nobodys_launcher_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
-    with slots.acquire_slot(1, "cpu") as name:
+    with launchers.acquire_slot(1, "cpu") as name:
         assert name is None
 
 
 def test_what_jobs_say_is_heard_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    watch.report_status(tmp_path / "old", True, "before the sweep")
-    listener = watch.SweepMonitor(tmp_path, watch.ended_here)
-    watch.report_status(tmp_path / "a", True, "ok    a")
-    watch.report_status(tmp_path / "b", False, "error: b: no")
+    launchers.report_status(tmp_path / "old", True, "before the sweep")
+    listener = launchers.SweepMonitor(tmp_path, launchers.ended_here)
+    launchers.report_status(tmp_path / "a", True, "ok    a")
+    launchers.report_status(tmp_path / "b", False, "error: b: no")
     listener.stop()
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("ok    a\n", "error: b: no\n")

@@ -15,9 +15,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from experiments.bridges.lmms import Answerer, LmmsRequest
-from experiments.bridges.lmms_results import aggregate, export
 from experiments.data.synthetic.glyphs import SynthGlyphs
+from experiments.lmms_eval.answerer import Answerer, LmmsRequest
+from experiments.lmms_eval.lmms_results import aggregate, export
 from experiments.report.__main__ import main as report
 from experiments.schema import CONF
 from tests.data import official

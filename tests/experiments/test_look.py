@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.report.look import main, parse_boxes
-from experiments.report.sheet import COLD_TO_HOT, PanelChoice, describe, draw_panels, heat_map
-from experiments.tokens import TokenGeometry
+from experiments.report.overlay import main, parse_boxes
+from experiments.token_stats import TokenGeometry
+from experiments.viz.kept_tokens import COLD_TO_HOT, PanelChoice, describe, draw_panels, heat_map
 from lavida_adapter import LavidaConfig, VisionConfig
 from shirg import Selection, Source
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.memory import is_out_of_memory
-from experiments.study.rows import collect
+from experiments.analysis.rows import collect
+from experiments.profiling import is_out_of_memory
 from lavida_adapter import Lavida
 from shirg import Selector
 from tests.experiments.conftest import result_of

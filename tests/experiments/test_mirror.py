@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from experiments.training.history import read_points
+from experiments.training.callbacks import read_points
 from lavida_adapter import Lavida
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_resume import last_step, wait_for_step

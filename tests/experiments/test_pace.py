@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 
-from experiments import measure, progress
-from experiments.training.pace import Throughput
+from experiments import profiling, progress
+from experiments.training.callbacks import Throughput
 from tests.lavida_adapter.test_module import fit, stage
 
 NOTE = r"loss (\d\.\d{4})  ([\d,]+) tokens/s  (\d+\.\d\d) GiB"
@@ -33,7 +33,7 @@ def test_lines_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     (second, fourth) = (re.fullmatch(rf" +job: {n} of 4, 0:\d\d:\d\d left  {NOTE}", lines[n - 1]) for n in (2, 4))
     assert second and fourth and "0:00:00 left" in lines[3]
     assert [float(found[1]) for found in (second, fourth)] == pytest.approx(steps.losses[1::2], abs=1e-4)
-    assert float(fourth[3]) == pytest.approx(measure.peak_mib(module.device) / 1024, abs=0.02)
+    assert float(fourth[3]) == pytest.approx(profiling.peak_mib(module.device) / 1024, abs=0.02)
     # The first step warms up and does not count.
     assert (pace.steps, pace.tokens) == (3, sum(steps.tokens[1:])) and pace.tokens > 3 * 2 * 10
     assert pace.rates() == {"samples_per_s": 6 / pace.seconds, "tokens_per_s": pace.tokens / pace.seconds}

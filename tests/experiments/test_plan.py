@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments import build
-from experiments.plan import plan
-from experiments.processes import Ranks
+from experiments.jobs.distributed import Ranks
 from experiments.schema import CONF, VERSION_BASE
+from experiments.training.plan import plan
 from experiments.training.stages import build_stage
-from lavida_adapter.module import LavidaModule
+from lavida_adapter.lightning_module import LavidaModule
 from tests.experiments.conftest import ROOT, finish, start
 
 GIB, MIB = 2**30, 2**20

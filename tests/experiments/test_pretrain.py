@@ -10,13 +10,13 @@ import torch
 from experiments.data.synthetic.board import generator
 from experiments.data.synthetic.doc import SynthDoc
 from experiments.data.synthetic.glyphs import draw_lookups, draw_patchwork, labels
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOURS
-from experiments.data.tokenizer import glyph_tokens
-from experiments.pretrain import Align, TextPretraining, VisionPretraining
-from experiments.pretrain.regions import CLASS, draw_regions
-from experiments.pretrain.text import Curriculum, questions
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS
+from experiments.data.synthetic.tokenizer import glyph_tokens
+from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
+from experiments.training.pretrain.text_stage import Curriculum, questions
+from experiments.training.pretrain.vision_stage import CLASS, draw_regions
 from lavida_adapter import Lavida, ObjectiveConfig
-from lavida_adapter.module import OptimConfig
+from lavida_adapter.lightning_module import OptimConfig
 
 N_CHARS = 30
 """Digits and letters are the first classes."""

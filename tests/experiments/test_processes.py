@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from experiments.processes import Ranks, detect_ranks, init_distributed
-from experiments.training.history import read_points
+from experiments.jobs.distributed import Ranks, detect_ranks, init_distributed
+from experiments.training.callbacks import read_points
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_mirror import read_run
 

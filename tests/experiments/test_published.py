@@ -13,13 +13,10 @@ import pytest
 from PIL import Image
 from pptx import Presentation
 
-from experiments.report.curves import training
-from experiments.report.figures import draw, frontier
-from experiments.report.latex import escape, latex
-from experiments.report.writer import publish
-from experiments.study.record import VERSION
-from experiments.study.rows import Row, collect
-from experiments.study.samples import read_rows
+from experiments.analysis.rows import Row, collect
+from experiments.jobs.results import VERSION, read_rows
+from experiments.report.figures import draw, frontier, training
+from experiments.report.publish import escape, latex, publish
 from tests.experiments.conftest import evaluator, result_of
 from tests.experiments.test_seeds import plant
 

@@ -12,18 +12,17 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from experiments import build
-from experiments.data.batches import collate
+from experiments.data.loader import collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
-from experiments.plan import FourCharacters, skeleton
-from experiments.processes import Ranks
+from experiments.jobs.distributed import Ranks
 from experiments.schema import CONF, VERSION_BASE
-from experiments.shorthand import system_of
-from experiments.training.mixing import build_schedule
+from experiments.sweeps import system_of
+from experiments.training.multi_budget import build_schedule
+from experiments.training.plan import FourCharacters, skeleton
 from experiments.training.stages import build_stage, lora_config
 from lavida_adapter import Lavida, TrainBatch, add_lora, merge_lora
-from lavida_adapter.lora import lora_layers
-from lavida_adapter.module import LavidaModule
-from lavida_adapter.targets import part_of
+from lavida_adapter.lightning_module import LavidaModule
+from lavida_adapter.lora import lora_layers, part_of
 from shirg import Selector, ShirgSelector
 from tests.experiments.conftest import Here, result_of
 

@@ -16,14 +16,14 @@ from PIL import Image
 from pptx import Presentation
 from pptx.enum.shapes import MSO_SHAPE_TYPE
 
+from experiments.analysis.rows import collect
 from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
 from experiments.report.figures import budget_curve, token_maps
-from experiments.report.overlay import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
-from experiments.report.shots import pick_examples
-from experiments.report.tokenmap import MAP, MAPS, load_map
-from experiments.report.writer import publish
-from experiments.study.rows import collect
+from experiments.report.publish import publish
+from experiments.viz.examples import pick_examples
+from experiments.viz.kept_tokens import COARSE, DARK, EDGE_COLOUR, SCAFFOLD_COLOUR, TARGET_COLOUR, overlay
+from experiments.viz.token_map import MAP, MAPS, load_map
 from shirg import Source
 from tests.experiments.conftest import ROOT, result_of
 

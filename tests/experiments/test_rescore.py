@@ -12,12 +12,12 @@ import pytest
 from filelock import FileLock
 
 from experiments import rescore as module
-from experiments.metrics.exact_match import ExactMatch
+from experiments.analysis.rows import collect
+from experiments.jobs.atomic_files import write_together
+from experiments.jobs.results import LOCK
+from experiments.metrics.answers import scorer_version
+from experiments.metrics.text import ExactMatch
 from experiments.rescore import RescoreRequest, parse, rescore, rescore_all
-from experiments.scoring import scorer_version
-from experiments.study.files import write_together
-from experiments.study.record import LOCK
-from experiments.study.rows import collect
 from tests.data import official
 from tests.experiments.conftest import finish, result_of, start
 from tests.experiments.test_job import rows_of

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.training.checkpoints import SafeCheckpoints
-from experiments.training.history import read_points
+from experiments.training.callbacks import read_points
+from experiments.training.trainer import SafeCheckpoints
+from shirg import UserError
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_job import lasting
 
@@ -132,7 +133,7 @@ def test_a_disk_without_room_keeps_the_checkpoint_before_it(first: bool, tmp_pat
     path, files = tmp_path / "last.ckpt", SafeCheckpoints()
     if not first:
         files.save_checkpoint({"global_step": 3, "x": torch.ones(5)}, path)
-    with little_room(100_000), pytest.raises(OSError) as failed:
+    with little_room(100_000), pytest.raises(UserError) as failed:
         files.save_checkpoint({"global_step": 4, "x": torch.zeros(200_000)}, path)
     rest = "there is none before it" if first else "the last one is kept: make room and give resume=true"
     assert str(failed.value) == f"the checkpoint of step 4 could not be written to {tmp_path} (File too large); {rest}"

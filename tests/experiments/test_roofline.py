@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.roofline import Limits, LmCost, Work, cost_of, flags, known_limits
-from experiments.study.layout import columns
-from experiments.study.rows import collect
+from experiments.analysis.columns import columns
+from experiments.analysis.rows import collect
+from experiments.profiling import Limits, LmCost, Work, cost_of, flags, known_limits
 from lavida_adapter import LavidaConfig
 from tests.experiments.conftest import result_of
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.special import stdtrit
 
-from experiments.study.layout import columns, markdown
-from experiments.study.rows import collect
-from experiments.study.samples import read_rows, write_samples
-from experiments.study.seeds import over_seeds
-from experiments.study.systems import seed_of
+from experiments.analysis.aggregate import seed_of
+from experiments.analysis.columns import columns, markdown
+from experiments.analysis.rows import collect
+from experiments.analysis.stats import over_seeds
+from experiments.jobs.results import read_rows, write_samples
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]

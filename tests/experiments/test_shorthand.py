@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from experiments.jobs.results import VERSION
 from experiments.schema import CONF, VERSION_BASE
-from experiments.shorthand import SWEEPS, expand, sweep_overrides
-from experiments.study.record import VERSION
+from experiments.sweeps import SWEEPS, expand, sweep_overrides
 
 
 def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "ok") -> Path:

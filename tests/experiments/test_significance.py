@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 
-from experiments.study.significance import detectable, holm, sign_test, stars
-from experiments.study.stats import paired_delta
+from experiments.analysis.stats import detectable, holm, paired_delta, sign_test, stars
 
 
 def test_one_question_for_each_picture_is_mcnemars_exact_test() -> None:

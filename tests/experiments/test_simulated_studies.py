@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.study.seeds import over_seeds
-from experiments.study.significance import holm, sign_test
-from experiments.study.stats import cluster_bootstrap, estimate, totals
+from experiments.analysis.stats import cluster_bootstrap, estimate, holm, over_seeds, sign_test, totals
 
 STUDIES = 2000
 COVERS = pytest.approx(0.95, abs=0.02)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from experiments.training.history import read_points
+from experiments.training.callbacks import read_points
 from tests.experiments.cluster import slurm
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_job import lasting, rows_of, table_without_times

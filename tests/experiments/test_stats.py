@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.study.stats import RESAMPLES, cluster_bootstrap, estimate, paired_delta, wilson
+from experiments.analysis.stats import RESAMPLES, cluster_bootstrap, estimate, paired_delta, wilson
 
 
 def test_wilson_is_the_textbook_interval() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.measure import StageTimer, resolve_device, summarise_stages
-from experiments.tokens import TokenGeometry, check_counts
+from experiments.profiling import resolve_device, summarise_stages
+from experiments.token_stats import TokenGeometry, check_counts
 from lavida_adapter import LavidaConfig
+from lavida_adapter.timing import StageTimer
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]

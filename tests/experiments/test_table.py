@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.study.layout import columns, legend, markdown, parts
-from experiments.study.rows import collect
-from experiments.study.samples import Score, read_scores, write_samples
-from experiments.study.stats import paired_delta
-from experiments.study.summary import summarise
-from experiments.study.table import print_table, refresh
+from experiments.analysis.aggregate import summarise
+from experiments.analysis.columns import columns, legend, markdown, parts
+from experiments.analysis.rows import collect
+from experiments.analysis.stats import paired_delta
+from experiments.analysis.table import print_table, refresh
+from experiments.jobs.results import Score, read_scores, write_samples
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]

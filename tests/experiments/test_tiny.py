@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from baselines import Full, Pooled, Random
-from experiments.data.batches import collate
+from experiments.data.loader import collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.schema import CONF
 from lavida_adapter import DecodeConfig, Lavida, load_adapter, merge_lora

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.fit import check_gate
+from experiments.train import check_gate
 from tests.experiments.conftest import finish, start
 
 SMALL = ["model=tiny_scratch", "model.config.vision.hidden_size=16", "model.config.lm.d_model=16", "threads=1"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lavida_adapter import Lavida, LoraConfig, add_lora, load_adapter, save_adapter
-from lavida_adapter.adapter import ADAPTER, META
+from lavida_adapter.lora import ADAPTER, META
 from tests.lavida_adapter.test_lora import CONFIG, adapted, logits, step
 from tests.lavida_adapter.tiny import tiny_model
 

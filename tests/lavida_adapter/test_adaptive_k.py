@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lavida_adapter import AdaptiveK, Lavida
-from lavida_adapter.adaptive_k import uncertainty
+from lavida_adapter.cache_compression.adaptive_k import uncertainty
 from tests.lavida_adapter.test_cache_select import (
     DECODE,
     N_TOKENS,

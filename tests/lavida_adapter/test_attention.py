@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavida_adapter.attention import attend, attention_mask
+from lavida_adapter.llada import attend, attention_mask
 from tests.lavida_adapter.tiny import noise
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)

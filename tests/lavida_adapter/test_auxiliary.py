@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from baselines import Pooled
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.auxiliary import TEMPERATURE, adaptive_k_loss, alignment_loss, row_losses
+from lavida_adapter.loss import TEMPERATURE, adaptive_k_loss, alignment_loss, row_losses
 from lavida_adapter.objective import Tally
 from lavida_adapter.relevance import LmEmbed
 from shirg import Selection, Selector, ShirgSelector, Source

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.inference import drift
 from lavida_adapter import CachePacker, Cast, DecodeConfig, Fp8, Int8, Lavida, LayerRetention, Prefix
-from lavida_adapter.attention import attention_weights
-from lavida_adapter.cache_retain import FIRST, MassReceived, RaggedPrefix, forgotten, profile
-from lavida_adapter.drift import drift
+from lavida_adapter.cache_compression.layer_retention import FIRST, MassReceived, RaggedPrefix, forgotten, profile
 from lavida_adapter.engine import DecodeSteps
+from lavida_adapter.llada import attention_weights
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 P, A, L = 20, 4, 3

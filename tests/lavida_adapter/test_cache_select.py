@@ -11,11 +11,11 @@ from torch import Tensor
 
 from baselines import Full, Pooled
 from lavida_adapter import AdaptiveK, CacheSelector, DecodeConfig, FastV, Lavida, Prefix, RedVTP
-from lavida_adapter.cache import PrefixCache
-from lavida_adapter.cache_select import FirstStep, reindex
-from lavida_adapter.denoise import denoise, start
+from lavida_adapter.cache_compression.compressor import FirstStep, reindex
+from lavida_adapter.cache_compression.fastv import prompt_attention
 from lavida_adapter.engine import DecodeSteps, pick
-from lavida_adapter.fastv import prompt_attention
+from lavida_adapter.generate import denoise, start
+from lavida_adapter.kv_cache import PrefixCache
 from lavida_adapter.llada import rotary_angles, rotate
 from shirg import Selection, Source
 from tests.lavida_adapter.test_llada import dense, may_see

@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baselines import Pooled
-from lavida_adapter import DecodeConfig, Lavida, checkpoint, stored
-from lavida_adapter.checkpoint import fingerprint
-from lavida_adapter.stored import HEAD, INDEX, SINGLE, WTE
+from lavida_adapter import DecodeConfig, Lavida, checkpoint
+from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE, fingerprint
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -195,7 +194,7 @@ def test_no_code_of_a_checkpoint_is_run(model: Lavida, folder: Path, monkeypatch
 
 def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    real = stored.safe_open
+    real = checkpoint.safe_open
 
     class Counting:
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -223,7 +222,7 @@ def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
             return Slice()
 
-    monkeypatch.setattr(stored, "safe_open", Counting)
+    monkeypatch.setattr(checkpoint, "safe_open", Counting)
     Lavida.from_pretrained(folder)
     assert sorted(reads) == sorted(load_file(folder / SINGLE))
 

@@ -11,8 +11,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from lavida_adapter import Lavida, add_lora, checkpoint
+from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE
 from lavida_adapter.lora import LoraConfig
-from lavida_adapter.stored import HEAD, INDEX, SINGLE, WTE
 from tests.lavida_adapter.test_checkpoint import edit_config, rewrite
 from tests.lavida_adapter.tiny import tiny_model
 

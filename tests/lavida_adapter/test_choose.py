@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lavida_adapter.choose import Draw, Rule, candidates, commit_tokens, confidence, is_clear, topk_confident
+from lavida_adapter.generate import Draw, Rule, candidates, commit_tokens, confidence, is_clear, topk_confident
 from tests.lavida_adapter.tiny import noise
 
 # Probabilities of tokens 0..4 at four positions; what each rule is surest of differs.

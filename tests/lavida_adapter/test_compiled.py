@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 from lavida_adapter import DecodeConfig, Lavida, Prefix
-from lavida_adapter.compiled import CompiledEngine, CompiledSteps, check_compiler, store_by_column
-from lavida_adapter.engine import DecodeSteps, step_logits
+from lavida_adapter.engine import (
+    CompiledEngine,
+    CompiledSteps,
+    DecodeSteps,
+    check_compiler,
+    step_logits,
+    store_by_column,
+)
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 A = 6

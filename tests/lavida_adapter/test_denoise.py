@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavida_adapter.denoise import DecodeConfig, LogitsFn, denoise, start, stop_early
 from lavida_adapter.engine import pick
-from lavida_adapter.schedule import tokens_per_step
+from lavida_adapter.generate import DecodeConfig, LogitsFn, denoise, start, stop_early, tokens_per_step
 from tests.lavida_adapter.test_choose import LOGITS
 from tests.lavida_adapter.tiny import noise
 

@@ -5,11 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.bench import plain
+from experiments.bench import reference
 from lavida_adapter import DecodeConfig, Lavida, Prefix
-from lavida_adapter.denoise import denoise, start
-from lavida_adapter.engine import DecodeSteps, pick
-from lavida_adapter.replay import KEPT, GraphCache, ReplayedSteps
+from lavida_adapter.engine import KEPT, DecodeSteps, GraphCache, ReplayedSteps, pick
+from lavida_adapter.generate import denoise, start
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 A, MASK = 6, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -107,5 +106,5 @@ def test_graphs_need_a_gpu(model: Lavida) -> None:
 def test_the_plain_twin_gives_the_same_ids(model: Lavida, knobs: dict[str, Any]) -> None:
     """Keys rotated at every step, concatenated, all logits in float64: another way to the same answer."""
     decode, prompt = DecodeConfig(max_new_tokens=12, **knobs), prefix(40)
-    twin = plain.plain_generate(model.lm, prompt.embeds_BPD, decode, model.config.lm.mask_token_id)
+    twin = reference.plain_generate(model.lm, prompt.embeds_BPD, decode, model.config.lm.mask_token_id)
     assert torch.equal(twin, model.generate(prompt, decode).ids_BA)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.footprint import Shape, footprint, kept_bytes
+from lavida_adapter.memory_estimate import Shape, footprint, kept_bytes
 from lavida_adapter.prompt import training_example
 from shirg import ShirgSelector
 from tests.lavida_adapter.tiny import picture, tiny_config, tiny_model, tokenizer

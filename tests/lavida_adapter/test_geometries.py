@@ -10,9 +10,8 @@ from PIL import Image
 
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, add_lora
-from lavida_adapter.geometries import SINGLE_VIEW, cells_of, cut, geometry_layout, ready
 from lavida_adapter.relevance import LmEmbed
-from lavida_adapter.views import patch_pixels, pooled_count
+from lavida_adapter.views import SINGLE_VIEW, cells_of, cut, geometry_layout, patch_pixels, pooled_count, ready
 from shirg import Geometry, Selector, ShirgSelector, Source
 from tests.lavida_adapter.tiny import PATCH, picture, tiny_config, tiny_model
 

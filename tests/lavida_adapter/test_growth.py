@@ -9,9 +9,8 @@ from torch import Tensor
 
 from baselines import Pooled
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, add_lora, load_adapter, save_adapter
-from lavida_adapter.growth import Growth, RankGrowth
-from lavida_adapter.lora import lora_layers, rank_growth
-from lavida_adapter.module import LavidaModule
+from lavida_adapter.lightning_module import LavidaModule
+from lavida_adapter.lora import Growth, RankGrowth, lora_layers, rank_growth
 from tests.lavida_adapter.test_lora import logits, loss
 from tests.lavida_adapter.test_module import OPTIM, fit
 from tests.lavida_adapter.tiny import tiny_model

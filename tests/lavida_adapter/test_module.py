@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from baselines import Pooled
-from experiments.data.module import TrainData
+from experiments.data.loader import TrainData
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.module import LavidaModule, OptimConfig, Trainable
+from lavida_adapter.lightning_module import LavidaModule, OptimConfig, Trainable
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 # Lightning's own: a deprecated call to torch, and a reminder about callbacks that a resumed run does without.

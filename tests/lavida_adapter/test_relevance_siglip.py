@@ -8,8 +8,7 @@ import torch
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 from lavida_adapter import Lavida
-from lavida_adapter.relevance import RelevanceContext
-from lavida_adapter.relevance_siglip import SiglipText
+from lavida_adapter.relevance import RelevanceContext, SiglipText
 from shirg import ShirgSelector
 from tests.features import make_features
 from tests.lavida_adapter.tiny import noise, picture, tiny_model, tokenizer

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lavida_adapter.schedule import SCHEDULES, tokens_per_step
+from lavida_adapter.generate import SCHEDULES, tokens_per_step
 
 masks, steps = st.integers(1, 256), st.integers(1, 256)
 shifts = st.floats(1e-4, 1e4)

@@ -10,7 +10,7 @@ import torch
 
 from baselines import Pooled
 from lavida_adapter import LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.share import Shard
+from lavida_adapter.objective import Shard
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 WORLD = 2

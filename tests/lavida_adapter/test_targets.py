@@ -2,7 +2,7 @@
 
 import pytest
 
-from lavida_adapter.targets import check_parts, expand, part_of
+from lavida_adapter.lora import check_parts, expand, part_of
 
 NAMES = ["a.0.x", "a.1.x", "a.10.x", "a.0.y", "b"]
 

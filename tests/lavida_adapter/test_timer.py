@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from lavida_adapter import CacheSelector, DecodeConfig, FastV, RedVTP
-from lavida_adapter.timer import NoTimer, Pausing
+from lavida_adapter.timing import NoTimer, Pausing
 from tests.lavida_adapter.test_cache_select import made_prefix, small
 
 

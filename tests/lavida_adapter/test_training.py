@@ -13,9 +13,8 @@ import lavida_adapter.loss
 from baselines import Pooled, Random
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora, load_adapter, merge_lora
 from lavida_adapter import save_adapter as save
+from lavida_adapter.lightning_module import LavidaModule, OptimConfig, SelectorSchedule
 from lavida_adapter.loss import draw_loss
-from lavida_adapter.mix import SelectorSchedule
-from lavida_adapter.module import LavidaModule, OptimConfig
 from lavida_adapter.relevance import LmEmbed
 from shirg import Selector, ShirgSelector
 from tests.lavida_adapter.test_module import _Losses, draw, fit, trained

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from experiments.data.tokenizer import build_tokenizer
+from experiments.data.synthetic.tokenizer import build_tokenizer
 from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 
 VIEW, PATCH = 20, 6

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.metrics import metric
-from experiments.metrics.cleaning import CLEANER, clean_answer
+from experiments.metrics.answer_metric import CLEANER, clean_answer
 
 
 @pytest.mark.parametrize(

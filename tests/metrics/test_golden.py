@@ -12,8 +12,8 @@ import pytest
 
 from experiments.metrics import anls, cider_d, metric, relaxed_accuracy, vqa_accuracy
 from experiments.metrics.cider_d import tokenise
-from experiments.metrics.squad import squad_score
-from experiments.metrics.vqa_normalise import normalise, normalise_words, tables
+from experiments.metrics.text import squad_score
+from experiments.metrics.vqa import normalise, normalise_words, tables
 from tests.golden_data import golden_dir
 
 Read = Callable[[str], dict[str, Any]]

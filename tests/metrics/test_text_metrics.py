@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from experiments.metrics import CiderD, TextMetric, anls, entity_match, exact_match, metric, relaxed_accuracy
-from experiments.metrics.relaxed_accuracy import relaxed_match
+from experiments.metrics.text import relaxed_match
 
 MEANS = [
     *("anls", "entity_match", "exact_match", "relaxed_accuracy", "relaxed_strict_year"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shirg import ShirgSelector
 from shirg.adaptive import TEMPERATURES, AdaptiveHead, effective_number
-from shirg.knobs import Adaptive
+from shirg.options import Adaptive
 from tests.features import make_features
 
 KNOBS = Adaptive(mode="head", levels=(0.5, 0.75, 1.0), tolerance=0.1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from shirg import Source, VisionFeatures
-from shirg.coverage import scaffold_tokens
-from shirg.seats import CellAssignment, assign_cells
+from shirg.dedup import CellAssignment, assign_cells
+from shirg.scaffold import scaffold_tokens
 from tests.features import SIZES, make_features
 
 

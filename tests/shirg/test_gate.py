@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shirg import Selection, ShirgSelector, Source, VisionFeatures, pooled_count_B
-from shirg.knobs import Adaptive, Diversity, Merging, Neighbor, Scaffold, Weights
+from shirg.options import Adaptive, Diversity, Merging, Neighbor, Scaffold, Weights
 from tests.features import GRIDS, SIZES, differs, layout_of, make_features, mirror, projector, through
 from tests.shirg import plain
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from shirg import ShirgSelector, VisionFeatures
+from shirg.dedup import assign_cells
 from shirg.kernels.score import relevance_and_neighbours
-from shirg.seats import assign_cells
 from tests.features import geometry_layout, make_features
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from shirg import ShirgSelector, VisionFeatures, terms
+from shirg import ShirgSelector, VisionFeatures, scoring
 from tests.features import features_for
 
 ROWS = (0, 1, 0, 0, 1)
@@ -44,8 +44,8 @@ def test_a_picture_is_looked_at_once_and_nothing_changes(
 ) -> None:
     selector = ShirgSelector(budget=60, **knobs)
     features, looks = asked(selector), []
-    real = terms._on_grids_of_one
-    monkeypatch.setattr(terms, "_on_grids_of_one", lambda *args: (looks.append(1), real(*args))[1])
+    real = scoring._on_grids_of_one
+    monkeypatch.setattr(scoring, "_on_grids_of_one", lambda *args: (looks.append(1), real(*args))[1])
     expected = selector(features)
     assert len(looks) == len(ROWS)
     found = selector(replace(features, picture_at=ROWS))

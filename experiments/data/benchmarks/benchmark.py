@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.data.benchmarks import hub as hub_source
-from experiments.data.benchmarks.chartqa import Chartqa
-from experiments.data.benchmarks.docvqa import Docvqa, Infovqa
-from experiments.data.benchmarks.rows import Item, Raw, Reader
-from experiments.data.benchmarks.textvqa import Textvqa
-from experiments.data.benchmarks.vqav2 import Vqav2
+from experiments.data.benchmarks.official_files import Chartqa, Docvqa, Infovqa, Item, Raw, Reader, Textvqa, Vqav2
 from experiments.data.folder import read_folder
-from experiments.data.picture import load_picture
+from experiments.data.image_io import load_picture
 from experiments.data.sample import Sample
+from shirg import MissingFileError, UserError
 
 READERS: dict[str, Reader] = {
     "chartqa": Chartqa(),
@@ -45,8 +42,8 @@ class Benchmark:
         metrics: names of `experiments.metrics`; the first is the headline.
 
     Raises:
-        FileNotFoundError: the split, its files or a picture is not there.
-        ValueError: the split does not exist, is empty, or has questions without answers.
+        MissingFileError: the split, its files or a picture is not there.
+        UserError: the split does not exist, is empty, or has questions without answers.
     """
 
     questions_per_picture = 1
@@ -66,7 +63,7 @@ class Benchmark:
         capitalise: bool = False,
     ) -> None:
         if name not in READERS:
-            raise ValueError(f"data.name={name} does not exist: choose one of {', '.join(READERS)}")
+            raise UserError(f"data.name={name} does not exist: choose one of {', '.join(READERS)}")
         split = "val" if split == "validation" else split
         self.name = name
         self.split = split
@@ -89,17 +86,17 @@ def read(
     """The rows of a split, and where they came from."""
     if source == "hub":
         if root is not None:
-            raise ValueError(f"data.root={root} is not read with data.source=hub: give data.source=disk or folder")
+            raise UserError(f"data.root={root} is not read with data.source=hub: give data.source=disk or folder")
         found = hub_source.find(hub_source.candidates(hub), split)
         raws = hub_source.read_hub(found, reader.columns, streaming)
         where = {"id": found.candidate.id, "split": found.split, "revision": found.revision}
         return _checked(raws, found.name), {"source": source, **where}
     if root is None:
-        raise ValueError(f"data.source={source} needs data.root=DIR, the folder of the {name} files")
+        raise UserError(f"data.source={source} needs data.root=DIR, the folder of the {name} files")
     # One root may hold all benchmarks, each in a folder of its name, so that one sweep can read them all.
     folder = next((f for f in (Path(root) / name, Path(root)) if f.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"data.root={root} does not exist: give the folder of the {name} files")
+        raise MissingFileError(f"data.root={root} does not exist: give the folder of the {name} files")
     raws = list(reader.disk(folder, split)) if source == "disk" else _folder_rows(folder, split)
     return _checked(raws, f"{name} ({split}) in {folder}"), {"source": source}
 
@@ -110,7 +107,7 @@ def samples(
     """Samples of the rows; all must have answers, and ids of their own."""
     silent = [raw.where for raw, item in zip(raws, items, strict=True) if not item.answers]
     if silent:
-        raise ValueError(
+        raise UserError(
             f"{name} ({split}): {len(silent)} of {len(items)} questions have no answers, the first is {silent[0]}; "
             "choose a split whose answers are public, such as data.split=val"
         )
@@ -121,7 +118,7 @@ def samples(
         numbered[item.subtask] += 1
         key = item.id if item.id is not None else "/".join(filter(None, (split, item.subtask, str(number))))
         if key in made:
-            raise ValueError(f"{raw.where}: the id {key} is taken already; ids must be unique")
+            raise UserError(f"{raw.where}: the id {key} is taken already; ids must be unique")
         asked = item.question.capitalize() if capitalise else item.question
         made[key] = Sample(
             id=key,
@@ -146,7 +143,7 @@ def _folder_rows(root: Path, split: str) -> list[Raw]:
     if not (folder / METADATA).is_file():
         if not (root / METADATA).is_file():
             others = sorted(path.parent.name for path in root.glob(f"*/{METADATA}"))
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"data.split={split} does not exist in {root}: "
                 + (f"it has {', '.join(others)}" if others else f"there is no {METADATA} in it")
             )
@@ -164,5 +161,5 @@ def _folder_rows(root: Path, split: str) -> list[Raw]:
 
 def _checked(raws: list[Raw], where: str) -> list[Raw]:
     if not raws:
-        raise ValueError(f"{where} is empty: there are no questions in it")
+        raise UserError(f"{where} is empty: there are no questions in it")
     return raws

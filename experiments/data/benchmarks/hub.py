@@ -18,8 +18,9 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfFileSystem
 from PIL import Image
 
-from experiments.data.benchmarks.rows import Raw
-from experiments.data.picture import load_picture, read_picture
+from experiments.data.benchmarks.official_files import Raw
+from experiments.data.image_io import load_picture, read_picture
+from shirg import MissingFileError, UserError
 
 PICTURE = "image"
 ALIASES = {"val": "validation", "validation": "val"}
@@ -65,7 +66,7 @@ def candidates(hub: Any) -> list[Candidate]:
     for entry in entries:
         fields = {"id": entry} if isinstance(entry, str) else dict(entry)
         if "id" not in fields or fields.keys() - {"id", "config", "revision"}:
-            raise ValueError(f"data.hub: {entry} must be an id, or have an id and, if needed, a config and a revision")
+            raise UserError(f"data.hub: {entry} must be an id, or have an id and, if needed, a config and a revision")
         found.append(Candidate(**fields))
     return found
 
@@ -74,8 +75,8 @@ def find(tried: Sequence[Candidate], split: str) -> Found:
     """The first candidate that can be read and has the split; what was passed over is printed.
 
     Raises:
-        FileNotFoundError: none can be read.
-        ValueError: those that can be read have no such split.
+        MissingFileError: none can be read.
+        UserError: those that can be read have no such split.
     """
     reasons: dict[str, list[str]] = {}
     splits = []
@@ -95,8 +96,8 @@ def find(tried: Sequence[Candidate], split: str) -> Found:
             print(f"data  passed over {passed_over}")
         return Found(candidate, name, builder)
     if splits:
-        raise ValueError(f"data.split={split} does not exist: {'; '.join(splits)}")
-    raise FileNotFoundError(
+        raise UserError(f"data.split={split} does not exist: {'; '.join(splits)}")
+    raise MissingFileError(
         f"no dataset can be read ({'; '.join(_list(reasons)) or 'data.hub is empty'}): give another data.hub=ID, or "
         "data.source=disk or folder with data.root=DIR"
     )
@@ -113,7 +114,7 @@ def read_hub(found: Found, columns: frozenset[str], streaming: bool) -> list[Raw
     if not (streaming or in_place):
         return _download(found, columns)
     if not all(url.endswith(".parquet") for url in found.files):
-        raise ValueError(
+        raise UserError(
             f"{found.name} is not kept as parquet"
             + (
                 "; convert it, or use data.source=folder"
@@ -134,7 +135,7 @@ def _stream(found: Found, columns: frozenset[str]) -> list[Raw]:
         except ValueError:
             raise
         except Exception as error:  # whatever the network or a broken file brings
-            raise OSError(f"{url} cannot be read ({_sentence(error)}); try again, or data.streaming=false") from error
+            raise UserError(f"{url} cannot be read ({_sentence(error)}); try again, or data.streaming=false") from error
         for group, fields_of_rows in enumerate(groups):
             for index, fields in enumerate(fields_of_rows):
                 where = f"{found.name}, row {len(rows)}"
@@ -159,7 +160,7 @@ def _download(found: Found, columns: frozenset[str]) -> list[Raw]:
 
 def _wanted(found: Found, names: Sequence[str], columns: frozenset[str]) -> list[str]:
     if PICTURE not in names:
-        raise ValueError(f"{found.name} has no column {PICTURE!r}; it has {', '.join(names)}")
+        raise UserError(f"{found.name} has no column {PICTURE!r}; it has {', '.join(names)}")
     return [name for name in names if name in columns]
 
 
@@ -179,7 +180,7 @@ def _fetch(url: str, group: int, index: int, where: str) -> Image.Image:
     try:
         cell = _pictures(url, group)[index]
     except Exception as error:  # whatever the network brings
-        raise OSError(f"{where}: the picture cannot be fetched ({_sentence(error)}); resume=true goes on") from error
+        raise UserError(f"{where}: the picture cannot be fetched ({_sentence(error)}); resume=true goes on") from error
     return _decode(cell, where)
 
 
@@ -195,7 +196,7 @@ def _decode(cell: Any, where: str) -> Image.Image:
     path = cell.get("path") if isinstance(cell, Mapping) else None
     if path and Path(path).is_file():
         return load_picture(Path(path))
-    raise ValueError(f"{where}: has no picture; remove the row")
+    raise UserError(f"{where}: has no picture; remove the row")
 
 
 def _sentence(error: BaseException) -> str:

@@ -25,8 +25,7 @@ from experiments.data.synthetic.glyphs.render import (
     PICTURE_PX,
     SHAPE_INK,
 )
-from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE
-from experiments.data.synthetic.glyphs.vocabulary import CHARS, COLOUR_RGB, SHAPES
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOUR_RGB, GRID, SHAPE_SIDE, SHAPES
 
 PANEL = GRID // 2
 """Cells along one side of a quarter of the picture, which is one tile of the tiny model."""

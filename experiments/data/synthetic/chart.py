@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from random import Random
 
 from experiments.data.synthetic.board import BAR, PARTS, Board, Cell, Stamp, blocks_of, free_cells
-from experiments.data.synthetic.glyphs.vocabulary import COLOURS
-from experiments.data.synthetic.task import Question, SynthTask
-from experiments.data.synthetic.words import HEIGHTS, ROWS, row_word
+from experiments.data.synthetic.board_task import Question, SynthTask
+from experiments.data.synthetic.glyphs.scene import COLOURS
+from experiments.data.synthetic.text_context import HEIGHTS, ROWS, row_word
 
 UNITS = ("0", "2", "5", "7")
 """Last digit of the value by the height in the cell: 2.5 apart, rounded down."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from random import Random
 
 from experiments.data.synthetic.board import Board, Cell, Stamp
-from experiments.data.synthetic.glyphs.scene import GRID
-from experiments.data.synthetic.glyphs.vocabulary import DIGITS, FOILS, LETTERS
-from experiments.data.synthetic.task import Question, SynthTask
-from experiments.data.synthetic.words import ONES, TENS
+from experiments.data.synthetic.board_task import Question, SynthTask
+from experiments.data.synthetic.glyphs.scene import DIGITS, FOILS, GRID, LETTERS
+from experiments.data.synthetic.text_context import ONES, TENS
 
 SLOT = 4
 """Cells of a line: key, tens, ones and a gap."""

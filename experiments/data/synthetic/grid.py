@@ -10,9 +10,9 @@ from itertools import product
 from random import Random
 
 from experiments.data.synthetic.board import KINDS, Board, Cell, Stamp, blocks_of, free_cells
-from experiments.data.synthetic.glyphs.vocabulary import COLOURS
-from experiments.data.synthetic.task import Question, SynthTask
-from experiments.data.synthetic.words import column_word, row_word
+from experiments.data.synthetic.board_task import Question, SynthTask
+from experiments.data.synthetic.glyphs.scene import COLOURS
+from experiments.data.synthetic.text_context import column_word, row_word
 
 ALONE = 10
 """Marks that occur once; one mark each occurs twice, three, four and five times."""

@@ -6,10 +6,9 @@ from itertools import product
 from random import Random
 
 from experiments.data.synthetic.board import Board, Cell, Stamp, free_cells
-from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE
-from experiments.data.synthetic.glyphs.vocabulary import COLOURS, DIGITS, LETTERS, SHAPES
-from experiments.data.synthetic.task import Question, SynthTask
-from experiments.data.synthetic.words import NO, THING, YES
+from experiments.data.synthetic.board_task import Question, SynthTask
+from experiments.data.synthetic.glyphs.scene import COLOURS, DIGITS, GRID, LETTERS, SHAPE_SIDE, SHAPES
+from experiments.data.synthetic.text_context import NO, THING, YES
 
 MOST = 4
 MOST_EXTRA = 100

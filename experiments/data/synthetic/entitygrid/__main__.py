@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from experiments.data.synthetic.entitygrid.dataset import EntityGrid
-from experiments.data.synthetic.entitygrid.export import write
+from experiments.data.synthetic.entitygrid.entity_dataset import EntityGrid
+from experiments.data.synthetic.entitygrid.entitygrid_files import write
 from experiments.schema import CONF
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from experiments.data.synthetic.entitygrid.entities import Entity
-from experiments.data.synthetic.glyphs.font import GLYPH_H, GLYPH_W, GLYPHS
-from experiments.data.synthetic.glyphs.vocabulary import CHARS
+from experiments.data.synthetic.glyphs.render import GLYPH_H, GLYPH_W, GLYPHS
+from experiments.data.synthetic.glyphs.scene import CHARS
 
 FINER = 4
 """Drawings are made so many times larger and then averaged down."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
+from shirg import UserError
+
 SHAPES = (
     *("circle", "square", "triangle", "diamond", "pentagon", "hexagon"),
     *("star", "cross", "heart", "crescent", "arrow", "ring"),
@@ -90,13 +92,13 @@ def choose(split: str, n: int, seed: int) -> list[Entity]:
     """n entities of the split, drawn with the seed, the families in turn.
 
     Raises:
-        ValueError: the split has fewer.
+        UserError: the split has fewer.
     """
     queues = [list(family_of(split, family)) for family in FAMILIES]
     for queue in queues:
         random.Random(f"{seed}|{split}|{queue[0].family}").shuffle(queue)
     if not 1 <= n <= (total := sum(map(len, queues))):
-        raise ValueError(f"data.entities={n}: the split {split} has 1 to {total} entities")
+        raise UserError(f"data.entities={n}: the split {split} has 1 to {total} entities")
     chosen: list[Entity] = []
     while len(chosen) < n:
         chosen += [queue.pop(0) for queue in queues if queue][: n - len(chosen)]

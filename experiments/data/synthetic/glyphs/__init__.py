@@ -1,8 +1,7 @@
 """Glyph pictures: small digits and letters in tight clusters, and one big shape."""
 
-from experiments.data.synthetic.glyphs.dataset import SynthGlyphs
-from experiments.data.synthetic.glyphs.lookup import Lookups, draw_lookups
-from experiments.data.synthetic.glyphs.questions import GlyphQuestion, ask, questions
+from experiments.data.synthetic.glyphs.glyph_dataset import SynthGlyphs
+from experiments.data.synthetic.glyphs.questions import GlyphQuestion, Lookups, ask, draw_lookups, questions
 from experiments.data.synthetic.glyphs.render import Labels, labels, render, to_image
 from experiments.data.synthetic.glyphs.scene import BigShape, GlyphScene, draw_patchwork, draw_scene
 

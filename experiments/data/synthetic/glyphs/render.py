@@ -1,4 +1,4 @@
-"""Pixels and labels of a scene: 8 px a cell, one vectorised pass over all cells."""
+"""The 5x7 font: one bitmap for each char of the vocabulary."""
 
 from dataclasses import dataclass
 
@@ -6,9 +6,72 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from experiments.data.synthetic.glyphs.font import GLYPH_H, GLYPH_W, GLYPHS
-from experiments.data.synthetic.glyphs.scene import GRID, SHAPE_SIDE, GlyphScene
-from experiments.data.synthetic.glyphs.vocabulary import COLOUR_RGB, FIRST_FOIL, SHAPES
+from experiments.data.synthetic.glyphs.scene import CHARS, COLOUR_RGB, FIRST_FOIL, GRID, SHAPE_SIDE, SHAPES, GlyphScene
+
+GLYPH_H, GLYPH_W = 7, 5
+
+_SHEETS = {
+    "0123456789": """
+.###. ..#.. .###. ####. ...#. ##### ..##. ##### .###. .###.
+#...# .##.. #...# ....# ..##. #.... .#... ....# #...# #...#
+#..## #.#.. ....# ....# .#.#. ####. #.... ...#. #...# #...#
+#.#.# ..#.. ...#. .###. #..#. ....# ####. ..#.. .###. .####
+##..# ..#.. ..#.. ....# ##### ....# #...# .#... #...# ....#
+#...# ..#.. .#... ....# ...#. #...# #...# .#... #...# ...#.
+.###. ##### ##### ####. ...#. .###. .###. .#... .###. .##..
+""",
+    "ACDEFHJKLM": """
+..#.. .###. ###.. ##### ##### #...# ..### #...# #.... #...#
+.#.#. #...# #..#. #.... #.... #...# ...#. #..#. #.... ##.##
+#...# #.... #...# #.... #.... #...# ...#. #.#.. #.... #.#.#
+#...# #.... #...# ####. ###.. ##### ...#. ##... #.... #.#.#
+##### #.... #...# #.... #.... #...# ...#. #.#.. #.... #...#
+#...# #...# #..#. #.... #.... #...# #..#. #..#. #.... #...#
+#...# .###. ###.. ##### #.... #...# .##.. #...# ##### #...#
+""",
+    "NPRTUVWXYZ": """
+#...# ####. ####. ##### #...# #...# #...# #...# #...# #####
+##..# #...# #...# ..#.. #...# #...# #...# #...# #...# #...#
+##..# #...# #...# ..#.. #...# #...# #...# .#.#. .#.#. ...#.
+#.#.# ####. ####. ..#.. #...# #...# #.#.# ..#.. ..#.. ..#..
+#..## #.... #.#.. ..#.. #...# .#.#. #.#.# .#.#. ..#.. .#...
+#..## #.... #..#. ..#.. #...# .#.#. ##.## #...# ..#.. #...#
+#...# #.... #...# ..#.. .###. ..#.. #...# #...# ..#.. #####
+""",
+    "BGIOQSab": """
+####. .###. .###. .###. .###. .#### ..... #....
+#...# #...# ..#.. #...# #...# #.... ..... #....
+#...# #.... ..#.. #...# #...# #.... .###. #.##.
+####. #.### ..#.. #...# #...# .###. ....# ##..#
+#...# #...# ..#.. #...# #.#.# ....# .#### #...#
+#...# #...# ..#.. #...# #..#. ....# #...# #...#
+####. .#### .###. .###. .##.# ####. .#### ####.
+""",
+    "deghnqrt": """
+....# ..... ..... #.... ..... ..... ..... .#...
+....# ..... .#### #.... ..... .##.# ..... .#...
+.##.# .###. #...# #.##. #.##. #..## #.##. ###..
+#..## #...# #...# ##..# ##..# #...# ##..# .#...
+#...# ##### .#### #...# #...# .#### #.... .#...
+#...# #.... ....# #...# #...# ....# #.... .#..#
+.#### .###. .###. #...# #...# ....# #.... ..##.
+""",
+}
+
+
+def _cut(sheets: dict[str, str]) -> npt.NDArray[np.bool_]:
+    """Bitmaps [len(CHARS), 7, 5] by char id; id 0 is empty."""
+    glyphs = np.zeros((len(CHARS), GLYPH_H, GLYPH_W), dtype=np.bool_)
+    for names, sheet in sheets.items():
+        rows = [line.split() for line in sheet.split("\n") if line]
+        for column, name in enumerate(names):
+            glyphs[CHARS.index(name)] = [[pixel == "#" for pixel in row[column]] for row in rows]
+    return glyphs
+
+
+GLYPHS = _cut(_SHEETS)
+GLYPHS.setflags(write=False)
+
 
 CELL_PX = 8
 PICTURE_PX = GRID * CELL_PX

@@ -1,8 +1,6 @@
-"""What is in a glyph picture, before anything is drawn (docs/method.md, "The tiny testbed").
+"""Every word, letter and colour of the glyph task; the tokenizer, the renderer and the tests read them from here.
 
-A picture is a grid of 16x16 cells, one glyph a cell. Digits and letters stand in tight clusters that fill the 2x2 cells
-that pooling averages, so that an average keeps the characters and the colours but not which belongs to which.
-Shape letters: R rows, C columns of cells.
+Ids start at 1; 0 means "none" in every table and every label.
 """
 
 import itertools
@@ -14,16 +12,44 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from experiments.data.synthetic.drawn import BUCKETS
-from experiments.data.synthetic.glyphs.vocabulary import (
-    CHARS,
-    COLOURS,
-    FIRST_DIGIT,
-    FIRST_FOIL,
-    FIRST_LETTER,
-    LETTERS,
-    SHAPES,
-)
+from experiments.data.synthetic.synthetic_dataset import BUCKETS
+from shirg import UserError
+
+DIGITS = tuple("0123456789")
+LETTERS = tuple("ACDEFHJKLMNPRTUVWXYZ")
+"""Letters that questions ask for."""
+FOILS = tuple("BGIOQSabdeghnqrt")
+"""Letters that are only ever drawn, to crowd the hard pictures; nobody asks for them and no label names them."""
+CHARS = ("", *DIGITS, *LETTERS, *FOILS)
+"""By char id."""
+
+FIRST_DIGIT = 1
+FIRST_LETTER = FIRST_DIGIT + len(DIGITS)
+FIRST_FOIL = FIRST_LETTER + len(LETTERS)
+"""Char ids below this one are the labelled glyphs."""
+
+COLOUR_RGB = {
+    "red": (0.92, 0.13, 0.13),
+    "green": (0.13, 0.78, 0.20),
+    "blue": (0.25, 0.36, 1.00),
+    "yellow": (0.96, 0.90, 0.15),
+    "cyan": (0.15, 0.85, 0.90),
+    "magenta": (0.90, 0.25, 0.85),
+    "orange": (1.00, 0.52, 0.08),
+    "white": (1.00, 1.00, 1.00),
+}
+COLOURS = ("", *COLOUR_RGB)
+"""By colour id; 0 is gray where there is a glyph and nothing where there is none."""
+SHAPES = ("", "square", "circle", "triangle")
+"""By shape id."""
+
+TASKS = ("digit", "letter", "shape")
+"""First word of a question, as in "digit red" -> "7", "letter K" -> "blue", "shape kind" -> "circle"."""
+ASPECTS = ("kind", "colour")
+"""Second word of a question about the shape."""
+FINE = frozenset({"digit", "letter"})
+"""Subtasks whose evidence is one cell; the others ("shape_kind", "shape_colour") guard against regressions."""
+
 
 VERSION = "glyphs-1"
 """Part of every seed: a change that draws other scenes must change it."""
@@ -73,9 +99,9 @@ def draw_scene(seed: int, split: str, index: int, density: str) -> GlyphScene:
     Draws again until the scene's hash falls into the split's bucket, so no scene is ever in two splits.
     """
     if split not in BUCKETS:
-        raise ValueError(f"split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
+        raise UserError(f"split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
     if density not in DENSITIES:
-        raise ValueError(f"density={density!r} does not exist: choose one of {', '.join(DENSITIES)}")
+        raise UserError(f"density={density!r} does not exist: choose one of {', '.join(DENSITIES)}")
     for attempt in range(MAX_ATTEMPTS):
         scene = _compose(_generator(seed, split, density, index, attempt), density)
         if scene.digest % 100 in BUCKETS[split]:

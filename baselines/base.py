@@ -1,0 +1,285 @@
+"""What several rivals share: blocked similarities, quotas per view, pair matching."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from shirg import (
+    Budget,
+    Selection,
+    Selector,
+    UserError,
+    VisionFeatures,
+    assert_finite,
+    gather_tokens,
+    keep,
+    layout_tables,
+    stable_topk,
+)
+from shirg.errors import one_of
+from shirg.scoring import unit
+
+BLOCK = 456
+"""Rows of a Gram matrix that are computed at a time: large enough for a fast product, an eighth of five views."""
+CACHED = 1 << 18
+"""Products that are handed out at a time where each is looked at only once: one megabyte, so that a core's cache holds
+them and the same memory serves again."""
+
+
+def gram(x_BGSD: Tensor) -> Tensor:
+    """Dot products [B, G, S, S] of all tokens of a group; equal to x @ x^T, which computes every one of them twice.
+
+    What lies above the diagonal is computed block by block, and copied to below it.
+    """
+    s = x_BGSD.shape[-2]
+    if s <= BLOCK or x_BGSD.device.type != "cpu":
+        return x_BGSD @ x_BGSD.transpose(-1, -2)
+    out_BGSS = x_BGSD.new_empty(*x_BGSD.shape[:-1], s)
+    for first in range(0, s, BLOCK):
+        end = min(first + BLOCK, s)
+        strip = x_BGSD[..., first:end, :] @ x_BGSD[..., first:, :].transpose(-1, -2)
+        out_BGSS[..., first:end, first:] = strip
+        out_BGSS[..., end:, first:end] = strip[..., end - first :].transpose(-1, -2)
+    return out_BGSS
+
+
+def rows(x_BGSD: Tensor, place_BGM: Tensor) -> Tensor:
+    """Rows [B, G, M, D] of each group by their place."""
+    picked = gather_tokens(x_BGSD.flatten(0, 1), place_BGM.flatten(0, 1))
+    return torch.unflatten(picked, 0, place_BGM.shape[:2])
+
+
+def products(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Tensor:
+    """Dot products [X, E, O]; `otherwise` with every b that is not used."""
+    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
+    return a @ b.transpose(-1, -2)
+
+
+def product_strips(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Iterator[Tensor]:
+    """The same, some of the E rows at a time; all of them where that costs nothing, which is not on a CPU."""
+    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
+    row = b[..., 0].numel()
+    for strip in a.split(max(1, CACHED // row) if a.device.type == "cpu" else a.shape[-2], dim=-2):
+        yield strip @ b.transpose(-1, -2)
+
+
+def _with_fill(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> tuple[Tensor, Tensor]:
+    """Both with one more channel, in which each a is 1: filling a matrix by a mask takes longer than computing it."""
+    b_XOD = b_XOD * used_XO[..., None]
+    fill_XO1 = torch.where(used_XO, 0.0, otherwise)[..., None]
+    return torch.cat([a_XED, torch.ones_like(a_XED[..., :1])], dim=-1), torch.cat([b_XOD, fill_XO1], dim=-1)
+
+
+Scope = Literal["per_view", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The tokens of B pictures in groups, and how many of each group stay."""
+
+    index_GS: Tensor
+    """int64: the source token at each place; places are in reading order, groups too."""
+    valid_BGS: Tensor
+    """bool: False for letterbox padding."""
+    quota_BG: Tensor
+    """int64: tokens that stay; each view keeps the same share of its valid tokens, and together they are exact."""
+    most: int
+    """No quota is larger; known on the host, so that loops have a length."""
+    share: float
+    """No group keeps a smaller share of its valid tokens, but for rounding down."""
+
+    def __call__(self, per_token_BN: Tensor) -> Tensor:
+        """[B, N, ...] -> [B, G, S, ...]."""
+        picked = per_token_BN.index_select(1, self.index_GS.flatten())
+        return torch.unflatten(picked, 1, self.index_GS.shape)
+
+    def back(self, per_place_BGS: Tensor) -> Tensor:
+        """[B, G, S] -> [B, N]."""
+        inverse_N = torch.argsort(self.index_GS.flatten())
+        return per_place_BGS.flatten(1).index_select(1, inverse_N)
+
+
+def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, least: int) -> Groups:
+    """Groups whose quotas add up to `keep_B`; `least` and `most` bound it on the host."""
+    layout = features.layout
+    if scope == "per_view":
+        canvas_M = layout.order_N[layout.n_global :].index_select(0, layout_tables(layout).by_tile_M)
+        index_GS = torch.cat([layout.order_N[: layout.n_global], canvas_M]).view(-1, layout.side**2)
+    else:
+        index_GS = layout.order_N[None]
+    valid_BGS = features.valid_BN[:, index_GS]
+    # The sum up to a view is rounded, not the share of each: so nothing is lost, and no view owes more than it has.
+    upto_BG = valid_BGS.sum(-1).cumsum(-1)
+    owed_BG = keep_B[:, None] * upto_BG // upto_BG[:, -1:].clamp_min(1)
+    s = index_GS.shape[1]
+    return Groups(
+        index_GS=index_GS,
+        valid_BGS=valid_BGS,
+        quota_BG=owed_BG.diff(dim=-1, prepend=torch.zeros_like(owed_BG[:, :1])),
+        most=min(s, -(-s * most // max(min(features.n_valid), 1))),
+        share=min(1.0, least / max(features.n_valid)),
+    )
+
+
+class GroupSelector(Selector):
+    """A selector that works inside groups: subclasses say which of the places of each group stay."""
+
+    def __init__(self, *, budget: Budget, scope: Scope = "per_view") -> None:
+        super().__init__(budget=budget)
+        one_of("scope", scope, Scope)
+        self.scope: Scope = scope
+
+    def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
+        """Which places stay, bool [B, G, S], as many as the quotas say; and what they were ranked by, or None."""
+        raise NotImplementedError(f"{type(self).__name__} must override choose")
+
+    def select(self, features: VisionFeatures) -> Selection:
+        with torch.no_grad():
+            groups, k = self.groups(features)
+            chosen_BGS, scores_BGS = self.choose(features, groups)
+        return chosen_tokens(features, groups, chosen_BGS, scores_BGS, k)
+
+    def groups(self, features: VisionFeatures) -> tuple[Groups, int]:
+        """The groups and the static number of slots."""
+        k, keep_B = self.resolve_budget(features)
+        keep_B = torch.minimum(keep_B, features.valid_BN.sum(-1))
+        least = self.budget if isinstance(self.budget, int) else features.layout.pooling.side**2
+        return split(features, self.scope, keep_B, most=k, least=least), k
+
+    def unit_tokens(self, features: VisionFeatures, groups: Groups) -> Tensor:
+        """Encoder states of length 1, [B, G, S, D] float32."""
+        return self.finite(unit(groups(features.tokens_BND).float()), groups)
+
+    def unit_keys(self, features: VisionFeatures, groups: Groups, tap: str) -> Tensor:
+        """Attention keys averaged over heads, of length 1, [B, G, S, D / heads] float32."""
+        return self.finite(unit(groups(features.taps[tap].float().mean(-2))), groups)
+
+    def finite(self, x_BGSD: Tensor, groups: Groups) -> Tensor:
+        """What was given; raises RuntimeError where a usable token is not finite."""
+        assert_finite(x_BGSD.sum(-1), groups.valid_BGS, type(self).__name__)
+        return x_BGSD
+
+
+def chosen_tokens(
+    features: VisionFeatures, groups: Groups, chosen_BGS: Tensor, scores_BGS: Tensor | None, k: int
+) -> Selection:
+    """The places that were chosen as a selection of `k` slots in reading order."""
+    order_N = features.layout.order_N
+    ranked_BK = order_N[stable_topk(groups.back(chosen_BGS)[:, order_N].float(), k)]
+    scores_BN = None if scores_BGS is None else groups.back(scores_BGS)
+    return keep(features, ranked_BK, groups.quota_BG.sum(-1), scores_BN=scores_BN)
+
+
+def take(scores_BGS: Tensor, count_BG: Tensor) -> Tensor:
+    """bool [..., S]: the `count` highest scores of each row; of equal ones the first."""
+    order_BGS = torch.sort(scores_BGS, dim=-1, descending=True, stable=True).indices
+    slot_S = torch.arange(scores_BGS.shape[-1], device=scores_BGS.device)
+    return torch.zeros_like(scores_BGS, dtype=torch.bool).scatter(-1, order_BGS, slot_S < count_BG[..., None])
+
+
+def picked(pick_BGK: Tensor, groups: Groups) -> Tensor:
+    """bool [B, G, S]: the places that were picked one by one, as many as each group's quota says."""
+    counts_BGK = torch.arange(pick_BGK.shape[-1], device=pick_BGK.device) < groups.quota_BG[..., None]
+    # Added up, because a group that has run out of places picks one again, and that must not undo the first time.
+    return (
+        torch.zeros_like(groups.quota_BG[..., None])
+        .expand_as(groups.valid_BGS)
+        .scatter_add(-1, pick_BGK, counts_BGK.long())
+        > 0
+    )
+
+
+def spread(places_BGS: Tensor, count_BG: Tensor) -> Tensor:
+    """bool [..., S]: `count` of the marked places of each row, evenly spaced."""
+    number_BGS = places_BGS.cumsum(-1)
+    count_BG1, total_BG1 = count_BG[..., None], number_BGS[..., -1:].clamp_min(1)
+    # The place that lifts the running share over a half is taken: exactly `count` of them, none at the very edge.
+    reached = (2 * number_BGS * count_BG1 + total_BG1) // (2 * total_BG1)
+    before = (2 * (number_BGS - 1) * count_BG1 + total_BG1) // (2 * total_BG1)
+    return places_BGS & (reached > before)
+
+
+def absorb(
+    features: VisionFeatures,
+    groups: Groups,
+    chosen: Selection,
+    stays_BGS: Tensor,
+    owner_BGS: Tensor,
+    member_BGS: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sum [B, T, D] in float32 and number [B, T] of the members that each selected token owns.
+
+    `owner_BGS` is the place, in the same group, of the token that a member joins. A product with a 0-1 matrix, because
+    adding rows by index gives another rounding in every run on a GPU.
+    """
+    slot_BGS = stays_BGS.cumsum(-1) - 1
+    slots = torch.arange(groups.most, device=owner_BGS.device)
+    joins_BGQS = (slot_BGS.gather(-1, owner_BGS)[..., None, :] == slots[:, None]) & member_BGS[..., None, :]
+    sums_BGQD = joins_BGQS.float() @ groups(features.tokens_BND).float()
+    group_G1 = torch.arange(len(groups.index_GS), device=slots.device)[:, None]
+    row_BN = groups.back(group_G1 * groups.most + slot_BGS.clamp_min(0))
+    row_BT = row_BN.gather(1, chosen.index_BT.clamp_min(0))
+    sums_BTD = sums_BGQD.flatten(1, 2).gather(1, row_BT[..., None].expand(-1, -1, sums_BGQD.shape[-1]))
+    number_BT = joins_BGQS.sum(-1).flatten(1).gather(1, row_BT).masked_fill(chosen.index_BT < 0, 0)
+    return sums_BTD, number_BT
+
+
+def share_per_round(rho: float) -> float:
+    """`rho`; raises ValueError unless it is a share of tokens that a round can take."""
+    if not 0 < rho < 1:
+        raise UserError(f"rho={rho}: give the share of tokens that a round takes away, between 0 and 1")
+    return rho
+
+
+def rounds_of(removals: int, per_round: int) -> int:
+    """Rounds that take `removals` tokens out of a list when each takes `per_round`, but no more than every second."""
+    return -(-removals // per_round) + math.ceil(math.log2(2 * per_round)) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One list of M slots per group: the first n of them hold what is left, in reading order."""
+
+    place_BGM: Tensor
+    """int64: the place in the group."""
+    n_BG: Tensor
+
+    @classmethod
+    def of(cls, left_BGS: Tensor) -> Self:
+        order_BGS = torch.sort(left_BGS.to(torch.uint8), dim=-1, descending=True, stable=True).indices
+        return cls(order_BGS, left_BGS.sum(-1))
+
+    def even(self) -> Tensor:
+        return self.place_BGM[..., 0::2]
+
+    def odd(self) -> Tensor:
+        return self.place_BGM[..., 1::2]
+
+    def even_used(self) -> Tensor:
+        """bool: which even slots hold a token."""
+        return 2 * torch.arange(self.even().shape[-1], device=self.n_BG.device) < self.n_BG[..., None]
+
+    def odd_used(self) -> Tensor:
+        return 2 * torch.arange(self.odd().shape[-1], device=self.n_BG.device) + 1 < self.n_BG[..., None]
+
+    def worst(self, scores_BGE: Tensor, count_BG: Tensor) -> Tensor:
+        """bool: the `count` even slots of the highest scores; of equal ones the last, because the first stays."""
+        scores_BGE = scores_BGE.masked_fill(~self.even_used(), float("-inf"))
+        return take(scores_BGE.flip(-1), count_BG).flip(-1) & self.even_used()
+
+    def without(self, dropped_BGE: Tensor, slots: int) -> Self:
+        """The list without some of its even slots, cut to `slots`."""
+        gone_BGM = torch.zeros_like(self.place_BGM, dtype=torch.bool)
+        gone_BGM[..., 0::2] = dropped_BGE
+        stays = torch.sort(gone_BGM.to(torch.uint8), dim=-1, stable=True).indices[..., :slots]
+        return type(self)(self.place_BGM.gather(-1, stays), self.n_BG - dropped_BGE.sum(-1))
+
+    def mask(self, places: int) -> Tensor:
+        """bool [B, G, S]: what is left."""
+        used = torch.arange(self.place_BGM.shape[-1], device=self.n_BG.device) < self.n_BG[..., None]
+        left = torch.zeros(*self.n_BG.shape, places, dtype=torch.bool, device=self.n_BG.device)
+        return left.scatter(-1, self.place_BGM, used)

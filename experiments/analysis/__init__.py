@@ -1,0 +1,1 @@
+"""From the records of jobs to rows, intervals and tables."""

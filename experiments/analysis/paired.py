@@ -1,0 +1,152 @@
+"""Which system a system is compared to, on the same samples, and whether they differ."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis.aggregate import RunGroup, base_config
+from experiments.analysis.stats import detectable, holm, over_seeds, paired_delta
+from experiments.jobs.results import Score
+
+BASELINE = "pooled"
+UNABLATED = "unablated"
+EQUAL = 0.02
+"""Budgets that differ by less than this share count as equal: pictures of odd shapes round differently."""
+
+Row = dict[str, Any]
+
+
+def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
+    """Adds to each row its paired differences, with p values adjusted over the systems, and its budget ratio.
+
+    `delta [GROUP ]vs NAME KEY`: over all samples and within each group of questions, against the baseline, and for an
+    ablation also against the method without it.
+    """
+    for system, row in zip(systems, rows, strict=True):
+        for name, other in ((BASELINE, baseline(system, systems)), (UNABLATED, unablated(system, systems))):
+            if other is not None:
+                row |= deltas(system, other, name)
+                row[f"compared to {name}"] = other.result["job"]
+        row["budget ratio"] = budget_ratio(row, rows)
+    for name in dict.fromkeys(key for row in rows for key in row if key.startswith("delta ") and key.endswith(" p")):
+        against = f"compared to {name.removesuffix(' p').rpartition('vs ')[2]}"
+        for other in {row[against] for row in rows if name in row}:
+            family = [row for row in rows if name in row and row[against] == other]
+            for row, p in zip(family, holm([row[name] for row in family]), strict=True):
+                row[f"{name} holm"] = p
+
+
+def baseline(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
+    """The pooled system that answered the same questions with the same model and decoding; without adapter first."""
+    candidates = [
+        other
+        for other in _comparable(system, systems)
+        if other.result["choices"]["selector"] == BASELINE and other.result["choices"].get("cache", "none") == "none"
+    ]
+    best = min(candidates, key=lambda s: (s.result["config"]["adapter"] is not None, s.result["job"]), default=None)
+    return None if best is system else best
+
+
+def unablated(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
+    """For an ablation, the system that differs from it least and has nothing taken away; None for other systems."""
+    if not is_ablation(system):
+        return None
+
+    def distance(other: RunGroup) -> tuple[bool, int, str]:
+        ours, theirs = (set(s.result["overrides"]) for s in (system, other))
+        adapters = [s.result["config"]["adapter"] is None for s in (system, other)]
+        return adapters[0] != adapters[1], len(ours ^ theirs), other.result["job"]
+
+    candidates = [
+        other
+        for other in _comparable(system, systems)
+        if not is_ablation(other) and other.result["choices"]["selector"] == system.result["choices"]["selector"]
+    ]
+    return min(candidates, key=distance, default=None)
+
+
+def is_ablation(system: RunGroup) -> bool:
+    return system.result["choices"].get("ablation", "none") != "none"
+
+
+def deltas(system: RunGroup, other: RunGroup, name: str) -> Row:
+    """Paired differences over all samples and within each group of questions."""
+    metric = system.result["quality"]["metric"]
+    pairs = _pair_seeds(system, other, metric)
+    if not pairs:
+        return {}
+    row: Row = {}
+    for group in ("", *dict.fromkeys(score.group for score in pairs[0][0].values() if score.group)):
+        parts = [
+            ({i: s for i, s in ours.items() if group in ("", s.group)}, {i: s.value for i, s in theirs.items()})
+            for ours, theirs in pairs
+        ]
+        row |= {f"{column(group, name)} {key}": value for key, value in _difference(parts).items()}
+    return row
+
+
+def column(group: str, name: str) -> str:
+    """What the columns of a difference begin with; no group stands for all samples."""
+    return " ".join(filter(None, ("delta", group, "vs", name)))
+
+
+def _difference(parts: Sequence[tuple[Mapping[str, Score], Mapping[str, float]]]) -> Row:
+    """One seed: the paired bootstrap and the sign test. Several: pictures and seeds are both random."""
+    ours, theirs = parts[0]
+    pictures = {i: score.picture for i, score in ours.items()}
+    if len(parts) > 1:
+        ids = sorted(set.intersection(*(mine.keys() & other.keys() for mine, other in parts)))
+        if len({pictures[i] for i in ids}) < 2:
+            return {}
+        table = np.asarray([[mine[i].value - other[i] for i in ids] for mine, other in parts])
+        found = over_seeds(table, [pictures[i] for i in ids])
+        return _keys(found, "mean", "low", "high", "p", "between") | {"seeds": found.seeds}
+    delta = paired_delta({i: score.value for i, score in ours.items()}, theirs, pictures)
+    return {} if delta is None else _keys(delta, "mean", "low", "high", "p", "wins", "losses")
+
+
+def _keys(found: Any, *names: str) -> Row:
+    return {name: getattr(found, name) for name in names} | {"detectable": detectable(found.low, found.high)}
+
+
+def _pair_seeds(system: RunGroup, other: RunGroup, metric: str) -> list[tuple[dict[str, Score], dict[str, Score]]]:
+    """Scores to subtract: seed by seed where both have them, otherwise all of ours against the other's only one."""
+    ours, theirs = (dict(zip(s.seeds, s.scores(metric), strict=True)) for s in (system, other))
+    if len(theirs) == 1:
+        (only,) = theirs.values()
+        return [(scores, only) for scores in ours.values()]
+    return [(scores, theirs[seed]) for seed, scores in ours.items() if seed in theirs]
+
+
+def _comparable(system: RunGroup, systems: Sequence[RunGroup]) -> list[RunGroup]:
+    """Finished systems with the same model and decoding on the same samples, this one among them."""
+    if not system.finished:
+        return []
+
+    def same(one: RunGroup) -> list[Any]:
+        config = base_config(one.result)
+        return [*(config[key] for key in ("model", "decode", "data")), one.result["data"]["ids"]]
+
+    return [other for other in systems if other.finished and same(other) == same(system)]
+
+
+def budget_ratio(row: Row, rows: Sequence[Row]) -> float | None:
+    """How many times the baseline's tokens this row uses; 1 within `EQUAL`, None without a baseline.
+
+    Counted with and without newline tokens, since some selectors have none, and the nearer one taken. A cache selector
+    is charged with the rows that stay in the cache.
+    """
+    job = row.get(f"compared to {BASELINE}", row["job"] if row["selector"] == BASELINE else None)
+    other = next((r for r in rows if r["job"] == job and r.get("visual tokens mean")), None)
+    if other is None or row.get("visual tokens mean") is None:
+        return None
+    theirs = (other["visual tokens mean"], _without_newlines(other))
+    cut = row.get("cache tokens mean")
+    ours = (cut, cut) if cut is not None else (row["visual tokens mean"], _without_newlines(row))
+    nearest = min((a / b for a, b in zip(ours, theirs, strict=True)), key=lambda ratio: abs(ratio - 1))
+    return 1.0 if abs(nearest - 1) <= EQUAL else nearest
+
+
+def _without_newlines(row: Row) -> float:
+    return row["visual tokens mean"] - row.get("newline tokens", 0)

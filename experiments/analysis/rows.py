@@ -1,0 +1,174 @@
+"""The rows of a study: one flat, versioned row for each system, read from the result.json of its jobs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from experiments.analysis.aggregate import RunGroup, group_runs, seed_columns, without_seed
+from experiments.analysis.paired import BASELINE, compare_all
+from experiments.jobs.results import LOCK, RESULT, read_result
+
+ROW_VERSION = 2
+_SHOWN_ELSEWHERE = frozenset(
+    {"selector", "budget", "selector.budget", "data", "limit", "study", "seed", "threads", "workers", "logger", "shots"}
+)
+_NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
+_GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")
+_FIRST = {BASELINE: 0, "full": 1}
+
+Row = dict[str, Any]
+
+
+def collect(study: Path) -> list[Row]:
+    """One flat row for each evaluated system: the baselines first, then by name."""
+    systems = run_groups(study)
+    rows = [_row(system) for system in systems]
+    compare_all(systems, rows)
+    return sorted(rows, key=_order)
+
+
+def run_groups(study: Path) -> list[RunGroup]:
+    """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
+    folders = sorted(path.parent for path in study.glob(f"*/{RESULT}"))
+    results = {folder: result for folder in folders if (result := read_result(folder))}
+    results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
+    merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
+    return group_runs({folder: result for folder, result in results.items() if folder.name not in merged_shards})
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """Selectors together, the plain one first, small budgets before large ones."""
+    tokens = row.get("visual tokens mean") or float("inf")
+    return (
+        row["limited"],
+        row["data"],
+        _FIRST.get(row["selector"], 2),
+        row["selector"],
+        row["changes"],
+        tokens,
+        row["job"],
+    )
+
+
+def _row(system: RunGroup) -> Row:
+    row = flatten(system.result) | seed_columns(system)
+    row["seeds"] = " ".join(system.seeds)
+    row["jobs"] = " ".join(result["job"] for result in system.results)
+    row["config_hash"] = " ".join(result["config_hash"] for result in system.results)
+    row["command"] = "\n".join(result["command"] for result in system.results)
+    # What cannot be is no result, wherever it would be shown.
+    row |= {column: None for result in system.results for column in impossible(result)}
+    if len(system.results) > 1:
+        row["changes"] = without_seed(row["changes"])
+    if row["status"] == "running" and not _is_alive(system.folders[0]):
+        row["status"] = "stopped"
+    return row
+
+
+def flatten(result: Mapping[str, Any]) -> Row:
+    """identity | quality | cost | environment of a result, in one flat row."""
+    quality, tokens, times = result.get("quality", {}), result.get("tokens", {}), result.get("times", {})
+    row: Row = {
+        "version": ROW_VERSION,
+        "study": result["study"],
+        "job": result["job"],
+        "status": result["status"],
+        "reason": result["reason"],
+        "note": _note(result),
+        **{name: result["choices"].get(name) for name in _GROUPS},
+        "budget": _budget(result),
+        "changes": _changes(result),
+        "n": result.get("data", {}).get("n"),
+        "of": result.get("data", {}).get("of"),
+        "limited": bool(_limits(result)) or result["config"].get("shards", 1) > 1,
+        "ids": result.get("data", {}).get("ids"),
+        "prompt": result.get("data", {}).get("prompt"),
+        "dataset": result.get("data", {}).get("name"),
+        "metric": quality.get("metric"),
+        "metrics": " ".join(quality.get("metrics", {})),
+    }
+    for kind, section in (("", "metrics"), ("subset ", "subsets"), ("subtask ", "subtasks")):
+        for name, value in quality.get(section, {}).items():
+            for key in ("mean", "low", "high", "n") if value else ():
+                row[f"{kind}{name} {key}"] = value[key]
+    for name, facts in quality.get("corpora", {}).items():
+        row |= {f"{name} {key}": facts[key] for key in ("ceiling", "normalised", "reference_tokens", "tokeniser")}
+    for name, value in (quality.get("probe") or {}).items():
+        if name.startswith("disc") and value["all"]:
+            row |= {f"{name} {key}": value["all"][key] for key in ("mean", "low", "high", "relative")}
+    if quality.get("recall"):
+        row |= {f"recall {key}": quality["recall"][key] for key in ("mean", "low", "high", "n")}
+    for name, spread in tokens.items():
+        if spread is None:
+            continue
+        row |= {f"{name} tokens {key}" if name != "by_source" else f"{key} tokens": v for key, v in spread.items()}
+    decoding = result.get("decoding", {})
+    row |= {f"steps {key}": value for key, value in decoding.get("steps", {}).items()}
+    row |= {key.replace("_", " "): decoding.get(key) for key in ("cache_bytes", "drift", "same_top1")}
+    row |= {f"{stage} ms": ms for stage, ms in times.get("ms_per_sample", {}).items()}
+    row["flags"] = "; ".join(f"{column}: {why}" for column, why in impossible(result).items())
+    row["peak memory MiB"] = times.get("peak_memory_mib")
+    row["weights MiB"] = _weights_mib(result)
+    row["trainable parameters"] = result.get("model", {}).get("trainable_parameters")
+    return row | {f"env {key}": value for key, value in result.get("environment", {}).items()}
+
+
+def impossible(result: Mapping[str, Any]) -> dict[str, str]:
+    """Columns whose figure beats the device, and why; with a stage, the sum of the stages."""
+    found: dict[str, str] = dict(result.get("times", {}).get("flags", {}))
+    if any(column.endswith(" ms") for column in found):
+        found["total ms"] = "one of its stages cannot be"
+    return found
+
+
+def _weights_mib(result: Mapping[str, Any]) -> float | None:
+    if "model" not in result:
+        return None
+    return result["model"]["parameters"] * (4 if result["config"]["dtype"] == "float32" else 2) / 2**20
+
+
+def _is_alive(folder: Path) -> bool:
+    """Whether a process holds the job's lock."""
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _note(result: Mapping[str, Any]) -> str:
+    notes = []
+    if result.get("model", {}).get("trained") is False:
+        notes.append("untrained model")
+    if result["config"].get("shards", 1) > 1:
+        notes.append(f"shard {result['config']['shard']} of {result['config']['shards']}")
+    notes += [f"limited to {limit} samples" for limit in _limits(result)]
+    if stamp := result.get("times", {}).get("rescored"):
+        notes.append(f"rescored {stamp.partition('T')[0]}")
+    return "; ".join(notes)
+
+
+def _limits(result: Mapping[str, Any]) -> list[int]:
+    """The limits that a job was given; its scores are then those of a part and stand apart from whole ones."""
+    data, limits = result.get("data", {}), [result["config"]["data"].get("limit")]
+    if not data or data["n"] < data["of"]:
+        limits.append(result["config"].get("limit"))
+    return [limit for limit in limits if limit is not None]
+
+
+def _budget(result: Mapping[str, Any]) -> str:
+    """The number behind the budget's name, the selector's first, then the cache's; empty where neither has one."""
+    shown = []
+    for kind in ("selector", "cache"):
+        asked, given = result["config"].get(kind, {}).get("budget"), (result.get(kind) or {}).get("budget")
+        if asked is not None:
+            shown.append(f"{asked} ({given})" if given not in (None, asked) else str(asked))
+    return ", cache ".join(dict.fromkeys(shown))
+
+
+def _changes(result: Mapping[str, Any]) -> str:
+    """Overrides that have no column of their own."""
+    shown = [o for o in result["overrides"] if o.lstrip("+~").partition("=")[0] not in _SHOWN_ELSEWHERE]
+    return " ".join(o for o in shown if o not in _NOTHING)

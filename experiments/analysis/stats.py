@@ -1,0 +1,218 @@
+"""Intervals for means and paired differences. Deterministic: every generator is seeded with a constant.
+
+Several questions about one picture are not independent observations, so pictures are what is resampled.
+Wilson (1927), "Probable inference, the law of succession, and statistical inference"; Field and Welsh (2007),
+"Bootstrapping clustered data"; Hesterberg (2015), "What teachers should know about the bootstrap".
+"""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
+
+from shirg import UserError
+
+Z95 = float(ndtri(0.975))
+RESAMPLES = 4000
+BLOCK = 500
+"""Resamples drawn at a time: many different scores need memory for each of them."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of n scores with its 95 % interval."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Delta(Estimate):
+    """A mean difference on the same samples; p is two-sided, for the hypothesis that the systems do not differ."""
+
+    wins: int
+    losses: int
+    p: float
+
+
+def wilson(successes: float, n: float) -> tuple[float, float]:
+    """The 95 % score interval of a proportion."""
+    if n <= 0:
+        return (0.0, 1.0)
+    p, z2 = successes / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # Exactly 0 and 1 at the ends, where the formula is right but for rounding.
+    return (0.0 if successes <= 0 else centre - half, 1.0 if successes >= n else centre + half)
+
+
+def estimate(scores: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+    """The mean of scores in [0, 1] and its 95 % interval.
+
+    Wilson for right-or-wrong scores of unrelated samples; the bootstrap over clusters otherwise. Scores that are all
+    equal, or all of one cluster, leave the bootstrap nothing to resample: then Wilson, with the clusters as the number
+    of observations.
+    """
+    if not scores:
+        raise UserError("no scores: an empty set has no mean")
+    values = np.asarray(scores, dtype=np.float64)
+    n, mean = len(values), float(values.mean())
+    groups = list(range(n)) if clusters is None else list(clusters)
+    n_clusters = len(set(groups))
+    binary = bool(np.isin(values, (0.0, 1.0)).all())
+    if n_clusters == 1 or bool((values == values[0]).all()) or (binary and n_clusters == n):
+        low, high = wilson(mean * n_clusters, n_clusters)
+        return Estimate(n, mean, min(low, mean), max(high, mean))
+    low, high = cluster_bootstrap(values, groups)
+    return Estimate(n, mean, low, high)
+
+
+def paired_delta(
+    scores: Mapping[str, float], baseline: Mapping[str, float], clusters: Mapping[str, Hashable] | None = None
+) -> Delta | None:
+    """Mean of score - baseline over the ids that both answered, with its 95 % interval; None without common ids.
+
+    Where no difference varies, the interval is as wide as Wilson's for an event never seen in that many clusters.
+    """
+    ids = sorted(scores.keys() & baseline.keys())
+    if not ids:
+        return None
+    difference = np.asarray([scores[i] - baseline[i] for i in ids], dtype=np.float64)
+    groups = [clusters[i] if clusters else i for i in ids]
+    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    p = sign_test(totals(difference, groups)[0])
+    mean, n_clusters = float(difference.mean()), len(set(groups))
+    if n_clusters == 1 or bool((difference == difference[0]).all()):
+        unseen = wilson(0, n_clusters)[1]
+        return Delta(len(ids), mean, max(-1.0, mean - unseen), min(1.0, mean + unseen), wins, losses, p)
+    return Delta(len(ids), mean, *cluster_bootstrap(difference, groups), wins, losses, p)
+
+
+def cluster_bootstrap(values: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean when whole clusters, at least two, are drawn with replacement.
+
+    Percentiles, taken a little further out so that few clusters are not too sure of themselves (Hesterberg's expanded
+    percentiles: as wide as Student's t interval). Clusters of equal total and size are drawn together, as counts of a
+    multinomial: the same distribution, and fast where scores are right or wrong.
+    """
+    pairs, members = np.unique(np.stack(totals(values, clusters), axis=1), axis=0, return_counts=True)
+    n = int(members.sum())
+    generator = np.random.default_rng(seed)
+    blocks = [generator.multinomial(n, members / n, size=BLOCK) @ pairs for _ in range(RESAMPLES // BLOCK)]
+    draws = np.concatenate(blocks)
+    tail = float(ndtr(-stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1))))
+    low, high = np.quantile(draws[:, 0] / draws[:, 1], (tail, 1 - tail))
+    return (float(low), float(high))
+
+
+def totals(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the values and number of them, cluster by cluster."""
+    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    member = np.asarray([number[cluster] for cluster in clusters])
+    return np.bincount(member, weights=values), np.bincount(member)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The mean over seeds and samples, its 95 % interval, and the standard deviation of the seeds' own means."""
+
+    n: int
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    between: float
+    p: float
+    """Two-sided, for the hypothesis that the mean is zero; of use for differences."""
+
+
+def over_seeds(scores_SN: np.ndarray, clusters: Sequence[Hashable], lowest: float = -1.0) -> Spread:
+    """The mean of a table of seeds by samples, for a new seed and a new picture alike.
+
+    Args:
+        scores_SN: at least two seeds, at least two clusters.
+        clusters: each sample's picture.
+        lowest: least possible value, 0 for scores and -1 for differences; the interval stays above, and below 1.
+    """
+    n_seeds, n = scores_SN.shape
+    sums_SK = np.stack([totals(row, clusters)[0] for row in scores_SN])
+    sizes_K = totals(scores_SN[0], clusters)[1]
+    n_clusters = len(sizes_K)
+    if n_seeds < 2 or n_clusters < 2:
+        raise UserError(f"{n_seeds} seeds on {n_clusters} pictures: a spread needs at least two of each")
+    mean_S = scores_SN.mean(axis=1)
+    # Pictures with more questions weigh more: each picture's deviation from its seed's mean, by its share.
+    cells_SK = mean_S[:, None] + (sums_SK - mean_S[:, None] * sizes_K) / sizes_K.mean()
+    mean, mean_K = float(cells_SK.mean()), cells_SK.mean(axis=0)
+    square_seeds = n_clusters * float(((mean_S - mean) ** 2).sum()) / (n_seeds - 1)
+    square_pictures = n_seeds * float(((mean_K - mean) ** 2).sum()) / (n_clusters - 1)
+    rest_SK = cells_SK - mean_S[:, None] - mean_K + mean
+    square_rest = float((rest_SK**2).sum()) / ((n_seeds - 1) * (n_clusters - 1))
+    # A sum of mean squares that comes out below one of its parts is that part: variances are not negative.
+    square = max(square_seeds + square_pictures - square_rest, square_seeds, square_pictures)
+    error = math.sqrt(square / (n_seeds * n_clusters))
+    between = float(mean_S.std(ddof=1))
+    if error == 0:
+        # Nothing varies, neither seeds nor pictures: as wide as Wilson's interval for an event never seen.
+        unseen = wilson(0, n_clusters)[1]
+        p = 1.0 if mean == 0 else 0.0
+        return Spread(n, n_seeds, mean, max(lowest, mean - unseen), min(1.0, mean + unseen), between, p)
+    freedom = square**2 / (
+        square_seeds**2 / (n_seeds - 1)
+        + square_pictures**2 / (n_clusters - 1)
+        + square_rest**2 / ((n_seeds - 1) * (n_clusters - 1))
+    )
+    freedom = max(1.0, freedom)
+    half = float(stdtrit(freedom, 0.975)) * error
+    p = 2 * float(stdtr(freedom, -abs(mean) / error))
+    return Spread(n, n_seeds, mean, max(lowest, mean - half), min(1.0, mean + half), between, p)
+
+
+ALPHA = 0.05
+POWER = 0.8
+FLIPS = 10_000
+
+
+def sign_test(differences: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p of "either system could have given either answer", from one total difference for each picture.
+
+    Under that hypothesis each difference might as well have had the other sign. One right-or-wrong question for each
+    picture makes this McNemar's exact test; otherwise signs are drawn (10,000 times, the observed ones counted in).
+    """
+    # Sums of scores such as 0.1 + 0.2 must be equal when they are meant to be.
+    values = np.round(np.asarray(differences, dtype=np.float64), 9)
+    values = values[values != 0]
+    if not len(values):
+        return 1.0
+    sizes, counts = np.unique(np.abs(values), return_counts=True)
+    if len(sizes) == 1:
+        fewer = min(int((values > 0).sum()), int((values < 0).sum()))
+        return min(1.0, 2 * float(bdtr(fewer, len(values), 0.5)))
+    flips = np.random.default_rng(0).binomial(counts, 0.5, size=(FLIPS, len(counts)))
+    sums = (2 * flips - counts) @ sizes
+    as_far = int((np.abs(sums) >= abs(values.sum()) - 1e-6).sum())
+    return (as_far + 1) / (FLIPS + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values adjusted for their number: below alpha with at most that chance of any false alarm among them."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def detectable(low: float, high: float) -> float:
+    """The smallest true difference that a comparison with such a 95 % interval finds with 80 % power."""
+    return (high - low) / 2 * (1 + float(ndtri(POWER)) / float(ndtri(1 - ALPHA / 2)))
+
+
+def stars(p: float) -> str:
+    """`*` for a p below 0.05, nothing otherwise: one level, decided beforehand."""
+    return "*" if not math.isnan(p) and p < ALPHA else ""

@@ -1,0 +1,136 @@
+"""What the four task families share: splits, questions in turn, and samples."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from random import Random
+from typing import ClassVar
+
+from experiments.data.sample import Sample
+from experiments.data.synthetic.board import Board, Stamp, box_of, generator, to_image
+from experiments.data.synthetic.glyphs.render import PICTURE_PX
+from experiments.data.synthetic.glyphs.scene import MAX_ATTEMPTS
+from experiments.data.synthetic.synthetic_dataset import BUCKETS, SyntheticDataset, densities_of
+from shirg import UserError
+
+DENSITIES = {"sparse": (0.0, 0.0), "dense": (1.0, 1.0), "train": (0.0, 1.0)}
+"""Least and greatest share of a family's largest crowd of distractors."""
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: str
+    evidence: tuple[Stamp, ...]
+    """What shows the answer."""
+    absent: bool = False
+    """Whether the answer is that there is none; the evidence is then what it could be mistaken for."""
+
+
+class SynthTask(SyntheticDataset):
+    """Questions about drawn pictures (docs/method.md, "Four task families"). Always label results synthetic.
+
+    Args:
+        split: "train", "val" or "test"; no picture's content is in two of them.
+        n: questions in all; consecutive ones share a picture.
+        density: "sparse", "dense" or "train", which has any crowd between; several (a list, or separated by commas)
+            take turns picture by picture, and sample.meta["density"] says which.
+        tasks: which of the family's subtasks are asked, in turn; all of them by default.
+        seed: other seeds draw other pictures.
+        qa_per_image: questions about one picture.
+        suffix: put after each question in the prompt.
+        max_new_tokens: room for the answer, which is at most two tokens and an end.
+        metrics: names of `experiments.metrics`; the first is the headline. The family's own by default.
+    """
+
+    TASKS: ClassVar[tuple[str, ...]]
+    LOOKUPS: ClassVar[tuple[str, ...]]
+    """The subtasks that a bag of words for each stamp can answer."""
+    METRICS: ClassVar[tuple[str, ...]]
+    GUARD: ClassVar[bool] = False
+    """Whether no selector should lose it: its evidence is far larger than a token."""
+
+    def __init__(
+        self,
+        *,
+        split: str,
+        n: int,
+        density: str | Sequence[str],
+        tasks: Sequence[str] | None = None,
+        seed: int = 0,
+        qa_per_image: int = 4,
+        suffix: str = "",
+        max_new_tokens: int = 3,
+        metrics: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(
+            split=split,
+            n=n,
+            qa_per_image=qa_per_image,
+            max_new_tokens=max_new_tokens,
+            metrics=self.METRICS if metrics is None else metrics,
+        )
+        densities = densities_of(density, DENSITIES)
+        tasks = self.TASKS if tasks is None else tuple(tasks)
+        if not tasks or not set(tasks) <= set(self.TASKS):
+            raise UserError(f"data.tasks={list(tasks)} must name some of {', '.join(self.TASKS)}")
+        self._densities, self._tasks, self._seed, self._suffix = densities, tasks, seed, suffix
+        self._question(self.draw(seed, split, 0, densities[0]), qa_per_image - 1)  # too many: at once
+
+    @classmethod
+    def compose(cls, rng: Random, crowd: float) -> Board:
+        """A board of the family, with a share `crowd` of the most distractors that it can have."""
+        raise NotImplementedError(f"{cls.__name__} must say what its pictures hold")
+
+    @classmethod
+    def patchwork(cls, rng: Random) -> Board:
+        """A board for teaching the vision tower what things look like: many of them, repeated or not."""
+        return cls.compose(rng, rng.random())
+
+    @classmethod
+    def questions(cls, board: Board, rng: Random) -> Mapping[str, list[Question]]:
+        """What can be asked, by subtask; in random order, such that the first answers are balanced."""
+        raise NotImplementedError(f"{cls.__name__} must say what can be asked")
+
+    def sample(self, picture: int, turn: int) -> Sample:
+        number, which = divmod(picture, len(self._densities))
+        density = self._densities[which]
+        board = self.draw(self._seed, self.split, number, density)
+        subtask, question = self._question(board, turn)
+        picture_id = f"{self.name}-{self.split}-{self._seed}-{density}-{number:05d}"
+        return Sample(
+            id=f"{picture_id}-{question.text.replace(' ', '-')}",
+            dataset=self.name,
+            split=self.split,
+            load_image=partial(to_image, board),
+            size=(PICTURE_PX, PICTURE_PX),
+            question=question.text,
+            prompt=question.text + self._suffix,
+            answers=(question.answer,),
+            subtask=subtask,
+            boxes=tuple(map(box_of, question.evidence)),
+            meta={"picture": picture_id, "density": density, "group": "guard" if self.GUARD else "fine"},
+        )
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def draw(cls, seed: int, split: str, index: int, density: str) -> Board:
+        """Board number `index` of a split; drawn again until the hash of its content falls into the split's bucket."""
+        for attempt in range(MAX_ATTEMPTS):
+            rng = generator(cls.name, 1, seed, split, density, index, attempt)
+            board = cls.compose(rng, rng.uniform(*DENSITIES[density]))
+            if board.digest % 100 in BUCKETS[split]:
+                return board
+        raise RuntimeError(f"no picture of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
+
+    def _question(self, board: Board, turn: int) -> tuple[str, Question]:
+        """The question of a turn; the board alone decides which."""
+        nth, which = divmod(turn, len(self._tasks))
+        subtask = self._tasks[which]
+        asked = self.questions(board, Random(board.look))[subtask]
+        if nth >= len(asked):
+            raise UserError(
+                f"data.qa_per_image={self.questions_per_picture} is more than a picture can answer with tasks "
+                f"{list(self._tasks)}: lower it"
+            )
+        return subtask, asked[nth]

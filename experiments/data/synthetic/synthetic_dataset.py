@@ -1,0 +1,52 @@
+"""What every synthetic dataset shares: pictures drawn by number, each asked about a few times in a row."""
+
+from collections.abc import Iterable, Sequence
+
+from experiments.data.sample import Sample
+from shirg import UserError
+
+BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
+"""The hash of a picture's content, modulo 100, decides the one split that it may appear in."""
+
+
+class SyntheticDataset:
+    """`n` questions in all, `qa_per_image` about each picture; a subclass says which sample a number stands for."""
+
+    name: str
+
+    def __init__(self, *, split: str, n: int, qa_per_image: int, max_new_tokens: int, metrics: Sequence[str]) -> None:
+        if split not in BUCKETS:
+            raise UserError(f"data.split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
+        if n < 1 or qa_per_image < 1:
+            raise UserError(f"data.n={n} and data.qa_per_image={qa_per_image} must be positive")
+        self.split = split
+        self.metric_names = tuple(metrics)
+        self.max_new_tokens = max_new_tokens
+        self.questions_per_picture = qa_per_image
+        self._n = n
+
+    def sample(self, picture: int, turn: int) -> Sample:
+        """The sample for one picture's question number `turn`, both from 0."""
+        raise NotImplementedError(f"{type(self).__name__} must say what a number stands for")
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self._n:
+            raise IndexError(f"sample {index} of {self._n}")
+        return self.sample(*divmod(index, self.questions_per_picture))
+
+
+def densities_of(density: str | Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    """Densities from a list or a text with commas.
+
+    Raises:
+        UserError: for none at all, one twice, or one that does not exist.
+    """
+    found = tuple(part.strip() for part in density.split(",")) if isinstance(density, str) else tuple(density)
+    for unknown in set(found).difference(known):
+        raise UserError(f"data.density={unknown!r} does not exist: choose from {', '.join(known)}")
+    if not found or len(set(found)) != len(found):
+        raise UserError(f"data.density={list(found)} must name one or more different densities")
+    return found

@@ -1,0 +1,1 @@
+"""Jobs: a folder each, run once, resumed, started here or by a launcher."""

@@ -1,0 +1,278 @@
+"""What a job writes down: result.json, one object a job, and samples.parquet, one row a sample."""
+
+import hashlib
+import io
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.errors import ConfigError
+from experiments.schema import CONF
+
+if TYPE_CHECKING:
+    import torch
+
+from experiments.jobs.atomic_files import read_json, write_atomic, write_json
+
+VERSION = 2
+"""Format of result.json. In format 1 the config and its digest held dotted names of classes, which a module's move
+changes; it is read as format 2."""
+RESULT = "result.json"
+SAMPLES = "samples.parquet"
+LOCK = ".lock"
+"""Held by the process that runs the job."""
+VOLATILE = ("times",)
+"""Keys of result.json that differ between two runs of the same job."""
+
+SESSION = frozenset({"resume", "overwrite"})
+"""Keys that say how a job is started, not what it is: they are not written down."""
+
+NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "workers", "trainer.num_nodes", "trainer.workers"})
+QUICK_BYTES = 2**26
+_TARGET = "_target_"
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
+
+Status = Literal["running", "ok", "failed", "oom"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run this is."""
+
+    version: int
+    verb: str
+    study: str
+    job: str
+    command: str
+    overrides: list[str]
+    choices: dict[str, str]
+    config_hash: str
+    config: dict[str, Any]
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """A digest of every config value that can change a result."""
+    relevant = _relevant(config)
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _relevant(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if prefix + key not in NOT_HASHED
+    }
+
+
+def resolve_config(cfg: DictConfig) -> dict[str, Any]:
+    """What a job is: the config with every reference filled in; raises when a mandatory value is missing.
+
+    Names of classes are left out: where a class lives is no part of an experiment, and `choices` names the options.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return without_targets({str(k): v for k, v in container.items() if k not in SESSION})
+
+
+def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without the dotted names of the classes that its options build."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cleaned(part) for part in value]
+        return without_targets(value) if isinstance(value, Mapping) else value
+
+    return {key: cleaned(value) for key, value in config.items() if key != _TARGET}
+
+
+def files_digest(path: str | None) -> str | None:
+    """Which files a local checkpoint or adapter consists of: by content where that is quick, by size and time else.
+
+    None for a hub id, whose revision the hub's own cache decides.
+    """
+    folder = None if path is None else local_folder(path)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size, changed = file.stat().st_size, file.stat().st_mtime_ns
+        digest.update(file.read_bytes() if size < QUICK_BYTES else f"{file.name} {size} {changed}".encode())
+    return digest.hexdigest()[:16]
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that a path names, seen from here or from the repository; None when there is none."""
+    return next((folder for folder in (Path(path), CONF.parent / path) if folder.is_dir()), None)
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values that differ and count."""
+    keys = []
+    for key in sorted(old.keys() | new.keys()):
+        if prefix + key in NOT_HASHED:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            keys += changed_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            keys.append(prefix + key)
+    return keys
+
+
+def write_result(
+    folder: Path, identity: Identity, status: Status, sections: Mapping[str, Any], reason: str | None = None
+) -> None:
+    head = {"status": status, "reason": reason}
+    write_json(folder / RESULT, {**asdict(identity), **head, **sections})
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The record of a job in today's format; None when there is none.
+
+    Raises:
+        ConfigError: a format that this code does not know.
+    """
+    result = read_json(folder / RESULT)
+    if result is None or result.get("version") == VERSION:
+        return result
+    if result.get("version") != 1:
+        raise ConfigError(
+            f"{folder / RESULT} has format {result.get('version')}, this code writes {VERSION}: use another study= or "
+            "overwrite=true"
+        )
+    config = without_targets(result["config"])
+    return {**result, "version": VERSION, "config": config, "config_hash": config_hash(config)}
+
+
+def environment(device: "torch.device", dtype: str) -> dict[str, Any]:
+    """What produced the numbers: machine, versions and commit."""
+    import torch
+
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(dtype),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: version(package) for package in _PACKAGES},
+        **code_version(),
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """The commit, and whether tracked files differ from it; None outside a git checkout."""
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {"git": _git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=CONF.parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+RECALL = "recall"
+_COLUMNS: dict[str, pa.DataType] = {
+    "id": pa.string(),
+    "picture": pa.string(),
+    "question": pa.string(),
+    "prompt": pa.string(),
+    "answers": pa.list_(pa.string()),
+    "target": pa.string(),
+    "prediction": pa.string(),
+    "subtask": pa.string(),
+    "group": pa.string(),
+    "density": pa.string(),
+    "place": pa.string(),
+    "entity": pa.string(),
+    "n_visual": pa.int32(),
+    "n_prefix": pa.int32(),
+    "n_cache": pa.int32(),
+    "kept": pa.list_(pa.int32()),
+    "n_steps": pa.int32(),
+    "cache_bytes": pa.float64(),
+    "drift": pa.float64(),
+    "same_top1": pa.float64(),
+    RECALL: pa.float64(),
+    "batch": pa.int32(),
+}
+
+
+def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes all rows at once."""
+    write_atomic(path, encode_samples(rows))
+
+
+def encode_samples(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A parquet file of the rows; scores, token counts by source and times are columns `score_*`, `n_*` and `ms_*`.
+
+    Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
+    """
+    flat = [_flatten(row) for row in rows]
+    kinds = {"score": pa.float64(), "ms": pa.float64(), "n": pa.int32()}
+    extra = {name: kinds[name.partition("_")[0]] for row in flat for name in row if name not in _COLUMNS}
+    schema = pa.schema([*_COLUMNS.items(), *extra.items()])
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(flat, schema=schema), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that `write_samples` wrote."""
+    return [_unflatten(flat) for flat in pq.read_table(path).to_pylist()]
+
+
+@dataclass(frozen=True)
+class Score:
+    value: float
+    picture: str
+    group: str
+    density: str
+
+    @property
+    def subset(self) -> str:
+        """The column of the table that the sample counts in, "" when its dataset names no groups."""
+        return subset_name(self.group, self.density)
+
+
+def subset_name(group: str, density: str) -> str:
+    return " ".join(filter(None, (group, density)))
+
+
+def read_scores(path: Path, metric: str) -> dict[str, Score]:
+    """Scores by sample id, or with metric="recall" the share of evidence kept; samples without one are left out."""
+    column = metric if metric == RECALL else f"score_{metric}"
+    columns = pq.read_table(path, columns=["id", column, "picture", "group", "density"]).to_pydict().values()
+    return {i: Score(*fields) for i, *fields in zip(*columns, strict=True) if fields[0] is not None}
+
+
+def _flatten(row: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: row.get(key) for key in _COLUMNS}
+    flat |= {f"score_{name}": score for name, score in row["scores"].items()}
+    flat |= {f"n_{source}": count for source, count in row["sources"].items()}
+    return flat | {f"ms_{stage}": ms for stage, ms in row["ms"].items()}
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    row = {key: flat[key] for key in _COLUMNS}
+    for part, kind in (("scores", "score_"), ("sources", "n_"), ("ms", "ms_")):
+        row[part] = {key.removeprefix(kind): flat[key] for key in flat if key.startswith(kind) and key not in _COLUMNS}
+    return row

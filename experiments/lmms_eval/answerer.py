@@ -1,0 +1,143 @@
+"""Requests of lmms-eval, answered by one of our systems; docs/report.md, "lmms-eval".
+
+Needs nothing of lmms-eval; `lmms_model` is the class that lmms-eval finds.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+
+from experiments import build, cli, profiling
+from experiments.build import adapter_path
+from experiments.data.image_io import to_rgb
+from experiments.data.sample import Sample
+from experiments.inference import EvalPipeline, build_pipeline
+from experiments.progress import Progress
+from experiments.schema import CONF, VERSION_BASE
+from shirg import UserError
+
+_GREEDY = {"num_beams": (None, 1), "top_k": (None, 0), "top_p": (None, 0, 1)}
+"""Values of the arguments of other models' sampling that ask for nothing."""
+
+
+@dataclass(frozen=True)
+class LmmsRequest:
+    """One document of a task."""
+
+    id: str
+    prompt: str
+    visuals: Sequence[Any]
+    options: Mapping[str, Any]
+    """The task's `generation_kwargs`."""
+    question: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    n_prefix: int
+    """Tokens of the prompt, the kept vision tokens among them."""
+
+
+class Answerer:
+    """A system that answers requests in batches, in their order.
+
+    Args:
+        overrides: eval.py's, for example `{"selector": "shirg", "budget": "base"}`. `decode.max_new_tokens` replaces
+            the tasks' own.
+
+    Raises:
+        UserError: there is no such option, or its value is wrong.
+    """
+
+    def __init__(self, overrides: Mapping[str, Any]) -> None:
+        words = [f"{key}={'null' if value is None else value}" for key, value in overrides.items()]
+        self.cfg, selector = _config(words)
+        adapter = adapter_path(self.cfg.adapter, self.cfg.model, selector)
+        # lmms-eval's own launchers start one process for each device.
+        self.device = profiling.resolve_device(self.cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
+        model = build.build_model(self.cfg, self.device)
+        # Answers are as long as the task says, which is not known yet.
+        self._system = build_pipeline(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
+
+    def answer(self, requests: Sequence[LmmsRequest]) -> list[Answer]:
+        size: int = self.cfg.batch_size
+        answers: list[Answer] = []
+        with Progress("lmms-eval", len(requests)) as progress:
+            while len(answers) < len(requests):
+                batch = self._alike(requests[len(answers) : len(answers) + size])
+                rows = self._with(batch[0]).answer([_sample(request) for request in batch]).rows
+                answers += [
+                    Answer(_until(row["prediction"], request.options.get("until")), row["n_prefix"])
+                    for request, row in zip(batch, rows, strict=True)
+                ]
+                progress.advance(len(batch))
+        return answers
+
+    @staticmethod
+    def _alike(requests: Sequence[LmmsRequest]) -> Sequence[LmmsRequest]:
+        """The first of them that ask for the same kind of answer."""
+        other = next((i for i, r in enumerate(requests) if r.options != requests[0].options), len(requests))
+        return requests[:other]
+
+    def _with(self, request: LmmsRequest) -> EvalPipeline:
+        """The system, with answers of the length and the temperature that the task asks for."""
+        options = request.options
+        length = self.cfg.decode.max_new_tokens or options.get("max_new_tokens")
+        if length is None:
+            raise UserError(
+                f"{request.id}: its task names no max_new_tokens; add decode.max_new_tokens=N to --model_args"
+            )
+        if not options.get("do_sample"):
+            return replace(self._system, decode=build.build_decode(self.cfg, int(length)))
+        if unknown := [key for key, nothing in _GREEDY.items() if options.get(key) not in nothing]:
+            raise UserError(
+                f"{request.id}: its task samples with {unknown[0]}={options[unknown[0]]}, and a masked diffusion model "
+                "has a temperature alone; --gen_kwargs do_sample=False asks for the likeliest answer"
+            )
+        decode = build.build_decode(self.cfg, int(length))
+        return replace(self._system, decode=replace(decode, temperature=float(options.get("temperature", 1.0))))
+
+
+def _config(overrides: Sequence[str]) -> tuple[DictConfig, str]:
+    """eval.py's config, and the name of its selector."""
+    try:
+        with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
+            cfg = compose("eval", overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"--model_args: {cli.explain(error, 'eval', overrides)}") from None
+    selector: str = cfg.hydra.runtime.choices["selector"]
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg, selector
+
+
+def _sample(request: LmmsRequest) -> Sample:
+    if len(request.visuals) != 1 or not isinstance(request.visuals[0], Image.Image):
+        kinds = ", ".join(type(visual).__name__ for visual in request.visuals) or "nothing"
+        raise UserError(f"{request.id}: the model reads one picture with each question; this one comes with {kinds}")
+    return Sample(
+        id=request.id,
+        dataset="lmms-eval",
+        split="",
+        load_image=partial(to_rgb, request.visuals[0]),
+        size=request.visuals[0].size,
+        question=request.question,
+        prompt=request.prompt,
+        answers=(),
+    )
+
+
+def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    """The text before the first of the stops."""
+    for stop in [stops] if isinstance(stops, str) else stops or ():
+        text = text.partition(stop)[0] if stop else text
+    return text

@@ -1,0 +1,287 @@
+"""Memory and time of a job: peaks, out-of-memory messages, and figures that no device can reach."""
+
+import resource
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from experiments.jobs.atomic_files import read_json, write_json
+from shirg import UserError
+
+if TYPE_CHECKING:
+    from lavida_adapter import LladaConfig
+import gc
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lavida_adapter import Lavida
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Peak memory allocated on the accelerator; None on a CPU, where the process holds more than this job."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def peak_mib(device: torch.device) -> float:
+    """What training shows: the peak of the accelerator, on a CPU that of the whole process."""
+    on_device = peak_memory_mib(device)
+    if on_device is not None:
+        return on_device
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is a CUDA device if there is one, else the CPU; processes that share a machine take one device each."""
+    if local_rank and name.startswith("cuda:"):
+        raise UserError(f"device={name}: processes that train together take a device each; give device=cuda")
+    if name == "auto" or (name == "cuda" and local_rank):
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        if local_rank >= (count := torch.cuda.device_count()) and name != "cpu":
+            raise UserError(
+                f"process {local_rank} of this machine sees {count} CUDA devices: start one process for each device "
+                "(under SLURM, with --gpus-per-node rather than --gpus-per-task)"
+            )
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
+    return device
+
+
+def summarise_stages(timings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Medians over batches of the milliseconds per sample, by stage and in all."""
+    stages = list(dict.fromkeys(stage for timing in timings for stage in timing))
+    medians = {stage: statistics.median(timing.get(stage, 0.0) for timing in timings) for stage in stages}
+    return {
+        "ms_per_sample": {**medians, "total": statistics.median(sum(timing.values()) for timing in timings)},
+        "batches_timed": len(timings),
+    }
+
+
+LIMITS = "limits.json"
+COPY_BYTES = {"cpu": (2**22, 2**25), "cuda": (2**26, 2**32)}
+"""Buffers to copy: one that caches may hold, one that they cannot."""
+SQUARES = {"cpu": (512,), "cuda": (4096, 8192)}
+"""Sides of the matrices to multiply."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage costs at least."""
+
+    flops: float
+    """Multiplications and additions of its matrix products."""
+    bytes: float
+    """Weights and cached keys and values, each moved once."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, n: float) -> "Work":
+        return Work(n * self.flops, n * self.bytes)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The best rates that a device has shown."""
+
+    copy: Mapping[int, float]
+    """Bytes moved per second, read and written ones, by size of the buffer."""
+    matmul: float
+    """Floating-point operations per second, in the type of the model."""
+
+    @property
+    def fastest_copy(self) -> float:
+        return max(self.copy.values())
+
+    def copy_rate(self, n_bytes: float) -> float:
+        """The rate at which so many bytes can be moved: what caches may hold moves faster."""
+        return self.copy[max((size for size in self.copy if size <= n_bytes), default=min(self.copy))]
+
+    def floor_ms(self, work: Work, *, lenient: bool = False) -> float:
+        """Milliseconds that the work takes at least; `lenient` as if everything lay in a cache."""
+        rate = self.fastest_copy if lenient else self.copy_rate(work.bytes)
+        return 1000 * max(work.flops / self.matmul, work.bytes / rate)
+
+    def report(self) -> dict[str, Any]:
+        return {"copy": {str(size): rate for size, rate in self.copy.items()}, "matmul": self.matmul}
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, *, repeats: int = 5) -> Limits:
+    """Times copies and square matrix products on the device, and takes the best of each."""
+    copy = {}
+    for size in COPY_BYTES[device.type]:
+        source = torch.zeros(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copy[size] = 2 * size / _best_s(lambda s=source, t=target: t.copy_(s), device, repeats)  # type: ignore[misc]
+    matmul = 0.0
+    for n in SQUARES[device.type]:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        matmul = max(matmul, 2 * n**3 / _best_s(lambda a=a, b=b: a @ b, device, repeats))  # type: ignore[misc]
+    return Limits(copy, matmul)
+
+
+def known_limits(folder: Path, device: torch.device, dtype: torch.dtype) -> Limits:
+    """The limits of this device, measured once for each folder, type and number of threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    key = f"{name}, {str(dtype).removeprefix('torch.')}"
+    known = read_json(folder / LIMITS) or {}
+    if key not in known:
+        known[key] = measure_limits(device, dtype).report()
+        write_json(folder / LIMITS, known)
+    return Limits({int(size): rate for size, rate in known[key]["copy"].items()}, known[key]["matmul"])
+
+
+def _best_s(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    from experiments.bench.common import time_call
+
+    with torch.inference_mode():
+        return time_call(call, device, repeats=repeats, warm_up=1).least / 1000
+
+
+@dataclass(frozen=True)
+class LmCost:
+    """Counts of one language model's stages. Attention counts its two products, nothing else of it."""
+
+    d_model: int
+    kv_width: int
+    mlp: int
+    n_layers: int
+    vocab: int
+    item_bytes: int
+
+    @property
+    def block_weights(self) -> int:
+        return 2 * self.d_model * (self.d_model + self.kv_width) + 3 * self.d_model * self.mlp
+
+    @property
+    def kv_weights(self) -> int:
+        return 2 * self.d_model * self.kv_width
+
+    def cache_bytes(self, p: float, batch: int = 1) -> float:
+        return 2 * self.n_layers * self.kv_width * p * batch * self.item_bytes
+
+    def prefill(self, p: float, batch: int = 1) -> Work:
+        """The last block delivers keys and values only."""
+        blocks = self.n_layers - 1
+        per_row = blocks * (2 * p * self.block_weights + 4 * p * p * self.d_model) + 2 * p * self.kv_weights
+        weights = (blocks * self.block_weights + self.kv_weights) * self.item_bytes
+        return Work(batch * per_row, weights + self.cache_bytes(p, batch))
+
+    def step(self, p: float, a: int, m: float, batch: int = 1, cache_bytes: float | None = None) -> Work:
+        """One denoising step of `a` answer tokens, of which `m` need the last block's output and logits.
+
+        `cache_bytes`: what the whole batch's cache takes, when it is not stored in the model's own type.
+        """
+        last = 2 * a * self.kv_weights + 2 * m * (self.block_weights - self.kv_weights)
+        attention = 4 * (p + a) * self.d_model * ((self.n_layers - 1) * a + m)
+        head = 2 * m * self.d_model * self.vocab
+        per_row = (self.n_layers - 1) * 2 * a * self.block_weights + last + attention + head
+        weights = (self.n_layers * self.block_weights + self.d_model * self.vocab) * self.item_bytes
+        return Work(batch * per_row, weights + (self.cache_bytes(p, batch) if cache_bytes is None else cache_bytes))
+
+
+def cost_of(config: "LladaConfig", dtype: torch.dtype) -> LmCost:
+    kv = config.n_kv_heads * config.head_dim
+    sizes = (config.d_model, kv, config.mlp_hidden_size, config.n_layers, config.vocab_size)
+    return LmCost(*sizes, dtype.itemsize)
+
+
+def flags(
+    times: Mapping[str, Any], parameter_bytes: float, limits: Limits, floor: Mapping[str, Work]
+) -> dict[str, str]:
+    """What cannot be true of a row: a stage faster than the device, or less memory than the weights take.
+
+    `times` is that object of result.json; `floor` is the least work of a stage for one sample. Returns the columns of
+    the study's table whose figure is impossible, and why.
+    """
+    found = {}
+    for stage, work in floor.items():
+        taken, least = times["ms_per_sample"].get(stage), limits.floor_ms(work, lenient=True)
+        if taken is not None and taken < least:
+            found[f"{stage} ms"] = f"{taken:.3g} ms is below the floor of {least:.3g} ms"
+    peak = times["peak_memory_mib"]
+    if peak is not None and peak * 2**20 < parameter_bytes:
+        found["peak memory MiB"] = f"{peak:.0f} MiB is below the {parameter_bytes / 2**20:.0f} MiB of the weights"
+    return found
+
+
+def eval_floor(cost: LmCost, rows: Sequence[Mapping[str, Any]], n_answer: int, batch_size: int) -> dict[str, Work]:
+    """The least work of a sample of an evaluation with a prefix cache, on average.
+
+    Weights are read once for a whole batch. A step of which nobody knows how many slots were still masked counts one.
+    """
+    prefill, denoise = Work(0, 0), Work(0, 0)
+    for row in rows:
+        prefill += cost.prefill(row["n_prefix"])
+        denoise += cost.step(0, n_answer, 1).times(row["n_steps"])
+    share = 1 / (len(rows) * batch_size)
+    return {
+        "prefill": Work(prefill.flops / len(rows), prefill.bytes * share),
+        "denoise": Work(denoise.flops / len(rows), denoise.bytes * share),
+    }
+
+
+CPU_SAYS = "can't allocate memory"
+"""Torch has no exception of its own for a CPU that has no memory left."""
+
+
+class OutOfMemory(RuntimeError):
+    """The device has not enough memory; the message says what was wanted and which knobs help."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_SAYS in str(error)
+
+
+@contextmanager
+def explain_oom(model: "Lavida", batch_size: int, n_tokens: int) -> Iterator[None]:
+    """Turns any of those errors into an OutOfMemory with an estimate for a batch of prompts of `n_tokens`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(sentence(model, batch_size, n_tokens)) from error
+
+
+def sentence(model: "Lavida", batch_size: int, n_tokens: int) -> str:
+    """What weights, caches and one layer's activations take, roughly: enough to see which of them is too large."""
+    config, item = model.config.lm, model.dtype.itemsize
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cache = cost_of(config, model.dtype).cache_bytes(n_tokens, batch_size)
+    layer = batch_size * n_tokens * (4 * config.d_model + 3 * config.mlp_hidden_size) * item
+    has = ""
+    if model.device.type == "cuda":
+        has = f" of {_gib(torch.cuda.get_device_properties(model.device).total_memory)}"
+    return (
+        f"out of memory on {model.device.type}: weights take {_gib(weights)}{has}, and a batch of {batch_size} prompts "
+        f"of {n_tokens} tokens about {_gib(cache + layer)} more; lower batch_size= or budget="
+    )
+
+
+def release() -> None:
+    """Gives back what the failed work held, so that the next job of a sweep can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB"

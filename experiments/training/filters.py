@@ -1,0 +1,69 @@
+"""Which training examples leave room for their answer in the model's context."""
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import torch
+from PIL import Image
+
+from experiments.data.sample import Dataset, Listed, Sample
+from lavida_adapter.lightning_module import LavidaModule
+from lavida_adapter.prompt import BOS, EOT, header, prompt_ids
+from shirg import UserError
+
+NO_ROOM = "whose prompt leaves no room for the answer"
+
+
+class LengthFilter:
+    """True for a sample of which at least one answer token stays when picture, prompt and answer are cut to length.
+
+    The picture counts with the most tokens that the stage's selector gives to any canvas.
+    """
+
+    def __init__(self, stage: LavidaModule) -> None:
+        self.stage, self.config = stage, stage.model.config
+        self.template = "".join([BOS, header("system"), self.config.system_prompt, *[EOT + header("assistant")] * 2])
+
+    def __call__(self, sample: Sample) -> bool:
+        turns = [*sample.history, sample.prompt]
+        # A token is a byte at least, so that few texts need to be tokenised.
+        longest = len((self.template + "".join(turns)).encode()) + len(turns) * len(EOT + header("assistant"))
+        limit = self.config.tokenizer_model_max_length
+        if longest + self.most_visual < limit:
+            return True
+        ids = prompt_ids(self.stage.model.tokenizer, sample.prompt, self.config, history=sample.history, training=True)
+        return len(ids) - 1 + self.most_visual < limit
+
+    @cached_property
+    @torch.no_grad()
+    def most_visual(self) -> int:
+        blanks = [Image.new("RGB", size) for size in self.config.image_grid_pinpoints]
+        stage, n = self.stage, len(blanks)
+        prefix = stage.model.encode(
+            blanks, ["?"] * n, stage.selector, relevance=stage.relevance, boxes=[((0.0, 0.0, 1.0, 1.0),)] * n
+        )
+        return max(prefix.n_visual)
+
+
+def drop_too_long(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:
+    """Drops what the model could not learn from, and says how much is left of each dataset.
+
+    Raises:
+        UserError: when nothing is left of one.
+    """
+    room = LengthFilter(stage)
+    for part in parts.values():
+        if isinstance(part, Listed):
+            before = len(part)
+            part.keep(room, NO_ROOM)
+            dropped = ", ".join(f"{count} {reason}" for reason, count in part.dropped.items())
+            if not len(part):
+                raise UserError(
+                    f"{part.name}: none of its {before} examples can be learned from: dropped {dropped}; lower the "
+                    "budget or shorten the texts"
+                )
+        else:
+            dropped = ""
+        print(
+            f"data     {part.name} {part.split}: {len(part):,} examples" + (f"; dropped {dropped}" if dropped else "")
+        )

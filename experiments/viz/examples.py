@@ -1,0 +1,107 @@
+"""The samples that the report shows: chosen once for a dataset, drawn while a job answers them."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from experiments.data.sample import Box, Sample
+from experiments.jobs.atomic_files import read_json, write_atomic, write_json
+from experiments.token_stats import TokenGeometry
+from experiments.viz.kept_tokens import heat_map, kept_map, overlay
+from shirg import Selection
+
+JPEG_QUALITY = 82
+LONGEST = 448
+ENLARGE = 2
+"""How much a small picture is scaled up at most; the browser does the rest."""
+
+
+@dataclass(frozen=True)
+class ExampleRecord:
+    """One sample as one job saw it."""
+
+    number: int
+    record: dict[str, Any]
+    picture: bytes
+    overlay: bytes
+    heat: bytes | None
+    """The scores that tokens were ranked by; None for a selector without any."""
+
+
+def pick_examples(samples: Sequence[Sample], n: int) -> dict[str, int]:
+    """Up to n sample ids and their numbers: kinds of question in turn, pictures not seen yet first.
+
+    The choice depends on the dataset alone, so that the jobs of a study show the same samples.
+    """
+    kinds: dict[tuple[str, ...], list[Sample]] = {}
+    for sample in samples:
+        key = (str(sample.meta.get("group", "")), str(sample.meta.get("density", "")), sample.subtask)
+        kinds.setdefault(key, []).append(sample)
+    chosen: list[str] = []
+    seen: set[str] = set()
+    while len(chosen) < min(n, len(samples)):
+        for queue in kinds.values():
+            fresh = next((s for s in queue if s.meta.get("picture", s.id) not in seen), queue[0] if queue else None)
+            if fresh is not None and len(chosen) < n:
+                queue.remove(fresh)
+                seen.add(fresh.meta.get("picture", fresh.id))
+                chosen.append(fresh.id)
+    return {sample: number for number, sample in enumerate(chosen)}
+
+
+def save_example(
+    folder: Path,
+    number: int,
+    image: Image.Image,
+    selection: Selection,
+    row: dict[str, Any],
+    boxes: Sequence[Box],
+    geometry: TokenGeometry,
+) -> None:
+    """Writes NN.json, NN.jpg (the picture), NN_kept.jpg (what was kept) and, of a ranking, NN_heat.jpg (its scores)."""
+    longest = min(LONGEST, ENLARGE * max(image.size))
+    plain = overlay(image, [(0, 0, 1, 1)], [0], targets=boxes, longest=longest)
+    write_atomic(folder / f"{number:02d}_kept.jpg", _jpeg(kept_map(image, selection, geometry, boxes, longest)))
+    heat = None if selection.scores_BN is None else heat_map(image, selection.scores_BN[0], geometry, longest=longest)
+    if heat is not None:
+        write_atomic(folder / f"{number:02d}_heat.jpg", _jpeg(heat))
+    write_atomic(folder / f"{number:02d}.jpg", _jpeg(plain))
+    keys = (
+        "id",
+        "question",
+        "answers",
+        "prediction",
+        "scores",
+        "subtask",
+        "group",
+        "density",
+        "n_visual",
+        "sources",
+        "recall",
+    )
+    write_json(folder / f"{number:02d}.json", {key: row[key] for key in keys})
+
+
+def load_examples(folder: Path) -> list[ExampleRecord]:
+    """What `save_shot` wrote, in order."""
+    shots = []
+    for path in sorted(folder.glob("*.json")):
+        pictures = [path.with_suffix(".jpg"), path.with_name(f"{path.stem}_kept.jpg")]
+        record = read_json(path)
+        if record is not None and all(picture.exists() for picture in pictures):
+            heat = path.with_name(f"{path.stem}_heat.jpg")
+            plain, kept = (picture.read_bytes() for picture in pictures)
+            shots.append(
+                ExampleRecord(int(path.stem), record, plain, kept, heat.read_bytes() if heat.exists() else None)
+            )
+    return shots
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return buffer.getvalue()

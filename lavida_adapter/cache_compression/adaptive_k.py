@@ -1,0 +1,86 @@
+"""How much of the picture an answer needs, asked of the answer itself (docs/method.md, "adaptive_k")."""
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep, Positions
+from lavida_adapter.generate import DecodeConfig
+from lavida_adapter.kv_cache import PrefixCache
+from lavida_adapter.llada import Llada
+from lavida_adapter.prefix import Prefix
+from shirg import Budget, UserError
+
+
+class AdaptiveK(CacheSelector):
+    """Keeps fewer picture rows for an answer that the first denoising step is sure of.
+
+    The first step reads the whole prefix. Its least certain slot has exp(entropy) candidates, the number of equally
+    likely tokens that would be as uncertain; each of `candidates` that it exceeds raises the level by one. The rows of
+    the highest scores of the token selector stay; what it synthesised (scaffold, summary, newlines) always does. The
+    shape is that of the last level, slots that are not deserved are masked.
+
+    Args:
+        budget: picture rows of the last level; "matched": as many as the base model would feed.
+        levels: rising shares of the budget that end with 1; the notes' 512, 768 and 1024 are 1/2, 3/4 and 1 of 1024.
+        candidates: rising bounds above 1, one fewer than levels.
+        positions: "retain" leaves keys and answer where they were, "reindex" closes the gaps.
+    """
+
+    after: ClassVar[Literal["prefill", "first_step"]] = "first_step"
+
+    def __init__(
+        self,
+        *,
+        budget: Budget,
+        levels: Sequence[float] = (0.5, 0.75, 1.0),
+        candidates: Sequence[float] = (1.5, 3.0),
+        positions: Positions = "retain",
+    ) -> None:
+        super().__init__(budget=budget, positions=positions)
+        self.levels, self.candidates = tuple(levels), tuple(candidates)
+        if not (_rises(self.levels) and 0 < self.levels[0] and self.levels[-1] == 1):
+            raise UserError(f"levels={list(levels)}: give rising shares of the budget that end with 1")
+        if len(self.candidates) != len(self.levels) - 1 or not (_rises(self.candidates) and min(self.candidates) > 1):
+            raise UserError(f"candidates={list(candidates)}: give rising numbers above 1, one fewer than levels")
+
+    def check(self, prefix: Prefix, decode: DecodeConfig) -> None:
+        super().check(prefix, decode)
+        for i, selection in enumerate(prefix.selections):
+            if selection.scores_BN is None:
+                raise UserError(
+                    f"AdaptiveK goes by the token selector's scores, and those of prompt {i} of the batch are missing: "
+                    "choose another selector="
+                )
+
+    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+        score_BP = torch.zeros(prefix.visual_BP.shape, device=prefix.visual_BP.device)
+        for row_P, visual_P, selection in zip(score_BP, prefix.visual_BP, prefix.selections, strict=True):
+            assert selection.scores_BN is not None
+            index_T = selection.index_BT[0][selection.mask_BT[0]]
+            kept_T = selection.scores_BN[0][index_T.clamp_min(0)].float()
+            # Above every token of the picture, whatever that scored.
+            row_P[visual_P] = torch.where(index_T < 0, selection.scores_BN.max().float() + 1, kept_T)
+        return score_BP
+
+    def deserved(self, prefix: Prefix, first: FirstStep | None, counts: tuple[int, ...]) -> Tensor:
+        if first is None:
+            raise UserError("AdaptiveK goes by the first denoising step: give what was seen in it")
+        candidates_B = uncertainty(first).exp()
+        bounds = torch.tensor(self.candidates, device=candidates_B.device)
+        level_B = (candidates_B[:, None] > bounds).sum(-1)
+        count_BL = torch.tensor([[max(1, int(level * n)) for level in self.levels] for n in counts])
+        return count_BL.to(level_B.device).gather(1, level_B[:, None]).squeeze(1)
+
+
+def uncertainty(first: FirstStep) -> Tensor:
+    """Entropy [B] in nats of the answer slot that the step was least sure of."""
+    return torch.special.entr(first.logits_BAW.float().softmax(-1)).sum(-1).amax(-1)
+
+
+def _rises(numbers: Sequence[float]) -> bool:
+    finite = all(math.isfinite(x) for x in numbers)
+    return bool(numbers) and finite and all(a < b for a, b in zip(numbers, numbers[1:], strict=False))

@@ -1,0 +1,168 @@
+"""PrefixKV (Wang et al., arXiv 2412.03409) on a prefix cache: how many rows stay differs from layer to layer.
+
+Every layer keeps the same share of the attention that its rows receive in the prefill, not the same number of rows.
+The shares are profiled once on other prompts (`profile`), then applied. A "prefix" in the paper's name is one of the
+list of rows sorted by importance. docs/method.md, "Layer retention".
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lavida_adapter.cache_compression.quantize import CachePacker
+from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
+from lavida_adapter.llada import AttentionHook, attention_weights
+from lavida_adapter.prefix import Prefix
+from shirg import MissingFileError, UserError, stable_topk
+
+FIRST, LAST = 4, 1
+"""Rows that always stay: the first four and the last, as in the paper's code."""
+
+
+@dataclass(frozen=True)
+class RaggedPrefix:
+    """Keys and values with another number of slots in every layer, each at the position that it was rotated to."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    masks: tuple[Tensor, ...]
+    """L tensors bool [B, P_l]."""
+    positions: tuple[Tensor, ...]
+    """L tensors int64 [B, P_l]."""
+    next_position_B: Tensor
+
+    @property
+    def is_packed(self) -> bool:
+        return False
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def n_slots(self, layer: int) -> int:
+        return self.keys[layer].shape[2]
+
+    def mask(self, layer: int) -> Tensor | None:
+        return None if bool(self.masks[layer].all()) else self.masks[layer]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer], self.values[layer]
+
+
+class MassReceived:
+    """Attention that each row of a prefix receives from all of it, averaged over heads: one [B, P] a layer, float32."""
+
+    def __init__(self, mask_BP: Tensor, chunk: int = 128) -> None:
+        self.masses: list[Tensor] = []
+        self._mask_BP, self._chunk = mask_BP, chunk
+
+    def __call__(self, q_BHPD: Tensor, k_BHPD: Tensor, mask: Tensor | None) -> None:
+        total_BP = torch.zeros(self._mask_BP.shape, device=q_BHPD.device)
+        for at in range(0, q_BHPD.shape[2], self._chunk):
+            part = slice(at, at + self._chunk)
+            rows = None if mask is None else mask if mask.shape[2] == 1 else mask[:, :, part]
+            weights = attention_weights(q_BHPD[:, :, part], k_BHPD, rows).mean(1)
+            total_BP += (weights * self._mask_BP[:, part, None]).sum(1)
+        self.masses.append(total_BP)
+
+
+class LayerRetention(CachePacker):
+    """Keeps in every layer the rows that receive most attention; how many is the profile's share of the prompt."""
+
+    def __init__(self, *, profile: str) -> None:
+        """`profile`: a file that `python -m experiments.bench.profile_cache` wrote.
+
+        Raises:
+            MissingFileError: when it is not there.
+            UserError: when it is something else.
+        """
+        path = Path(profile)
+        if not path.is_file():
+            raise MissingFileError(
+                f"cache.profile={profile}: there is no such file; "
+                "`python -m experiments.bench.profile_cache` writes one"
+            )
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or "forget" not in content:
+            raise UserError(f"cache.profile={profile} is no profile: it has no list `forget`")
+        self.forget: list[float] = [float(share) for share in content["forget"]]
+
+    def watch(self, prefix: Prefix) -> AttentionHook | None:
+        return MassReceived(prefix.mask_BP)
+
+    def __call__(self, cache: PrefixCache, prefix: Prefix, seen: AttentionHook | None) -> StoredPrefix:
+        assert isinstance(seen, MassReceived)
+        if len(self.forget) != len(cache.keys):
+            raise UserError(
+                f"cache.profile is of a model with {len(self.forget)} layers, this one has {len(cache.keys)}: "
+                "profile again"
+            )
+        pairs = zip(seen.masses, self.forget, strict=True)
+        cut = [_cut(cache, i, mass_BP, share, prefix) for i, (mass_BP, share) in enumerate(pairs)]
+        keys, values, masks, positions = (tuple(parts) for parts in zip(*cut, strict=True))
+        return RaggedPrefix(keys, values, masks, positions, cache.next_position_B)
+
+
+def _cut(
+    cache: PrefixCache, layer: int, mass_BP: Tensor, share: float, prefix: Prefix
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer's keys, values, mask and positions without the rows that it forgets."""
+    counts = [n - forgotten(n, share) for n in prefix.n_tokens]
+    slot_P = torch.arange(mass_BP.shape[1], device=mass_BP.device)
+    length_B1 = prefix.mask_BP.sum(-1, keepdim=True)
+    protected_BP = (slot_P < FIRST) | ((slot_P >= length_B1 - LAST) & (slot_P < length_B1))
+    mass_BP = mass_BP.masked_fill(protected_BP, float("inf")).masked_fill(~prefix.mask_BP, float("-inf"))
+    best_BK = stable_topk(mass_BP, max(counts))
+    real_BK = torch.arange(max(counts), device=mass_BP.device) < torch.tensor(counts, device=mass_BP.device)[:, None]
+    # What stays keeps its order; the rows that fill up a shorter prompt go behind it.
+    slot_BK = best_BK.masked_fill(~real_BK, mass_BP.shape[1]).sort(-1).values
+    real_BK = slot_BK < mass_BP.shape[1]
+    slot_BK = slot_BK.masked_fill(~real_BK, 0)
+    index = slot_BK[:, None, :, None].expand(-1, cache.keys[layer].shape[1], -1, cache.keys[layer].shape[3])
+    positions_BK = cache.positions_BP.gather(1, slot_BK)
+    return cache.keys[layer].gather(2, index), cache.values[layer].gather(2, index), real_BK, positions_BK
+
+
+def forgotten(n: int, share: float) -> int:
+    """How many of a prompt's `n` rows a layer forgets; never a protected one."""
+    return max(0, min(round(share * n), n - FIRST - LAST))
+
+
+def profile(masses: Sequence[Sequence[Tensor]], forget: float) -> list[float]:
+    """The share that each layer forgets, so that all keep the same share of attention and the mean share is `forget`.
+
+    `masses`: for each prompt and layer, what its rows [n] receive. A binary search over the share of attention kept, as
+    in the paper; then all shares are scaled by one factor to meet the budget.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        if _mean(_shares(masses, middle)) > forget:
+            low = middle
+        else:
+            high = middle
+    shares = _shares(masses, high)
+    scale = forget / max(_mean(shares), 1e-9)
+    return [min(share * scale, 1.0) for share in shares]
+
+
+def _mean(shares: Sequence[float]) -> float:
+    return sum(shares) / len(shares)
+
+
+def _shares(masses: Sequence[Sequence[Tensor]], keep_mass: float) -> list[float]:
+    """What each layer forgets, averaged over prompts, when it keeps the fewest rows with that share of attention."""
+    layers = []
+    for layer in range(len(masses[0])):
+        shares = []
+        for prompt in masses:
+            mass = prompt[layer].double()
+            curve = mass.sort(descending=True).values.cumsum(0) / mass.sum()
+            kept = int((curve < keep_mass - 1e-12).sum()) + 1
+            shares.append(max(0, len(mass) - kept - FIRST - LAST) / len(mass))
+        layers.append(_mean(shares))
+    return layers

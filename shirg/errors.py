@@ -1,0 +1,44 @@
+"""Errors that are raised on purpose, for input that cannot work, and the checks that many options share.
+
+A `UserError` says in one sentence what is wrong, where, and what to do. Commands print it and exit with 1. Every other
+exception is a bug and keeps its traceback. A selector outside this project raises it too, from `shirg`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar, get_args
+
+Options = TypeVar("Options")
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done; the message says what is wrong, where, and what to do."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that somebody named is not there."""
+
+    def __str__(self) -> str:
+        # FileNotFoundError formats an error number that there is none of.
+        return str(self.args[0])
+
+
+def one_of(name: str, value: object, literal: Any) -> None:
+    """Raises UserError unless `value` is one of the values of a `Literal` type."""
+    allowed = get_args(literal)
+    if value not in allowed:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
+
+
+def option_group(name: str, given: Mapping[str, Any] | None, kind: type[Options]) -> Options:
+    """The dataclass `kind` with the given fields, the others at their defaults.
+
+    Raises:
+        TypeError: a field that `kind` does not have.
+    """
+    assert is_dataclass(kind)
+    known = [f.name for f in fields(kind)]
+    unknown = sorted(set(given or {}) - set(known))
+    if unknown:
+        raise TypeError(f"{name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    return kind(**dict(given or {}))

@@ -1,0 +1,267 @@
+"""Token layouts of every geometry, and the index tables that selectors read from them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shirg.errors import UserError
+from shirg.features import Geometry, Pooling, Role, TokenLayout
+
+_AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
+"""What `area_weights` has computed: constants of a geometry, by cells, windows and device."""
+
+
+def tiles_layout(
+    grid_rows: int, grid_cols: int, side: int, patch_px: int, view_px: int, pooling: Pooling
+) -> TokenLayout:
+    """One global view and then a grid of tiles, row by row; a grid of 0 x 0 is the global view alone.
+
+    Each view is `view_px` pixels wide and high and has `side` x `side` patches of `patch_px` pixels from its top left
+    corner on. What is left over (6 of 384 pixels at side 27 and patch 14) is seen by no token, and so the tokens of
+    neighbouring tiles are a little further apart than those inside a tile.
+    """
+    if min(grid_rows, grid_cols) < 0 or (grid_rows == 0) != (grid_cols == 0):
+        raise UserError(f"a grid of {grid_rows} x {grid_cols} tiles: give two positive numbers, or 0 x 0 for no tiles")
+    if side * patch_px > view_px:
+        raise UserError(f"{side} patches of {patch_px} px do not fit into a view of {view_px} px")
+    with torch.inference_mode(False):
+        row_S, col_S = torch.arange(side * side) // side, torch.arange(side * side) % side
+        n_tiles = grid_rows * grid_cols
+        view_N = torch.arange(1 + n_tiles).repeat_interleave(side * side)
+        is_global = view_N == 0
+        tile_row_N = ((view_N - 1) // max(grid_cols, 1)).masked_fill(is_global, 0)
+        tile_col_N = ((view_N - 1) % max(grid_cols, 1)).masked_fill(is_global, 0)
+        row_N, col_N = row_S.repeat(1 + n_tiles), col_S.repeat(1 + n_tiles)
+        canvas_px = (max(grid_rows, 1) * view_px, max(grid_cols, 1) * view_px)
+        frame_N2 = torch.where(is_global[:, None], torch.tensor([view_px, view_px]), torch.tensor(canvas_px[::-1]))
+        centre_px_N2 = torch.stack(
+            [
+                tile_col_N * view_px + patch_px * col_N + patch_px / 2,
+                tile_row_N * view_px + patch_px * row_N + patch_px / 2,
+            ],
+            dim=-1,
+        )
+        return TokenLayout(
+            view_N=view_N,
+            role_N=torch.where(is_global, int(Role.GLOBAL), int(Role.TILE)),
+            cell_N2=torch.stack([tile_row_N * side + row_N, tile_col_N * side + col_N], dim=-1),
+            centre_N2=(centre_px_N2.double() / frame_N2).float(),
+            size_N2=(patch_px / frame_N2.double()).float(),
+            canvas=(grid_rows * side, grid_cols * side),
+            side=side,
+            pooling=pooling,
+            canvas_px=canvas_px,
+        )
+
+
+def crops_layout(cells: int, side: int, patch_px: int, pooling: Pooling) -> TokenLayout:
+    """Five overlapping crops of a square canvas of cells x cells patches: four corners and the centre, no global view.
+
+    All crops start on a cell, so that tokens of different crops sit on exactly the same patches. The centre crop is up
+    to half a cell off the centre.
+    """
+    if not side < cells <= 2 * side:
+        raise UserError(
+            f"geometry=seed_canvas48: crops of {side} x {side} tokens cannot overlap and cover a canvas of "
+            f"{cells} x {cells}; use a model with larger views"
+        )
+    far, middle = cells - side, (cells - side) // 2
+    origins = [(0, 0), (0, far), (far, 0), (far, far), (middle, middle)]
+    return _square(origins, [Role.CROP] * 5, cells, side, patch_px, pooling, "seed_canvas48")
+
+
+def single_layout(cells: int, patch_px: int, pooling: Pooling, geometry: Geometry = "single_672") -> TokenLayout:
+    """One view of cells x cells patches that shows the whole picture at a finer scale; it is its own canvas."""
+    return _square([(0, 0)], [Role.TILE], cells, cells, patch_px, pooling, geometry)
+
+
+def fovea_layout(cells: int, patch_px: int, pooling: Pooling) -> TokenLayout:
+    """The whole picture, squashed, and a window on its centre, both of cells x cells patches; the window is the canvas.
+
+    The picture reaches beyond this canvas: `VisionFeatures.picture_B4` is then outside [0, 1].
+    """
+    return _square([(0, 0), (0, 0)], [Role.GLOBAL, Role.TILE], cells, cells, patch_px, pooling, "fovea")
+
+
+def _square(
+    origins: list[tuple[int, int]],
+    roles: list[Role],
+    cells: int,
+    side: int,
+    patch_px: int,
+    pooling: Pooling,
+    geometry: Geometry,
+) -> TokenLayout:
+    """Views of side x side patches that start at the given cells of a square canvas without margins."""
+    with torch.inference_mode(False):
+        area = side * side
+        within_A2 = torch.stack([torch.arange(area) // side, torch.arange(area) % side], dim=-1)
+        cell_N2 = (torch.tensor(origins)[:, None] + within_A2).flatten(0, 1)
+        return TokenLayout(
+            view_N=torch.arange(len(origins)).repeat_interleave(area),
+            role_N=torch.tensor([int(role) for role in roles]).repeat_interleave(area),
+            cell_N2=cell_N2,
+            centre_N2=((cell_N2.flip(-1).double() + 0.5) / cells).float(),
+            size_N2=torch.full((len(cell_N2), 2), 1 / cells),
+            canvas=(cells, cells),
+            side=side,
+            pooling=pooling,
+            canvas_px=(cells * patch_px, cells * patch_px),
+            geometry=geometry,
+        )
+
+
+def area_weights(cells: int, windows: int, device: torch.device) -> Tensor:
+    """float32 [windows, cells]: share of each of `cells` equal cells in `windows` equal windows over the same length.
+
+    Exact where the one does not divide the other: a cell on a boundary is shared by length. Rows sum to 1 and every
+    cell is used up: columns sum to windows / cells.
+    """
+    key = (cells, windows, device)
+    if key not in _AREAS:
+        with torch.inference_mode(False):
+            # In units of 1 / (cells * windows) all edges are whole numbers.
+            cell = torch.arange(cells, device=device) * windows
+            window = torch.arange(windows, device=device)[:, None] * cells
+            overlap = torch.minimum(cell + windows, window + cells) - torch.maximum(cell, window)
+            _AREAS[key] = overlap.clamp_min(0).float() / cells
+    return _AREAS[key]
+
+
+def subdivide(box_B4: Tensor, rows: int, cols: int) -> Tensor:
+    """Boxes [..., rows * cols, 4] of equal windows, row by row, that partition the boxes (x0, y0, x1, y1) [..., 4]."""
+    index = torch.arange(rows * cols, device=box_B4.device)
+    x0, y0, x1, y1 = box_B4[..., None, :].unbind(-1)
+    width, height = (x1 - x0) / cols, (y1 - y0) / rows
+    left, top = x0 + index % cols * width, y0 + index // cols * height
+    return torch.stack([left, top, left + width, top + height], dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutTables:
+    """N tokens in reading order, M canvas cells, P = n_global + M places, C candidates of a cell, R canvas rows."""
+
+    border_N: Tensor
+    """float32: 1 at the border of the token's own view, 0 from half a view inwards."""
+    tile_N: Tensor
+    """int64: number of the token's view, row by row with a centre crop last; -1 in the global view."""
+    in_centre_N: Tensor
+    """bool: whether the token's view is the centre crop; no view is one where views do not overlap."""
+    by_tile_M: Tensor
+    """int64: the canvas tile by tile, as places counted from the start of the canvas; unused where views overlap."""
+    from_tile_M: Tensor
+    """int64: the inverse of `by_tile_M`."""
+    place_N: Tensor
+    """int64: the place of each *source* token."""
+    candidate_MC: Tensor
+    """int64: the source tokens of each canvas cell, the one deepest inside its view first; -1 where there are fewer."""
+    centre_P2: Tensor
+    """float32: (x, y) of each place as a fraction of its frame."""
+    row_end_R: Tensor
+    """int64: place in the reading order of tokens of the last token of each canvas row."""
+    row_N: Tensor
+    """int64: canvas row of each *source* token; -1 in the global view."""
+
+
+def layout_tables(layout: TokenLayout) -> LayoutTables:
+    """The tables of a layout, on its device; built once."""
+    if "tables" not in layout.derived:
+        layout.derived["tables"] = _build(layout)
+    found: LayoutTables = layout.derived["tables"]
+    return found
+
+
+def _build(layout: TokenLayout) -> LayoutTables:
+    with torch.inference_mode(False):
+        order_N, n, side = layout.order_N, layout.n_global, layout.side
+        is_global_N = layout.role_N == int(Role.GLOBAL)
+        view_N2 = layout.view_N[:, None].expand(-1, 2)
+        origin_V2 = layout.cell_N2.new_zeros(int(layout.view_N.max()) + 1, 2)
+        origin_V2 = origin_V2.scatter_reduce(0, view_N2, layout.cell_N2, "amin", include_self=False)
+        local_N2 = layout.cell_N2 - origin_V2[layout.view_N]
+        inside_N = torch.minimum(local_N2, side - 1 - local_N2).amin(-1)
+        reach = max(side // 2, 1)
+        border_N = 1 - inside_N.clamp_max(reach) / reach
+        number_V, is_centre_V = _number_views(layout, origin_V2)
+        tile_N = number_V[layout.view_N].masked_fill(is_global_N, -1)
+        # Cells in reading order, and within a cell the token deepest in its view, then the first view.
+        flat_N = (layout.cell_N2[:, 0] * layout.canvas[1] + layout.cell_N2[:, 1]).masked_fill(is_global_N, -1)
+        place_N = torch.where(is_global_N, layout.rank_N, flat_N + n)
+        by_tile_M = torch.argsort(tile_N[order_N][n:], stable=True)
+        rows = torch.arange(layout.canvas[0], device=order_N.device)
+        row_N = layout.cell_N2[:, 0].masked_fill(is_global_N, -1)
+        row_end_R = n - 1 + (row_N[order_N][n:, None] <= rows).sum(0)
+        candidate_MC = _candidates(layout, flat_N, border_N, tile_N)
+        canvas_M2 = layout.centre_N2[candidate_MC[:, 0].clamp_min(0)]
+        return LayoutTables(
+            border_N=border_N[order_N],
+            tile_N=tile_N[order_N],
+            in_centre_N=(is_centre_V[layout.view_N] & ~is_global_N)[order_N],
+            by_tile_M=by_tile_M,
+            from_tile_M=torch.argsort(by_tile_M),
+            place_N=place_N,
+            candidate_MC=candidate_MC,
+            centre_P2=torch.cat([layout.centre_N2[order_N[:n]], canvas_M2]),
+            row_end_R=row_end_R,
+            row_N=row_N,
+        )
+
+
+def _number_views(layout: TokenLayout, origin_V2: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each view among the views of the canvas, row by row, and which one is the centre crop."""
+    is_global_V = torch.zeros(len(origin_V2), dtype=torch.bool, device=origin_V2.device)
+    is_global_V[layout.view_N[layout.role_N == int(Role.GLOBAL)]] = True
+    twice_off_V = (2 * origin_V2 + layout.side - torch.tensor(layout.canvas, device=origin_V2.device)).abs().amax(-1)
+    is_centre_V = (twice_off_V <= 1) & ~is_global_V & layout.overlaps
+    rows, cols = (max(extent, layout.side) for extent in layout.canvas)
+    key_V = origin_V2[:, 0] * cols + origin_V2[:, 1] + rows * cols * is_centre_V - 2 * rows * cols * is_global_V
+    return torch.argsort(torch.argsort(key_V, stable=True)) - is_global_V.sum(), is_centre_V
+
+
+def _candidates(layout: TokenLayout, flat_N: Tensor, border_N: Tensor, tile_N: Tensor) -> Tensor:
+    cells = layout.canvas[0] * layout.canvas[1]
+    order = torch.argsort(tile_N, stable=True)
+    order = order[torch.argsort(border_N[order], stable=True)]
+    order = order[torch.argsort(flat_N[order], stable=True)][layout.n_global :]
+    cell = flat_N[order]
+    count_M = torch.bincount(cell, minlength=cells)
+    nth = torch.arange(len(cell), device=cell.device) - (count_M.cumsum(0) - count_M)[cell]
+    table = cell.new_full((cells, layout.n_views if layout.overlaps else 1), -1)
+    table[cell, nth] = order
+    return table
+
+
+def regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
+    """int64 [regions, L]: the places, from `first` on, of each block of cells x cells; P where a block has fewer.
+
+    Blocks begin anew in each view, because a region of a view is what a variant promises to cover; where views overlap
+    they are blocks of the canvas.
+    """
+    key = ("regions", cells, first)
+    if key not in layout.derived:
+        with torch.inference_mode(False):
+            layout.derived[key] = _regions(layout, cells, first)
+    found: Tensor = layout.derived[key]
+    return found
+
+
+def _regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
+    (rows, cols), side, n = layout.canvas, layout.side, layout.n_global
+    nowhere, device = n + rows * cols, layout.view_N.device
+    grids = [_blocks(1, 1, side, cells, 0, nowhere, device)] if first < n else []
+    if layout.overlaps:
+        grids.append(_blocks(1, 1, rows, cells, n, nowhere, device))
+    elif rows:
+        grids.append(_blocks(rows // side, cols // side, side, cells, n, nowhere, device))
+    return torch.cat(grids)
+
+
+def _blocks(down: int, across: int, side: int, cells: int, start: int, nowhere: int, device: torch.device) -> Tensor:
+    """The places [blocks, cells * cells] of each block of down x across views of side x side, from `start` on."""
+    inside_I = torch.unflatten(torch.arange(-(-side // cells) * cells, device=device), 0, (-1, cells))
+    view_row, view_col = torch.arange(down, device=device), torch.arange(across, device=device)
+    row = (view_row[:, None, None] * side + inside_I)[:, None, :, None, :, None]
+    col = (view_col[:, None, None] * side + inside_I)[None, :, None, :, None, :]
+    there = (inside_I < side)[None, None, :, None, :, None] & (inside_I < side)[None, None, None, :, None, :]
+    return torch.where(there, start + row * (across * side) + col, nowhere).flatten(0, 3).flatten(1)
