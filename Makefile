@@ -1,5 +1,5 @@
 # make demo   install, evaluate four selectors on the tiny model, write outputs/demo/report.html
-# make test   run the tests          make lint   style, types, import directions
+# make test   run the tests in WORKERS=2 processes          make lint   style, types, import directions
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
 # make evidence   both for five seeds, then the sweeps of docs/results
 PYTHON ?= python3
@@ -23,8 +23,9 @@ demo: setup
 	$(BIN)/python eval.py -m study=demo threads=1 resume=true adapter=null,own selector=pooled,full,random,shirg
 	@echo "report: outputs/demo/report.html"
 
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .
