@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -18,12 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lavida_adapter.config import LavidaConfig
+from lavida_adapter.modules import LavidaModules
 from lavida_adapter.prompt import CONTROL
 from shirg import MissingFileError, UserError
-
-if TYPE_CHECKING:
-    from lavida_adapter.model import Lavida
-
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -132,7 +129,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-M = TypeVar("M", bound="Lavida")
+M = TypeVar("M", bound=LavidaModules)
 
 
 def locate(source: str | Path) -> Path:
@@ -239,7 +236,7 @@ def n_rows(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_added_vocab().values()))
 
 
-def save(model: "Lavida", folder: Path, *, max_shard_size: int | str = "5GB") -> None:
+def save(model: LavidaModules, folder: Path, *, max_shard_size: int | str = "5GB") -> None:
     """Writes a checkpoint beside its place and then moves it in: an interrupted save leaves the old one as it was."""
     state = model.state_dict()
     if any(".base_layer." in name for name in state):

@@ -6,12 +6,12 @@ is encoded once.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from lavida_adapter.modules import LavidaModules
 from lavida_adapter.prefix import picture_block
 from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import NoRelevance, Relevance, RelevanceContext
@@ -19,15 +19,11 @@ from lavida_adapter.timing import Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels, ready
 from shirg import Selection, Selector, VisionFeatures
 
-if TYPE_CHECKING:
-    from lavida_adapter.model import Lavida
-
-
 Boxes = Sequence[tuple[float, float, float, float]]
 
 
 def picture_blocks(
-    model: "Lavida",
+    model: LavidaModules,
     images: Sequence[Image.Image | Views],
     questions: Sequence[str],
     ids: Sequence[str],
@@ -88,7 +84,7 @@ def is_shared(selector: Selector, relevance: Relevance | None) -> bool:
 
 
 def run_tower(
-    model: "Lavida", views: Sequence[Views], taps: frozenset[str]
+    model: LavidaModules, views: Sequence[Views], taps: frozenset[str]
 ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
     """Tower states [N, D] and recordings [N, ...] of each picture, all views in one batch; no graph when frozen."""
     tower = model.model.vision_tower

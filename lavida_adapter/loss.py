@@ -1,33 +1,15 @@
 """The training loss of a batch: masked cross entropy, complementary masks, auxiliary losses."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from lavida_adapter.prefix import Prefix
-from lavida_adapter.prompt import IGNORE
-from shirg import UserError
-
-if TYPE_CHECKING:
-    from lavida_adapter.model import Lavida
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch.nn.functional as F
-
-from lavida_adapter.prompt import encode_text
-from shirg import Selection, Source
-
-if TYPE_CHECKING:
-    pass
-    from lavida_adapter.model import Lavida
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from PIL import Image
-
 from lavida_adapter.encode import Boxes, picture_blocks
+from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import (
     SINGLE,
     ObjectiveConfig,
@@ -40,19 +22,16 @@ from lavida_adapter.objective import (
     pad_answers,
     sample_times,
 )
-from lavida_adapter.prefix import splice
-from lavida_adapter.prompt import training_example
+from lavida_adapter.prefix import Prefix, splice
+from lavida_adapter.prompt import IGNORE, encode_text, training_example
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import NoTimer
 from lavida_adapter.views import Views
-from shirg import Selector
-
-if TYPE_CHECKING:
-    from lavida_adapter.model import Lavida
+from shirg import Selection, Selector, Source, UserError
 
 
 def states_of_copies(
-    model: "Lavida", whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, *, prefix_mask: bool
+    model: LavidaModules, whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, *, prefix_mask: bool
 ) -> Tensor:
     """States [C, L, D] of copies of spliced rows in which the masked positions hold the mask embedding.
 
@@ -69,7 +48,7 @@ def states_of_copies(
     return states
 
 
-def _states_behind_prefix(model: "Lavida", whole: Prefix, labels_BL: Tensor, embeds: Tensor, n: int) -> Tensor:
+def _states_behind_prefix(model: LavidaModules, whole: Prefix, labels_BL: Tensor, embeds: Tensor, n: int) -> Tensor:
     """One prefill per prompt, then all `n` copies of its answer decode against it."""
     b, length = labels_BL.shape
     device = labels_BL.device
@@ -77,7 +56,8 @@ def _states_behind_prefix(model: "Lavida", whole: Prefix, labels_BL: Tensor, emb
     length_B1 = whole.mask_BP.sum(-1, keepdim=True)
     p, a = int(begin_B.max()), int((length_B1[:, 0] - begin_B).max())
     prompt_BP = torch.arange(p, device=device) < begin_B[:, None]
-    cache = model.prefill(Prefix(whole.embeds_BPD[:, :p], prompt_BP, whole.visual_BP[:, :p]))
+    prompt = Prefix(whole.embeds_BPD[:, :p], prompt_BP, whole.visual_BP[:, :p])
+    cache = model.lm.prefill(prompt.embeds_BPD, prompt.padding, model.visual(prompt.visual_BP))
     index_BA = begin_B[:, None] + torch.arange(a, device=device)
     real_CA = (index_BA < length_B1).repeat(n, 1)
     # Slots behind a shorter row's end read position 0, are masked, and write to a spare position that is cut off.
@@ -100,7 +80,7 @@ def alignment_loss(picture_BD: Tensor, question_BD: Tensor, same_BB: Tensor, tem
 
 
 def alignment(
-    model: "Lavida", batch: "TrainBatch", blocks: Sequence[Tensor], selections: Sequence[Selection]
+    model: LavidaModules, batch: "TrainBatch", blocks: Sequence[Tensor], selections: Sequence[Selection]
 ) -> Tensor:
     """`alignment_loss` of a batch: the mean of each prompt's projected picture tokens against that of its question.
 
@@ -172,7 +152,7 @@ class TrainBatch:
 
 
 def batch_loss(
-    model: "Lavida",
+    model: LavidaModules,
     batch: TrainBatch,
     selector: Selector,
     objective: ObjectiveConfig,
@@ -212,7 +192,7 @@ def batch_loss(
 
 
 def rows_loss(
-    model: "Lavida",
+    model: LavidaModules,
     rows: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     blocks: Sequence[Tensor],
@@ -245,7 +225,7 @@ def rows_loss(
 
 
 def draw_loss(
-    model: "Lavida",
+    model: LavidaModules,
     whole: Prefix,
     labels_BL: Tensor,
     t_B: Tensor,

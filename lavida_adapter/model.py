@@ -1,7 +1,4 @@
-"""LaViDa: picture and question to a prefix, prefix to an answer, examples to a loss.
-
-The module tree carries the names of the published checkpoint, so that weights, LoRA targets and adapters need no map.
-"""
+"""LaViDa: picture and question to a prefix, prefix to an answer, examples to a loss."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,92 +8,45 @@ from typing import Any, Self
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavida_adapter.cache_compression.compressor import CacheSelector
 from lavida_adapter.cache_compression.quantize import CachePacker
+from lavida_adapter.checkpoint import load, save
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.encode import Boxes, picture_blocks
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache, pick
 from lavida_adapter.generate import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
-from lavida_adapter.llada import AttentionHook, Llada
+from lavida_adapter.llada import AttentionHook
 from lavida_adapter.loss import TrainBatch, batch_loss
+from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import SINGLE, ObjectiveConfig, Shard, Tally
 from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import NoTimer, Pausing, Timer
 from lavida_adapter.views import Views, pooled_count
-from lavida_adapter.vision import VisionTower, build_projector
 from shirg import Selector, UserError
 
 
-class _Body(nn.Module):
-    """The four parts of the model, under the names of the published checkpoint."""
-
-    def __init__(self, config: LavidaConfig) -> None:
-        super().__init__()
-        self.transformer = Llada(config.lm)
-        self.vision_tower = VisionTower(config.vision)
-        self.mm_projector = build_projector(config.vision.hidden_size, config.lm.d_model)
-        self.image_newline = nn.Parameter(torch.randn(config.lm.d_model) * config.lm.d_model**-0.5)
-
-
-class Lavida(nn.Module):
+class Lavida(LavidaModules):
     """A diffusion vision-language model with a pluggable token selector."""
 
     def __init__(self, config: LavidaConfig, tokenizer: Any) -> None:
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.model = _Body(config)
+        super().__init__(config, tokenizer)
         self._launchers: dict[tuple[Engine, str], DecodeEngine] = {}
-        self._initialise()
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Fresh weights as the config says; where it says nothing, torch's own (tiny models need those)."""
-        config = self.config
-        nn.init.normal_(self.lm.wte.weight, std=config.lm.emb_std)
-        if config.lm.init_std is not None:
-            for module in self.lm.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=config.lm.init_std)
-        positions = self.model.vision_tower.vision_tower.vision_model.embeddings.position_embedding
-        nn.init.normal_(positions.weight, std=config.vision.hidden_size**-0.5)
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
     ) -> Self:
         """Loads a folder or hub repository in the published layout; see `lavida_adapter.checkpoint`."""
-        from lavida_adapter.checkpoint import load
-
         return load(cls, source, dtype=dtype, device=torch.device(device))
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Writes the published layout: config.json, safetensors weights in one file or shards, tokenizer."""
-        from lavida_adapter.checkpoint import save
-
         save(self, Path(folder), max_shard_size=max_shard_size)
-
-    @property
-    def lm(self) -> Llada:
-        return self.model.transformer
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.image_newline.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the base; what is trained may be wider."""
-        return self.lm.wte.weight.dtype
-
-    def checkpoint_gradients(self, on: bool) -> None:
-        """Blocks of tower and language model run again in the backward pass: less memory, a third more time."""
-        self.lm.recompute = self.model.vision_tower.recompute = on
 
     def encode(
         self,
@@ -250,10 +200,6 @@ class Lavida(nn.Module):
             positions_BL=positions_BL,
         )
         return states_BLD[:, p:]
-
-    def visual(self, visual_BL: Tensor) -> Tensor | None:
-        """The picture's places for a model whose picture tokens see the picture alone."""
-        return visual_BL if self.config.prefix_attention == "image_first" else None
 
     def loss(
         self,

@@ -1,0 +1,76 @@
+"""The parts of LaViDa as one module tree: language model, vision tower, projector, newline vector.
+
+The names of the tree are those of the published checkpoint, so that weights, LoRA targets and adapters need no map.
+Encoding, decoding and training live above this file and take its `LavidaModules`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavida_adapter.config import LavidaConfig
+from lavida_adapter.llada import Llada
+from lavida_adapter.vision import VisionTower, build_projector
+
+
+class _Parts(nn.Module):
+    """The four parts, under the names of the published checkpoint."""
+
+    def __init__(self, config: LavidaConfig) -> None:
+        super().__init__()
+        self.transformer = Llada(config.lm)
+        self.vision_tower = VisionTower(config.vision)
+        self.mm_projector = build_projector(config.vision.hidden_size, config.lm.d_model)
+        self.image_newline = nn.Parameter(torch.randn(config.lm.d_model) * config.lm.d_model**-0.5)
+
+
+class LavidaModules(nn.Module):
+    """Config, tokenizer and parameters of a LaViDa model, without what is done with them."""
+
+    def __init__(self, config: LavidaConfig, tokenizer: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = _Parts(config)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Random weights with the standard deviations of the config, where it gives them; torch's defaults elsewhere.
+
+        The default model of the tests is tiny and needs torch's defaults.
+        """
+        config = self.config
+        nn.init.normal_(self.lm.wte.weight, std=config.lm.emb_std)
+        if config.lm.init_std is not None:
+            for module in self.lm.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=config.lm.init_std)
+        positions = self.model.vision_tower.vision_tower.vision_model.embeddings.position_embedding
+        nn.init.normal_(positions.weight, std=config.vision.hidden_size**-0.5)
+
+    @property
+    def lm(self) -> Llada:
+        """The language model."""
+        return self.model.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.image_newline.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base weights; trained parameters may be float32 beside a bfloat16 base."""
+        return self.lm.wte.weight.dtype
+
+    def checkpoint_gradients(self, on: bool) -> None:
+        """Gradient checkpointing: blocks of tower and language model run again in the backward pass.
+
+        This takes less memory and about a third more time.
+        """
+        self.lm.recompute = self.model.vision_tower.recompute = on
+
+    def visual(self, visual_BL: Tensor) -> Tensor | None:
+        """The mask of picture tokens for `prefix_attention=image_first`; None for a fully bidirectional prefix."""
+        return visual_BL if self.config.prefix_attention == "image_first" else None
