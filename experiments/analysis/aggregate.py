@@ -31,7 +31,7 @@ from experiments.jobs.results import (
     write_samples,
 )
 from experiments.metrics.answers import score_together, text_metrics
-from experiments.metrics.position_bias import probe
+from experiments.analysis.position_bias import probe
 from shirg import UserError
 
 Row = dict[str, Any]

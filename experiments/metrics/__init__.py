@@ -1,15 +1,13 @@
-"""Answer metrics and token recall; each scores by a pure function and averages as a torchmetrics module.
+"""Answer metrics and token recall, by name.
 
-A name with "_clean" behind it is the metric of cleaned answers: "anls_clean" beside "anls".
+The suffix "_clean" gives the same metric of cleaned answers: "anls_clean" beside "anls".
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torchmetrics import Metric
-
-from experiments.metrics.answer_metric import SampleMean, TextMetric
+from experiments.metrics.answer_metric import AnswerMetric, EvalMetric, TextMetric
 from experiments.metrics.cider_d import CiderD, cider_d
 from experiments.metrics.recall import EntityRecall, entity_recall
 from experiments.metrics.text import (
@@ -29,7 +27,7 @@ from experiments.metrics.vqa import VqaAccuracy, vqa_accuracy
 from shirg import UserError
 
 CLEAN = "_clean"
-METRICS: dict[str, Callable[..., Metric]] = {
+METRICS: dict[str, Callable[..., EvalMetric]] = {
     "anls": Anls,
     "cider_d": CiderD,
     "entity_match": EntityMatch,
@@ -43,27 +41,29 @@ METRICS: dict[str, Callable[..., Metric]] = {
     "token_f1": TokenF1,
     "vqa_accuracy": VqaAccuracy,
 }
-"""By name; those that read answers take `clean`."""
+"""Constructors by name; those of metrics that read answers take `clean`."""
 
 
-def metric(name: str, **options: Any) -> Metric:
-    """A fresh metric by name."""
+def metric(name: str, **options: Any) -> EvalMetric:
+    """The metric of that name."""
     base = name.removesuffix(CLEAN)
     if base not in METRICS or (base != name and base == "entity_recall"):
         known = ", ".join(METRICS)
-        raise UserError(f"metric {name!r} does not exist: choose from {known}, or one of them with {CLEAN} behind it")
+        raise UserError(f"metric {name!r} does not exist: choose from {known}, or one of them with the suffix {CLEAN}")
     return METRICS[base](**options, **({"clean": True} if base != name else {}))
 
 
 __all__ = [
+    "CLEAN",
     "METRICS",
     "Anls",
+    "AnswerMetric",
     "CiderD",
     "EntityMatch",
     "EntityRecall",
+    "EvalMetric",
     "ExactMatch",
     "RelaxedAccuracy",
-    "SampleMean",
     "SquadExactMatch",
     "TargetMatch",
     "TextMetric",

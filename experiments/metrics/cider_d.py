@@ -1,28 +1,24 @@
 """CIDEr-D (Vedantam et al., 2015): n-grams weighted by how rare they are in the whole evaluated set.
 
-A score depends on the set: it cannot be averaged over batches or ranks, and values of different subsets cannot be
-compared. All texts are gathered and scored once. For one-word answers the score of a right answer is 2.5 of 10, so it
-is read beside its ceiling, the score of a perfect predictor on the same set.
+A score depends on the whole set: it cannot be averaged over batches, and values of different subsets cannot be
+compared. All answers are therefore scored together. A right answer of one word scores 2.5 of 10, so the score is
+reported beside its ceiling, the score of a perfect predictor on the same set.
 """
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from experiments.metrics.answer_metric import Gathered, clean_answer
+from experiments.metrics.answer_metric import AnswerMetric, clean_answer
 from shirg import UserError
 
 ORDERS = 4
 SIGMA = 6.0
 TOP = 10.0
 TOKENISER = "plain/1"
-"""Name and version; results carry it."""
+"""Name and version, stored in every result."""
 
 _TOKEN = re.compile(r"[-+]?(?=\d)(?:[\w'’./:+-]|(?<=\d),(?=\d))*[\w+]|[^\W_](?:[\w'’./:+-]*[\w+])?|[%$€£¥#&]")
 
@@ -91,30 +87,8 @@ def _grams(tokens: Tokens) -> Grams:
     return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, ORDERS + 1)]
 
 
-class CiderD(Gathered):
-    """Corpus CIDEr-D of all samples that have references, each id once, whichever rank saw it.
-
-    `compute` gives "score" and "ceiling" in [0, 10] and their quotient "normalised"; NaN where nothing is to divide.
-    """
-
-    def __init__(self, *, clean: bool = False) -> None:
-        # Texts travel as bytes: ranks exchange tensors and nothing else.
-        super().__init__(text=torch.uint8)
-        self.clean = clean
-
-    def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]], ids: Sequence[str]) -> None:
-        for prediction, accepted, sample in zip(predictions, references, ids, strict=True):
-            line = json.dumps([sample, prediction, list(accepted)]).encode() + b"\n"
-            self.record(text=torch.frombuffer(bytearray(line), dtype=torch.uint8))
-
-    def compute(self) -> dict[str, Tensor]:
-        lines = bytes(self.state("text").tolist()).splitlines()
-        once = {sample: (prediction, accepted) for sample, prediction, accepted in map(json.loads, reversed(lines))}
-        facts = self.facts(*zip(*once.values(), strict=True)) if once else {}
-        return {
-            key: torch.tensor(math.nan if facts.get(key) is None else facts[key], dtype=torch.float64)
-            for key in ("score", "ceiling", "normalised")
-        }
+class CiderD(AnswerMetric):
+    """CIDEr-D of a whole evaluation; samples without references are left out."""
 
     def scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float | None]:
         """Each sample's score in the corpus of them all; None for a sample without references."""
@@ -122,7 +96,7 @@ class CiderD(Gathered):
         return [next(values) if accepted else None for accepted in references]
 
     def facts(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-        """The corpus score with what it must be read with."""
+        """The corpus score, and the numbers that are needed to interpret it (ceiling, size, tokeniser)."""
         items = self._items(predictions, references)
         if not items:
             return {}

@@ -1,4 +1,4 @@
-"""Entity-token recall: did the selector keep the tokens that show the evidence? It needs no language model.
+"""Entity-token recall: the share of the tokens showing the evidence that the selector kept. No language model needed.
 
 Shape letters: N source tokens, T selected tokens.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from experiments.metrics.answer_metric import SampleMean
+from experiments.metrics.answer_metric import EvalMetric
 from shirg import UserError
 
 
@@ -53,15 +53,5 @@ def entity_recall(
     return float((target_N & kept_N).sum() / target_N.sum())
 
 
-class EntityRecall(SampleMean):
-    """Mean share of target tokens kept, over the samples that have boxes."""
-
-    def score(
-        self, *, boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligible_N: Tensor, kept_T: Tensor
-    ) -> float | None:
-        return entity_recall(boxes=boxes, token_box_N4=token_box_N4, eligible_N=eligible_N, kept_T=kept_T)
-
-    def update(
-        self, *, boxes: Sequence[Sequence[float]], token_box_N4: Tensor, eligible_N: Tensor, kept_T: Tensor, id: str
-    ) -> None:
-        self.add([id], [self.score(boxes=boxes, token_box_N4=token_box_N4, eligible_N=eligible_N, kept_T=kept_T)])
+class EntityRecall(EvalMetric):
+    """`entity_recall` by its name in `data.metrics`; experiments.token_stats computes it from the selections."""

@@ -1,4 +1,7 @@
-"""Exact match, blind to case and white space."""
+"""Metrics of short answers: exact match, ANLS (DocVQA), relaxed accuracy (ChartQA), SQuAD's scores, entity match.
+
+Each is a function of one prediction and its references, with a class that gives it a name in `data.metrics`.
+"""
 
 import re
 from collections.abc import Sequence
@@ -9,6 +12,24 @@ from torchmetrics.functional.text import squad
 
 from experiments.metrics.answer_metric import TextMetric
 from experiments.metrics.vqa import tables
+
+TOLERANCE = 0.05
+"""Of relaxed accuracy, relative to the target."""
+YEARS = range(1900, 2101)
+"""Targets that relaxed accuracy reads as years with `strict_year`."""
+SYNONYMS = {
+    "center": "centre",
+    "middle": "centre",
+    "upper": "top",
+    "lower": "bottom",
+    "disc": "circle",
+    "disk": "circle",
+    "rhombus": "diamond",
+    "plus": "cross",
+    "grey": "gray",
+}
+"""Words that entity match takes for the same."""
+PLACES = frozenset({"top", "bottom", "left", "right", "centre"})
 
 
 def fold_case(text: str) -> str:
@@ -75,10 +96,6 @@ class Anls(TextMetric):
             threshold=self.threshold,
             strict_threshold=self.strict_threshold,
         )
-
-
-TOLERANCE = 0.05
-YEARS = range(1900, 2101)
 
 
 def to_number(text: str) -> float | None:
@@ -150,31 +167,17 @@ class SquadExactMatch(TextMetric):
         return squad_score(prediction=prediction, references=references, kind="exact_match")
 
 
-_SAME = {
-    "center": "centre",
-    "middle": "centre",
-    "upper": "top",
-    "lower": "bottom",
-    "disc": "circle",
-    "disk": "circle",
-    "rhombus": "diamond",
-    "plus": "cross",
-    "grey": "gray",
-}
-_PLACES = frozenset({"top", "bottom", "left", "right", "centre"})
-
-
 def entity_form(text: str) -> str:
-    """The form that is compared: lower case, no punctuation, no article in front, digits for number words, one word
-    for each synonym; of a place it does not matter which word stands first.
+    """The form that is compared: lower case, no punctuation, no leading article, digits for number words, one word for
+    all synonyms. The words of a place may come in any order: "left top" is "top left".
 
-    Other articles stay: "letter A" ends in one.
+    Other articles stay, because "letter A" ends in one.
     """
     words = re.findall(r"\w+", text.lower())
     if len(words) > 1 and words[0] in tables()["articles"]:
         words = words[1:]
-    words = [_SAME.get(word, word) for word in words]
-    if _PLACES.issuperset(words):
+    words = [SYNONYMS.get(word, word) for word in words]
+    if PLACES.issuperset(words):
         words = sorted(set(words))
     return " ".join(tables()["number_words"].get(word, word) for word in words)
 

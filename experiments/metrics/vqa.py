@@ -1,5 +1,6 @@
-"""The answer normaliser of the VQA evaluation, as lmms-eval applies it, with every oddity that scores depend on.
+"""Soft accuracy of VQAv2 and TextVQA, with the answer normaliser of the VQA evaluation as lmms-eval applies it.
 
+The normaliser's oddities are kept, because the published scores depend on them.
 The tables in vqa_tables.json are facts of the evaluation (VQA authors, BSD-2-Clause). Contractions with a capital
 letter can never apply, because the text is lower case by then.
 """
@@ -18,22 +19,28 @@ _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 """A period with no digit behind it. What was meant as a look-behind is a look-ahead that always holds."""
 _PERIODS = 32
-"""Only so many periods go: the reference passes a flag, whose value is 32, where a count belongs."""
+"""At most so many periods are deleted: the reference passes a flag, whose value is 32, where a count is expected."""
+
+ENOUGH = 4
+"""With fewer references not even an answer that all of them gave scores 1; with one reference the score is always 0."""
+
+Rules = Literal["vqav2", "textvqa"]
 
 
 def normalise(text: str) -> str:
-    """What VQAv2 compares: punctuation, number words, articles and contractions made alike."""
+    """What VQAv2 compares: the text with its punctuation, number words, articles and contractions normalised."""
     return _digits_and_articles(_punctuation(re.sub(r"[\n\t]", " ", text).strip()))
 
 
 def normalise_words(text: str) -> str:
-    """What TextVQA compares: `normalise` after every comma and question mark went and the possessive was split off."""
+    """What TextVQA compares: `normalise` of the text without commas and question marks, the possessive split off."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return normalise(text.strip())
 
 
 @cache
 def tables() -> dict[str, Any]:
+    """The content of vqa_tables.json: articles, contractions, number words, punctuation."""
     text = files("experiments.metrics").joinpath("vqa_tables.json").read_text(encoding="utf-8")
     loaded = json.loads(text)
     assert isinstance(loaded, dict)
@@ -41,7 +48,7 @@ def tables() -> dict[str, Any]:
 
 
 def _punctuation(text: str) -> str:
-    """Deletes a mark that stands next to a space, and every mark where a comma splits a number; else a space comes."""
+    """Deletes marks that stand next to a space, and all marks if a comma splits a number; others become spaces."""
     out = text
     for mark in tables()["punctuation"]:
         alone = f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text) is not None
@@ -55,11 +62,7 @@ def _digits_and_articles(text: str) -> str:
     return " ".join(contractions.get(word, word) for word in words if word not in tables()["articles"])
 
 
-ENOUGH = 4
-"""With fewer references even an answer that all gave cannot score 1; a single one always scores 0."""
 _NORMALISERS = {"vqav2": normalise, "textvqa": normalise_words}
-
-Rules = Literal["vqav2", "textvqa"]
 
 
 def vqa_accuracy(*, prediction: str, references: Sequence[str], rules: Rules = "vqav2") -> float | None:
@@ -79,11 +82,11 @@ class VqaAccuracy(TextMetric):
     """Mean soft accuracy.
 
     Args:
-        rules: whose normaliser is used.
+        rules: the benchmark whose normaliser is used.
         few: accept samples with fewer than 4 references, which can never score 1.
 
     Raises:
-        UserError: a sample has 1 to 3 references, and `few` was not asked for.
+        UserError: a sample has 1 to 3 references, and `few` is False.
     """
 
     def __init__(self, *, rules: Rules = "vqav2", few: bool = False, clean: bool = False) -> None:

@@ -18,7 +18,7 @@ from experiments.data.synthetic.entitygrid.entities import FAMILIES, ICONS, SHAP
 from experiments.data.synthetic.entitygrid.entitygrid_files import digests, write
 from experiments.data.synthetic.entitygrid.placement import Canvas, anchors
 from experiments.metrics import entity_match
-from experiments.metrics.position_bias import probe
+from experiments.analysis.position_bias import probe
 from experiments.schema import CONF
 from shirg import UserError
 

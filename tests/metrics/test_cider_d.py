@@ -1,4 +1,4 @@
-"""CIDEr-D on answers: what it says of short ones, its ceiling, and that it needs the whole set."""
+"""CIDEr-D of short answers: scores, ceiling, and its dependence on the whole set."""
 
 import pytest
 
@@ -35,17 +35,17 @@ def test_the_ceiling_takes_the_best_reference() -> None:
     assert ceiling(items) == pytest.approx(sum(cider_d(perfect)) / 2)
 
 
-def test_as_a_module() -> None:
+def test_scores_and_facts_of_a_set() -> None:
     scorer = metric("cider_d")
     assert isinstance(scorer, CiderD)
-    scorer.update(["Yes", "63 %", "naïve"], [["yes"], ["63%"], []], ["s0", "s1", "s2"])
-    scorer.update(["no"], [["yes"]], ["s0"])  # the padding of a sampler
-    got = {key: float(value) for key, value in scorer.compute().items()}
-    assert got == pytest.approx({"score": 3.75, "ceiling": 3.75, "normalised": 1.0})
     assert scorer.scores(["yes", "63%", "?"], [["yes"], ["63%"], []]) == pytest.approx([2.5, 5.0, None])
+    facts = scorer.facts(["Yes", "63 %", "naïve"], [["yes"], ["63%"], []])
+    assert [facts[key] for key in ("score", "ceiling", "normalised")] == pytest.approx([3.75, 3.75, 1.0])
     facts = scorer.facts(["yes", "63%", "?"], [["yes"], ["64%"], []])
     assert (facts["n"], facts["tokeniser"], facts["reference_tokens"]) == (2, "plain/1", 1.5)
     assert scorer.facts(["a"], [["a"]])["normalised"] is None
+    with pytest.raises(ValueError, match="zip"):
+        scorer.scores(["a", "b"], [["a"]])
 
 
 def test_cleaned_answers() -> None:
@@ -53,11 +53,6 @@ def test_cleaned_answers() -> None:
         metric(name).scores(["The answer is 1,000.", "no"], [["1000"], ["no"]]) for name in ("cider_d", "cider_d_clean")
     )
     assert raw[0] == 0 and clean[0] == pytest.approx(2.5)
-
-
-def test_an_item_without_references_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a reference for every item"):
-        cider_d([(["a"], [])])
 
 
 @pytest.mark.parametrize(

@@ -81,16 +81,15 @@ def test_token_f1_and_exact_match_of_squad(golden: Read, kind: str) -> None:
         ("squad_exact_match", "squad_em_f1", "mean_em", {}),
     ],
 )
-def test_the_mean_of_two_halves_is_the_golden_mean(
+def test_the_metric_of_that_name_has_the_golden_mean(
     golden: Read, name: str, file: str, mean: str, options: dict[str, Any]
 ) -> None:
     data = golden(file)
-    halves = [metric(name, **options) for _ in range(2)]
-    for half, cases in zip(halves, (data["cases"][0::2], data["cases"][1::2]), strict=True):
-        half.update([c["prediction"] for c in cases], [c["references"] for c in cases], [c["id"] for c in cases])
-    halves[0].merge_state(halves[1])
+    scorer = metric(name, **options)
+    scores = [scorer.score(prediction=c["prediction"], references=c["references"]) for c in data["cases"]]
+    scored = [score for score in scores if score is not None]
     if mean in data:
-        assert float(halves[0].compute()) == pytest.approx(data[mean], abs=1e-7)
+        assert sum(scored) / len(scored) == pytest.approx(data[mean], abs=1e-7)
 
 
 def test_normalisers(golden: Read) -> None:

@@ -1,8 +1,8 @@
-"""What the EntityGrid-style probe measures beside accuracy: what is lost where a picture is cut.
+"""Position bias on EntityGrid: how much accuracy is lost where the picture is cut into views.
 
-Discrepancy 1 is the accuracy at the centres of slices less that on their edges, discrepancy 2 less that on the corner
-of four. They are small for a model that sees nothing, so they are read beside the accuracies. The same entity stands at
-every place: differences are taken within entities, and entities are what is resampled.
+Discrepancy 1 is the accuracy at the centres of slices minus that on their edges; discrepancy 2 is the accuracy at the
+centres minus that where four slices meet. Both are small for a model that sees nothing, so they are reported beside the
+accuracies. The same entity is shown at every place: differences are paired by entity, and entities are resampled.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ COUNTING = "counting"
 def probe(rows: Sequence[Row], metric: str) -> dict[str, Any] | None:
     """Accuracy and recall by place, discrepancies in all and by task, and how often too many were counted.
 
-    None for rows that say nothing of places.
+    None for rows without places.
     """
     placed = [row for row in rows if row.get("place") and row["scores"][metric] is not None]
     if not placed:
@@ -65,7 +65,7 @@ def _split(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
 
 
 def _discrepancy(rows: Sequence[Row], metric: str, place: str) -> dict[str, Any] | None:
-    """Mean over entities of the accuracy at centres less that at the place; None where either is missing."""
+    """Mean over entities of the accuracy at centres minus that at the place; None where either is missing."""
     by_entity = [_split(part, "place") for part in _split(rows, "entity").values()]
     pairs = [
         [sum(row["scores"][metric] for row in part[where]) / len(part[where]) for where in (CENTRE, place)]
@@ -91,7 +91,7 @@ def _too_many(row: Row) -> bool:
 
 
 def _macro_f1(rows: Sequence[Row]) -> float:
-    """F1 averaged over the numbers that are right somewhere; whatever else is answered is one more, wrong, class."""
+    """Macro F1 over the numbers that are the right answer of a row; every other answer counts as one extra class."""
     numbers = sorted({int(row["answers"][0]) for row in rows})
     guesses = torch.tensor([_place_in(numbers, _number(row["prediction"])) for row in rows])
     truths = torch.tensor([_place_in(numbers, int(row["answers"][0])) for row in rows])
