@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.analysis.position_bias import probe
 from experiments.analysis.stats import Spread, estimate, over_seeds
 from experiments.data.sample import ids_hash
 from experiments.jobs.atomic_files import remove_path, write_json
@@ -31,7 +32,6 @@ from experiments.jobs.results import (
     write_samples,
 )
 from experiments.metrics.answers import score_together, text_metrics
-from experiments.analysis.position_bias import probe
 from shirg import UserError
 
 Row = dict[str, Any]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from experiments.analysis.position_bias import probe
 from experiments.data.sample import Dataset, Sample
 from experiments.data.synthetic.entitygrid import EntityGrid
 from experiments.data.synthetic.entitygrid.draw import mask_of
@@ -18,7 +19,6 @@ from experiments.data.synthetic.entitygrid.entities import FAMILIES, ICONS, SHAP
 from experiments.data.synthetic.entitygrid.entitygrid_files import digests, write
 from experiments.data.synthetic.entitygrid.placement import Canvas, anchors
 from experiments.metrics import entity_match
-from experiments.analysis.position_bias import probe
 from experiments.schema import CONF
 from shirg import UserError
 
