@@ -166,9 +166,9 @@ def adapter_size(adapter: str | None) -> int:
         return 0
     from safetensors import safe_open
 
-    from lavida_adapter.lora import ADAPTER
+    from lavida_adapter.adapter_files import weights_file
 
-    with safe_open(_adapter_folder(adapter) / ADAPTER, framework="pt") as file:
+    with safe_open(weights_file(_adapter_folder(adapter)), framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
 
 

@@ -1,5 +1,6 @@
 """LaViDa, natively: loads the published checkpoint, matches the reference's numbers, takes any selector."""
 
+from lavida_adapter.adapter_files import load_adapter, save_adapter
 from lavida_adapter.cache_compression.adaptive_k import AdaptiveK
 from lavida_adapter.cache_compression.compressor import CacheSelector
 from lavida_adapter.cache_compression.fastv import FastV
@@ -8,7 +9,7 @@ from lavida_adapter.cache_compression.quantize import CachePacker, Cast, Fp8, In
 from lavida_adapter.cache_compression.redvtp import RedVTP
 from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
 from lavida_adapter.generate import DecodeConfig, Generation
-from lavida_adapter.lora import LoraConfig, add_lora, load_adapter, merge_lora, save_adapter
+from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
 from lavida_adapter.loss import TrainBatch
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig

@@ -98,7 +98,9 @@ def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
 def files_digest(path: str | None) -> str | None:
     """Which files a local checkpoint or adapter consists of: by content where that is quick, by size and time else.
 
-    None for a hub id, whose revision the hub's own cache decides.
+    None for a hub id, whose revision the hub's own cache decides. An adapter that was converted to another layout keeps
+    the digest that it had before, so that studies with it can be resumed: its adapter.json names both digests, and the
+    old one counts only while the files are those that the conversion wrote.
     """
     folder = None if path is None else local_folder(path)
     if folder is None:
@@ -107,7 +109,9 @@ def files_digest(path: str | None) -> str | None:
     for file in sorted(folder.glob("*.safetensors")):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
         digest.update(file.read_bytes() if size < QUICK_BYTES else f"{file.name} {size} {changed}".encode())
-    return digest.hexdigest()[:16]
+    found = digest.hexdigest()[:16]
+    converted = (read_json(folder / "adapter.json") or {}).get("converted", {})
+    return str(converted["from"]) if converted.get("to") == found else found
 
 
 def local_folder(path: str) -> Path | None:

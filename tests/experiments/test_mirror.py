@@ -16,7 +16,7 @@ from experiments.training.callbacks import read_points
 from lavida_adapter import Lavida
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_resume import last_step, wait_for_step
-from tests.lavida_adapter.test_training import poisoned
+from tests.lavida_adapter.training_runs import poisoned
 
 WORDS = ["selector=shirg", "optim.steps=4", "batch_size=4", "trainer.log_every=2", "study=s", "logger=wandb"]
 CHECK = "{_target_: experiments.data.synthetic.glyphs.SynthGlyphs, split: val, n: 8, density: sparse, qa_per_image: 2}"
@@ -133,7 +133,6 @@ def test_a_run_that_does_not_end_well_is_marked_as_failed(train_here: Here, monk
         patch.setattr(Lavida, "loss", lambda *_, **__: 1 / 0)
         train_here(*WORDS, "seed=2", ok=False)
     poisoned(monkeypatch, 0, gradient=False)
-    monkeypatch.setattr("tests.lavida_adapter.test_training.int", lambda _: 0, raising=False)
     folder = train_here(*WORDS, "seed=3", ok=False)
     assert "the loss of step 0 is nan" in result_of(folder)["reason"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import profiling, progress
 from experiments.training.callbacks import Throughput
-from tests.lavida_adapter.test_module import fit, stage
+from tests.lavida_adapter.training_runs import fit, stage
 
 NOTE = r"loss (\d\.\d{4})  ([\d,]+) tokens/s  (\d+\.\d\d) GiB"
 

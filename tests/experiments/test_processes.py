@@ -116,7 +116,7 @@ def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Pat
         two = read_points(folder / "metrics.csv")
         for name in ("loss", "accuracy", "grad_norm", "lr"):
             assert [p[name] for p in two] == pytest.approx([p[name] for p in one], abs=1e-4), name
-        ours, theirs = (load_file(path / "adapter/adapter.safetensors") for path in (folder, alone))
+        ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (folder, alone))
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)

@@ -26,7 +26,7 @@ ALONE = ["optim.warmup=0", "threads=1", "device=cpu"]
 
 def outcome(folder: Path) -> dict[str, bytes]:
     """Weights and curve, byte by byte."""
-    names = ("metrics.csv", "adapter/adapter.safetensors", "adapter/adapter.json")
+    names = ("metrics.csv", *(f"adapter/adapter{end}" for end in ("_model.safetensors", "_config.json", ".json")))
     return {name: (folder / name).read_bytes() for name in names}
 
 
