@@ -16,7 +16,7 @@ from PIL import Image
 from experiments import build, profiling
 from experiments.analysis.aggregate import summarise
 from experiments.build import adapter_path
-from experiments.data.loader import picture_of, read_ahead
+from experiments.data.image_io import picture_of, prefetch_pictures
 from experiments.data.sample import Dataset, Sample, Traced, draw_ids, ids_hash, other_questions
 from experiments.inference import EvalPipeline, Row, build_pipeline
 from experiments.jobs import results
@@ -158,7 +158,7 @@ def answer_all(
             raise UserError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
         done = len(journal.entries)
         progress.advance(sum(map(len, batches[:done])))
-        coming = read_ahead(batches[done:], system.model.config, system.selector.geometry, cfg.workers)
+        coming = prefetch_pictures(batches[done:], system.model.config, system.selector.geometry, cfg.workers)
         for number, (batch, pictures) in enumerate(zip(batches[done:], coming, strict=True)):
             with profiling.explain_oom(system.model, len(batch), budget_of(system)):
                 answers = system.answer(batch, pictures)

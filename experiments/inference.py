@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments import build
-from experiments.data.loader import Pictures, load_pictures, picture_of
+from experiments.data.image_io import Pictures, load_pictures, picture_of
 from experiments.data.sample import Sample
 from experiments.metrics.answers import Scorer, score_answer
 from experiments.token_stats import TokenGeometry, check_counts, count_sources, recall

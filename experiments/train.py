@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import build, profiling
-from experiments.data.loader import TrainData
+from experiments.data.train_data import TrainData
 from experiments.jobs import results
 from experiments.jobs.atomic_files import write_atomic
 from experiments.jobs.job import CHECKPOINT, SHOTS, Job

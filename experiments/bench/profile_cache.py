@@ -43,7 +43,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
 
     from experiments import build
     from experiments.bench.common import config_of
-    from experiments.data.loader import load_pictures
+    from experiments.data.image_io import load_pictures
     from experiments.evaluate import choose_samples
     from experiments.jobs.atomic_files import write_json
     from experiments.profiling import resolve_device

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from experiments import build
 from experiments.bench.common import aligned
-from experiments.data.loader import TrainData
+from experiments.data.train_data import TrainData
 from experiments.jobs.distributed import Ranks
 from experiments.schema import CONF, VERSION_BASE
 from experiments.training.stages import build_stage

@@ -15,21 +15,23 @@ from shirg import MissingFileError, UserError
 
 @dataclass(frozen=True)
 class FolderRow:
+    """One line of the metadata file, checked."""
+
     id: str
     file_name: str
     path: Path
     question: str
     answers: tuple[str, ...]
     fields: dict[str, Any]
-    """All that the line says."""
+    """Everything in the line."""
 
 
 class Folder:
     """A folder of pictures and a metadata file whose lines are JSON objects.
 
     A line has "file_name" (inside the folder), "question", "answers" (a text or a list of texts; "answer" works too)
-    and, if you like, "question_id" or "id"; other keys are ignored. All lines are checked at once; pictures are
-    decoded when they are needed.
+    and optionally "question_id" or "id"; other keys are ignored. All lines are checked when the dataset is built;
+    pictures are decoded when they are needed.
 
     Args:
         root: the folder.
@@ -37,7 +39,7 @@ class Folder:
         limit: use this many rows, drawn with `seed`; a smaller limit draws a part of a larger one's rows.
         seed: for `limit`.
         suffix: put after each question in the prompt.
-        max_new_tokens: room for the answer.
+        max_new_tokens: longest answer in tokens.
         metrics: names of `experiments.metrics`; the first is the headline.
         name: what the dataset is called in tables; the folder's name by default.
 
@@ -186,6 +188,6 @@ def _picture_path(folder: Path, file_name: str, where: str) -> Path:
 
 
 def _subset(rows: list[FolderRow], limit: int | None, seed: int) -> list[FolderRow]:
-    """`limit` rows in file order."""
+    """`limit` rows drawn with the seed, in file order."""
     chosen = draw_ids([row.id for row in rows], limit, seed)
     return [row for row in rows if row.id in chosen]

@@ -1,14 +1,30 @@
-"""Picture files to RGB. One rule for every dataset, so that the same file always gives the same pixels."""
+"""Pictures of samples: files to RGB, each loaded once for a batch, by worker processes where they are asked for.
+
+One rule decodes the files of every dataset, so that the same file always gives the same pixels.
+"""
 
 import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
 
+from experiments.data.sample import Sample
 from shirg import UserError
 
+if TYPE_CHECKING:
+    from lavida_adapter import LavidaConfig
+    from lavida_adapter.views import Views
+    from shirg import Geometry
+
 WIDE_MODES = ("I", "F")
-"""32-bit samples, whose white is anyone's guess."""
+"""32-bit samples: their white level is unknown, so they are refused."""
+
+Pictures = Sequence["Image.Image | Views"]
+"""One for each sample; samples that share a picture share the object, and the tower runs once for it."""
 
 
 def load_picture(path: Path) -> Image.Image:
@@ -20,7 +36,7 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def read_picture(data: bytes, where: str) -> Image.Image:
-    """`load_picture` for a file that a table holds; `where` names it in messages."""
+    """`load_picture` for the bytes of a file; `where` names it in messages."""
     return _load(io.BytesIO(data), where)
 
 
@@ -34,13 +50,17 @@ def _load(file: Path | io.BytesIO, where: str) -> Image.Image:
                     "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
                 )
             return to_rgb(ImageOps.exif_transpose(picture))
-    # Decoders of broken files raise whatever they trip over: OSError, SyntaxError, struct.error, IndexError, ...
+    # Decoders raise many kinds of errors for broken files: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise UserError(f"{where}: cannot be read as a picture ({error}); replace it or remove its rows") from error
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """A decoded picture in RGB, transparency turned white; ValueError where its white is anyone's guess."""
+    """A decoded picture in RGB, transparency turned white.
+
+    Raises:
+        UserError: the picture has 32-bit samples.
+    """
     if picture.mode in WIDE_MODES:
         raise UserError(f"its samples have 32 bits (mode {picture.mode}); save it with 8 bits a channel")
     if picture.mode.startswith("I;16"):
@@ -51,3 +71,71 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
+
+
+def picture_of(sample: Sample) -> str:
+    """The name of the sample's picture; samples that share it are one cluster."""
+    return str(sample.meta.get("picture", sample.id))
+
+
+def load_pictures(batch: Sequence[Sample]) -> list[Image.Image]:
+    """One picture per sample, each loaded once."""
+    pictures: dict[str, Image.Image] = {}
+    for sample in batch:
+        if picture_of(sample) not in pictures:
+            pictures[picture_of(sample)] = sample.load_image()
+    return [pictures[picture_of(sample)] for sample in batch]
+
+
+@dataclass(frozen=True)
+class ViewBatches:
+    """What the worker processes of a data loader compute: the views of batch number i, for a model and a geometry."""
+
+    batches: Sequence[Sequence[Sample]]
+    config: "LavidaConfig"
+    geometry: "Geometry"
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> "list[Views] | Exception":
+        """An error is returned, not raised: a loader would wrap its one sentence into a worker's traceback."""
+        from lavida_adapter.views import cut
+
+        try:
+            images = load_pictures(self.batches[number])
+        except Exception as error:
+            return error
+        views = {id(image): cut(image, self.config, self.geometry) for image in images}
+        return [views[id(image)] for image in images]
+
+
+def prefetch_pictures(
+    batches: Sequence[Sequence[Sample]], config: "LavidaConfig", geometry: "Geometry", workers: int
+) -> Iterator[Pictures | None]:
+    """For each batch its pictures, made into views by `workers` processes; None without workers: load them yourself.
+
+    Raises:
+        UserError: `workers` is negative.
+        Exception: whatever loading a picture raises.
+    """
+    if workers < 0:
+        raise UserError(f"workers={workers}: give 0 or more")
+    if not workers:
+        yield from [None] * len(batches)
+        return
+    loader: DataLoader[Any] = DataLoader(
+        ViewBatches(batches, config, geometry),  # type: ignore[arg-type]  # __len__ and __getitem__ are enough
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        multiprocessing_context="spawn",  # CUDA does not survive a fork
+    )
+    for found in loader:
+        if isinstance(found, Exception):
+            raise found
+        yield cast(Pictures, found)
+
+
+def _unchanged(views: object) -> object:
+    return views

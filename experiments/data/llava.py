@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
     id: str
     picture: str
     rounds: list[tuple[str, str]]
-    """What the user says and what is answered."""
+    """Pairs of a user turn and its answer."""
 
 
 class Llava:
@@ -32,9 +32,9 @@ class Llava:
 
     An entry has "image" and "conversations", turns {"from": "human" | "gpt", "value": text} in which "<image>" marks
     the picture's place; the picture is put before the text in any case. Entries without a picture, with several, or
-    without an answer cannot be learned from here: they are left out and counted in `dropped`.
+    without an answer cannot be used for training: they are left out and counted in `dropped`.
 
-    Texts are held as Arrow columns, which a million conversations need.
+    Texts are kept as Arrow columns, because there may be a million conversations.
 
     Args:
         json: the file.
@@ -167,7 +167,7 @@ class Llava:
                 yield _Entry(f"{number}:{fields.get('id', '')}", str(pictures[0]), rounds)
 
     def _present(self, entries: Iterable[_Entry], drop: bool) -> list[_Entry]:
-        """The entries whose picture is there. A folder is listed once, which is faster than to ask for every file."""
+        """The entries whose picture exists. Listing each folder once is faster than a look-up for every file."""
         listed: dict[str, frozenset[str]] = {}
         found: list[_Entry] = []
         absent: list[_Entry] = []
@@ -203,7 +203,7 @@ def _read(path: Path) -> list[Any]:
 
 
 def _rounds(turns: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Pairs of what the user says and the answer right behind it; what has no answer is left out."""
+    """Pairs of a user turn and the answer that directly follows it; user turns without an answer are left out."""
     if not isinstance(turns, list):
         raise UserError(f"{where}: needs conversations, a list of turns")
     asked = None

@@ -1,4 +1,4 @@
-"""What every dataset yields, so that training and evaluation never ask where a picture comes from."""
+"""Samples and datasets: the one form that training and evaluation read, and how subsets of samples are drawn."""
 
 import hashlib
 import random
@@ -36,24 +36,24 @@ class Sample:
     """The one answer to learn, where the dataset names one; "" is the first of `answers`."""
     subtask: str = ""
     history: tuple[str, ...] = ()
-    """The turns before in a conversation, the user's and the assistant's alternating."""
+    """The earlier turns of a conversation, the user's and the assistant's alternating."""
     boxes: tuple[Box, ...] = ()
-    """Where the evidence is; empty when nobody knows."""
+    """Where the evidence is; empty when unknown."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """"picture" names the picture, so that samples that share one are resampled together; "place" and "entity" are
-    the EntityGrid-style probe's; the rest is the dataset's."""
+    """"picture" names the picture: samples that share it are resampled together. "place" and "entity" belong to
+    EntityGrid-style questions. Other keys are the dataset's own."""
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A map-style dataset that also says how its answers are scored."""
+    """A map-style dataset with the metrics and the answer length of its questions."""
 
     name: str
     split: str
     metric_names: tuple[str, ...]
     """Metrics of `experiments.metrics`; the first one is the headline."""
     max_new_tokens: int
-    """Length of the answer that the model is given room for."""
+    """Longest answer in tokens."""
     questions_per_picture: int
     """Samples i*k to i*k+k-1 share a picture; training keeps them together. 1 when there is no such order."""
 
@@ -64,33 +64,33 @@ class Dataset(Protocol):
 
 @runtime_checkable
 class Traced(Protocol):
-    """A dataset that knows more about where its samples came from than its config says."""
+    """A dataset that records where its samples came from, beyond what its config says."""
 
     provenance: Mapping[str, str]
 
 
 @runtime_checkable
 class Varied(Protocol):
-    """A dataset whose samples are others in each epoch."""
+    """A dataset whose samples differ between epochs."""
 
     def at(self, index: int, epoch: int) -> Sample: ...
 
 
 @runtime_checkable
 class Listed(Protocol):
-    """A dataset that has its texts at hand and can do without some of its samples."""
+    """A dataset that can check its texts without decoding pictures, and drop some of its samples."""
 
     dropped: Counter[str]
-    """How many were left out, by reason."""
+    """Number of dropped samples by reason."""
 
     def keep(self, fits: Callable[[Sample], bool], reason: str) -> None:
-        """Drops and counts what does not fit."""
+        """Drops the samples that do not fit, and counts them in `dropped`."""
 
 
 def draw_ids(ids: Sequence[str], limit: int | None, seed: int) -> frozenset[str]:
-    """`limit` of the ids, the first of an order drawn with the seed: a smaller limit draws a part of a larger one's.
+    """The first `limit` ids of an order drawn with the seed: a smaller limit draws a subset of a larger one's.
 
-    All of them where there is no limit, or not that many.
+    All ids if there is no limit or if there are not that many.
     """
     if limit is None or limit >= len(ids):
         return frozenset(ids)
@@ -100,17 +100,17 @@ def draw_ids(ids: Sequence[str], limit: int | None, seed: int) -> frozenset[str]
 
 
 def ids_hash(ids: Iterable[str]) -> str:
-    """Which samples these are: 16 hex digits of the ids in order."""
+    """Identifies a set of samples: 16 hex digits of the hash of the ids in order."""
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def other_questions(samples: Sequence[Sample], seed: int) -> dict[str, str]:
     """For each sample id the question of another sample, never the same text; a function of the samples and the seed.
 
-    Samples stand in a circle, in an order drawn by the seed; each takes the next question that is not its own.
+    The samples form a circle in an order drawn by the seed; each takes the next question whose text differs.
 
     Raises:
-        UserError: when a sample has no other question to take.
+        UserError: all questions have the same text.
     """
     circle = sorted(samples, key=lambda s: hashlib.sha256(f"{seed}|{s.id}".encode()).digest())
     texts = [" ".join(sample.question.casefold().split()) for sample in circle]
@@ -120,7 +120,7 @@ def other_questions(samples: Sequence[Sample], seed: int) -> dict[str, str]:
             "shuffle_questions=true needs different questions, and all samples ask the same: choose another dataset or "
             "a larger limit="
         )
-    # From the end of the circle backwards: the next question that differs is known from the place behind.
+    # Backwards, so that the next question with another text is known from the step before.
     following = next(i for i in range(n) if texts[i] != texts[-1])
     for i in reversed(range(n)):
         after = (i + 1) % n

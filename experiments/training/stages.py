@@ -10,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from experiments import build
-from experiments.data.loader import Batches, Draw
+from experiments.data.loader import Batches
 from experiments.data.sample import Dataset, Listed
+from experiments.data.train_data import Draw
 from experiments.inference import EvalPipeline, Row
 from experiments.jobs.distributed import Ranks
 from experiments.metrics.answers import text_metrics

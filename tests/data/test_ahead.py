@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.data.image_io import load_picture
-from experiments.data.loader import CutBatches, load_pictures, read_ahead
+from experiments.data.image_io import ViewBatches, load_picture, load_pictures, prefetch_pictures
 from experiments.data.sample import Sample
 from lavida_adapter.views import Views, cut, ready
 from tests.lavida_adapter.tiny import tiny_config
@@ -41,7 +40,7 @@ def batches(tmp_path: Path) -> list[list[Sample]]:
 
 def test_workers_cut_what_would_be_cut_here(batches: list[list[Sample]]) -> None:
     config = tiny_config()
-    found = list(read_ahead(batches, config, "lavida_tiles", workers=2))
+    found = list(prefetch_pictures(batches, config, "lavida_tiles", workers=2))
     assert [len(pictures or ()) for pictures in found] == [3, 1, 1]
     for batch, pictures in zip(batches, found, strict=True):
         assert pictures is not None
@@ -56,14 +55,14 @@ def test_workers_cut_what_would_be_cut_here(batches: list[list[Sample]]) -> None
 
 def test_a_broken_picture_is_told_in_its_own_sentence(batches: list[list[Sample]], tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"not a picture")
-    given = CutBatches(batches, tiny_config(), "lavida_tiles")
+    given = ViewBatches(batches, tiny_config(), "lavida_tiles")
     assert isinstance(given[1], ValueError) and not isinstance(given[2], Exception)
-    coming = read_ahead(batches[1:], tiny_config(), "lavida_tiles", workers=1)
+    coming = prefetch_pictures(batches[1:], tiny_config(), "lavida_tiles", workers=1)
     with pytest.raises(ValueError, match=r"b\.png: cannot be read as a picture .*; replace it or remove its rows$"):
         next(coming)
 
 
 def test_without_workers_nothing_is_loaded(batches: list[list[Sample]]) -> None:
-    assert list(read_ahead(batches, tiny_config(), "lavida_tiles", workers=0)) == [None] * 3
+    assert list(prefetch_pictures(batches, tiny_config(), "lavida_tiles", workers=0)) == [None] * 3
     with pytest.raises(ValueError, match="workers=-1: give 0 or more"):
-        next(read_ahead(batches, tiny_config(), "lavida_tiles", workers=-1))
+        next(prefetch_pictures(batches, tiny_config(), "lavida_tiles", workers=-1))

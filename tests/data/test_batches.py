@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from experiments.data.loader import Batches, Shuffled, StepDataset, TrainData, collate
+from experiments.data.loader import Batches, Shuffled, collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
+from experiments.data.train_data import StepDataset, TrainData
 from experiments.training.stages import Cutter
 from lavida_adapter.views import Views, ready
 from tests.lavida_adapter.tiny import tiny_config
@@ -53,7 +54,7 @@ def test_processes_share_the_batch_of_one() -> None:
     for world in (2, 3):
         parts = [Batches(stream, 6, rank=rank, world=world) for rank in range(world)]
         for step in range(6):
-            assert [place for part in parts for place in part.places(step)] == list(whole.places(step))
+            assert [place for part in parts for place in part.positions(step)] == list(whole.positions(step))
     with pytest.raises(ValueError, match="batch_size=6 is shared by 4 processes: give a multiple of 4"):
         Batches(stream, 6, world=4)
     with pytest.raises(ValueError, match="batch_size=0: give at least 1"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from baselines import Pooled
-from experiments.data.loader import TrainData
+from experiments.data.train_data import TrainData
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig
 from lavida_adapter.relevance import Relevance

@@ -1,4 +1,4 @@
-"""A public benchmark as a dataset, whichever of the three sources it is read from."""
+"""A public benchmark as a dataset, read from the hub, from its official files or from a folder."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from experiments.data.image_io import load_picture
 from experiments.data.sample import Sample
 from shirg import MissingFileError, UserError
 
-READERS: dict[str, Reader] = {
+READERS: Mapping[str, Reader] = {
     "chartqa": Chartqa(),
     "docvqa": Docvqa(),
     "infovqa": Infovqa(),
@@ -31,14 +31,14 @@ class Benchmark:
     Args:
         name: which benchmark: chartqa, docvqa, infovqa, textvqa or vqav2.
         source: "hub", a dataset repository; "disk", the official files; "folder", pictures with a metadata.jsonl.
-        split: "train", "val", "test" or whatever else the source has. A folder without folders for splits in it is
+        split: "train", "val", "test" or any other split of the source. A folder that has no subfolders for splits is
             used whole.
-        root: where the files lie, or a folder of the benchmark's name with the files in it, for "disk" and "folder".
+        root: the folder of the files, or one that has a folder of the benchmark's name, for "disk" and "folder".
         hub: repositories in order of preference, for "hub"; see `experiments.data.benchmarks.hub.candidates`.
         streaming: fetch pictures one row group at a time instead of downloading the split, for "hub".
-        suffix: put after each question in the prompt.
+        suffix: appended to each question in the prompt.
         capitalise: write the question with one capital letter, the first, as lmms-eval does for TextVQA.
-        max_new_tokens: room for the answer.
+        max_new_tokens: longest answer in tokens.
         metrics: names of `experiments.metrics`; the first is the headline.
 
     Raises:
@@ -104,7 +104,7 @@ def read(
 def samples(
     name: str, split: str, raws: Sequence[Raw], items: Sequence[Item], *, suffix: str, capitalise: bool = False
 ) -> list[Sample]:
-    """Samples of the rows; all must have answers, and ids of their own."""
+    """Samples of the rows; all must have answers and unique ids."""
     silent = [raw.where for raw, item in zip(raws, items, strict=True) if not item.answers]
     if silent:
         raise UserError(

@@ -1,8 +1,8 @@
 """`source=hub`: parquet tables of a dataset repository, on the hub or in a folder of the same form.
 
-With `streaming` a table's small columns are read first and each picture when it is asked for, by row groups, so that
-eight samples do not cost seven gigabytes. Without it `datasets` downloads the whole split and keeps it, which also
-serves a machine without a network later.
+With `streaming` the small columns are read first, and the pictures by row groups when they are needed, so that eight
+samples do not cost seven gigabytes. Without it `datasets` downloads the whole split and caches it, which also works for
+a machine that has no network later.
 """
 
 import re
@@ -24,7 +24,7 @@ from shirg import MissingFileError, UserError
 
 PICTURE = "image"
 ALIASES = {"val": "validation", "validation": "val"}
-"""Datasets call the same split by either name."""
+"""Both names are in use for the same split."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
+    """The repository and the split that are read."""
+
     candidate: Candidate
     split: str
     builder: Any
@@ -72,7 +74,7 @@ def candidates(hub: Any) -> list[Candidate]:
 
 
 def find(tried: Sequence[Candidate], split: str) -> Found:
-    """The first candidate that can be read and has the split; what was passed over is printed.
+    """The first candidate that can be read and has the split; prints which ones were passed over.
 
     Raises:
         MissingFileError: none can be read.
@@ -109,7 +111,7 @@ def _list(reasons: Mapping[str, Sequence[str]]) -> list[str]:
 
 def read_hub(found: Found, columns: frozenset[str], streaming: bool) -> list[Raw]:
     """Every row of the split, without its picture."""
-    # A folder is read where it lies: `datasets` would copy it, and takes folders of one name for each other.
+    # A folder is read in place: `datasets` would copy it, and confuses folders of the same name.
     in_place = Path(found.candidate.id).is_dir()
     if not (streaming or in_place):
         return _download(found, columns)
@@ -132,9 +134,9 @@ def _stream(found: Found, columns: frozenset[str]) -> list[Raw]:
             table = _open(url)
             names = _wanted(found, table.schema_arrow.names, columns)
             groups = [table.read_row_group(g, columns=names).to_pylist() for g in range(table.num_row_groups)]
-        except ValueError:
+        except UserError:
             raise
-        except Exception as error:  # whatever the network or a broken file brings
+        except Exception as error:  # errors of the network and of broken files have no common class
             raise UserError(f"{url} cannot be read ({_sentence(error)}); try again, or data.streaming=false") from error
         for group, fields_of_rows in enumerate(groups):
             for index, fields in enumerate(fields_of_rows):
@@ -171,7 +173,7 @@ def _open(url: str) -> pq.ParquetFile:
 
 @lru_cache(maxsize=2)
 def _pictures(url: str, group: int) -> list[Any]:
-    """The pictures of a row group, still encoded; neighbours are asked for one after the other."""
+    """The encoded pictures of a row group; cached, because neighbouring rows are needed one after the other."""
     cells: list[Any] = _open(url).read_row_group(group, columns=[PICTURE]).column(PICTURE).to_pylist()
     return cells
 
@@ -179,7 +181,7 @@ def _pictures(url: str, group: int) -> list[Any]:
 def _fetch(url: str, group: int, index: int, where: str) -> Image.Image:
     try:
         cell = _pictures(url, group)[index]
-    except Exception as error:  # whatever the network brings
+    except Exception as error:  # errors of the network have no common class
         raise UserError(f"{where}: the picture cannot be fetched ({_sentence(error)}); resume=true goes on") from error
     return _decode(cell, where)
 
@@ -189,7 +191,7 @@ def _pick(table: Any, index: int, where: str) -> Image.Image:
 
 
 def _decode(cell: Any, where: str) -> Image.Image:
-    """A cell is the file's bytes, or a mapping with the bytes or a path."""
+    """The picture of a cell, which is a file's bytes or a mapping with the bytes or a path."""
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if isinstance(data, bytes):
         return read_picture(data, where)
@@ -200,6 +202,6 @@ def _decode(cell: Any, where: str) -> Image.Image:
 
 
 def _sentence(error: BaseException) -> str:
-    """The first line of a message, without its end."""
+    """The first line of a message, without its final punctuation."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(" .:")

@@ -1,4 +1,7 @@
-"""What sources and readers hand each other: a raw row of a source, and the same row in this project's terms."""
+"""One reader for each benchmark: its official files on disk, and the meaning of its columns in any source.
+
+A source gives raw rows (`Raw`); a reader turns each into an `Item`, a row in this project's terms.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +25,7 @@ class Raw:
     where: str
     """Names the row in messages."""
     picture: str
-    """Names the picture, as far as the source knows."""
+    """The source's name for the picture."""
     load_image: Callable[[], Image.Image]
 
 
@@ -36,7 +39,7 @@ class Item:
     id: str | None = None
     """None: numbered within the split and the subtask."""
     picture: str | None = None
-    """None: what the source calls it."""
+    """None: the source's name for it."""
     target: str = ""
     subtask: str = ""
     boxes: tuple[Box, ...] = ()
@@ -44,17 +47,21 @@ class Item:
 
 
 class Reader(Protocol):
-    """What is special about one benchmark."""
+    """The file layout and the columns of one benchmark."""
 
     columns: frozenset[str]
-    """Columns of the hub's tables that it can use, besides "image"; none of them is large."""
+    """Columns of the hub's tables that it reads, besides "image"; none of them is large."""
 
     def item(self, raw: Raw) -> Item:
         """A row of the hub, of the official files, or of a folder whose lines use the same names."""
         ...
 
     def disk(self, root: Path, split: str) -> Iterable[Raw]:
-        """The rows of a split in the official layout; FileNotFoundError where it is not there."""
+        """The rows of a split in the official layout.
+
+        Raises:
+            MissingFileError: a file of the split is missing.
+        """
         ...
 
 
@@ -93,7 +100,7 @@ def id_of(fields: Mapping[str, Any], where: str, *names: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A file of the official layout; a sentence where it is broken."""
+    """The content of a file of the official layout; UserError if it is broken."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -109,7 +116,7 @@ def rows_in(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
 
 
 def existing(candidates: Iterable[Path], what: str) -> Path:
-    """The first of these files that is there."""
+    """The first of these files that exists."""
     tried = list(candidates)
     for path in tried:
         if path.is_file():
@@ -120,7 +127,7 @@ def existing(candidates: Iterable[Path], what: str) -> Path:
 def disk_rows(
     rows: Iterable[Mapping[str, Any]], path: Path, place: Callable[[Mapping[str, Any], str], Iterable[Path]]
 ) -> Iterator[Raw]:
-    """The rows of an official file with their pictures; `place` says where one may lie."""
+    """The rows of an official file with their pictures; `place` gives the paths where a row's picture may be."""
     for number, row in enumerate(rows):
         where = f"{path}, entry {number}"
         picture = existing(place(row, where), f"{where}: its picture")
@@ -131,7 +138,7 @@ KINDS = ("human", "augmented")
 
 
 class Chartqa:
-    """The hub's tables say who asked in a column, the official files in their names; there are no ids."""
+    """Who asked is a column of the hub's tables and part of the official files' names; there are no ids."""
 
     columns = frozenset({"type", "human_or_machine", "question", "query", "answer", "label", "imgname"})
 
@@ -157,7 +164,7 @@ def _picture(folder: Path, row: Mapping[str, Any], where: str) -> list[Path]:
 
 
 def _kind(raw: Raw) -> str:
-    """Who asked: "human" or "augmented"; "" in a folder that does not say."""
+    """Who asked: "human" or "augmented"; "" in a folder without that column."""
     machine = raw.fields.get("human_or_machine")
     given = KINDS[int(machine)] if machine is not None else str(raw.fields.get("type") or "")
     return next((kind for kind in KINDS if given.startswith(kind)), "")
@@ -174,7 +181,7 @@ class Docvqa:
     files = ("{split}_v1.0_withQT.json", "{split}_v1.0.json")
     picture_column = "image"
     folders = ("{split}", "", "{split}/documents", "documents", "spdocvqa_images")
-    """Where pictures may lie, under their whole name or its last part."""
+    """Folders that may hold the pictures, under their whole name or its last part."""
 
     def item(self, raw: Raw) -> Item:
         page = [raw.fields.get(name) for name in ("ucsf_document_id", "ucsf_document_page_no")]
@@ -212,7 +219,7 @@ VERSIONS = ("0.5.1", "0.5")
 
 
 class Textvqa:
-    """The pictures of train and val lie in one folder, those of test in another; test has no public answers."""
+    """Train and val share a folder of pictures, test has another; the answers of test are not public."""
 
     columns = frozenset({"question_id", "question", "answers", "image_id"})
 

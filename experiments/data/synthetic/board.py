@@ -1,7 +1,7 @@
-"""A picture of the four task families before it is drawn: stamps on the 16x16 cells of the tiny testbed.
+"""Pictures of the four task families: stamps on the 16x16 cells of the tiny testbed, and how they are rendered.
 
-A stamp is one thing: what is drawn, where, and the words that name it to somebody who knows the page. The tower and the
-language model are taught those words; a picture never holds anything that its stamps do not say.
+A stamp is one thing that is drawn: its mark, its place, and the words that name it. The tower and the language model
+are trained on those words; a picture shows nothing besides its stamps.
 Shape letters: R rows, C columns of cells, y and x pixels of one cell.
 """
 
@@ -30,7 +30,7 @@ from experiments.data.synthetic.glyphs.scene import CHARS, COLOUR_RGB, GRID, SHA
 PANEL = GRID // 2
 """Cells along one side of a quarter of the picture, which is one tile of the tiny model."""
 PAPER, INK = 0.92, 0.15
-"""A page is dark on light, and by that it looks unlike a picture of glyphs."""
+"""A page is dark on light, unlike a picture of glyphs."""
 AXIS = 0.25
 PARTS = 4
 """Heights that a bar can have in its cell."""
@@ -70,9 +70,11 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Board:
+    """All that a picture shows."""
+
     stamps: tuple[Stamp, ...]
     look: int
-    """Seed of what carries no meaning: jitter, noise, which questions come first."""
+    """Seed of everything without meaning: jitter, noise, the order of the questions."""
     paper: bool = False
     axes: bool = False
     """A line along the left and the lower side of each quarter."""
@@ -85,7 +87,7 @@ class Board:
 
 
 def generator(*parts: object) -> Random:
-    """A generator of its own for every picture: order, worker count and what was drawn before do not matter."""
+    """A random generator for one picture: the order of drawing and the number of workers do not matter."""
     return Random(int.from_bytes(blake2b("|".join(map(str, parts)).encode(), digest_size=16).digest()))
 
 

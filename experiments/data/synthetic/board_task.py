@@ -1,4 +1,4 @@
-"""What the four task families share: splits, questions in turn, and samples."""
+"""The base class of the four task families: splits, questions in turn, samples."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,14 @@ DENSITIES = {"sparse": (0.0, 0.0), "dense": (1.0, 1.0), "train": (0.0, 1.0)}
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a board."""
+
     text: str
     answer: str
     evidence: tuple[Stamp, ...]
-    """What shows the answer."""
+    """The stamps that show the answer."""
     absent: bool = False
-    """Whether the answer is that there is none; the evidence is then what it could be mistaken for."""
+    """Whether the answer is that there is none; the evidence is then the stamps that could be confused with it."""
 
 
 class SynthTask(SyntheticDataset):
@@ -33,22 +35,22 @@ class SynthTask(SyntheticDataset):
     Args:
         split: "train", "val" or "test"; no picture's content is in two of them.
         n: questions in all; consecutive ones share a picture.
-        density: "sparse", "dense" or "train", which has any crowd between; several (a list, or separated by commas)
-            take turns picture by picture, and sample.meta["density"] says which.
+        density: "sparse", "dense" or "train", which has any number of distractors between; several (a list, or
+            separated by commas) alternate picture by picture, and sample.meta["density"] names the one of a sample.
         tasks: which of the family's subtasks are asked, in turn; all of them by default.
         seed: other seeds draw other pictures.
         qa_per_image: questions about one picture.
         suffix: put after each question in the prompt.
-        max_new_tokens: room for the answer, which is at most two tokens and an end.
+        max_new_tokens: longest answer in tokens; answers are at most two tokens and an end token.
         metrics: names of `experiments.metrics`; the first is the headline. The family's own by default.
     """
 
     TASKS: ClassVar[tuple[str, ...]]
     LOOKUPS: ClassVar[tuple[str, ...]]
-    """The subtasks that a bag of words for each stamp can answer."""
+    """The subtasks that can be answered from a bag of words for each stamp."""
     METRICS: ClassVar[tuple[str, ...]]
     GUARD: ClassVar[bool] = False
-    """Whether no selector should lose it: its evidence is far larger than a token."""
+    """Whether the family is a control for regressions: its evidence is far larger than a token."""
 
     def __init__(
         self,
@@ -75,22 +77,23 @@ class SynthTask(SyntheticDataset):
         if not tasks or not set(tasks) <= set(self.TASKS):
             raise UserError(f"data.tasks={list(tasks)} must name some of {', '.join(self.TASKS)}")
         self._densities, self._tasks, self._seed, self._suffix = densities, tasks, seed, suffix
-        self._question(self.draw(seed, split, 0, densities[0]), qa_per_image - 1)  # too many: at once
+        # Refuses too many questions when the dataset is built.
+        self._question(self.draw(seed, split, 0, densities[0]), qa_per_image - 1)
 
     @classmethod
     def compose(cls, rng: Random, crowd: float) -> Board:
         """A board of the family, with a share `crowd` of the most distractors that it can have."""
-        raise NotImplementedError(f"{cls.__name__} must say what its pictures hold")
+        raise NotImplementedError(f"{cls.__name__} must compose its boards")
 
     @classmethod
     def patchwork(cls, rng: Random) -> Board:
-        """A board for teaching the vision tower what things look like: many of them, repeated or not."""
+        """A board for training the vision tower on single cells: many stamps, repeated or not."""
         return cls.compose(rng, rng.random())
 
     @classmethod
     def questions(cls, board: Board, rng: Random) -> Mapping[str, list[Question]]:
-        """What can be asked, by subtask; in random order, such that the first answers are balanced."""
-        raise NotImplementedError(f"{cls.__name__} must say what can be asked")
+        """All questions by subtask, in a random order in which the first answers are balanced."""
+        raise NotImplementedError(f"{cls.__name__} must list its questions")
 
     def sample(self, picture: int, turn: int) -> Sample:
         number, which = divmod(picture, len(self._densities))
@@ -124,7 +127,7 @@ class SynthTask(SyntheticDataset):
         raise RuntimeError(f"no picture of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
 
     def _question(self, board: Board, turn: int) -> tuple[str, Question]:
-        """The question of a turn; the board alone decides which."""
+        """Question number `turn` and its subtask; they depend on the board alone."""
         nth, which = divmod(turn, len(self._tasks))
         subtask = self._tasks[which]
         asked = self.questions(board, Random(board.look))[subtask]

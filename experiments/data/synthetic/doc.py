@@ -1,7 +1,7 @@
 """`data=synth_doc`: a page in four columns of lines, each a key of one letter and a value of two digits.
 
-Lines are one cell apart and come in pairs, so that pooling averages two lines of a pair. Keys that nobody asks for
-crowd the page.
+Lines are one cell apart and come in pairs, so that pooling averages two lines of a pair. Keys that no question asks
+for fill the page.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""`data=synth_grid`: four boards of 8x8 squares with small coloured marks; where one stands, and how many there are.
+"""`data=synth_grid`: four boards of 8x8 squares with small coloured marks; where a mark is, and how many there are.
 
 A mark is asked for by colour and kind together, and marks that share only one of them stand next to it. Squares have
 the names of a chessboard's, "a1" at the lower left of each board; marks never lie across two boards.
@@ -23,7 +23,7 @@ MOST_EXTRA = 80
 class SynthGrid(SynthTask):
     """Positions and counts: "where red disc" -> "c5", "count red disc" -> "3".
 
-    The evidence that there is none are the marks of that kind or colour, which are others.
+    For the answer 0 the evidence is the marks that share the kind or the colour.
     """
 
     name = "synth_grid"
@@ -57,7 +57,7 @@ class SynthGrid(SynthTask):
             if colour and len(marks) == 1
         ]
         rng.shuffle(where)
-        # Answers first: each count once, in random order, whatever is common on the board.
+        # Answers are chosen before marks: each count once, in random order, whatever is common on the board.
         by_count: dict[int, list[tuple[str, str]]] = defaultdict(list)
         for sort in product(COLOURS[1:], KINDS):
             by_count[len(found.get(sort, ()))].append(sort)

@@ -1,4 +1,4 @@
-"""The families of synthetic tasks, by the name of their dataset without "synth_"."""
+"""`data=synth_mix`: several families of synthetic tasks in one dataset, so many pictures of each in a round."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +20,12 @@ FAMILIES: dict[str, type[SynthTask]] = {
     "grid": SynthGrid,
     "shapes": SynthShapes,
 }
-
-
+"""By the name of their dataset without "synth_"."""
 GLYPHS = "glyphs"
 
 
 class SynthMix(SyntheticDataset):
-    """Rounds of pictures, so many of each family in a round.
+    """Rounds of pictures with a fixed number of each family.
 
     Args:
         shares: pictures of each family in a round; families are "glyphs", "chart", "doc", "grid" and "shapes".

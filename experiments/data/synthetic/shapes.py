@@ -1,4 +1,4 @@
-"""`data=synth_shapes`: one to four big shapes of 4x4 cells in different colours; the guard that nobody should lose."""
+"""`data=synth_shapes`: one to four big shapes of 4x4 cells in different colours; the control of the families."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class SynthShapes(SynthTask):
     """Colour by kind, kind by colour, how many, and whether there is one of a colour.
 
     "paint circle" -> "red", "form red" -> "circle", "many shapes" -> "3", "any red" -> "yes". The evidence that there
-    is none are all the shapes that there are.
+    is none are all shapes of the picture.
     """
 
     name = "synth_shapes"
@@ -32,7 +32,7 @@ class SynthShapes(SynthTask):
         n = rng.randint(1, MOST)
         colours = rng.sample(COLOURS[1:], n)
         kinds = rng.choices(SHAPES[1:], k=n)
-        while 1 not in Counter(kinds).values():  # one kind must be alone, or its colour could not be asked for
+        while 1 not in Counter(kinds).values():  # one kind must occur once, or no "paint" question could be asked
             kinds = rng.choices(SHAPES[1:], k=n)
         taken: set[Cell] = set()
         shapes = []
@@ -68,7 +68,7 @@ class SynthShapes(SynthTask):
 
 
 def _place(rng: Random, taken: set[Cell]) -> Cell:
-    """Takes a free square of 4x4 cells and returns its top left cell."""
+    """Adds a free square of 4x4 cells to `taken`, and returns its top left cell."""
     while True:
         row, col = (rng.randrange(GRID - SHAPE_SIDE + 1) for _ in range(2))
         wanted = {(row + r, col + c) for r, c in product(range(SHAPE_SIDE), repeat=2)}

@@ -1,4 +1,4 @@
-"""What every synthetic dataset shares: pictures drawn by number, each asked about a few times in a row."""
+"""The base class of synthetic datasets: pictures are drawn by number, and consecutive questions share a picture."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
 
 
 class SyntheticDataset:
-    """`n` questions in all, `qa_per_image` about each picture; a subclass says which sample a number stands for."""
+    """`n` questions in all, `qa_per_image` about each picture; a subclass makes the sample of a number."""
 
     name: str
 
@@ -26,8 +26,8 @@ class SyntheticDataset:
         self._n = n
 
     def sample(self, picture: int, turn: int) -> Sample:
-        """The sample for one picture's question number `turn`, both from 0."""
-        raise NotImplementedError(f"{type(self).__name__} must say what a number stands for")
+        """The sample of question number `turn` about picture number `picture`, both from 0."""
+        raise NotImplementedError(f"{type(self).__name__} must make the sample of a number")
 
     def __len__(self) -> int:
         return self._n
@@ -42,7 +42,7 @@ def densities_of(density: str | Sequence[str], known: Iterable[str]) -> tuple[st
     """Densities from a list or a text with commas.
 
     Raises:
-        UserError: for none at all, one twice, or one that does not exist.
+        UserError: the list is empty, names a density twice, or names one that does not exist.
     """
     found = tuple(part.strip() for part in density.split(",")) if isinstance(density, str) else tuple(density)
     for unknown in set(found).difference(known):

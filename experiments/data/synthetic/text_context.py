@@ -1,9 +1,12 @@
-"""The words of the four task families that glyph pictures do not know; the tokenizer makes each one token."""
+"""Text contexts of the four task families, which train the language model without pictures, and their words.
+
+The words here are those that glyph pictures do not use; the tokenizer makes each one token.
+"""
 
 from dataclasses import dataclass
 from random import Random
 
-from experiments.data.synthetic.board import KINDS, PANEL, PARTS
+from experiments.data.synthetic.board import PANEL, PARTS
 from experiments.data.synthetic.board_task import SynthTask
 
 ROWS = tuple(f"row-{i}" for i in range(1, PANEL + 1))
@@ -12,12 +15,16 @@ COLUMNS = tuple(f"column-{c}" for c in "abcdefgh")
 HEIGHTS = tuple(f"part-{i}" for i in range(PARTS))
 TENS, ONES = "tens", "ones"
 PLACES = (*ROWS, *COLUMNS, *HEIGHTS, TENS, ONES)
-"""Words that only name what a token shows; nobody says them in a question or an answer."""
+"""Words that only name what a token shows; no question or answer contains them."""
 TASKS = ("value", "field", "where", "count", "paint", "form", "many", "any")
 """First words of questions."""
 THING = "shapes"
-"""What "many" asks for."""
+"""The second word of a "many" question."""
 YES, NO = "yes", "no"
+PER_BOARD = 8
+"""Questions about one board, each in its own context; several, because drawing a board takes longer than asking."""
+
+Bag = tuple[str, ...]
 
 
 def row_word(row: int) -> str:
@@ -27,28 +34,6 @@ def row_word(row: int) -> str:
 
 def column_word(col: int) -> str:
     return COLUMNS[col % PANEL]
-
-
-__all__ = [
-    "COLUMNS",
-    "HEIGHTS",
-    "KINDS",
-    "NO",
-    "ONES",
-    "PLACES",
-    "ROWS",
-    "TASKS",
-    "TENS",
-    "THING",
-    "YES",
-    "column_word",
-    "row_word",
-]
-
-
-Bag = tuple[str, ...]
-PER_BOARD = 8
-"""Questions about one board, each in a context of its own; boards take longer to draw than to ask."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +46,7 @@ class TextContext:
 
 
 def draw_contexts(rng: Random, family: type[SynthTask], *, n: int, cells: int) -> list[TextContext]:
-    """`n` contexts of `cells` cells each: the evidence, then whatever else is on the board, then blanks."""
+    """`n` contexts of `cells` cells each: the evidence, other stamps of the board, and blanks if cells are left."""
     drawn: list[TextContext] = []
     while len(drawn) < n:
         board = family.compose(rng, rng.random())

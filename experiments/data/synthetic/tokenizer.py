@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from experiments.data.synthetic import text_context
+from experiments.data.synthetic.board import KINDS
 from experiments.data.synthetic.glyphs.scene import ASPECTS, CHARS, COLOURS, SHAPES, TASKS
 from shirg import UserError
 
@@ -26,9 +27,9 @@ SPECIAL = (
     "<|eot_id|>",
 )
 HEADERS = tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant"))
-"""One token each: the tiny model's contexts are short, and every token around them makes look-up harder to learn."""
+"""One token each: the tiny model's contexts are short, and every further token makes look-up harder to learn."""
 BLANK = " "
-"""Stands for an empty cell where glyphs are spelt out as words."""
+"""The token of an empty cell where glyphs are written as words."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.add_tokens([_whole(word) for word in dict.fromkeys((*ASPECTS, *COLOURS[1:], *SHAPES[1:]))])
     # Behind the words of the glyph task, so that those keep their ids. A kind follows a colour and owns the space.
     core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in text_context.TASKS])
-    core.add_tokens([AddedToken(f" {kind}", normalized=False) for kind in text_context.KINDS])
+    core.add_tokens([AddedToken(f" {kind}", normalized=False) for kind in KINDS])
     core.add_tokens(
         [_whole(word) for word in (text_context.THING, text_context.YES, text_context.NO, *text_context.PLACES)]
     )
@@ -90,7 +91,7 @@ def glyph_tokens(tokenizer: PreTrainedTokenizerFast) -> GlyphTokens:
 def word_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """The one token of each word that names a stamp of the task families."""
     texts = {word: word for word in (*CHARS[1:], *COLOURS[1:], *SHAPES[1:], *text_context.PLACES)}
-    texts |= {kind: f" {kind}" for kind in text_context.KINDS}
+    texts |= {kind: f" {kind}" for kind in KINDS}
     return {word: _one_token(tokenizer, text) for word, text in texts.items()}
 
 

@@ -1,4 +1,4 @@
-"""`data=entitygrid`: one entity at every place of a cut picture, to see what the cuts cost (docs/data.md)."""
+"""`data=entitygrid`: one entity at every place of a picture, to measure what cutting it costs (docs/data.md)."""
 
 from experiments.data.synthetic.entitygrid.entity_dataset import EntityGrid
 

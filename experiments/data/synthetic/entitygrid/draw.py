@@ -1,4 +1,4 @@
-"""Drawings of the entities: our own, as masks, so that they scale to any canvas."""
+"""Drawings of the entities as masks, which scale to any canvas."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from experiments.data.synthetic.glyphs.render import GLYPH_H, GLYPH_W, GLYPHS
 from experiments.data.synthetic.glyphs.scene import CHARS
 
 FINER = 4
-"""Drawings are made so many times larger and then averaged down."""
+"""Drawings are made larger by this factor and then averaged down."""
 WIDEST_STRING = 1.6
 """Width of a string at most, in sizes."""
 
@@ -58,7 +58,7 @@ def mask_of(entity: Entity, size: int) -> Image.Image:
 
 
 def _string(text: str, size: int) -> Image.Image:
-    """Half as high as a size where it fits, by whole pixels: uneven strokes are hard to read."""
+    """Half as high as the size if it fits, scaled by a whole number: uneven strokes are hard to read."""
     strip = _glyphs(text)
     scale = max(1, int(min(size / 2 / GLYPH_H, WIDEST_STRING * size / strip.width)))
     return strip.resize((strip.width * scale, strip.height * scale), Image.Resampling.NEAREST)

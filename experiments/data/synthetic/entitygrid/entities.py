@@ -1,4 +1,4 @@
-"""What stands in the pictures: coloured shapes, characters, short strings and icons, apart by split.
+"""The entities that are shown: coloured shapes, characters, short strings and icons, divided by split.
 
 An entity belongs to one split, so that a model trained on one has never seen the entities of another.
 """
@@ -51,12 +51,12 @@ class Entity:
 
     @property
     def name(self) -> str:
-        """What it is called in an answer."""
+        """Its name in an answer."""
         return f"{self.colour} {self.kind}".strip()
 
     @property
     def phrase(self) -> str:
-        """What it is called in a question, behind "the"."""
+        """Its name in a question, after "the"."""
         if self.family == "character":
             return f"{'digit' if self.kind in DIGITS else 'letter'} {self.kind}"
         return f'text "{self.kind}"' if self.family == "string" else self.name

@@ -1,7 +1,7 @@
-"""The EntityGrid-style probe as a dataset; call its results that, never EntityGrid-QA, whose data is not public.
+"""EntityGrid-style questions as a dataset. Call results "EntityGrid-style": the data of EntityGrid-QA is not public.
 
 After the description of EntityGrid-QA in HiRes-LLaVA (Huang et al., CVPR 2025): an entity is pasted at one of nine
-places of a picture that is cut into four slices, and the same questions are asked wherever it stands.
+places of a picture that is cut into four slices, and the same questions are asked at each place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ SMALLEST = 7
 
 
 class EntityGrid:
-    """Questions about entities at every anchor of a canvas, balanced: each entity at each place in each size.
+    """Questions about entities at every anchor of a canvas; each entity is shown at each place in each size.
 
     Args:
         split: "train", "val" or "test"; no entity is in two of them.
@@ -50,8 +50,8 @@ class EntityGrid:
         jitters: pixels by which an entity at a boundary is moved off it, for a curve; 0 is on it.
         tasks: which of "identification", "choice", "position" and "counting" are asked.
         noise: standard deviation of gray noise, in levels of 255.
-        blank: show empty pictures and ask the same: what can be answered blindly.
-        seed: other seeds draw other entities and other company for counting.
+        blank: show empty pictures with the same questions, to measure what can be answered without seeing.
+        seed: other seeds draw other entities, and other neighbours for counting.
         root, hub, streaming, suffix, max_new_tokens, metrics: as for `experiments.data.benchmarks.Benchmark`.
     """
 
@@ -98,11 +98,11 @@ class EntityGrid:
         if len(canvas) != 2 or len(grid) != 2 or min(*canvas, *grid) < 1:
             raise UserError("data.canvas must be [width, height] and data.grid [rows, cols], of positive numbers")
         self._canvas = Canvas(canvas[0], canvas[1], grid[0], grid[1])
-        room = int(min(self._canvas.slice_px) / WIDEST_STRING)
-        if not sizes or not SMALLEST <= min(sizes) <= max(sizes) <= room:
-            raise UserError(f"data.sizes={list(sizes)}: entities have {SMALLEST} to {room} pixels on this canvas")
-        if not jitters or not 0 <= min(jitters) <= max(jitters) <= room // 2:
-            raise UserError(f"data.jitters={list(jitters)}: give numbers of pixels from 0 to {room // 2}")
+        largest = int(min(self._canvas.slice_px) / WIDEST_STRING)
+        if not sizes or not SMALLEST <= min(sizes) <= max(sizes) <= largest:
+            raise UserError(f"data.sizes={list(sizes)}: entities have {SMALLEST} to {largest} pixels on this canvas")
+        if not jitters or not 0 <= min(jitters) <= max(jitters) <= largest // 2:
+            raise UserError(f"data.jitters={list(jitters)}: give numbers of pixels from 0 to {largest // 2}")
         self._tasks = tuple(task for task in TASKS if task in tasks)
         self._noise, self._blank, self._seed, self._suffix = noise, blank, seed, suffix
         self._samples = [
@@ -111,7 +111,7 @@ class EntityGrid:
             for place, size in enumerate(sizes)
             for jitter in jitters
             for anchor in anchors(self._canvas)
-            # In the middle of a slice there is no boundary to be moved off.
+            # At the centre of a slice there is no boundary, so jitter is not used.
             if anchor.place != "centre" or jitter == jitters[0]
             for sample in self._ask(entity, number, size, number + place, anchor, jitter)
         ]
@@ -125,7 +125,7 @@ class EntityGrid:
         return self._samples[index]
 
     def _ask(self, entity: Entity, number: int, size: int, turn: int, anchor: Anchor, jitter: int) -> Iterator[Sample]:
-        """The questions about one entity at one anchor; what varies between entities is the same at all anchors."""
+        """The questions about one entity at one anchor; they differ between entities, not between anchors."""
         canvas, split = self._canvas, self.split
         at = f"{anchor.x:g}x{anchor.y:g}" + (f"+{jitter}" if jitter else "")
         key = f"{split}-{self._seed}-{entity.name.replace(' ', '-')}-{size}-{at}"
@@ -134,7 +134,7 @@ class EntityGrid:
         if "identification" in self._tasks:
             yield make("identification", "What is shown in the image?", entity.answers, scene=scene)
         if "choice" in self._tasks:
-            # Families take turns, and so do the letters within each.
+            # Families alternate, and so do the letters within each.
             right = (number + number // len(FAMILIES)) % 4
             options = foils(entity, split, 3)
             options.insert(right, entity)
@@ -163,7 +163,7 @@ class EntityGrid:
         scene: EntityScene,
     ) -> Sample:
         canvas = scene.canvas
-        # Where there is nothing to count, what stands at the anchor is what has to be seen.
+        # If the count is 0, the entity at the anchor is the evidence.
         shown = [p.box for p in scene.placed if p.entity == entity] or [scene.placed[0].box]
         drawn = EntityScene(canvas, (), scene.noise, scene.look) if self._blank else scene
         return Sample(

@@ -1,4 +1,4 @@
-"""The probe as files: pictures, rows, and a manifest that notices when either changes."""
+"""EntityGrid-style questions as files: pictures, rows, and a manifest with their digests."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ def write(data: Dataset, root: Path) -> Path:
     """Writes a split into a folder of its name; returns the folder.
 
     Raises:
-        FileExistsError: there is one already.
+        UserError: the folder exists already.
     """
     folder = root / data.split
     if folder.exists():
@@ -52,7 +52,7 @@ def write(data: Dataset, root: Path) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """What the manifest says of the rows and the pictures."""
+    """Digests of the rows and of the pictures, as the manifest stores them."""
     pictures = hashlib.sha256()
     for path in sorted((folder / IMAGES).glob("*.png")):
         pictures.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

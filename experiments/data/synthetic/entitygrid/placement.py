@@ -1,4 +1,4 @@
-"""Where entities stand: at the centre of a slice, across the line between two, or on the corner of four.
+"""Places of entities: at the centre of a slice, on the boundary of two slices, or where four slices meet.
 
 A canvas is cut into rows x cols slices. Its anchors are the centres of the slices and all points where a boundary
 meets a centre line or another boundary: nine for 2 x 2.
@@ -19,7 +19,7 @@ from shirg import UserError
 
 PLACES = ("centre", "edge", "junction")
 NEAR = "near"
-"""The place of an entity that jitter has moved off a boundary: too little of it is on the other side."""
+"""The place of an entity that jitter has moved off a boundary, so that too little of it is on the other side."""
 SPLIT_SHARE = 0.35
 """Least share of an entity's box on each side of a boundary for it to count as cut."""
 ROWS, COLS = ("top", "centre", "bottom"), ("left", "centre", "right")
@@ -80,7 +80,7 @@ def anchors(canvas: Canvas) -> list[Anchor]:
 
 
 def _stops(length: int, slices: int) -> list[tuple[float, bool]]:
-    """Centres and boundaries along an axis, and which is which."""
+    """Positions along an axis, and whether each is a boundary (else it is a centre)."""
     return [(length * k / (2 * slices), k % 2 == 0) for k in range(1, 2 * slices)]
 
 
@@ -93,7 +93,7 @@ def put(entity: Entity, size: int, anchor: Anchor, jitter: int) -> PlacedEntity:
 
 
 def place_of(placed: PlacedEntity, anchor: Anchor) -> str:
-    """The anchor's place, where the entity really is cut by each of its boundaries; else `NEAR`."""
+    """The anchor's place if each of its boundaries cuts the entity; else `NEAR`."""
     x0, y0, x1, y1 = placed.box
     shares = [(anchor.x - x0) / (x1 - x0)] * anchor.on_x + [(anchor.y - y0) / (y1 - y0)] * anchor.on_y
     return anchor.place if all(SPLIT_SHARE <= share <= 1 - SPLIT_SHARE for share in shares) else NEAR
@@ -117,9 +117,9 @@ def counted(
     noise: float,
     seed: str,
 ) -> EntityScene:
-    """`count` of the entity among others of its family; one of them, or for 0 another entity, is at the anchor.
+    """The entity `count` times, among others of its family; one of them, or for 0 another entity, is at the anchor.
 
-    All but that one stand in the centres of slices.
+    The others are at the centres of slices.
     """
     wanted = [entity] * count + foils(entity, split, 3 - count)
     placed = [put(wanted[0], size, anchor, jitter)]

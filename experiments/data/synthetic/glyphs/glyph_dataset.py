@@ -10,7 +10,7 @@ from experiments.data.synthetic.glyphs.scene import DENSITIES, TASKS, draw_scene
 from experiments.data.synthetic.synthetic_dataset import SyntheticDataset, densities_of
 
 _scene = lru_cache(maxsize=64)(draw_scene)
-"""Consecutive samples share a picture."""
+"""Cached, because consecutive samples share a picture."""
 
 
 class SynthGlyphs(SyntheticDataset):
@@ -19,13 +19,13 @@ class SynthGlyphs(SyntheticDataset):
     Args:
         split: "train", "val" or "test"; no scene is in two of them.
         n: questions in all; consecutive ones share a picture.
-        density: how crowded the pictures are: "sparse", "dense", "hard" or "train". Several (a list, or separated by
-            commas) take turns picture by picture; sample.meta["density"] says which.
+        density: number of distractors: "sparse", "dense", "hard" or "train". Several (a list, or separated by commas)
+            alternate picture by picture; sample.meta["density"] names the one of a sample.
         tasks: which of "digit", "letter" and "shape" are asked, in turn.
         seed: other seeds draw other pictures.
         qa_per_image: questions about one picture.
         suffix: put after each question in the prompt.
-        max_new_tokens: room for the answer, which is one token.
+        max_new_tokens: longest answer in tokens; answers are one token.
     """
 
     name = "synth_glyphs"
@@ -48,7 +48,7 @@ class SynthGlyphs(SyntheticDataset):
         self._tasks = tuple(tasks)
         self._seed = seed
         self._suffix = suffix
-        # Wrong tasks are refused at once.
+        # Refuses wrong tasks when the dataset is built.
         questions(_scene(seed, split, 0, self._densities[0]), n=qa_per_image, tasks=self._tasks)
 
     def sample(self, picture: int, turn: int) -> Sample:

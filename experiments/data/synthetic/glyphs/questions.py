@@ -1,4 +1,7 @@
-"""Questions that a scene answers, each with exactly one right answer and the place that shows it."""
+"""Questions about glyphs, each with exactly one right answer: about a scene, or about a list of named cells.
+
+`questions` asks about a picture; `draw_lookups` draws contexts without a picture, which train the language model alone.
+"""
 
 import random
 from collections.abc import Sequence
@@ -27,9 +30,16 @@ from experiments.data.synthetic.glyphs.scene import (
 )
 from shirg import UserError
 
+Ids = npt.NDArray[np.int64]
+
+DIGIT, LETTER = TASKS.index("digit"), TASKS.index("letter")
+"""Values of `Lookups.task_BG`."""
+
 
 @dataclass(frozen=True)
 class GlyphQuestion:
+    """A question about a scene, and the box that shows its answer."""
+
     text: str
     answer: str
     subtask: str
@@ -67,7 +77,7 @@ def ask(scene: GlyphScene, task: str, argument: str) -> GlyphQuestion:
 
 
 def questions(scene: GlyphScene, *, n: int, tasks: Sequence[str] = TASKS) -> list[GlyphQuestion]:
-    """`n` different questions, the tasks in turn. The scene alone decides which; fewer are a prefix of more."""
+    """`n` different questions, the tasks in turn. They depend on the scene alone; fewer are a prefix of more."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise UserError(f"tasks={list(tasks)} must name some of {', '.join(TASKS)}")
@@ -85,7 +95,7 @@ def questions(scene: GlyphScene, *, n: int, tasks: Sequence[str] = TASKS) -> lis
 
 
 def _arguments(scene: GlyphScene, task: str) -> list[str]:
-    """What can be asked of this scene."""
+    """The second words of the questions of a task that this scene answers."""
     if task == "shape":
         return list(ASPECTS)
     if task == "digit":
@@ -97,12 +107,6 @@ def _arguments(scene: GlyphScene, task: str) -> list[str]:
 
 def _box(row: int, col: int, side: int) -> Box:
     return (col / GRID, row / GRID, (col + side) / GRID, (row + side) / GRID)
-
-
-DIGIT, LETTER = TASKS.index("digit"), TASKS.index("letter")
-"""Values of `Lookups.task_BG`."""
-
-Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

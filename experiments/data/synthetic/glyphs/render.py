@@ -1,4 +1,4 @@
-"""The 5x7 font: one bitmap for each char of the vocabulary."""
+"""Glyph scenes as pictures, and the labels of their cells; with the 5x7 font, one bitmap for each char."""
 
 from dataclasses import dataclass
 
@@ -9,6 +9,18 @@ from PIL import Image
 from experiments.data.synthetic.glyphs.scene import CHARS, COLOUR_RGB, FIRST_FOIL, GRID, SHAPE_SIDE, SHAPES, GlyphScene
 
 GLYPH_H, GLYPH_W = 7, 5
+CELL_PX = 8
+PICTURE_PX = GRID * CELL_PX
+NOISE_STD = 0.05
+BACKGROUND = 0.1
+GRAY = 0.5
+DIM = 0.45
+"""Brightness of the big shape relative to a glyph of the same colour."""
+LABELLED_COVER = 0.1
+"""Least share of a cell that the shape must cover for the cell to be labelled with it."""
+
+Picture = npt.NDArray[np.uint8]
+Ids = npt.NDArray[np.int64]
 
 _SHEETS = {
     "0123456789": """
@@ -59,34 +71,6 @@ _SHEETS = {
 }
 
 
-def _cut(sheets: dict[str, str]) -> npt.NDArray[np.bool_]:
-    """Bitmaps [len(CHARS), 7, 5] by char id; id 0 is empty."""
-    glyphs = np.zeros((len(CHARS), GLYPH_H, GLYPH_W), dtype=np.bool_)
-    for names, sheet in sheets.items():
-        rows = [line.split() for line in sheet.split("\n") if line]
-        for column, name in enumerate(names):
-            glyphs[CHARS.index(name)] = [[pixel == "#" for pixel in row[column]] for row in rows]
-    return glyphs
-
-
-GLYPHS = _cut(_SHEETS)
-GLYPHS.setflags(write=False)
-
-
-CELL_PX = 8
-PICTURE_PX = GRID * CELL_PX
-NOISE_STD = 0.05
-BACKGROUND = 0.1
-GRAY = 0.5
-DIM = 0.45
-"""Brightness of the big shape against that of a glyph of the same colour."""
-LABELLED_COVER = 0.1
-"""Least share of a cell that the shape must cover for the cell to be labelled with it."""
-
-Picture = npt.NDArray[np.uint8]
-Ids = npt.NDArray[np.int64]
-
-
 @dataclass(frozen=True)
 class Labels:
     """What each cell [16, 16] shows: char, colour and shape id, 0 for none. Foils have a colour and no char."""
@@ -132,6 +116,16 @@ def labels(scene: GlyphScene) -> Labels:
     return Labels(np.where(char < FIRST_FOIL, char, 0), colour, kind)
 
 
+def _read_font(sheets: dict[str, str]) -> npt.NDArray[np.bool_]:
+    """Bitmaps [len(CHARS), 7, 5] by char id; id 0 is empty."""
+    glyphs = np.zeros((len(CHARS), GLYPH_H, GLYPH_W), dtype=np.bool_)
+    for names, sheet in sheets.items():
+        rows = [line.split() for line in sheet.split("\n") if line]
+        for column, name in enumerate(names):
+            glyphs[CHARS.index(name)] = [[pixel == "#" for pixel in row[column]] for row in rows]
+    return glyphs
+
+
 def _jittered() -> npt.NDArray[np.float32]:
     """Every glyph [8, chars, 8, 8] at every place it can take in its cell."""
     places = [(y, x) for y in range(CELL_PX - GLYPH_H + 1) for x in range(CELL_PX - GLYPH_W + 1)]
@@ -156,6 +150,8 @@ def _shape_ink() -> npt.NDArray[np.float32]:
     return whole.reshape(len(SHAPES), SHAPE_SIDE, CELL_PX, SHAPE_SIDE, CELL_PX).transpose(0, 1, 3, 2, 4)
 
 
+GLYPHS = _read_font(_SHEETS)
+GLYPHS.setflags(write=False)
 JITTERED = _jittered()
 SHAPE_INK = _shape_ink()
 _GLYPH_RGB = np.array([(GRAY,) * 3, *COLOUR_RGB.values()], dtype=np.float32)

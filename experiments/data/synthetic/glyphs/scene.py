@@ -1,6 +1,6 @@
-"""Every word, letter and colour of the glyph task; the tokenizer, the renderer and the tests read them from here.
+"""Glyph scenes: which glyph, colour and big shape each cell shows; with the vocabulary of the task.
 
-Ids start at 1; 0 means "none" in every table and every label.
+Ids of chars, colours and shapes start at 1; 0 means "none" in every table and every label.
 """
 
 import itertools
@@ -19,7 +19,7 @@ DIGITS = tuple("0123456789")
 LETTERS = tuple("ACDEFHJKLMNPRTUVWXYZ")
 """Letters that questions ask for."""
 FOILS = tuple("BGIOQSabdeghnqrt")
-"""Letters that are only ever drawn, to crowd the hard pictures; nobody asks for them and no label names them."""
+"""Letters that are drawn to crowd the hard pictures; no question asks for them and no label names them."""
 CHARS = ("", *DIGITS, *LETTERS, *FOILS)
 """By char id."""
 
@@ -48,17 +48,15 @@ TASKS = ("digit", "letter", "shape")
 ASPECTS = ("kind", "colour")
 """Second word of a question about the shape."""
 FINE = frozenset({"digit", "letter"})
-"""Subtasks whose evidence is one cell; the others ("shape_kind", "shape_colour") guard against regressions."""
-
-
+"""Subtasks whose evidence is one cell (group "fine"); the others, about the big shape, are the group "guard"."""
 VERSION = "glyphs-1"
-"""Part of every seed: a change that draws other scenes must change it."""
+"""Part of every seed; a change of the scenes must change it."""
 GRID = 16
 SHAPE_SIDE = 4
 """Cells along one side of the big shape."""
 HARD_KEYS = 12
 DENSITIES: dict[str, tuple[int, int]] = {"sparse": (0, 0), "dense": (100, 100), "hard": (100, 100), "train": (0, 100)}
-"""Fewest and most distractors; "hard" has them in full colour."""
+"""Least and greatest number of distractors; "hard" has them in full colour."""
 MAX_ATTEMPTS = 1000
 
 Cells = npt.NDArray[np.uint8]
@@ -110,7 +108,7 @@ def draw_scene(seed: int, split: str, index: int, density: str) -> GlyphScene:
 
 
 def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> GlyphScene:
-    """A scene for teaching the vision tower what cells look like: glyphs at random, most in colour, and 1-3 shapes.
+    """A scene for training the vision tower on single cells: random glyphs, most in colour, and 1 to 3 shapes.
 
     `foil_share` of the glyphs have no name, so that the tower learns that a mark need not be a known character.
     """
@@ -135,7 +133,7 @@ def _compose(rng: random.Random, density: str) -> GlyphScene:
     char, colour = [0] * (GRID * GRID), [0] * (GRID * GRID)
     blocks: set[tuple[int, int]] = set()
     shape = _shape(rng, blocks)
-    # Answers first: every digit, letter colour and shape is uniform, whatever the layout turns out to be.
+    # Answers are drawn before places, so that digits, letter colours and shapes are uniform for every layout.
     hues = range(1, len(COLOURS))
     digits = list(zip(rng.choices(range(FIRST_DIGIT, FIRST_LETTER), k=len(hues)), hues, strict=True))
     rng.shuffle(digits)
@@ -152,7 +150,7 @@ def _compose(rng: random.Random, density: str) -> GlyphScene:
     free = [cell for cell in range(GRID * GRID) if cell not in taken]
     count = rng.randint(*DENSITIES[density])
     if hard:
-        # In turn, not at random: a letter that happened to appear once could be taken for a key.
+        # In turn, not at random: a letter that appeared only once would look like a key.
         types = [c for c in range(FIRST_LETTER, len(CHARS)) if c not in keys]
         rng.shuffle(types)
         crowd = list(zip(itertools.cycle(types), rng.choices(hues, k=count), strict=False))
@@ -177,7 +175,7 @@ def _shape(rng: random.Random, blocks: set[tuple[int, int]]) -> BigShape:
 
 
 def _place(rng: random.Random, blocks: set[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
-    """Takes a free rectangle of 2x2-cell blocks and returns its top left block."""
+    """Adds a free rectangle of 2x2-cell blocks to `blocks`, and returns its top left block."""
     side = GRID // 2
     while True:
         row, col = rng.randrange(side - height + 1), rng.randrange(side - width + 1)
