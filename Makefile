@@ -33,8 +33,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Each stage starts from the weights of the one before it; a gate that fails stops the chain. What is finished is not
-# done again; to start over, delete the folder.
+# Each stage starts from the weights of the stage before it. Each ends with a check (its gate); a failed check stops the
+# chain. A finished stage is not run again; to start over, delete the folder.
 SEED ?= 0
 THREADS ?= 2
 TINY := outputs/tiny_seed-$(SEED)
@@ -46,7 +46,7 @@ tiny: setup
 	$(TRAIN) stage=base selector=pooled model.path=$(TINY)/align weights=$(TINY)/base
 	@echo "weights: $(TINY)/base; use them with model.path=$(TINY)/base"
 
-# One adapter for each selector, all for the same steps from the same base; `mixed` reads any budget, whoever filled it.
+# One adapter for each selector, all for the same steps from the same base; `mixed` is trained on five budgets in turn.
 ADAPT = $(TRAIN) data=synth_mix_train model.path=$(TINY)/base weights=$(TINY)/base/adapters
 adapters: $(addprefix adapter-,pooled full random shirg saint topv mixed)
 adapter-%: setup
@@ -57,8 +57,8 @@ ranks: $(addprefix rank-,16 32 64)
 rank-%: setup
 	$(ADAPT)/rank_$* selector=shirg lora.rank=$*
 
-# The whole chain once for each seed, then the sweeps over all of them: hours on two cores, and it may be stopped. Seed 4
-# does not pass the gate of the text stage.
+# The whole chain once for each seed, then the sweeps over all of them: hours on two cores; it can be stopped and run
+# again. Seed 4 does not pass the check of the text stage.
 SEEDS ?= 0 1 2 3 5
 space := $(subst ,, )
 comma := ,
