@@ -4,17 +4,17 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import cli
-from experiments.jobs.launchers import acquire_slot
+from experiments.jobs.launchers import JobOutcome, acquire_slot
 from experiments.schema import VERSION_BASE
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="eval")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> JobOutcome | None:
     with acquire_slot(cfg.threads, cfg.device):
         from experiments.evaluate import evaluate
         from experiments.jobs.job import run_job
 
-        run_job(cfg, evaluate)
+        return run_job(cfg, evaluate, cli.update_report)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,22 @@ import hydra
 from omegaconf import DictConfig
 
 from experiments import cli
-from experiments.jobs.launchers import acquire_slot
+from experiments.jobs.launchers import JobOutcome, acquire_slot
 from experiments.schema import VERSION_BASE
 
 
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> JobOutcome | None:
     if cfg.plan:
         from experiments.training.plan import show
 
-        return show(cfg)
+        show(cfg)
+        return None
     with acquire_slot(cfg.threads, cfg.device):
         from experiments.jobs.job import run_job
         from experiments.train import train
 
-        run_job(cfg, train)
+        return run_job(cfg, train, cli.update_report)
 
 
 if __name__ == "__main__":

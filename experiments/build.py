@@ -1,12 +1,11 @@
-"""Configs become objects here and nowhere else: this is the only file that calls `hydra.utils.instantiate`.
+"""Configs become objects here: data, model, selector, relevance, cache, decoding, logger.
 
-A knob that does not exist, a value of the wrong type, weights that are missing or a budget without a name raise one
-sentence that says what to write instead.
+Weights that are missing, or a budget that the model does not name, raise one sentence that says what to write instead.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
@@ -14,14 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.data.loader import Mixture, Shuffled, Stream, check_weights
 from experiments.data.sample import Dataset
-from experiments.jobs.results import local_folder
-from experiments.schema import CONF, check_knobs
+from experiments.errors import ConfigError, explain
+from experiments.inference import EvalPipeline
+from experiments.metrics.answers import Scorer
+from experiments.plugins import build_plugin
+from experiments.schema import CONF, VERSION_BASE, local_folder
+from experiments.token_stats import TokenGeometry
 from shirg import MissingFileError, Selector, UserError
 
 if TYPE_CHECKING:
@@ -33,11 +37,34 @@ _SWITCHES = ("prefix_attention", "drop_token_after_image")
 """Fields of the model's own config that a run may change; null leaves what the checkpoint says."""
 
 
+def compose_command(command: str, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
+    """The config that `python COMMAND.py OVERRIDES` would get, and the chosen option of every group.
+
+    Raises:
+        ConfigError: overrides that do not compose.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=command):
+            cfg = compose(command, overrides=list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(error, command, overrides)) from None
+    choices = {str(group): str(option) for group, option in cfg.hydra.runtime.choices.items()}
+    with open_dict(cfg):
+        del cfg["hydra"]
+    OmegaConf.set_struct(cfg, True)
+    return cfg, choices
+
+
+def compose_eval(*overrides: str) -> DictConfig:
+    """The config that eval.py would get from these overrides; ConfigError where they do not compose."""
+    return compose_command("eval", overrides)[0]
+
+
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     """The dataset of `data=...`; an empty one raises."""
     if "parts" in OmegaConf.select(cfg, group):
         raise UserError(f"{group}: a mixture is for training; evaluate its parts one by one")
-    dataset = _instantiate(cfg, group)
+    dataset = build_plugin(cfg, group)
     assert isinstance(dataset, Dataset)
     if not len(dataset):
         raise UserError(f"{group}: {dataset.name} ({dataset.split}) has no samples")
@@ -110,7 +137,7 @@ def build_selector(cfg: DictConfig, budgets: Mapping[str, int], config: "LavidaC
     if config is not None and cfg.selector.get("coord_width") == "auto":
         projected = cfg.selector.scaffold.space == "post"
         fixed["coord_width"] = config.lm.d_model if projected else config.vision.hidden_size
-    selector = _instantiate(cfg, "selector", fixed)
+    selector = build_plugin(cfg, "selector", fixed)
     if not isinstance(selector, Selector):
         raise UserError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
     return selector
@@ -123,7 +150,7 @@ def build_cache(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector |
     if "_target_" not in cfg.cache:
         return None
     fixed = {"budget": resolve_budget(cfg.cache.budget, budgets)} if "budget" in cfg.cache else {}
-    made = _instantiate(cfg, "cache", fixed)
+    made = build_plugin(cfg, "cache", fixed)
     if not isinstance(made, CacheSelector | CachePacker):
         raise UserError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector or CachePacker")
     return made
@@ -133,7 +160,7 @@ def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
     """The provider that the selector ranks by; None for a selector that does not ask for one."""
     if not selector.uses_relevance:
         return None
-    provider: Relevance = _instantiate(cfg, "relevance")
+    provider: Relevance = build_plugin(cfg, "relevance")
     return provider
 
 
@@ -148,9 +175,34 @@ def build_decode(cfg: DictConfig, max_new_tokens: int) -> "DecodeConfig":
     return DecodeConfig(**{str(k): v for k, v in fields.items()})
 
 
+def build_pipeline(
+    cfg: DictConfig,
+    model: "Lavida",
+    decode: "DecodeConfig",
+    scorers: Mapping[str, Scorer],
+    *,
+    adapter: str | None = None,
+    asked: Mapping[str, str] | None = None,
+) -> EvalPipeline:
+    """The pipeline of a config around a loaded model; `adapter` names the folder of one to merge into it."""
+    selector = build_selector(cfg, model.config.budgets, model.config).to(model.device).eval()
+    adapt(adapter, model, selector)
+    return EvalPipeline(
+        model=model,
+        selector=selector,
+        relevance=build_relevance(cfg, selector),
+        decode=decode,
+        cache=build_cache(cfg, model.config.budgets),
+        scorers=dict(scorers),
+        geometry=TokenGeometry(model.config, selector.geometry),
+        seed=cfg.seed,
+        asked=asked,
+    )
+
+
 def build_logger(cfg: DictConfig, fixed: Mapping[str, Any] | None = None) -> Any:
     """A Lightning logger, or None for logger=none."""
-    return _instantiate(cfg, "logger", fixed) if "_target_" in cfg.logger else None
+    return build_plugin(cfg, "logger", fixed) if "_target_" in cfg.logger else None
 
 
 def fingerprint(model: "Lavida") -> str:
@@ -185,33 +237,6 @@ def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["ma
         return max(1, round(Fraction(int(share[1]), int(share[2])) * budgets[share[3]]))
     names = ", ".join(f"{name} ({count})" for name, count in budgets.items())
     raise UserError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
-
-
-def _instantiate(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:
-    """Checks the knobs of a plug-in against its constructor, then builds it."""
-    node = OmegaConf.select(cfg, group)
-    if "_target_" not in node:
-        raise UserError(f"{group}: the config has no _target_; choose an option, for example {group}=NAME")
-    values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-    assert isinstance(values, dict)
-    knobs = {str(k): v for k, v in values.items() if k != "_target_"} | dict(fixed or {})
-    target = get_class(values["_target_"])
-    check_knobs(group, target, knobs, _defaults(group, values["_target_"]))
-    try:
-        return instantiate({"_target_": values["_target_"], **knobs}, _convert_="all", _recursive_=False)
-    except InstantiationException as error:
-        if error.__cause__ is None:
-            raise
-        raise error.__cause__ from None
-
-
-def _defaults(group: str, target: str) -> Mapping[str, Any]:
-    """The knobs of the option that builds this target, as its file has them."""
-    for path in sorted((CONF / group.partition(".")[0]).glob("*.yaml")):
-        option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if isinstance(option, dict) and option.get("_target_") == target:
-            return {str(k): v for k, v in option.items()}
-    return {}
 
 
 def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.device) -> "Lavida":
@@ -258,30 +283,3 @@ def _checkpoint(path: str) -> str | Path:
 
 def _adapter_folder(path: str) -> Path:
     return local_folder(path) or Path(path)
-
-
-OWN = "own"
-"""The adapter that was trained for the selector."""
-
-
-def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -> str | None:
-    """The folder of an adapter.
-
-    A name stands for the folder of that name in `adapters/` beside the model's weights, `own` for the one that bears
-    the selector's name; anything else is a path.
-
-    Raises:
-        MissingFileError: a name that the model has no adapter for.
-    """
-    if adapter is None or "/" in adapter or local_folder(adapter) is not None:
-        return adapter
-    name = selector if adapter == OWN else adapter
-    path = f"{model.get('path')}/adapters"
-    folder = local_folder(path)
-    there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder is not None else []
-    if name not in there:
-        raise MissingFileError(
-            f"adapter={adapter}: there is no adapter {name} in {path} ({', '.join(there) or 'it has none'}); "
-            f"train one: python train.py selector={selector} weights={path}/{name}"
-        )
-    return f"{path}/{name}"

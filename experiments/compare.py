@@ -15,7 +15,7 @@ from experiments.analysis.columns import labels
 from experiments.analysis.paired import Row, column, deltas
 from experiments.analysis.rows import collect, run_groups
 from experiments.analysis.stats import holm
-from experiments.errors import fail
+from experiments.errors import fail, is_user_error
 from shirg import MissingFileError, UserError
 
 DECIDED = {
@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     folder, (group, _, option) = Path(arguments[0]), arguments[1].partition("=")
     try:
         print("\n".join(table(folder, group, option)))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        if not is_user_error(error):
+            raise
         fail(str(error))
 
 

@@ -1,12 +1,21 @@
-"""Errors of commands: which ones are the user's to mend, and how a command ends with one.
+"""Errors of commands: which ones the user can fix, what is wrong with a command line, and how a command ends with one.
 
 Nothing here loads torch, so a command line with a mistake is answered at once.
 """
 
+import re
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
-from omegaconf.errors import OmegaConfBaseException
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from experiments.schema import CONF, VERSION_BASE
 
 
 class ConfigError(ValueError):
@@ -30,3 +39,73 @@ def fail(sentence: str, code: int = 1) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:
+    """One sentence for an error of Hydra or OmegaConf: what is wrong with the command line, and what would be right."""
+    if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if name.startswith("submitit_"):
+            return "hydra/launcher: the launchers need submitit; pip install -c constraints.txt -e '.[slurm]'"
+        return f"{group}={name}: there is no such option; choose one of {', '.join(sorted(error.options))}"
+    text = str(error)
+    cause = error.__cause__ or error
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1], command, argv)
+    if match := re.match(r"Error merging override (\S.*)", text):
+        return f"{match[1].strip()}: {_first_line(str(cause))}"
+    if isinstance(error, MissingMandatoryValue):
+        key = error.full_key or text.split(":", 1)[-1].split()[0]
+        return f"{key} has no value; give {key}=..."
+    where = getattr(error, "full_key", None)
+    return f"{where}: {_first_line(text)}" if where else " ".join(line.strip() for line in text.splitlines() if line)
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].strip()
+
+
+def _unknown_key(key: str, command: str, argv: Sequence[str]) -> str:
+    """The options that exist where the mistyped one was looked for."""
+    parent, _, name = key.rpartition(".")
+    group = parent.split(".")[0]
+    choices = _group_choices(group, argv)
+    for overrides in choices:
+        with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+            cfg = compose(command, overrides=overrides, return_hydra_config=True)
+        picked = cfg.hydra.runtime.choices.get(group)
+        node = (
+            OmegaConf.select(cfg, parent)
+            if parent
+            else OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+        )
+        valid = sorted(str(k) for k in node if not str(k).startswith("_")) if isinstance(node, DictConfig) else []
+        if name in valid:
+            continue
+        if not parent:
+            return f"{key}: there is no such key; the keys are {', '.join(valid)}"
+        where = f"{group}={picked}" if picked and parent == group else parent
+        return f"{key}: {where} has no such option; " + (f"it has {', '.join(valid)}" if valid else "it has none")
+    if len(choices) > 1:
+        # Hydra first composes the sweep without what is swept, that is with the group's default.
+        return f"{key}: where {group}= is swept, write it with two plus signs: ++{key}=..."
+    return f"{key}: there is no such key; `python {command}.py --cfg job` lists them"
+
+
+def _group_choices(group: str, argv: Sequence[str]) -> list[list[str]]:
+    """The config choices on the command line: one list for each value that a sweep gives to `group`."""
+    fixed: list[str] = []
+    swept: list[str] = []
+    for override in OverridesParser.create().parse_overrides([a for a in argv if not a.startswith("-")]):
+        name = override.key_or_group
+        if (CONF / name).is_dir():
+            values = _values(override)
+            swept += [f"{name}={value}" for value in values] if name == group else []
+            fixed += [f"{name}={values[0]}"] if name != group else []
+    return [[*fixed, choice] for choice in swept] or [fixed]
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [str(override.value())]

@@ -1,13 +1,14 @@
-"""The verb `eval`: answers every sample once, scores the answers and writes them down as it goes.
+"""The `eval` command: answers every sample once, scores the answers and records them as it goes.
 
-Batches are cut the same way in every run. Each is journaled as a whole, so an interrupted job goes on with the first
-batch that is missing and ends with the answers of an undisturbed one.
+Batches are the same in every run. Each is journaled as a whole, so an interrupted job goes on with the first missing
+batch and ends with the same answers as an undisturbed one.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from omegaconf import DictConfig
@@ -15,13 +16,12 @@ from PIL import Image
 
 from experiments import build, profiling
 from experiments.analysis.aggregate import summarise
-from experiments.build import adapter_path
 from experiments.data.image_io import picture_of, prefetch_pictures
 from experiments.data.sample import Dataset, Sample, Traced, draw_ids, ids_hash, other_questions
-from experiments.inference import EvalPipeline, Row, build_pipeline
+from experiments.inference import Answers, EvalPipeline
 from experiments.jobs import results
-from experiments.jobs.job import JOURNAL, SHOTS, Job
-from experiments.jobs.results import write_samples
+from experiments.jobs.job import JOURNAL, Job
+from experiments.jobs.results import SHOTS, SampleRow, adapter_path, write_samples
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.progress import Progress
@@ -33,35 +33,35 @@ from shirg import UserError
 
 
 def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
-    """Evaluates one system on one dataset; returns the sections of result.json."""
+    """Evaluates one pipeline on one dataset; returns the sections of result.json."""
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: give at least 1")
     device = profiling.resolve_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    # The data first: what is wrong with it should not wait for the weights.
+    # The data first: an error in it should be found before the weights are loaded.
     dataset = build.build_dataset(cfg)
     everything = choose_samples(dataset, cfg.limit, cfg.seed)
     samples = shard_of(everything, cfg.shard, cfg.shards)
     ids = ids_hash(sample.id for sample in samples)
     print(f"data  {dataset.name} {dataset.split}: {len(samples)} of {len(dataset)} samples, ids {ids}")
-    mirror = RunLogger.of(cfg, job)
+    logger = RunLogger.of(cfg, job)
     decode = build.build_decode(cfg, dataset.max_new_tokens)
     adapter = adapter_path(cfg.adapter, cfg.model, job.identity.choices["selector"])
     model = build.build_model(cfg, device)
     asked = other_questions(everything, cfg.seed) if cfg.shuffle_questions else None
     scorers = text_metrics(dataset.metric_names)
-    system = build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked)
-    selector, cache = system.selector, system.cache
-    if cfg.shuffle_questions and not (system.relevance is not None and system.relevance.reads_question):
+    pipeline = build.build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked)
+    if cfg.shuffle_questions and not (pipeline.relevance is not None and pipeline.relevance.reads_question):
         raise UserError(
             "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "
             "that reads the question"
         )
     weights = build.fingerprint(model)
     profiling.reset_peak_memory(device)
-    rows, timings = answer_all(system, samples, pick_examples(everything, cfg.shots), job, cfg, weights)
-    summary = summarise(rows, tuple(system.scorers))
+    examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
+    rows, timings = answer_all(pipeline, samples, examples, job, weights, cfg.batch_size, cfg.workers)
+    summary = summarise(rows, tuple(pipeline.scorers))
     write_samples(job.folder / results.SAMPLES, rows)
     sections: dict[str, Any] = {
         "model": {
@@ -70,14 +70,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "trainable_parameters": build.adapter_size(adapter),
             "weights": weights,
         },
-        "selector": {"class": type(selector).__name__, "stage": selector.stage, "budget": selector.budget},
-        "cache": None
-        if cache is None
-        else {
-            "class": type(cache).__name__,
-            "after": getattr(cache, "after", "prefill"),
-            "budget": getattr(cache, "budget", None),
-        },
+        **_describe(pipeline),
         "data": {
             "name": dataset.name,
             "split": dataset.split,
@@ -102,16 +95,10 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         limits = profiling.known_limits(job.folder.parent, device, model.dtype)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         sections["times"]["flags"] = profiling.flags(sections["times"], held, limits, floor)
-    with mirror:  # only now: a logger has threads of its own, which would be timed too
-        mirror.begin()
-        mirror.end(sections, rows)
+    with logger:  # only now: its threads would be timed, too
+        logger.begin()
+        logger.end(sections, rows)
     return sections
-
-
-def budget_of(system: EvalPipeline) -> int:
-    """Vision tokens of a prompt, as far as the configuration tells."""
-    budget = system.selector.budget
-    return budget if isinstance(budget, int) else system.model.config.budgets["full" if budget is None else "base"]
 
 
 def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
@@ -120,15 +107,9 @@ def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sampl
         raise UserError(f"limit={limit}: give a positive number of samples, or null for all of them")
     samples = [dataset[i] for i in range(len(dataset))]
     if len({sample.id for sample in samples}) < len(samples):
-        raise UserError(f"data: {dataset.name} has two samples with the same id; answers could not be told apart")
+        raise UserError(f"data: {dataset.name} has two samples with the same id; their answers could not be told apart")
     drawn = draw_ids([sample.id for sample in samples], limit, seed)
     return [sample for sample in samples if sample.id in drawn]
-
-
-def prompt_hash(data: DictConfig, max_new_tokens: int) -> str:
-    """How a question becomes a prompt and how long the answer may be: 16 hex digits that rows can be compared by."""
-    recipe = [data.get("suffix", ""), bool(data.get("capitalise", False)), max_new_tokens]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 
 def shard_of(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
@@ -140,42 +121,89 @@ def shard_of(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
     return samples[shard::shards]
 
 
+@dataclass
+class Examples:
+    """Draws the chosen samples into the job's folder while it runs.
+
+    Args:
+        samples: those of this job; in a shard some of the chosen ones are missing.
+        numbers: the number of each chosen sample, by id.
+    """
+
+    job: Job
+    pipeline: EvalPipeline
+    samples: Sequence[Sample]
+    numbers: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        pictures = {sample.id: picture_of(sample) for sample in self.samples}
+        self._mapped = {i: pictures[i] for i in list(self.numbers)[:MAPS] if i in pictures}
+        wanted = set(self._mapped.values())
+        asked = {i: picture for i, picture in pictures.items() if picture in wanted}
+        self.watch = TokenWatch(self.pipeline.selector, asked)
+
+    def draw(self, batch: Sequence[Sample], answers: Answers) -> None:
+        """Draws the chosen samples of a batch, and maps the tokens of the first few."""
+        folder, geometry = self.job.folder / SHOTS, self.pipeline.geometry
+        found = zip(batch, answers.pictures, answers.selections, answers.rows, strict=True)
+        for sample, picture, selection, row in found:
+            if (number := self.numbers.get(sample.id)) is None:
+                continue
+            image = picture if isinstance(picture, Image.Image) else sample.load_image()
+            save_example(folder, number, image, selection, row, sample.boxes, geometry)
+            tokens = self.watch.tokens.get(self._mapped.get(sample.id, ""))
+            if tokens is not None:
+                save_map(folder, number, tokens, geometry(image.size).eligible_N, row["kept"])
+
+
 def answer_all(
-    system: EvalPipeline, samples: Sequence[Sample], shots: Mapping[str, int], job: Job, cfg: DictConfig, weights: str
-) -> tuple[list[Row], list[dict[str, float]]]:
+    pipeline: EvalPipeline,
+    samples: Sequence[Sample],
+    examples: Examples,
+    job: Job,
+    weights: str,
+    batch_size: int,
+    workers: int,
+) -> tuple[list[SampleRow], list[dict[str, float]]]:
     """Every sample's row, and for every batch the milliseconds per sample by stage.
 
     The first batch of a session warms caches and allocators up; its times are left out unless there are no others.
     """
-    size: int = cfg.batch_size
-    batches = [samples[i : i + size] for i in range(0, len(samples), size)]
-    shown = {sample.id: picture_of(sample) for sample in samples}
-    mapped = {name: shown[name] for name in list(shots)[:MAPS] if name in shown}  # or in another shard
-    watched = set(mapped.values())
-    watch = TokenWatch(system.selector, {name: at for name, at in shown.items() if at in watched})
-    with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, watch:
+    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+    with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, examples.watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
             raise UserError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
         done = len(journal.entries)
         progress.advance(sum(map(len, batches[:done])))
-        coming = prefetch_pictures(batches[done:], system.model.config, system.selector.geometry, cfg.workers)
+        coming = prefetch_pictures(batches[done:], pipeline.model.config, pipeline.selector.geometry, workers)
         for number, (batch, pictures) in enumerate(zip(batches[done:], coming, strict=True)):
-            with profiling.explain_oom(system.model, len(batch), budget_of(system)):
-                answers = system.answer(batch, pictures)
-            for sample, picture, selection, row in zip(
-                batch, answers.pictures, answers.selections, answers.rows, strict=True
-            ):
-                if sample.id in shots:
-                    shot, folder = shots[sample.id], job.folder / SHOTS
-                    image = picture if isinstance(picture, Image.Image) else sample.load_image()
-                    save_example(folder, shot, image, selection, row, sample.boxes, system.geometry)
-                    if mapped.get(sample.id) in watch.tokens:
-                        eligible_N = system.geometry(image.size).eligible_N
-                        save_map(folder, shot, watch.tokens[mapped[sample.id]], eligible_N, row["kept"])
+            with profiling.explain_oom(pipeline.model, len(batch), pipeline.n_vision):
+                answers = pipeline.answer(batch, pictures)
+            examples.draw(batch, answers)
             journal.append({"weights": weights, "warm_up": number == 0, "ms": answers.ms, "rows": answers.rows})
             progress.advance(len(batch))
         entries = journal.entries
     shares = [{stage: ms / len(entry["rows"]) for stage, ms in entry["ms"].items()} for entry in entries]
-    rows = [{**row, "batch": i, "ms": shares[i]} for i, entry in enumerate(entries) for row in entry["rows"]]
+    numbered = [(i, row) for i, entry in enumerate(entries) for row in entry["rows"]]
+    rows = [cast(SampleRow, {**row, "batch": i, "ms": shares[i]}) for i, row in numbered]
     timed = [share for share, entry in zip(shares, entries, strict=True) if not entry["warm_up"]] or shares
     return rows, timed
+
+
+def prompt_hash(data: Mapping[str, Any] | DictConfig, max_new_tokens: int) -> str:
+    """How a question becomes a prompt and how long the answer may be: 16 hex digits that rows can be compared by."""
+    recipe = [data.get("suffix", ""), bool(data.get("capitalise", False)), max_new_tokens]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
+def _describe(pipeline: EvalPipeline) -> dict[str, Any]:
+    """The sections of result.json about the selector and the cache."""
+    selector, cache = pipeline.selector, pipeline.cache
+    about = None
+    if cache is not None:
+        after, budget = getattr(cache, "after", "prefill"), getattr(cache, "budget", None)
+        about = {"class": type(cache).__name__, "after": after, "budget": budget}
+    return {
+        "selector": {"class": type(selector).__name__, "stage": selector.stage, "budget": selector.budget},
+        "cache": about,
+    }

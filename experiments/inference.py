@@ -1,17 +1,16 @@
-"""How far a smaller prefix cache moves the model: its first logits against those of the cache as it was written."""
+"""From a batch of samples to their rows: encode, generate, score, count tokens, measure what a smaller cache moves."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from experiments import build
 from experiments.data.image_io import Pictures, load_pictures, picture_of
 from experiments.data.sample import Sample
+from experiments.jobs.results import SampleRow
 from experiments.metrics.answers import Scorer, score_answer
 from experiments.token_stats import TokenGeometry, check_counts, count_sources, recall
 from lavida_adapter import CachePacker, CacheSelector
@@ -27,42 +26,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """For each prompt of a batch, over all slots of an answer that is still masked."""
-
-    most: tuple[float, ...]
-    """Largest |difference| of a logit."""
-    same_top1: tuple[float, ...]
-    """Share of slots whose likeliest token is the same; the mask token does not compete."""
-
-
-@torch.inference_mode()
-def drift(lm: Llada, whole: PrefixCache, stored: StoredPrefix, n_answer: int) -> Drift:
-    """How far the logits of a first step over `stored` are from those over `whole`, for answers of `n_answer` masks.
-
-    The mask token, which is never an answer, counts for nothing.
-    """
-    mask_id = lm.config.mask_token_id
-    ids_BA = torch.full((len(whole.next_position_B), n_answer), mask_id, device=whole.next_position_B.device)
-    expected, found = (DecodeSteps(lm, cache, n_answer)(ids_BA).float() for cache in (whole, stored))
-    for logits in (expected, found):
-        logits[..., mask_id] = 0.0
-    most_B = (expected - found).abs().amax(dim=(1, 2))
-    for logits in (expected, found):
-        logits[..., mask_id] = float("-inf")
-    same_B = (expected.argmax(-1) == found.argmax(-1)).float().mean(-1)
-    return Drift(tuple(most_B.tolist()), tuple(same_B.tolist()))
-
-
-Row = dict[str, Any]
-"""What samples.parquet keeps of one answer; plain JSON."""
-
-
-@dataclass(frozen=True)
 class Answers:
     """A batch, answered."""
 
-    rows: list[Row]
+    rows: list[SampleRow]
     pictures: Pictures
     selections: tuple[Selection, ...]
     ms: dict[str, float]
@@ -90,9 +57,19 @@ class EvalPipeline:
     def headline(self) -> str:
         return next(iter(self.scorers))
 
+    @property
+    def n_vision(self) -> int:
+        """Vision tokens of a prompt, as far as the configuration tells."""
+        budget = self.selector.budget
+        return budget if isinstance(budget, int) else self.model.config.budgets["full" if budget is None else "base"]
+
     @torch.inference_mode()
     def answer(self, batch: Sequence[Sample], pictures: Pictures | None = None) -> Answers:
-        """Answers a batch; depends on nothing but the system and the batch, whose pictures may have been cut before."""
+        """Answers a batch. The result depends on the pipeline and the batch alone.
+
+        Args:
+            pictures: those of the batch, where they were loaded ahead of time.
+        """
         timer = StageTimer(self.model.device)
         pictures = load_pictures(batch) if pictures is None else pictures
         prefix = self.model.encode(
@@ -118,56 +95,23 @@ class EvalPipeline:
         left = prefix.selections
         if generation.cached_BP is not None:
             left = tuple(left_in_cache(prefix, generation.cached_BP))
-        rows = [
-            self._row(sample, picture.size, selection, cached, text, n_visual, n_prefix) | {"n_steps": n_steps} | extra
-            for sample, picture, selection, cached, text, n_visual, n_prefix, n_steps, extra in zip(
-                batch,
-                pictures,
-                prefix.selections,
-                left,
-                generation.texts,
-                prefix.n_visual,
-                prefix.n_tokens,
-                generation.steps,
-                moved,
-                strict=True,
-            )
-        ]
+        sizes = [picture.size for picture in pictures]
+        rows = [self._row(sample, sizes[i], prefix, generation, i, left[i], moved[i]) for i, sample in enumerate(batch)]
         return Answers(rows, pictures, left, ms)
-
-    def _drift(self, prefix: "Prefix", generation: "Generation") -> list[Row]:
-        """For each prompt the bytes of its cache, and where the cache was made smaller, what that moved; not timed."""
-        n = len(prefix.n_tokens)
-        if generation.cache is None:
-            return [{"cache_bytes": None, "drift": None, "same_top1": None}] * n
-        size = generation.cache.n_bytes / n
-        if self.cache is None:
-            return [{"cache_bytes": size, "drift": None, "same_top1": None}] * n
-        whole = self.model.prefill(prefix)
-        found = drift(self.model.lm, whole, generation.cache, self.decode.max_new_tokens)
-        return [
-            {"cache_bytes": size, "drift": most, "same_top1": same}
-            for most, same in zip(found.most, found.same_top1, strict=True)
-        ]
-
-    def _generator(self, batch: Sequence[Sample]) -> torch.Generator:
-        """Seeded by the seed and the batch, so that a resumed job draws what the undisturbed one drew."""
-        digest = hashlib.sha256("\n".join([str(self.seed), *(sample.id for sample in batch)]).encode()).digest()
-        return torch.Generator(self.model.device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _row(
         self,
         sample: Sample,
         size: tuple[int, int],
-        selection: Selection,
+        prefix: "Prefix",
+        generation: "Generation",
+        i: int,
         left: Selection,
-        text: str,
-        n_visual: int,
-        n_prefix: int,
-    ) -> Row:
-        """`selection` is what was fed, `left` what of it the answer could see to the end."""
+        moved: "Moved",
+    ) -> SampleRow:
+        """The row of sample number `i` of the batch; `left` is what of its selection stayed in the cache to the end."""
         kept_T = left.index_BT[0][left.mask_BT[0] & (left.source_BT[0] == Source.KEPT)].cpu()
-        sources = count_sources(selection)
+        sources, n_visual, text = count_sources(prefix.selections[i]), prefix.n_visual[i], generation.texts[i]
         check_counts(self.selector, sources, n_visual, self.geometry, size, sample.id)
         return {
             "id": sample.id,
@@ -184,37 +128,70 @@ class EvalPipeline:
             "place": str(sample.meta.get("place", "")),
             "entity": str(sample.meta.get("entity", "")),
             "n_visual": n_visual,
-            "n_prefix": n_prefix,
+            "n_prefix": prefix.n_tokens[i],
             "n_cache": int(left.mask_BT.sum()) if isinstance(self.cache, CacheSelector) else None,
             "kept": kept_T.tolist(),
             "sources": sources,
             "recall": recall(sample.boxes, kept_T, self.geometry, size),
+            "n_steps": generation.steps[i],
+            "cache_bytes": moved.cache_bytes,
+            "drift": moved.drift,
+            "same_top1": moved.same_top1,
         }
 
+    def _drift(self, prefix: "Prefix", generation: "Generation") -> list["Moved"]:
+        """For each prompt the bytes of its cache and, where the cache was made smaller, its drift; not timed."""
+        n = len(prefix.n_tokens)
+        if generation.cache is None:
+            return [Moved()] * n
+        size = generation.cache.n_bytes / n
+        if self.cache is None:
+            return [Moved(size)] * n
+        found = drift(self.model.lm, self.model.prefill(prefix), generation.cache, self.decode.max_new_tokens)
+        return [Moved(size, most, same) for most, same in zip(found.most, found.same_top1, strict=True)]
 
-def build_pipeline(
-    cfg: DictConfig,
-    model: "Lavida",
-    decode: "DecodeConfig",
-    scorers: Mapping[str, Scorer],
-    *,
-    adapter: str | None = None,
-    asked: Mapping[str, str] | None = None,
-) -> EvalPipeline:
-    """The system of a config around a model that is loaded; an adapter is merged into it."""
-    selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device).eval()
-    build.adapt(adapter, model, selector)
-    return EvalPipeline(
-        model=model,
-        selector=selector,
-        relevance=build.build_relevance(cfg, selector),
-        decode=decode,
-        cache=build.build_cache(cfg, model.config.budgets),
-        scorers=dict(scorers),
-        geometry=TokenGeometry(model.config, selector.geometry),
-        seed=cfg.seed,
-        asked=asked,
-    )
+    def _generator(self, batch: Sequence[Sample]) -> torch.Generator:
+        """Seeded by the seed and the batch, so that a resumed job draws what the undisturbed one drew."""
+        digest = hashlib.sha256("\n".join([str(self.seed), *(sample.id for sample in batch)]).encode()).digest()
+        return torch.Generator(self.model.device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What the cache of one prompt takes and, where it was made smaller, how far that moved the model."""
+
+    cache_bytes: float | None = None
+    drift: float | None = None
+    """Largest |difference| of a logit."""
+    same_top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """For each prompt of a batch, over all slots of an answer that is still masked."""
+
+    most: tuple[float, ...]
+    """Largest |difference| of a logit."""
+    same_top1: tuple[float, ...]
+    """Share of slots whose likeliest token is the same; the mask token does not compete."""
+
+
+@torch.inference_mode()
+def drift(lm: Llada, whole: PrefixCache, stored: StoredPrefix, n_answer: int) -> Drift:
+    """How far the logits of a first step over `stored` are from those over `whole`, for answers of `n_answer` masks.
+
+    The mask token is never an answer and is left out.
+    """
+    mask_id = lm.config.mask_token_id
+    ids_BA = torch.full((len(whole.next_position_B), n_answer), mask_id, device=whole.next_position_B.device)
+    expected, found = (DecodeSteps(lm, cache, n_answer)(ids_BA).float() for cache in (whole, stored))
+    for logits in (expected, found):
+        logits[..., mask_id] = 0.0
+    most_B = (expected - found).abs().amax(dim=(1, 2))
+    for logits in (expected, found):
+        logits[..., mask_id] = float("-inf")
+    same_B = (expected.argmax(-1) == found.argmax(-1)).float().mean(-1)
+    return Drift(tuple(most_B.tolist()), tuple(same_B.tolist()))
 
 
 def left_in_cache(prefix: "Prefix", cached_BP: Tensor) -> Iterator[Selection]:

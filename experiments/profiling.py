@@ -1,8 +1,10 @@
-"""Memory and time of a job: peaks, out-of-memory messages, and figures that no device can reach."""
+"""Memory and time of a job: peaks, out-of-memory messages, a clock, and times that no device can reach."""
 
+import gc
 import resource
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from experiments.jobs.atomic_files import read_json, write_json
+from experiments.atomic_files import read_json, write_json
 from shirg import UserError
 
 if TYPE_CHECKING:
-    from lavida_adapter import LladaConfig
-import gc
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lavida_adapter import Lavida
+    from lavida_adapter import Lavida, LladaConfig
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -70,6 +67,56 @@ def summarise_stages(timings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "ms_per_sample": {**medians, "total": statistics.median(sum(timing.values()) for timing in timings)},
         "batches_timed": len(timings),
     }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of every repetition."""
+
+    wall_ms: tuple[float, ...]
+    cpu_ms: tuple[float, ...]
+    """Time of all threads of this process, which a busy machine disturbs less; empty on CUDA."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall_ms)
+
+    @property
+    def least(self) -> float:
+        return min(self.wall_ms)
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "ms": self.median,
+            "ms_min": self.least,
+            "cpu_ms": statistics.median(self.cpu_ms) if self.cpu_ms else None,
+            "ms_all": list(self.wall_ms),
+        }
+
+
+def time_call(call: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 2) -> Timing:
+    """Times `call`, after some calls that are not counted."""
+    for _ in range(warm_up):
+        call()
+    if device.type == "cuda":
+        return Timing(tuple(_event_ms(call, device) for _ in range(repeats)), ())
+    wall, cpu = [], []
+    for _ in range(repeats):
+        wall_began, cpu_began = time.perf_counter(), time.process_time()
+        call()
+        wall.append(1000 * (time.perf_counter() - wall_began))
+        cpu.append(1000 * (time.process_time() - cpu_began))
+    return Timing(tuple(wall), tuple(cpu))
+
+
+def _event_ms(call: Callable[[], object], device: torch.device) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record(torch.cuda.current_stream(device))
+    call()
+    end.record(torch.cuda.current_stream(device))
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end))
 
 
 LIMITS = "limits.json"
@@ -147,8 +194,6 @@ def known_limits(folder: Path, device: torch.device, dtype: torch.dtype) -> Limi
 
 
 def _best_s(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    from experiments.bench.common import time_call
-
     with torch.inference_mode():
         return time_call(call, device, repeats=repeats, warm_up=1).least / 1000
 

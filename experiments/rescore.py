@@ -17,12 +17,11 @@ from hydra.errors import HydraException
 
 from experiments.analysis.aggregate import summarise
 from experiments.analysis.table import refresh
+from experiments.atomic_files import encode_json, read_json, write_together
 from experiments.data.sample import ids_hash
 from experiments.errors import is_user_error
 from experiments.jobs import results
-from experiments.jobs.atomic_files import encode_json, read_json, write_together
-from experiments.jobs.job import SHOTS
-from experiments.jobs.results import encode_samples, read_rows
+from experiments.jobs.results import SHOTS, SampleRow, encode_samples, read_rows
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import Scorer, score_answer, scorer_version, text_metrics
 from experiments.schema import override_key
@@ -32,8 +31,6 @@ from shirg import MissingFileError, UserError
 WORD = "rescore"
 METRICS = "data.metrics"
 _RECALL = "entity_recall"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, 
     return before, quality
 
 
-def _answers(folder: Path, result: Mapping[str, Any]) -> list[Row]:
+def _answers(folder: Path, result: Mapping[str, Any]) -> list[SampleRow]:
     """The job's answers, after making sure that they are all of them and the ones that were scored."""
     where = f"{WORD}={folder}"
     if result["verb"] != "eval" or result["status"] != "ok":
@@ -157,7 +154,7 @@ def _answers(folder: Path, result: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _check_fed(folder: Path, rows: Sequence[Row], scorers: Mapping[str, Scorer], asked: Sequence[str]) -> None:
+def _check_fed(folder: Path, rows: Sequence[SampleRow], scorers: Mapping[str, Scorer], asked: Sequence[str]) -> None:
     """Every metric that was asked for must have something to compare with in some sample."""
     for name in asked:
         if name == _RECALL:
@@ -186,7 +183,7 @@ def _asked_with(result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any
     }
 
 
-def _shots(folder: Path, rows: Sequence[Row]) -> dict[Path, dict[str, Any]]:
+def _shots(folder: Path, rows: Sequence[SampleRow]) -> dict[Path, dict[str, Any]]:
     """The records of the drawn samples with their new scores; those that need all answers stay empty there."""
     scores = {row["id"]: dict(row["scores"]) for row in rows}
     records = {path: read_json(path) for path in sorted((folder / SHOTS).glob("*.json"))}

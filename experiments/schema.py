@@ -1,24 +1,20 @@
-"""The typed spine of the configs: the numbers and names that people mistype.
+"""The typed schema of the configs: numbers, names and their types.
 
-Importing this module registers the schemas and two resolvers with Hydra; it imports nothing heavy, so that `--help`
-answers at once. Plug-in groups (model, selector, relevance, data, cache, logger) are checked by their own constructors.
+Importing this module registers the schemas and the resolvers with Hydra. It imports nothing heavy, so that `--help`
+answers at once. Plug-in groups (model, selector, relevance, data, cache, logger) are checked by their constructors
+(`experiments.plugins`).
 """
 
 import hashlib
-import inspect
 import itertools
 import re
-import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-
-from experiments.errors import ConfigError
 
 VERSION_BASE = "1.3"
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -202,6 +198,11 @@ class Train(Run):
     """Says what the run would train and need, and does nothing."""
 
 
+def local_folder(path: str) -> Path | None:
+    """The folder that a path names, relative to the working directory or to the repository; None if there is none."""
+    return next((folder for folder in (Path(path), CONF.parent / path) if folder.is_dir()), None)
+
+
 def override_key(word: str) -> str:
     """The key of an override: `selector.budget` of `++selector.budget=80`."""
     return word.partition("=")[0].lstrip("+~")
@@ -216,6 +217,11 @@ def job_name(verb: str, override_dirname: str) -> str:
     if len(name) > MAX_NAME:
         name = f"{name[:MAX_NAME]}-{hashlib.sha256(override_dirname.encode()).hexdigest()[:8]}"
     return name
+
+
+def tasks_per_node(strategy: str, gpus_per_node: int | None) -> int:
+    """Tasks of a SLURM job on each node: one for each GPU where several processes train, else one."""
+    return 1 if strategy == Strategy.single or gpus_per_node is None else gpus_per_node
 
 
 def describe_groups(verb: str) -> str:
@@ -247,61 +253,8 @@ def register() -> None:
     for name, node in (("eval", Eval), ("train", Train)):
         store.store(group="schema", name=name, node=node, provider="experiments")
     OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+    OmegaConf.register_new_resolver("tasks_per_node", tasks_per_node, replace=True)
     OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
 
 
 register()
-
-
-def check_knobs(group: str, target: type, knobs: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Compares knobs with a constructor and with the option's own file; `group` is how a message names them.
-
-    Raises:
-        ConfigError: for a knob that the constructor does not have, or a value of another type.
-    """
-    parameters = inspect.signature(target).parameters
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    if not takes_any and (unknown := sorted(knobs.keys() - parameters.keys())):
-        raise ConfigError(f"{group}.{unknown[0]}: {target.__name__} has no such knob; it has {', '.join(parameters)}")
-    _compare_types(group, knobs, defaults)
-    for name, value in knobs.items():
-        if name in parameters and not _fits(value, hint := parameters[name].annotation):
-            raise ConfigError(f"{group}.{name}={value!r} is not {_describe(hint)}")
-
-
-def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Refuses a text where the option's own file has a number or a truth value; nested knobs have no annotation."""
-    for name, default in defaults.items():
-        value = given.get(name)
-        if isinstance(default, Mapping) and isinstance(value, Mapping):
-            _compare_types(f"{where}.{name}", value, default)
-        elif isinstance(default, bool) and isinstance(value, str):
-            raise ConfigError(f"{where}.{name}={value!r} is not true or false")
-        elif isinstance(default, int | float) and isinstance(value, str):
-            raise ConfigError(f"{where}.{name}={value!r} is not a number")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a config value is of the annotated type; annotations beyond plain ones are left to the constructor."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str, types.NoneType):
-        return isinstance(value, hint)
-    return True
-
-
-def _describe(hint: Any) -> str:
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in get_args(hint))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -14,10 +14,11 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import build, profiling
+from experiments.atomic_files import write_atomic
 from experiments.data.train_data import TrainData
 from experiments.jobs import results
-from experiments.jobs.atomic_files import write_atomic
-from experiments.jobs.job import CHECKPOINT, SHOTS, Job
+from experiments.jobs.job import CHECKPOINT, Job
+from experiments.jobs.results import SHOTS
 from experiments.sweeps import system_of
 from experiments.training.run_logger import RunLogger, shows_pictures
 from experiments.training.stages import build_stage, lora_config
@@ -36,12 +37,12 @@ def train(cfg: DictConfig, job: Job) -> dict[str, Any]:
 
 
 def _train(cfg: DictConfig, job: Job, mirror: RunLogger) -> dict[str, Any]:
-    device = profiling.resolve_device(cfg.device, job.crew.local_rank)
+    device = profiling.resolve_device(cfg.device, job.ranks.local_rank)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg, device)
-    stage = build_stage(cfg, model, job.crew)
+    stage = build_stage(cfg, model, job.ranks)
     data = TrainData(stage.draw, cfg.optim.steps, cfg.trainer.workers)
     model.train()
     trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
@@ -50,7 +51,7 @@ def _train(cfg: DictConfig, job: Job, mirror: RunLogger) -> dict[str, Any]:
 
     last = job.folder / CHECKPOINT
     began = time.perf_counter()
-    trainer, pace = build_trainer(cfg, job.crew, device, job.folder, last.parent, mirror)
+    trainer, pace = build_trainer(cfg, job.ranks, device, job.folder, last.parent, mirror)
     mirror.begin()
     try:
         trainer.fit(stage.module, datamodule=data, ckpt_path=starting_point(cfg, job, last))
@@ -75,9 +76,9 @@ def _train(cfg: DictConfig, job: Job, mirror: RunLogger) -> dict[str, Any]:
         },
         "data": stage.data,
         "environment": results.environment(device, cfg.dtype),
-        "times": {"train_s": seconds, "processes": job.crew.world, **rates, "peak_mib": profiling.peak_mib(device)},
+        "times": {"train_s": seconds, "processes": job.ranks.world, **rates, "peak_mib": profiling.peak_mib(device)},
     }
-    if job.crew.first:
+    if job.ranks.is_main:
         artifact = save(cfg, stage.module, job, {"stage": cfg.stage, "seconds": round(seconds, 1), "gate": reached})
         shutil.rmtree(last.parent, ignore_errors=True)
         path = artifact.relative_to(Path.cwd()) if artifact.is_relative_to(Path.cwd()) else artifact
@@ -91,12 +92,12 @@ def _train(cfg: DictConfig, job: Job, mirror: RunLogger) -> dict[str, Any]:
 
 def starting_point(cfg: DictConfig, job: Job, last: Path) -> Path | None:
     """The checkpoint to go on from, the same for all processes; what is left of others is cleared away."""
-    if job.crew.first:
+    if job.ranks.is_main:
         if not cfg.resume:
             shutil.rmtree(last.parent, ignore_errors=True)
         for torn in last.parent.glob(f".{last.name}.*"):
             torn.unlink()
-    return job.crew.hear(last if last.exists() else None)
+    return job.ranks.broadcast(last if last.exists() else None)
 
 
 def check_gate(reached: Mapping[str, float], wanted: Mapping[str, float]) -> None:

@@ -16,13 +16,15 @@ import numpy as np
 
 from experiments.analysis.position_bias import probe
 from experiments.analysis.stats import Spread, estimate, over_seeds
+from experiments.atomic_files import remove_path, write_json
 from experiments.data.sample import ids_hash
-from experiments.jobs.atomic_files import remove_path, write_json
 from experiments.jobs.results import (
     NOT_HASHED,
     RECALL,
     RESULT,
     SAMPLES,
+    SHOTS,
+    SampleRow,
     Score,
     config_hash,
     read_result,
@@ -34,7 +36,7 @@ from experiments.jobs.results import (
 from experiments.metrics.answers import score_together, text_metrics
 from shirg import UserError
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
@@ -231,7 +233,6 @@ def _key(result: Result) -> str:
     return json.dumps(same, sort_keys=True, default=str)
 
 
-SHOTS = "shots"
 StoredResult = dict[str, Any]
 
 
@@ -287,10 +288,10 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, StoredResult]]) -> None
     )
 
 
-def _in_order(parts: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def _in_order(parts: Sequence[Sequence[SampleRow]]) -> list[SampleRow]:
     """Rows of shards in the order of the dataset: shard s holds the samples s, s + shards, s + 2 shards, ..."""
     total = sum(map(len, parts))
-    return [dict(parts[i % len(parts)][i // len(parts)]) for i in range(total)]
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
 
 def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.analysis.aggregate import merge_shards
 from experiments.analysis.columns import columns, legend, markdown, parts
 from experiments.analysis.rows import Row, collect
-from experiments.jobs.atomic_files import write_atomic
+from experiments.atomic_files import write_atomic
 
 NAME = "table"
 

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from experiments.errors import fail
+from experiments.errors import fail, is_user_error
 
 
 class Measured(Protocol):
@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> None:
 
     import torch
 
-    from experiments.jobs.atomic_files import write_atomic, write_json
+    from experiments.atomic_files import write_atomic, write_json
     from experiments.jobs.results import environment
     from experiments.profiling import resolve_device
 
@@ -178,6 +178,8 @@ def main(arguments: list[str]) -> None:
         run = import_module(f"experiments.bench.{given.part}").run
         measured: Measured = run(device=device, **{key: getattr(given, key) for key in PARTS[given.part].defaults})
     except ValueError as error:
+        if not is_user_error(error):
+            raise
         fail(str(error))
     print("\n".join(measured.lines()))
     command = shlex.join(["python", "-m", "experiments.bench", *arguments])

@@ -1,97 +1,33 @@
-"""What the benches share: a clock, models, inputs, tables."""
+"""What the benches share: models, inputs, tables."""
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
 from torch import Tensor
 
 from experiments import build
-from experiments.cli import explain
 from experiments.profiling import Limits, Work, measure_limits
-from experiments.schema import CONF, VERSION_BASE
-from shirg import UserError
-
-if TYPE_CHECKING:
-    from lavida_adapter import Lavida
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from html import escape
-
-import numpy as np
-from PIL import Image
-
+from experiments.profiling import Timing as Timing
+from experiments.profiling import time_call as time_call
 from lavida_adapter import LavidaConfig, VisionConfig
 from lavida_adapter.views import Views, cut, layout_on, patch_pixels
 from lavida_adapter.vision import VisionTower
 from shirg import Geometry, VisionFeatures
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of every repetition."""
-
-    wall_ms: tuple[float, ...]
-    cpu_ms: tuple[float, ...]
-    """Time of all threads of this process, which a busy machine disturbs less; empty on CUDA."""
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.wall_ms)
-
-    @property
-    def least(self) -> float:
-        return min(self.wall_ms)
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "ms": self.median,
-            "ms_min": self.least,
-            "cpu_ms": statistics.median(self.cpu_ms) if self.cpu_ms else None,
-            "ms_all": list(self.wall_ms),
-        }
-
-
-def time_call(call: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 2) -> Timing:
-    """Times `call`, after some calls that are not counted."""
-    for _ in range(warm_up):
-        call()
-    if device.type == "cuda":
-        return Timing(tuple(_event_ms(call, device) for _ in range(repeats)), ())
-    wall, cpu = [], []
-    for _ in range(repeats):
-        wall_began, cpu_began = time.perf_counter(), time.process_time()
-        call()
-        wall.append(1000 * (time.perf_counter() - wall_began))
-        cpu.append(1000 * (time.process_time() - cpu_began))
-    return Timing(tuple(wall), tuple(cpu))
-
-
-def _event_ms(call: Callable[[], object], device: torch.device) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record(torch.cuda.current_stream(device))
-    call()
-    end.record(torch.cuda.current_stream(device))
-    torch.cuda.synchronize(device)
-    return float(start.elapsed_time(end))
+if TYPE_CHECKING:
+    from lavida_adapter import Lavida
 
 
 def config_of(*overrides: str) -> DictConfig:
     """What eval would be given."""
-    try:
-        with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-            return compose("eval", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, "eval", overrides)) from None
+    return build.compose_eval(*overrides)
 
 
 def load_model(name: str, device: torch.device, attention: str = "sdpa") -> "Lavida":

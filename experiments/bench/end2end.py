@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from experiments import build
 from experiments.bench.common import aligned, config_of
 from experiments.data.sample import Sample
-from experiments.inference import EvalPipeline, build_pipeline
+from experiments.inference import EvalPipeline
 from experiments.metrics.answers import text_metrics
 from experiments.profiling import peak_memory_mib, reset_peak_memory, summarise_stages
 
@@ -96,7 +96,7 @@ def prepare(cfg: DictConfig, device: torch.device, n: int, loaded: dict[str, Any
     model = loaded.setdefault("model", None) or build.build_model(cfg, device)
     loaded["model"] = model
     decode = build.build_decode(cfg, dataset.max_new_tokens)
-    system = build_pipeline(cfg, model, decode, text_metrics(dataset.metric_names))
+    system = build.build_pipeline(cfg, model, decode, text_metrics(dataset.metric_names))
     return system, [dataset[i] for i in range(min(n, len(dataset)))]
 
 

@@ -10,7 +10,7 @@ share of all rows), out= (the file) and limit= (prompts, 32).
 import sys
 from pathlib import Path
 
-from experiments.errors import fail
+from experiments.errors import fail, is_user_error
 from shirg import UserError
 
 DEFAULTS = {"forget": "0.4", "out": "outputs/profile.json", "limit": "32"}
@@ -27,7 +27,9 @@ def main(arguments: list[str]) -> None:
             overrides.append(argument)
     try:
         shares = profile_data(overrides, float(given["forget"]), int(given["limit"]), Path(given["out"]))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        if not is_user_error(error):
+            raise
         fail(str(error))
     print("forgets by layer: " + " ".join(f"{share:.2f}" for share in shares))
     print(f"written: {given['out']}; use it with cache=layer_retention cache.profile={given['out']}")
@@ -42,10 +44,10 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
     import torch
 
     from experiments import build
+    from experiments.atomic_files import write_json
     from experiments.bench.common import config_of
     from experiments.data.image_io import load_pictures
     from experiments.evaluate import choose_samples
-    from experiments.jobs.atomic_files import write_json
     from experiments.profiling import resolve_device
     from lavida_adapter.cache_compression.layer_retention import MassReceived, profile
 

@@ -1,4 +1,4 @@
-"""Processes that train together: torchrun or srun starts them, and the first of them keeps the records."""
+"""Processes that train together: torchrun or srun starts them, and rank 0 keeps the records."""
 
 import atexit
 import os
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Which of them this process is. Ranks count nodes first: every node has as many processes."""
+    """This process's rank in the group. Every node has the same number of processes, with consecutive ranks."""
 
     launcher: Literal["torchrun", "srun"] | None = None
     rank: int = 0
@@ -29,15 +29,15 @@ class Ranks:
     local_world: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @property
     def nodes(self) -> int:
         return self.world // self.local_world
 
-    def hear(self, value: T) -> T:
-        """What the first process says; every process must ask. The others' own values are ignored."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value. Collective: every rank must call it. The values of the other ranks are ignored."""
         if self.world == 1:
             return value
         box: list[Any] = [value]
@@ -45,7 +45,7 @@ class Ranks:
         return box[0]
 
     def environment(self) -> "ClusterEnvironment":
-        """Lightning's view of the launcher; with none, no cluster is looked for."""
+        """The launcher as Lightning describes it. Without a launcher, Lightning must not look for a cluster."""
         from lightning.fabric.plugins.environments.lightning import LightningEnvironment
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
         from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -60,7 +60,7 @@ class Ranks:
 
 
 def detect_ranks() -> Ranks:
-    """What the launcher's variables say; a crew of one where there is no launcher.
+    """The ranks in the launcher's environment variables; one process where there is no launcher.
 
     A batch script that SLURM runs is not a task of srun, although it carries most of its variables.
     """
@@ -87,44 +87,64 @@ def detect_ranks() -> Ranks:
 
 
 def is_requeued() -> bool:
-    """Whether SLURM put this job back into its queue, after a node was lost say, and now runs it once more."""
+    """Whether SLURM runs this job again after putting it back into its queue, for example because a node was lost."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def init_distributed(cfg: DictConfig) -> Ranks:
-    """This process's place, with torch's process group ready when there are others.
+    """This process's ranks; torch's process group is ready when there are other processes.
 
     Raises:
         UserError: when what the launcher started is not what the config asks for.
     """
-    crew = detect_ranks()
+    ranks = detect_ranks()
     trainer = cfg.get("trainer")
     if trainer is None or trainer.strategy == "single":
-        if crew.world > 1:
+        if ranks.world > 1:
             raise UserError(
-                f"{crew.launcher} started {crew.world} processes and this job runs in one: train with trainer=ddp or "
+                f"{ranks.launcher} started {ranks.world} processes and this job runs in one: train with trainer=ddp or "
                 "trainer=fsdp, or start one process"
             )
         return Ranks()
-    if crew.launcher is None:
+    if ranks.launcher is None:
         raise UserError(
             f"trainer={trainer.strategy} runs in processes that a launcher starts: "
             f"torchrun --nproc_per_node=2 train.py trainer={trainer.strategy} ..., or srun"
         )
-    if crew.nodes != trainer.num_nodes:
+    if ranks.launcher == "srun":
+        _check_tasks(ranks, trainer.strategy, cfg.device)
+    if ranks.nodes != trainer.num_nodes:
         raise UserError(
-            f"trainer.num_nodes={trainer.num_nodes}, and {crew.launcher} started processes on {crew.nodes}: give "
-            f"trainer.num_nodes={crew.nodes}"
+            f"trainer.num_nodes={trainer.num_nodes}, and {ranks.launcher} started processes on {ranks.nodes}: give "
+            f"trainer.num_nodes={ranks.nodes}"
         )
     if not dist.is_initialized():
         # Numbers and decisions travel by the CPU's backend whatever the device is, and wait for no accelerator.
         on_cpu = cfg.device == "cpu" or not torch.cuda.is_available()
-        environment = crew.environment()
+        environment = ranks.environment()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, rank=crew.rank, world_size=crew.world)
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world)
         atexit.register(_leave)
-    return crew
+    return ranks
+
+
+def _check_tasks(ranks: Ranks, strategy: str, device: str) -> None:
+    """Refuses tasks of srun that would leave GPUs of the node idle, or train in one process.
+
+    torchrun is not checked: its number of processes is always given by hand, and 1 is a legal choice.
+    """
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    how = "with hydra/launcher=slurm give hydra.launcher.gpus_per_node=N, with srun give --ntasks-per-node=N"
+    if gpus > ranks.local_world:
+        raise UserError(
+            f"trainer={strategy}: srun started {ranks.local_world} tasks on a node with {gpus} GPUs, a task trains on "
+            f"one GPU; {how} (N={gpus})"
+        )
+    if ranks.world == 1:
+        raise UserError(
+            f"trainer={strategy} needs several processes, and srun started one task; {how}, or use trainer=default"
+        )
 
 
 def _leave() -> None:

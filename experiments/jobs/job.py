@@ -1,7 +1,7 @@
-"""A job's life: one folder, one lock, one result.json that says running, then ok, failed or oom.
+"""A job: one folder, one lock, one result.json whose status is running, then ok, failed or oom.
 
-A finished job is skipped with resume=true, a stopped one goes on where it stopped, and neither is touched without
-being told to. A config that changed since is refused, because its folder holds the work of another experiment.
+With resume=true a finished job is skipped and a stopped one goes on where it stopped; without it, both are refused.
+A config that has changed is refused, because the folder holds the work of another experiment.
 """
 
 import os
@@ -21,74 +21,72 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments import cli, profiling
-from experiments.build import adapter_path
-from experiments.errors import is_user_error
-from experiments.jobs import launchers, results
-from experiments.jobs.atomic_files import Journal, remove_path, write_atomic
+from experiments import profiling
+from experiments.atomic_files import Journal, remove_path, write_atomic
+from experiments.errors import explain, is_user_error
+from experiments.jobs import results
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
+from experiments.jobs.launchers import JobOutcome
+from experiments.jobs.results import adapter_path
 from shirg import UserError
 
 JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoints/last.ckpt"
 ERROR = "error.txt"
-SHOTS = "shots"
-_OWNED = (results.RESULT, results.SAMPLES, JOURNAL, ERROR, SHOTS)
+_OWNED = (results.RESULT, results.SAMPLES, JOURNAL, ERROR, results.SHOTS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a verb may know about the run it belongs to."""
+    """The run that a command works for."""
 
     folder: Path
     identity: results.Identity
-    crew: Ranks
-    """The processes that do it together; the first one alone writes into the folder."""
+    ranks: Ranks
+    """The processes that work together; only the main one writes into the folder."""
 
     def journal(self) -> Journal:
         return Journal(self.folder / JOURNAL)
 
 
 Work = Callable[[DictConfig, Job], Mapping[str, Any]]
-"""A verb: does the work and returns the sections of result.json."""
+"""A command: does the work and returns the sections of result.json."""
+OnEnd = Callable[[Path], None]
+"""Called with the study's folder after each of its jobs."""
 
 
 class Refused(UserError):
     """The job must not run now; the message says what to do."""
 
 
-def run_job(cfg: DictConfig, work: Work) -> bool:
-    """Runs a verb as a job and keeps its study's table and report fresh; False when it failed or was refused.
+def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None) -> JobOutcome | None:
+    """Runs a command as a job. None for the other ranks of a job that several processes share, unless they failed.
 
-    Of several processes the first decides whether the job runs, and keeps its record; the others only work.
+    The main rank decides whether the job runs, and keeps its record; the others only work.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    ok = False
     if is_requeued():
         cfg.resume, cfg.overwrite = True, False
     try:
-        crew = init_distributed(cfg)
-        if not crew.first:
-            return _follow(cfg, work, folder, crew)
+        ranks = init_distributed(cfg)
+        if not ranks.is_main:
+            return _follow(cfg, work, folder, ranks)
         with ExitStack() as held:
             identity = None
             try:
                 held.enter_context(FileLock(folder / results.LOCK, timeout=0))
                 identity = _claim(cfg, folder)
             finally:
-                crew.hear(identity is not None)
-            ok = identity is None or _carry_out(cfg, work, Job(folder, identity, crew))
+                ranks.broadcast(identity is not None)
+            if identity is None:
+                return _skip(folder, on_end)
+            return _carry_out(cfg, work, Job(folder, identity, ranks), on_end)
     except Timeout:
-        _say(folder, "another process is running this job; wait for it, or give another study=")
-    except (ValueError, OSError) as error:
+        return _failed(folder, "another process is running this job; wait for it, or give another study=")
+    except Exception as error:
         if not is_user_error(error):
             raise
-        _say(folder, str(error))
-    cli.finished(folder, ok)
-    if not ok and launchers.is_launched():
-        # All that comes back to the process that waits is this; the sentence has been said.
-        raise cli.JobFailed(str(folder))
-    return ok
+        return _failed(folder, str(error))
 
 
 def _claim(cfg: DictConfig, folder: Path) -> results.Identity | None:
@@ -96,39 +94,34 @@ def _claim(cfg: DictConfig, folder: Path) -> results.Identity | None:
     try:
         identity = _identify(cfg, folder)
     except OmegaConfBaseException as error:
-        raise Refused(cli.explain(error, HydraConfig.get().job.name, [])) from None
-    if _admit(cfg, folder, identity):
-        return identity
-    _tell(folder, f"skip  {identity.job}: finished already")
-    _refresh(folder.parent)
-    return None
+        raise Refused(explain(error, HydraConfig.get().job.name, [])) from None
+    return identity if _admit(cfg, folder, identity) else None
 
 
-def _carry_out(cfg: DictConfig, work: Work, job: Job) -> bool:
+def _skip(folder: Path, on_end: OnEnd | None) -> JobOutcome:
+    outcome = _print(JobOutcome(folder, True, f"skip  {folder.name}: finished already"))
+    if on_end is not None:
+        on_end(folder.parent)
+    return outcome
+
+
+def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> JobOutcome:
     folder, identity = job.folder, job.identity
     began = time.perf_counter()
     times: dict[str, Any] = {"started": results.now()}
     results.write_result(folder, identity, "running", {"times": times})
-    status: results.Status = "failed"
+    status: results.Status = "ok"
     reason = trace = None
     sections: Mapping[str, Any] = {}
     try:
         sections = work(cfg, job)
-        status = "ok"
     except Exception as error:
-        if profiling.is_out_of_memory(error):
-            told = isinstance(error, profiling.OutOfMemory)
-            detail = str(error) if told else f"out of memory ({_summary_line(error)}): lower batch_size= or budget="
-            status, reason = "oom", detail
-        else:
-            reason = str(error) if is_user_error(error) else f"{type(error).__name__}: {error}"
-            trace = traceback.format_exc()
-            if not is_user_error(error):
-                traceback.print_exc()
+        status, reason, trace = _reason(error)
     if status == "oom":
-        profiling.release()
+        profiling.release()  # the exception, and with it the frames that held the memory, is gone here
     seconds = time.perf_counter() - began
     times = {**times, **sections.get("times", {}), "finished": results.now(), "wall_s": seconds}
+    outcome = None
     try:
         if trace is not None:
             write_atomic(folder / ERROR, trace)
@@ -136,36 +129,41 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job) -> bool:
         if status == "ok":
             remove_path(folder / JOURNAL)
             remove_path(folder / ERROR)
-            _tell(folder, f"ok    {identity.job}: {seconds:.1f} s")
-        _refresh(folder.parent)
+            outcome = _print(JobOutcome(folder, True, f"ok    {identity.job}: {seconds:.1f} s"))
+        if on_end is not None:
+            on_end(folder.parent)
     except OSError as error:
         if status == "ok":
             raise
-        # What stopped the job, a full disk say, keeps us from writing that down.
+        # What stopped the job, a full disk for example, also prevents its record from being written.
         reason = f"{reason}; the job's record could not be written either ({error.strerror or error})"
-    if status != "ok":
-        _say(folder, reason or status)
-    return status == "ok"
+    return outcome or _failed(folder, reason or status)
 
 
-def _follow(cfg: DictConfig, work: Work, folder: Path, crew: Ranks) -> bool:
-    """What a process does that is not the first: the work, if the first one says so, and a word when it fails."""
-    if not crew.hear(False):
-        return True
+def _reason(error: Exception) -> tuple[results.Status, str, str | None]:
+    """Status, reason and traceback for the record of a job that raised; a bug's traceback is printed as well."""
+    if profiling.is_out_of_memory(error):
+        explained = isinstance(error, profiling.OutOfMemory)
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        return "oom", str(error) if explained else f"out of memory ({first_line}): lower batch_size= or budget=", None
+    if is_user_error(error):
+        return "failed", str(error), traceback.format_exc()
+    traceback.print_exc()
+    return "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
+
+
+def _follow(cfg: DictConfig, work: Work, folder: Path, ranks: Ranks) -> JobOutcome | None:
+    """The part of a rank that is not the main one: the work, if the main rank says so, and a line when it fails."""
+    if not ranks.broadcast(False):
+        return None
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            work(cfg, Job(folder, _identify(cfg, folder), crew))
+            work(cfg, Job(folder, _identify(cfg, folder), ranks))
     except Exception as error:
         if not is_user_error(error):
             raise
-        print(f"error: process {crew.rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        cli.finished(folder, False)
-        return False
-    return True
-
-
-def _summary_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return _print(JobOutcome(folder, False, f"error: process {ranks.rank}: {' '.join(str(error).split())}"))
+    return None
 
 
 def _identify(cfg: DictConfig, folder: Path) -> results.Identity:
@@ -215,24 +213,16 @@ def _admit(cfg: DictConfig, folder: Path, identity: results.Identity) -> bool:
     return before["status"] != "ok"
 
 
-def _refresh(study: Path) -> None:
-    from experiments.analysis.table import refresh
-    from experiments.report.page import write_report
-
-    if rows := refresh(study):
-        write_report(study, rows)
-
-
-def _tell(folder: Path, line: str, ok: bool = True) -> None:
+def _print(outcome: JobOutcome) -> JobOutcome:
+    """Prints the job's last line; a launcher writes it to the job's log, and the process that waits prints it again."""
     sys.stdout.flush()
-    print(line, file=sys.stdout if ok else sys.stderr, flush=True)
-    if launchers.is_launched():
-        launchers.report_status(folder, ok, line)
+    print(outcome.line, file=sys.stdout if outcome.ok else sys.stderr, flush=True)
+    return outcome
 
 
-def _say(folder: Path, sentence: str) -> None:
+def _failed(folder: Path, sentence: str) -> JobOutcome:
     where = f"{folder.name}: " if HydraConfig.get().mode == RunMode.MULTIRUN else ""
-    _tell(folder, f"error: {where}{' '.join(sentence.split())}", ok=False)
+    return _print(JobOutcome(folder, False, f"error: {where}{' '.join(sentence.split())}"))
 
 
 def _short(folder: Path) -> str:

@@ -1,11 +1,11 @@
-"""Turns for jobs that a launcher starts all at once on one machine: one job on each GPU, or on each share of the cores.
+"""Jobs that a launcher starts in other processes: a slot on this machine for each, and their status as they finish.
 
-Locks are files, so that two sweeps on one machine take turns as well. Nothing here imports torch: jobs that wait cost
-a few megabytes each.
+A slot is a file lock that lets a local job use one GPU, or one share of the CPU cores. Two sweeps on one machine share
+the slots. Nothing here imports torch: jobs that wait cost a few megabytes each.
 """
 
-import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,26 +15,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from experiments.jobs.atomic_files import read_json, write_atomic
 from experiments.schema import CONF
 
 SLOT_POLL_S = 0.2
 GPUS_VARIABLE = "SHIRG_GPUS"
-"""Where a job finds the GPUs of the process that started it: submitit hides them from the jobs of this machine."""
+"""Names the GPUs of the process that started the job: submitit hides them from the jobs of this machine."""
 
 
 @contextmanager
 def acquire_slot(threads: int | None, device: str) -> Iterator[str | None]:
     """Waits for a free slot and holds it; a GPU's slot makes it the only one that the job sees.
 
-    Jobs that do not come from the launcher `local` have the machine's other users to ask, not us: they go on at once.
+    Jobs that were not started by the launcher `local` get None at once: SLURM or the user gave them their GPUs.
 
     Args:
         threads: CPU threads of the job; None is all cores.
@@ -53,15 +56,15 @@ def acquire_slot(threads: int | None, device: str) -> Iterator[str | None]:
 
 
 def export_gpus() -> None:
-    """Tells the jobs that this process is about to start which GPUs they may take turns on."""
+    """Passes the names of the visible GPUs on to the jobs that this process starts."""
     os.environ[GPUS_VARIABLE] = ",".join(visible_gpus())
 
 
 def visible_gpus() -> list[str]:
     """The devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return _names(told)
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return _names(given)
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
@@ -91,157 +94,231 @@ def _first_free(names: list[str]) -> Iterator[str]:
         time.sleep(SLOT_POLL_S)
 
 
-STATUS_FILE = ".said"
 _SUBMITTED = ".submitit/*/*_submitted.pkl"
 _RETURNED = ".submitit/*/*_0_result.pkl"
 POLL_S = 0.5
 QUEUE_S = 20.0
-"""Between two looks at SLURM's queue, which many wait for."""
+"""Seconds between two calls of squeue, which loads the cluster's controller."""
 _OVER = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
 
 Ended = Callable[[Sequence[str]], Mapping[str, str] | None]
-"""Those of the jobs that have ended, and how; None when nobody can tell now."""
-_listeners: list["SweepMonitor"] = []
+"""Those of the jobs that have ended, and how; None when that cannot be found out now."""
 
 
 class AllJobsEnded(BaseException):
-    """All jobs have ended, and the launcher still waits for one. No Exception: submitit passes over those."""
+    """All jobs have ended, and the launcher still waits for one. Not an Exception: submitit ignores those."""
 
 
-def is_launched() -> bool:
-    """Whether this process is a job that a launcher started."""
-    return "SUBMITIT_EXECUTOR" in os.environ
+@dataclass(frozen=True)
+class JobOutcome:
+    """How a job ended; what its process returns to the one that started it."""
+
+    folder: Path
+    ok: bool
+    line: str
+    """The line that the job printed last."""
 
 
-def report_status(folder: Path, ok: bool, line: str) -> None:
-    """Leaves the job's last line where the waiting process looks."""
-    write_atomic(folder / STATUS_FILE, json.dumps({"ok": ok, "line": line}))
+@dataclass
+class Session:
+    """The jobs of one command: those that ran in its own process and those that a launcher started."""
+
+    outcomes: dict[Path, bool] = field(default_factory=dict)
+    died: int = 0
+    """Jobs whose process ended without a result."""
+    monitor: "SweepMonitor | None" = None
+
+    def add(self, outcome: JobOutcome) -> None:
+        self.outcomes[outcome.folder] = outcome.ok
+
+    def wait(self) -> None:
+        """Waits until every job of the running sweep has ended."""
+        if self.monitor is not None:
+            self.monitor.wait()
+
+    def stop_monitor(self) -> int:
+        """Ends the monitoring of a sweep and counts its jobs; returns how many died."""
+        if self.monitor is None:
+            return 0
+        monitor, self.monitor = self.monitor, None
+        monitor.stop()
+        for outcome in monitor.outcomes:
+            self.add(outcome)
+        self.died += len(monitor.dead)
+        return len(monitor.dead)
+
+
+_session: ContextVar[Session | None] = ContextVar("session", default=None)
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    """Collects the outcomes of all jobs that end inside the block."""
+    current = Session()
+    token = _session.set(current)
+    try:
+        yield current
+    finally:
+        _session.reset(token)
 
 
 class SweepCallback(Callback):
-    """Hydra's callback: listens during a sweep whose jobs run elsewhere. Launchers pickle it, so it holds nothing."""
+    """Hydra's callback: notes the jobs of this process, and monitors those of a launcher.
+
+    Launchers pickle it, so it has no attributes.
+    """
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        current, outcome = _session.get(), outcome_of(job_return)
+        if current is not None and outcome is not None:
+            current.add(outcome)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         launcher = config.hydra.launcher._target_.rpartition(".")[2]
-        if launcher == "BasicLauncher":
+        current = _session.get()
+        if launcher == "BasicLauncher" or current is None:
             return
         # Jobs import the code that this process runs, whatever folder they start in and whatever is installed.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONF.parent), os.environ.get("PYTHONPATH")]))
-        # On a cluster without accounting, submitit warns at every look at its jobs.
+        # On a cluster without accounting, submitit warns each time it asks for its jobs.
         os.environ.setdefault("SUBMITIT_LOG_LEVEL", "ERROR")
         study = Path(config.hydra.sweep.dir).absolute()
         if launcher == "SlurmLauncher":
-            signal.signal(signal.SIGUSR1, _abandon)
-            _listeners.append(SweepMonitor(study, ended_in_slurm, every_s=QUEUE_S, may_abandon=True))
+            current.monitor = SweepMonitor(study, ended_in_slurm, queue_s=QUEUE_S, may_abandon=True)
         else:
             export_gpus()
-            _listeners.append(SweepMonitor(study, ended_here))
+            current.monitor = SweepMonitor(study, ended_here)
 
 
 class SweepMonitor:
-    """Prints what the jobs of a study say, and which of them died, from now on until it is stopped.
+    """Prints the status of a sweep's jobs as they finish, and which of them died, until it is stopped.
 
     Args:
         study: folder of the study.
-        ended: whom to ask about jobs.
-        every_s: seconds between two questions.
-        may_abandon: end the launcher's waiting when no job is left. Without accounting, SLURM cannot tell submitit that
-            a job was killed, and submitit waits for ever.
+        ended: finds out which jobs have ended.
+        queue_s: seconds between two calls of `ended`.
+        may_abandon: interrupt the launcher when no job is left. Without accounting, SLURM cannot tell submitit that a
+            job was killed, and submitit waits for ever. Needs to be made in the main thread.
     """
 
-    def __init__(self, study: Path, ended: Ended, every_s: float = POLL_S, may_abandon: bool = False) -> None:
+    def __init__(self, study: Path, ended: Ended, queue_s: float = POLL_S, may_abandon: bool = False) -> None:
         self.study = study
-        self.heard: dict[Path, bool] = {}
+        self.outcomes: list[JobOutcome] = []
         self.dead: set[str] = set()
-        self.patient = False
-        self._ended, self._every_s, self._may_abandon = ended, every_s, may_abandon
+        self._ended, self._queue_s, self._may_abandon = ended, queue_s, may_abandon
+        self._waits = False
         self._asked = time.monotonic()
         self._over: set[str] = set()
-        # A launcher's ids come again: those of processes do so after a restart of the machine.
-        self._seen = {
-            path: changed for of in (f"*/{STATUS_FILE}", _SUBMITTED, _RETURNED) for path, changed in self._files(of)
-        }
+        # A launcher uses the same ids again: those of processes repeat after a restart of the machine.
+        self._before = dict(self._files(_SUBMITTED)) | dict(self._files(_RETURNED))
+        self._returned: set[Path] = set()
         self._all_over = threading.Event()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
+        if may_abandon:
+            signal.signal(signal.SIGUSR1, self._interrupt)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
+        """Polls a last time and ends the thread."""
         self._stop.set()
         self._thread.join()
 
     def wait(self) -> None:
-        """Until every job has ended."""
-        self.patient = True
+        """Waits until every job has ended."""
+        self._waits = True
         self._all_over.clear()
         self._all_over.wait()
 
-    def _listen(self) -> None:
+    def poll(self) -> bool:
+        """Prints the jobs that have finished since the last call; True when a look at the queue finds none left."""
+        self._read_results()
+        if time.monotonic() - self._asked < self._queue_s:
+            return False
+        nothing_left = self._find_dead()
+        self._asked = time.monotonic()
+        if nothing_left:
+            self._read_results()
+        return nothing_left
+
+    def _run(self) -> None:
         try:
             while not self._stop.wait(POLL_S):
-                self._hear()
-                if time.monotonic() - self._asked >= self._every_s:
-                    self._ask()
-            self._hear()
+                if self.poll():
+                    self._all_over.set()
+                    if self._may_abandon:
+                        # Not SIGINT: a shell starts its background commands with that ignored.
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            self._read_results()
         finally:
             self._all_over.set()
 
-    def _ask(self) -> None:
-        nothing_left = self._look()
-        self._asked = time.monotonic()
-        if nothing_left:
-            self._hear()
-            self._all_over.set()
-            if self._may_abandon:
-                # Not an interrupt: a command in a shell's background ignores those.
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+    def _interrupt(self, _: int, __: FrameType | None) -> None:
+        if not self._waits:
+            raise AllJobsEnded
 
-    def _look(self) -> bool:
-        """Names the jobs that died; True when all have ended.
+    def _find_dead(self) -> bool:
+        """Prints which jobs ended without a result; True when all have ended.
 
-        Twice in a row, because a file that a job leaves may come later than the news of its end.
+        A job counts as ended at the second call that finds it so: its files may appear after its process is gone.
         """
-        jobs = {path.parent.name: path for path, _ in self._new(_SUBMITTED)}
+        jobs = {path.parent.name: path for path in self._new(_SUBMITTED)}
         ended = self._ended(sorted(jobs)) if jobs else None
         if ended is None:
             return False
         over, self._over = self._over & set(ended), set(ended)
-        returned = {path.parent.name for path, _ in self._new(_RETURNED)}
+        returned = {path.parent.name for path in self._new(_RETURNED)}
         for job in sorted(over - returned - self.dead):
             self.dead.add(job)
             log = jobs[job].with_name(f"{job}_0_log.err")
             print(
-                f"error: {_submitted_overrides(jobs[job])}: ended without a word ({ended[job]}): cancelled, killed, or "
-                f"its machine was lost; see {log}",
+                f"error: {_submitted_overrides(jobs[job])}: died without reporting a result ({ended[job]}): "
+                f"cancelled, killed, or its machine was lost; see {log}",
                 file=sys.stderr,
                 flush=True,
             )
         return over == set(jobs)
 
-    def _hear(self) -> None:
-        for path, changed in self._new(f"*/{STATUS_FILE}"):
-            self._seen[path] = changed
-            said = read_json(path)
-            if said is not None:
-                self.heard[path.parent] = said["ok"]
-                print(said["line"], file=sys.stdout if said["ok"] else sys.stderr, flush=True)
+    def _read_results(self) -> None:
+        for path in self._new(_RETURNED):
+            if path in self._returned:
+                continue
+            self._returned.add(path)
+            outcome = _read_outcome(path)
+            if outcome is not None:
+                self.outcomes.append(outcome)
+                print(outcome.line, file=sys.stdout if outcome.ok else sys.stderr, flush=True)
 
-    def _new(self, pattern: str) -> Iterator[tuple[Path, int]]:
-        return ((path, changed) for path, changed in self._files(pattern) if self._seen.get(path) != changed)
+    def _new(self, pattern: str) -> Iterator[Path]:
+        """Files that have changed since the sweep began."""
+        return (path for path, changed in self._files(pattern) if self._before.get(path) != changed)
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, int]]:
-        """Files, and when each was changed."""
+        """Files, and when each was changed, in nanoseconds."""
         return ((path, path.stat().st_mtime_ns) for path in sorted(self.study.glob(pattern)))
 
 
+def outcome_of(job_return: JobReturn) -> JobOutcome | None:
+    """What `run_job` returned; None for a job that raised, and for the other ranks of one that shares its work."""
+    found = job_return._return_value if job_return.status == JobStatus.COMPLETED else None
+    return found if isinstance(found, JobOutcome) else None
+
+
+def _read_outcome(path: Path) -> JobOutcome | None:
+    """The outcome in submitit's result file; None when the job raised, which the launcher reports itself."""
+    with open(path, "rb") as file:
+        state, result = pickle.load(file)
+    return outcome_of(result) if state == "success" else None
+
+
 def ended_in_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
-    """SLURM's word for how each of the ended jobs ended; it forgets them after some minutes."""
+    """SLURM's state of each job that has ended; None when squeue fails. SLURM forgets ended jobs after some minutes."""
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}"]
     try:
         queue = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    # Jobs that SLURM has forgotten are an error to squeue; so is SLURM's own absence, which may pass.
+    # squeue fails for jobs that SLURM has forgotten, and also while SLURM cannot be reached.
     if queue.returncode != 0 and "Invalid job id" not in queue.stderr:
         return None
     states = dict(line.split() for line in queue.stdout.splitlines())
@@ -249,7 +326,7 @@ def ended_in_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
 
 
 def ended_here(jobs: Sequence[str]) -> dict[str, str]:
-    """The same of processes that this one started; none is reaped, since that is the launcher's part."""
+    """The same for child processes of this one; they are not reaped, the launcher does that."""
     return {job: "its process is gone" for job in jobs if _is_over(int(job))}
 
 
@@ -261,30 +338,7 @@ def _is_over(process: int) -> bool:
 
 
 def _submitted_overrides(submitted: Path) -> str:
-    """What the launcher was to run."""
+    """The overrides of a submitted job."""
     from submitit.core.utils import DelayedSubmission
 
     return " ".join(DelayedSubmission.load(submitted).args[0])
-
-
-def _abandon(*_: object) -> None:
-    if not all(listener.patient for listener in _listeners):
-        raise AllJobsEnded
-
-
-def wait_all() -> None:
-    """Until every job of the sweep has ended, whatever became of it."""
-    for listener in _listeners:
-        listener.wait()
-
-
-def stop_all() -> tuple[dict[Path, bool], int]:
-    """Ends the listening; the folders of jobs that were heard of with whether each went well, and how many died."""
-    heard: dict[Path, bool] = {}
-    died = 0
-    while _listeners:
-        listener = _listeners.pop()
-        listener.stop()
-        heard |= listener.heard
-        died += len(listener.dead)
-    return heard, died

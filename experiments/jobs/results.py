@@ -1,4 +1,4 @@
-"""What a job writes down: result.json, one object a job, and samples.parquet, one row a sample."""
+"""The record of a job: result.json, one object for each job, and samples.parquet, one row for each sample."""
 
 import hashlib
 import io
@@ -10,25 +10,27 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import ConfigError
-from experiments.schema import CONF
+from experiments.schema import CONF, local_folder
 
 if TYPE_CHECKING:
     import torch
 
-from experiments.jobs.atomic_files import read_json, write_atomic, write_json
+from experiments.atomic_files import read_json, write_atomic, write_json
 
 VERSION = 2
 """Format of result.json. In format 1 the config and its digest held dotted names of classes, which a module's move
 changes; it is read as format 2."""
 RESULT = "result.json"
 SAMPLES = "samples.parquet"
+SHOTS = "shots"
+"""Folder of the samples that are drawn while a job runs."""
 LOCK = ".lock"
 """Held by the process that runs the job."""
 VOLATILE = ("times",)
@@ -114,9 +116,31 @@ def files_digest(path: str | None) -> str | None:
     return str(converted["from"]) if converted.get("to") == found else found
 
 
-def local_folder(path: str) -> Path | None:
-    """The folder that a path names, seen from here or from the repository; None when there is none."""
-    return next((folder for folder in (Path(path), CONF.parent / path) if folder.is_dir()), None)
+OWN = "own"
+"""The adapter that was trained for the selector."""
+
+
+def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -> str | None:
+    """The folder of an adapter.
+
+    A name stands for the folder of that name in `adapters/` beside the model's weights, `own` for the one that bears
+    the selector's name; anything else is a path.
+
+    Raises:
+        ConfigError: a name that the model has no adapter for.
+    """
+    if adapter is None or "/" in adapter or local_folder(adapter) is not None:
+        return adapter
+    name = selector if adapter == OWN else adapter
+    path = f"{model.get('path')}/adapters"
+    folder = local_folder(path)
+    there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder is not None else []
+    if name not in there:
+        raise ConfigError(
+            f"adapter={adapter}: there is no adapter {name} in {path} ({', '.join(there) or 'it has none'}); "
+            f"train one: python train.py selector={selector} weights={path}/{name}"
+        )
+    return f"{path}/{name}"
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -193,6 +217,49 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+class SampleRow(TypedDict):
+    """One answer, as inference makes it and samples.parquet keeps it; plain JSON."""
+
+    id: str
+    picture: str
+    """Names the picture; several questions may share one."""
+    question: str
+    prompt: str
+    answers: list[str]
+    target: str
+    prediction: str
+    subtask: str
+    group: str
+    density: str
+    place: str
+    entity: str
+    n_visual: int
+    """Vision tokens of the prompt."""
+    n_prefix: int
+    """All tokens of the prompt."""
+    n_cache: int | None
+    """Vision tokens left in a cache that was shortened."""
+    kept: list[int]
+    """Source tokens that were kept."""
+    n_steps: int
+    """Denoising steps."""
+    cache_bytes: float | None
+    drift: float | None
+    """Largest |difference| of a logit that a smaller cache makes."""
+    same_top1: float | None
+    """Share of answer slots whose likeliest token stays the same with a smaller cache."""
+    recall: float | None
+    """Share of the evidence's tokens that were kept."""
+    scores: dict[str, float | None]
+    """By metric."""
+    sources: dict[str, int]
+    """Tokens by where they come from."""
+    batch: NotRequired[int]
+    """Number of the batch, which the evaluation adds; likewise the times."""
+    ms: NotRequired[dict[str, float]]
+    """Milliseconds by stage: the batch's, shared out equally."""
+
+
 RECALL = "recall"
 _COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
@@ -220,12 +287,12 @@ _COLUMNS: dict[str, pa.DataType] = {
 }
 
 
-def write_samples(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
     """Writes all rows at once."""
     write_atomic(path, encode_samples(rows))
 
 
-def encode_samples(rows: Sequence[dict[str, Any]]) -> bytes:
+def encode_samples(rows: Sequence[SampleRow]) -> bytes:
     """A parquet file of the rows; scores, token counts by source and times are columns `score_*`, `n_*` and `ms_*`.
 
     Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
@@ -239,7 +306,7 @@ def encode_samples(rows: Sequence[dict[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[SampleRow]:
     """The rows that `write_samples` wrote."""
     return [_unflatten(flat) for flat in pq.read_table(path).to_pylist()]
 
@@ -268,15 +335,15 @@ def read_scores(path: Path, metric: str) -> dict[str, Score]:
     return {i: Score(*fields) for i, *fields in zip(*columns, strict=True) if fields[0] is not None}
 
 
-def _flatten(row: dict[str, Any]) -> dict[str, Any]:
+def _flatten(row: SampleRow) -> dict[str, Any]:
     flat = {key: row.get(key) for key in _COLUMNS}
     flat |= {f"score_{name}": score for name, score in row["scores"].items()}
     flat |= {f"n_{source}": count for source, count in row["sources"].items()}
     return flat | {f"ms_{stage}": ms for stage, ms in row["ms"].items()}
 
 
-def _unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    row = {key: flat[key] for key in _COLUMNS}
+def _unflatten(flat: Mapping[str, Any]) -> SampleRow:
+    row: dict[str, Any] = {key: flat[key] for key in _COLUMNS}
     for part, kind in (("scores", "score_"), ("sources", "n_"), ("ms", "ms_")):
         row[part] = {key.removeprefix(kind): flat[key] for key in flat if key.startswith(kind) and key not in _COLUMNS}
-    return row
+    return cast(SampleRow, row)

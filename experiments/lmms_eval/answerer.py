@@ -9,19 +9,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from PIL import Image
 
-from experiments import build, cli, profiling
-from experiments.build import adapter_path
+from experiments import build, profiling
 from experiments.data.image_io import to_rgb
 from experiments.data.sample import Sample
-from experiments.inference import EvalPipeline, build_pipeline
+from experiments.errors import ConfigError
+from experiments.inference import EvalPipeline
+from experiments.jobs.results import adapter_path
 from experiments.progress import Progress
-from experiments.schema import CONF, VERSION_BASE
 from shirg import UserError
 
 _GREEDY = {"num_beams": (None, 1), "top_k": (None, 0), "top_p": (None, 0, 1)}
@@ -66,7 +63,7 @@ class Answerer:
         self.device = profiling.resolve_device(self.cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         model = build.build_model(self.cfg, self.device)
         # Answers are as long as the task says, which is not known yet.
-        self._system = build_pipeline(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
+        self._system = build.build_pipeline(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
 
     def answer(self, requests: Sequence[LmmsRequest]) -> list[Answer]:
         size: int = self.cfg.batch_size
@@ -110,14 +107,10 @@ class Answerer:
 def _config(overrides: Sequence[str]) -> tuple[DictConfig, str]:
     """eval.py's config, and the name of its selector."""
     try:
-        with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
-            cfg = compose("eval", overrides=list(overrides), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"--model_args: {cli.explain(error, 'eval', overrides)}") from None
-    selector: str = cfg.hydra.runtime.choices["selector"]
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return cfg, selector
+        cfg, choices = build.compose_command("eval", overrides)
+    except ConfigError as error:
+        raise UserError(f"--model_args: {error}") from None
+    return cfg, choices["selector"]
 
 
 def _sample(request: LmmsRequest) -> Sample:

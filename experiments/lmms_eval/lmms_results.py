@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.jobs.atomic_files import encode_json, write_together
+from experiments.atomic_files import encode_json, write_together
 from experiments.jobs.results import RESULT, SAMPLES, read_result, read_rows
 from shirg import UserError
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from experiments.analysis.table import print_table
-from experiments.errors import fail
+from experiments.errors import fail, is_user_error
 from experiments.jobs.results import RESULT
 
 
@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> None:
             fail(f"{study} holds no job with a {RESULT}: evaluate something first, python eval.py study={study.name}")
         try:
             written = _export(study) if to_lmms else _publish(study)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if not is_user_error(error):
+                raise
             fail(str(error))
         print("written:", *(str(path.relative_to(study)) for path in written))
 

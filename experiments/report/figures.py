@@ -14,7 +14,7 @@ from experiments.analysis.columns import differences, flags, headlines, labels, 
 from experiments.analysis.paired import BASELINE, UNABLATED
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import ALPHA
-from experiments.jobs.results import RESULT, read_result
+from experiments.jobs.results import RESULT, SHOTS, read_result
 from experiments.report.figure_style import (
     ACCENT,
     GRID,
@@ -28,7 +28,7 @@ from experiments.report.figure_style import (
     log_axis,
     panels,
 )
-from experiments.report.page import SHOTS, printable
+from experiments.report.page import printable
 from experiments.training.callbacks import METRICS, read_points
 from experiments.viz.examples import load_examples
 from experiments.viz.token_map import MAP, TokenMap, load_map, plane

@@ -11,9 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.cli import explain
 from experiments.data.sample import Box
-from experiments.errors import fail
+from experiments.errors import explain, fail, is_user_error
 from experiments.schema import CONF, VERSION_BASE
 from shirg import MissingFileError, UserError
 
@@ -41,7 +40,9 @@ def main(arguments: list[str]) -> None:
         print(draw(own, selectors, rest))
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error, "eval", [f"selector={','.join(selectors)}", *rest]))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
+        if not is_user_error(error):
+            raise
         fail(str(error))
 
 

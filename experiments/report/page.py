@@ -14,15 +14,14 @@ from markupsafe import Markup
 from experiments.analysis.columns import Column, columns, comparable, labels, legend, our_row, parts, unequal
 from experiments.analysis.paired import BASELINE
 from experiments.analysis.rows import Row
-from experiments.jobs.atomic_files import write_atomic
-from experiments.jobs.results import SAMPLES, read_result
+from experiments.atomic_files import write_atomic
+from experiments.jobs.results import SAMPLES, SHOTS, read_result
 from experiments.viz.examples import ExampleRecord, load_examples
 
 if TYPE_CHECKING:
     from experiments.report.figure_style import ReportFigure
 
 
-SHOTS = "shots"
 MAX_SHOTS = 8
 MAX_PICTURES = 120
 """Pictures on a page: with many systems there are fewer samples, so that the page still opens at once."""

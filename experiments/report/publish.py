@@ -9,7 +9,7 @@ from pathlib import Path
 from experiments.analysis.columns import Cell, Column, columns, comparable, legend, parts
 from experiments.analysis.rows import Row
 from experiments.analysis.table import refresh
-from experiments.jobs.atomic_files import write_atomic, write_json
+from experiments.atomic_files import write_atomic, write_json
 from experiments.report.figure_style import ReportFigure
 from experiments.report.figures import draw
 from experiments.report.page import best, write_report

@@ -12,7 +12,7 @@ from pptx.enum.shapes import MSO_CONNECTOR, MSO_SHAPE
 from pptx.enum.text import MSO_ANCHOR, PP_ALIGN
 from pptx.util import Emu, Inches, Pt
 
-from experiments.jobs.atomic_files import write_atomic
+from experiments.atomic_files import write_atomic
 from experiments.report.figure_style import ACCENT, GRID, INK, SOFT
 from shirg import UserError
 

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 from experiments.analysis.columns import columns, differences, labels, our_row, parts, unequal
 from experiments.analysis.paired import BASELINE, UNABLATED
 from experiments.analysis.rows import Row
-from experiments.jobs.results import RECALL, SAMPLES, read_result, read_scores
+from experiments.jobs.results import RECALL, SAMPLES, SHOTS, read_result, read_scores
 from experiments.report.figure_style import ReportFigure
-from experiments.report.page import RIGHT, SHOTS, printable
+from experiments.report.page import RIGHT, printable
 from experiments.report.slide_layout import Slide, Slides
 from experiments.viz.examples import ExampleRecord, load_examples
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from experiments.jobs.atomic_files import write_atomic
+from experiments.atomic_files import write_atomic
 from shirg import UserError
 
 if TYPE_CHECKING:

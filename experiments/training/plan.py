@@ -20,7 +20,7 @@ from experiments import build
 from experiments.data.loader import Batches
 from experiments.data.sample import Dataset, Sample
 from experiments.errors import fail, is_user_error
-from experiments.jobs.results import local_folder
+from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
 from experiments.training.stages import make_trainable, objective_config, optim_config
 from experiments.training.trainer import frozen_linears

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from experiments import build
-from experiments.jobs.atomic_files import write_atomic
-from experiments.jobs.job import SHOTS, Job
+from experiments.atomic_files import write_atomic
+from experiments.jobs.job import Job
+from experiments.jobs.results import SHOTS
 from experiments.viz.examples import load_examples
 from shirg import UserError
 
@@ -51,7 +52,7 @@ class RunLogger:
         Raises:
             UserError: wandb is to be online and has no key.
         """
-        if not job.crew.first:
+        if not job.ranks.is_main:
             return cls(None, job)
         if not shows_pictures(cfg):
             return cls(build.build_logger(cfg), job)

@@ -13,8 +13,9 @@ from experiments import build
 from experiments.data.loader import Batches
 from experiments.data.sample import Dataset, Listed
 from experiments.data.train_data import Draw
-from experiments.inference import EvalPipeline, Row
+from experiments.inference import EvalPipeline
 from experiments.jobs.distributed import Ranks
+from experiments.jobs.results import SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.token_stats import TokenGeometry
 from experiments.training.filters import drop_too_long
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lavida_adapter import Lavida
 
 Gate = Callable[[], dict[str, float]]
-Show = Callable[[Path], list[Row]]
+Show = Callable[[Path], list[SampleRow]]
 SHOWN = 4
 """Training examples whose pictures a logger gets."""
 
@@ -47,10 +48,10 @@ class Stage:
     data: dict[str, Any] = field(default_factory=dict)
 
 
-def build_stage(cfg: DictConfig, model: "Lavida", crew: Ranks) -> Stage:
+def build_stage(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
     if cfg.stage in _WITH_SELECTOR:
-        return _through_selector(cfg, model, crew)
-    if crew.world > 1:
+        return _through_selector(cfg, model, ranks)
+    if ranks.world > 1:
         raise UserError(f"stage={cfg.stage} makes the tiny model's base in one process: leave trainer= out")
     return _ALONE[cfg.stage](cfg, model)
 
@@ -68,7 +69,7 @@ def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str
     return {group: sum(hits) / len(hits) for group, hits in right.items()}
 
 
-def draw_shots(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[Row]:
+def draw_shots(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[SampleRow]:
     """Answers the first few examples and draws into the folder, if there is one, what was kept of them."""
     system = _system(stage, dataset)
     samples = [dataset[i] for i in range(min(SHOWN, len(dataset)))]
@@ -168,7 +169,7 @@ def make_trainable(cfg: DictConfig, model: "Lavida", selector: Selector) -> None
     _WITH_SELECTOR[cfg.stage](cfg, model, selector)
 
 
-def _through_selector(cfg: DictConfig, model: "Lavida", crew: Ranks) -> Stage:
+def _through_selector(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
     parts = build.build_parts(cfg)
     selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device)
     relevance = build.build_relevance(cfg, selector)
@@ -190,12 +191,12 @@ def _through_selector(cfg: DictConfig, model: "Lavida", crew: Ranks) -> Stage:
             return {}
         return accuracy(stage, build.build_dataset(cfg, "check"), cfg.batch_size)
 
-    def show(folder: Path) -> list[Row]:
-        return draw_shots(stage, next(iter(parts.values())), folder if crew.first else None)
+    def show(folder: Path) -> list[SampleRow]:
+        return draw_shots(stage, next(iter(parts.values())), folder if ranks.is_main else None)
 
     drop_too_long(parts, stage)
     batches = Batches(
-        build.build_stream(cfg, parts), cfg.batch_size, prepare=Cutter.of(stage), rank=crew.rank, world=crew.world
+        build.build_stream(cfg, parts), cfg.batch_size, prepare=Cutter.of(stage), rank=ranks.rank, world=ranks.world
     )
     return Stage(stage, batches, gate, show, {name: _facts(part) for name, part in parts.items()})
 

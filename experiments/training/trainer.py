@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from experiments.jobs.atomic_files import replacing
+from experiments.atomic_files import replacing
 from experiments.jobs.distributed import Ranks
 from experiments.training.callbacks import METRICS, History, Throughput
 from experiments.training.run_logger import RunLogger
@@ -117,7 +117,12 @@ def _reason(error: BaseException) -> str:
 
 
 def build_trainer(
-    cfg: DictConfig, crew: Ranks, device: torch.device, folder: Path, checkpoints: Path, mirror: RunLogger | None = None
+    cfg: DictConfig,
+    ranks: Ranks,
+    device: torch.device,
+    folder: Path,
+    checkpoints: Path,
+    mirror: RunLogger | None = None,
 ) -> tuple[L.Trainer, Throughput]:
     """A trainer whose curve lies in `folder`, and its rates; the launcher has started all processes already."""
     if cfg.trainer.checkpoint_every < 1:
@@ -143,10 +148,10 @@ def build_trainer(
     ]
     trainer = L.Trainer(
         accelerator=device.type,
-        devices=crew.local_world if crew.world > 1 or device.type == "cpu" else [device.index or 0],
-        num_nodes=crew.nodes,
+        devices=ranks.local_world if ranks.world > 1 or device.type == "cpu" else [device.index or 0],
+        num_nodes=ranks.nodes,
         strategy=strategy(cfg.trainer.strategy),
-        plugins=[crew.environment(), SafeCheckpoints()],
+        plugins=[ranks.environment(), SafeCheckpoints()],
         precision=cfg.trainer.precision,
         max_steps=cfg.optim.steps,
         gradient_clip_val=cfg.trainer.clip,

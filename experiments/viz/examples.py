@@ -1,15 +1,15 @@
 """The samples that the report shows: chosen once for a dataset, drawn while a job answers them."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from experiments.atomic_files import read_json, write_atomic, write_json
 from experiments.data.sample import Box, Sample
-from experiments.jobs.atomic_files import read_json, write_atomic, write_json
 from experiments.token_stats import TokenGeometry
 from experiments.viz.kept_tokens import heat_map, kept_map, overlay
 from shirg import Selection
@@ -58,7 +58,7 @@ def save_example(
     number: int,
     image: Image.Image,
     selection: Selection,
-    row: dict[str, Any],
+    row: Mapping[str, Any],
     boxes: Sequence[Box],
     geometry: TokenGeometry,
 ) -> None:

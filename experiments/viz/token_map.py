@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.jobs.atomic_files import write_atomic
+from experiments.atomic_files import write_atomic
 from shirg import Selector, VisionFeatures
 
 MAP = "{:02d}_tokens.npz"

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
+from experiments.cli import update_report
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.evaluate import evaluate
 from experiments.jobs.job import Work, run_job
@@ -91,7 +92,8 @@ def _run_here(
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
-    assert run_job(cfg, work) is ok
+    outcome = run_job(cfg, work, update_report)
+    assert outcome is not None and outcome.ok is ok
     return folder
 
 

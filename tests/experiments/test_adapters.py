@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.build import adapter_path
+from experiments.jobs.results import adapter_path
 
 
 @pytest.fixture

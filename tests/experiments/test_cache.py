@@ -87,7 +87,7 @@ def test_both_budgets_are_shown_where_they_differ(eval_here: Eval) -> None:
         (["cache=redvtp", "decode.step_per_block=1"], r"this decoding has no other: choose more steps or cache=none"),
         (["cache=fastv", "budget=most"], r"budget=most: give base \(80\)"),
         (["cache=fastv", "cache.queries=all"], r"cache.queries='all' is not one of last, text"),
-        (["cache=redvtp", "+cache.layer=1"], r"cache.layer: RedVTP has no such knob; it has budget, positions"),
+        (["cache=redvtp", "+cache.layer=1"], r"cache.layer: RedVTP has no such option; it has budget, positions"),
         (["cache=redvtp", "cache.positions=1"], r"cache.positions=1 is not one of retain, reindex"),
     ],
 )

@@ -117,7 +117,7 @@ def test_ablations_go_with_other_variants_and_the_command_line_has_the_last_word
     cfg = composed("eval", "ablation=sign_flip", "selector.neighbor.sign=-1")
     assert cfg.selector.neighbor.sign == -1
     cfg = composed("eval", "ablation=sign_flip", "selector=random")
-    with pytest.raises(ValueError, match="selector.neighbor: Random has no such knob; it has budget, seed, geometry"):
+    with pytest.raises(ValueError, match="selector.neighbor: Random has no such option; it has budget, seed, geometry"):
         build.build_selector(cfg, BUDGETS)
 
 

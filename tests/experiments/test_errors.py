@@ -22,11 +22,11 @@ from tests.experiments.conftest import ROOT, finish, result_of, start
         ),
         (
             ["selector=random", "selector.foo=1"],
-            "error: selector.foo: selector=random has no such knob; it has budget, geometry, seed",
+            "error: selector.foo: selector=random has no such option; it has budget, geometry, seed",
         ),
         (
             ["-m", "selector=random,pooled", "selector.seed=1"],
-            "error: selector.seed: selector=pooled has no such knob; it has none",
+            "error: selector.seed: selector=pooled has no such option; it has none",
         ),
         (["batch_size=many"], "error: batch_size=many: Value 'many' of type 'str' could not be converted to Integer"),
         (
@@ -99,7 +99,7 @@ def test_a_single_bad_job_prints_one_sentence(tiny_weights: Path, tmp_path: Path
         (["budget=most"], r"budget=most: give base \(80\).*full \(320\).*matched, or a positive number of tokens"),
         (["selector=shirg", "selector.weights.similarity=high"], r"selector.weights.similarity='high' is not a number"),
         (["selector=shirg", "selector.norm=best"], r"selector.norm='best' is not one of zscore, minmax, rank, none"),
-        (["selector=random", "+selector.foo=1"], r"selector.foo: Random has no such knob; it has budget, seed"),
+        (["selector=random", "+selector.foo=1"], r"selector.foo: Random has no such option; it has budget, seed"),
         (
             ["model.path=./weights/absent"],
             r"model.path=./weights/absent: there are no weights there; `make tiny` trains",

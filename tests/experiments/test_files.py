@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.jobs.atomic_files import Journal, read_json, write_atomic, write_json
+from experiments.atomic_files import Journal, read_json, write_atomic, write_json
 
 
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.utils import JobReturn, JobStatus
 
 from experiments.jobs import launchers
 from experiments.schema import CONF, VERSION_BASE
@@ -77,15 +79,30 @@ def test_a_job_of_nobodys_launcher_waits_for_nobody(monkeypatch: pytest.MonkeyPa
         assert name is None
 
 
-def test_what_jobs_say_is_heard_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launchers.report_status(tmp_path / "old", True, "before the sweep")
-    listener = launchers.SweepMonitor(tmp_path, launchers.ended_here)
-    launchers.report_status(tmp_path / "a", True, "ok    a")
-    launchers.report_status(tmp_path / "b", False, "error: b: no")
-    listener.stop()
+def returned(
+    study: Path, job: str, outcome: launchers.JobOutcome | None, status: JobStatus = JobStatus.COMPLETED
+) -> None:
+    """Writes submitit's result file of a job."""
+    folder = study / ".submitit" / job
+    folder.mkdir(parents=True)
+    result = JobReturn(status=status)
+    result.return_value = outcome
+    (folder / f"{job}_0_result.pkl").write_bytes(pickle.dumps(("success", result)))
+
+
+def test_each_result_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of an earlier sweep, of a job that raised and of a rank that is not the main one are not."""
+    a, b = (launchers.JobOutcome(tmp_path / n, n == "a", line) for n, line in (("a", "ok    a"), ("b", "error: b: no")))
+    returned(tmp_path, "1", launchers.JobOutcome(tmp_path / "old", True, "before the sweep"))
+    monitor = launchers.SweepMonitor(tmp_path, launchers.ended_here)
+    for job, outcome in (("2", a), ("3", b), ("4", None)):
+        returned(tmp_path, job, outcome)
+    returned(tmp_path, "5", a, JobStatus.FAILED)
+    monitor.poll()
+    monitor.stop()
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("ok    a\n", "error: b: no\n")
-    assert listener.heard == {tmp_path / "a": True, tmp_path / "b": False}
+    assert monitor.outcomes == [a, b]
 
 
 def test_side_by_side_fills_the_same_table(tiny_weights: Path, tmp_path: Path) -> None:
@@ -104,8 +121,21 @@ def test_side_by_side_fills_the_same_table(tiny_weights: Path, tmp_path: Path) -
     assert table_without_times(together / "outputs/s") == table_without_times(alone / "outputs/s")
 
 
-def test_a_slurm_job_has_a_task_for_each_device() -> None:
-    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
-        launcher = compose("eval", ["hydra/launcher=slurm"], return_hydra_config=True).hydra.launcher
+@pytest.mark.parametrize(
+    ("command", "words", "nodes", "tasks"),
+    [
+        ("eval", ["hydra.launcher.gpus_per_node=8"], 1, 1),
+        ("train", ["hydra.launcher.gpus_per_node=8"], 1, 1),
+        ("train", ["trainer=ddp", "hydra.launcher.gpus_per_node=8"], 1, 8),
+        ("train", ["trainer=fsdp", "trainer.num_nodes=2", "hydra.launcher.gpus_per_node=4"], 2, 4),
+        ("train", ["trainer=ddp", "trainer.num_nodes=2"], 2, 1),
+        ("train", ["trainer=ddp", "hydra.launcher.gpus_per_node=8", "hydra.launcher.tasks_per_node=2"], 1, 2),
+    ],
+)
+def test_a_slurm_job_has_a_task_for_each_gpu_of_a_shared_training(
+    command: str, words: list[str], nodes: int, tasks: int
+) -> None:
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=command):
+        launcher = compose(command, ["hydra/launcher=slurm", *words], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
-    assert (launcher.nodes, launcher.tasks_per_node, launcher.timeout_min) == (1, 1, 1440)
+    assert (launcher.nodes, launcher.tasks_per_node, launcher.timeout_min) == (nodes, tasks, 1440)

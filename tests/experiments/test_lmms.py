@@ -116,7 +116,7 @@ def test_transparent_pictures_stand_on_white(answerer: Answerer) -> None:
     ("overrides", "sentence"),
     [
         ({"selector": "shrig"}, "--model_args: selector=shrig: there is no such option; choose one of cdpruner"),
-        ({"selector": "pooled", "selector.buget": 3}, "--model_args: selector.buget: selector=pooled has no such knob"),
+        ({"selector": "pooled", "selector.buget": 3}, "--model_args: selector.buget: selector=pooled has no such"),
     ],
 )
 def test_what_cannot_be_built(overrides: dict[str, Any], sentence: str) -> None:

@@ -45,7 +45,7 @@ def config(**trainer: Any) -> DictConfig:
 
 
 @pytest.mark.parametrize(
-    ("variables", "crew"),
+    ("variables", "ranks"),
     [
         ({}, Ranks()),
         (OF_TORCHRUN, Ranks(launcher="torchrun", rank=5, world=8, local_rank=1, local_world=4)),
@@ -54,11 +54,11 @@ def config(**trainer: Any) -> DictConfig:
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, Ranks()),  # a batch script, not a task
     ],
 )
-def test_launchers(variables: dict[str, str], crew: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers(variables: dict[str, str], ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert detect_ranks() == crew
-    assert crew.world == 1 or crew.nodes == 2
+    assert detect_ranks() == ranks
+    assert ranks.world == 1 or ranks.nodes == 2
 
 
 @pytest.mark.parametrize(

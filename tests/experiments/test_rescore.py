@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from experiments import rescore as module
 from experiments.analysis.rows import collect
-from experiments.jobs.atomic_files import write_together
+from experiments.atomic_files import write_together
 from experiments.jobs.results import LOCK
 from experiments.metrics.answers import scorer_version
 from experiments.metrics.text import ExactMatch

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from experiments.atomic_files import write_atomic, write_json
 from experiments.data.benchmarks.official_files import Item, Raw, answers_of, id_of, question_of, read_json
 from experiments.data.folder import read_folder
 from experiments.data.image_io import load_picture
 from experiments.data.sample import Dataset
-from experiments.jobs.atomic_files import write_atomic, write_json
 from shirg import MissingFileError, UserError
 
 METADATA = "metadata.jsonl"

@@ -6,12 +6,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from experiments.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager

@@ -1,0 +1,114 @@
+"""Plug-ins: the object that an option's `_target_` names, built from the values of the config.
+
+This is the only file that calls `hydra.utils.instantiate`. An option that does not exist, a value of another type and
+a value that the constructor refuses raise one sentence that names the group and what it takes.
+"""
+
+import inspect
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.errors import ConfigError, is_user_error
+from experiments.schema import CONF
+
+
+def build_plugin(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:
+    """The object of a config group; `fixed` replaces values of the config.
+
+    Raises:
+        ConfigError: no `_target_`, an unknown option, a value of the wrong type, or a ValueError or TypeError of the
+            constructor. An error that the constructor raises on purpose is passed on as it is.
+    """
+    node = OmegaConf.select(cfg, group)
+    if "_target_" not in node:
+        raise ConfigError(f"{group}: the config has no _target_; choose an option, for example {group}=NAME")
+    values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    path = values.pop("_target_")
+    options = {str(k): v for k, v in values.items()} | dict(fixed or {})
+    try:
+        target = get_class(path)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{group}._target_={path}: no such class ({_one_line(error)})") from error
+    check_options(group, target, options, _defaults(group, path))
+    try:
+        return instantiate({"_target_": path, **options}, _convert_="all", _recursive_=False)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if cause is None:
+            raise
+        if isinstance(cause, ValueError | TypeError) and not is_user_error(cause):
+            raise ConfigError(f"{group}: {target.__name__} cannot be built: {_one_line(cause)}") from cause
+        raise cause from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _defaults(group: str, target: str) -> Mapping[str, Any]:
+    """The values in the file of the option that builds this target."""
+    for path in sorted((CONF / group.partition(".")[0]).glob("*.yaml")):
+        option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if isinstance(option, dict) and option.get("_target_") == target:
+            return {str(k): v for k, v in option.items()}
+    return {}
+
+
+def check_options(group: str, target: type, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Compares values with the parameters of a constructor and with the option's own file.
+
+    Raises:
+        ConfigError: an option that the constructor does not have, or a value of another type.
+    """
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    if not takes_any and (unknown := sorted(options.keys() - parameters.keys())):
+        raise ConfigError(f"{group}.{unknown[0]}: {target.__name__} has no such option; it has {', '.join(parameters)}")
+    _compare_types(group, options, defaults)
+    for name, value in options.items():
+        if name in parameters and not _fits(value, hint := parameters[name].annotation):
+            raise ConfigError(f"{group}.{name}={value!r} is not {_describe(hint)}")
+
+
+def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuses text where the option's file has a number or a boolean; nested values have no annotation to check."""
+    for name, default in defaults.items():
+        value = given.get(name)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            _compare_types(f"{where}.{name}", value, default)
+        elif isinstance(default, bool) and isinstance(value, str):
+            raise ConfigError(f"{where}.{name}={value!r} is not true or false")
+        elif isinstance(default, int | float) and isinstance(value, str):
+            raise ConfigError(f"{where}.{name}={value!r} is not a number")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a config value is of the annotated type; annotations beyond plain ones are left to the constructor."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, types.NoneType):
+        return isinstance(value, hint)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in get_args(hint))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
