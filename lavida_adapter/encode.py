@@ -1,11 +1,13 @@
-"""From pictures to the tokens that the language model reads: views, tower, relevance, selector, projector.
+"""From pictures to the tokens that the language model reads: views, vision tower, relevance, selector, projector.
 
-Pictures of one canvas kind form a group and go through the selector together; a picture that several prompts ask about
-is encoded once.
+Pictures with one layout form a group and go through the selector together. A picture that several prompts ask about is
+encoded once.
+
+Shape letters: B prompts, E distinct pictures, N source tokens of a picture, T selected tokens, D width.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -20,126 +22,174 @@ from lavida_adapter.views import Views, layout_on, patch_pixels, ready
 from shirg import Selection, Selector, VisionFeatures
 
 Boxes = Sequence[tuple[float, float, float, float]]
+"""Boxes (x0, y0, x1, y1) in a picture, as fractions of its width and height."""
 
 
-def picture_blocks(
-    model: LavidaModules,
-    images: Sequence[Image.Image | Views],
-    questions: Sequence[str],
-    ids: Sequence[str],
-    selector: Selector,
-    relevance: Relevance | None,
-    timer: Timer,
-    boxes: Sequence[Boxes] | None = None,
-) -> tuple[list[Tensor], tuple[Selection, ...]]:
-    """Each prompt's picture tokens [n, D] in the language model's space, and the selections (B = 1) behind them."""
-    distinct = list({id(image): image for image in images}.values())
-    with timer.stage("views"):
-        views = [ready(image, model.config, selector.geometry) for image in distinct]
-    with timer.stage("tower"):
-        states, taps = run_tower(model, views, selector.needs - {"encoder", "pixels"})
-    picture_at = {id(image): i for i, image in enumerate(distinct)}
-    picture_of = [picture_at[id(image)] for image in images]
-    blocks: dict[int, Tensor] = {}
-    selections: dict[int, Selection] = {}
-    for layout in {id(v.layout): v.layout for v in views}.values():
-        rows = [i for i, picture in enumerate(picture_of) if views[picture].layout is layout]
-        shown = list(dict.fromkeys(picture_of[i] for i in rows))
-        place = [shown.index(picture_of[i]) for i in rows]
-        # One selection serves every prompt about a picture, if nothing that it depends on is the prompt's own.
-        asking = [rows[place.index(e)] for e in range(len(shown))] if is_shared(selector, relevance) else rows
-        group = PictureGroup(
-            [views[i] for i in shown],
-            torch.stack([states[i] for i in shown]),
-            [shown.index(picture_of[i]) for i in asking],
-            model.model.mm_projector,
-        )
-        recorded = {name: torch.stack([tensors[i] for i in shown]) for name, tensors in taps.items()}
-        if "pixels" in selector.needs:
-            recorded["pixels"] = torch.stack([patch_pixels(views[i].pixels_V3SS, layout) for i in shown]).to(
-                model.device
-            )
-        features = group.features(tuple(ids[i] for i in asking), recorded)
-        if boxes is not None:
-            features = replace(features, boxes=tuple(tuple(boxes[i]) for i in asking))
-        if relevance is not None and selector.uses_relevance:
-            with timer.stage("relevance"):
-                texts = [questions[i].strip() for i in asking]
-                asked = [encode_text(model.tokenizer, text) for text in texts]
-                asked_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in asked]
-                context = RelevanceContext(group.projected, asked_Q, model.lm.wte, texts, model.model.vision_tower)
-                features = replace(features, relevance_BN=relevance(features, context))
-        selection, tokens_BTD = select(features, group, selector, timer)
-        for at, i in enumerate(rows):
-            j = place[at] if len(asking) < len(rows) else at
-            selections[i] = _row(selection, j)
-            blocks[i] = picture_block(selections[i], tokens_BTD[j], model.model.image_newline)
-    return [blocks[i] for i in range(len(images))], tuple(selections[i] for i in range(len(images)))
+@dataclass(frozen=True)
+class PicturePrompts:
+    """B prompts about one picture each. Images that are the same object are one picture."""
+
+    images: Sequence[Image.Image | Views]
+    questions: Sequence[str]
+    ids: Sequence[str]
+    boxes: Sequence[Boxes] | None = None
+    """Where each question's evidence is; only an oracle selector reads it."""
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """A picture behind the vision tower."""
+
+    views: Views
+    states_ND: Tensor
+    taps: dict[str, Tensor]
+    """Recordings [N, ...] by name."""
+
+
+class PictureEncoder:
+    """Turns the pictures of prompts into tokens for the language model, with one selector."""
+
+    def __init__(self, model: LavidaModules, selector: Selector, relevance: Relevance | None, timer: Timer) -> None:
+        self.model, self.selector, self.relevance, self.timer = model, selector, relevance, timer
+
+    def blocks(self, prompts: PicturePrompts) -> tuple[list[Tensor], tuple[Selection, ...]]:
+        """Each prompt's picture tokens [n, D] in the language model's space, and the selection (B = 1) of each."""
+        distinct = list({id(image): image for image in prompts.images}.values())
+        number = {id(image): e for e, image in enumerate(distinct)}
+        picture_of = [number[id(image)] for image in prompts.images]
+        encoded = self._encode(distinct)
+        blocks: dict[int, Tensor] = {}
+        selections: dict[int, Selection] = {}
+        for rows in rows_by_layout(encoded, picture_of):
+            for i, block, selection in self._group_blocks(prompts, encoded, picture_of, rows):
+                blocks[i], selections[i] = block, selection
+        return [blocks[i] for i in range(len(blocks))], tuple(selections[i] for i in range(len(blocks)))
+
+    def _encode(self, images: Sequence[Image.Image | Views]) -> list[EncodedPicture]:
+        """Views and tower, all pictures in one batch."""
+        with self.timer.stage("views"):
+            views = [ready(image, self.model.config, self.selector.geometry) for image in images]
+        with self.timer.stage("tower"):
+            return run_tower(self.model, views, self.selector.needs - {"encoder", "pixels"})
+
+    def _group_blocks(
+        self, prompts: PicturePrompts, encoded: Sequence[EncodedPicture], picture_of: Sequence[int], rows: list[int]
+    ) -> list[tuple[int, Tensor, Selection]]:
+        """Number, tokens [n, D] and selection of the prompts `rows`, whose pictures have one layout."""
+        pictures = list(dict.fromkeys(picture_of[i] for i in rows))
+        place = [pictures.index(picture_of[i]) for i in rows]
+        # One selection serves every prompt about a picture, if it depends on nothing else of the prompt.
+        shared = is_shared(self.selector, self.relevance)
+        asking = [rows[place.index(e)] for e in range(len(pictures))] if shared else rows
+        places = [pictures.index(picture_of[i]) for i in asking]
+        group = PictureGroup([encoded[e] for e in pictures], places, self.model.model.mm_projector)
+        features = self._features(group, prompts, asking)
+        selection, tokens_BTD = select(features, group, self.selector, self.timer)
+        found = []
+        for i, j in zip(rows, place if shared else range(len(rows)), strict=True):
+            row = _row(selection, j)
+            found.append((i, picture_block(row, tokens_BTD[j], self.model.model.image_newline), row))
+        return found
+
+    def _features(self, group: "PictureGroup", prompts: PicturePrompts, asking: Sequence[int]) -> VisionFeatures:
+        """What the selector sees of the prompts `asking`, in the tower's space."""
+        features = group.features(tuple(prompts.ids[i] for i in asking), pixels="pixels" in self.selector.needs)
+        if prompts.boxes is not None:
+            features = replace(features, boxes=tuple(tuple(prompts.boxes[i]) for i in asking))
+        if self.relevance is None or not self.selector.uses_relevance:
+            return features
+        with self.timer.stage("relevance"):
+            context = self._context(group, [prompts.questions[i].strip() for i in asking])
+            return replace(features, relevance_BN=self.relevance(features, context))
+
+    def _context(self, group: "PictureGroup", questions: list[str]) -> RelevanceContext:
+        model = self.model
+        ids = [encode_text(model.tokenizer, question) for question in questions]
+        ids_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in ids]
+        return RelevanceContext(group.projected, ids_Q, model.lm.wte, questions, model.model.vision_tower)
+
+
+def rows_by_layout(encoded: Sequence[EncodedPicture], picture_of: Sequence[int]) -> list[list[int]]:
+    """The prompts of each layout, by the picture of each prompt."""
+    layouts = {id(picture.views.layout): picture.views.layout for picture in encoded}.values()
+    return [[i for i, e in enumerate(picture_of) if encoded[e].views.layout is layout] for layout in layouts]
 
 
 def is_shared(selector: Selector, relevance: Relevance | None) -> bool:
-    """Whether a selection depends on the picture alone, and not on who asks what about it."""
+    """Whether a selection depends on the picture alone: neither on the question nor on the sample."""
     ranks_alone = not selector.uses_relevance or isinstance(relevance, NoRelevance)
     return ranks_alone and not selector.reads_sample
 
 
-def run_tower(
-    model: LavidaModules, views: Sequence[Views], taps: frozenset[str]
-) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Tower states [N, D] and recordings [N, ...] of each picture, all views in one batch; no graph when frozen."""
+def run_tower(model: LavidaModules, views: Sequence[Views], taps: frozenset[str]) -> list[EncodedPicture]:
+    """Tower states and recordings of each picture, all views in one batch; without a graph when the tower is frozen."""
     tower = model.model.vision_tower
     pixels = torch.cat([v.pixels_V3SS for v in views]).to(model.device, model.dtype)
     counts = [len(v.pixels_V3SS) for v in views]
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
     with torch.set_grad_enabled(learns):
         states, recorded = tower(pixels, taps)
-    return (
-        [x.flatten(0, 1) for x in states.split(counts)],
-        {name: [x.flatten(0, 1) for x in tensor.split(counts)] for name, tensor in recorded.items()},
-    )
+    # Of each picture: [V, n, ...] -> [N, ...].
+    states_END = [x.flatten(0, 1) for x in states.split(counts)]
+    taps_E = {name: [x.flatten(0, 1) for x in tensor.split(counts)] for name, tensor in recorded.items()}
+    return [
+        EncodedPicture(v, states_END[e], {name: tensors[e] for name, tensors in taps_E.items()})
+        for e, v in enumerate(views)
+    ]
 
 
 class PictureGroup:
-    """Pictures (E of them) that share a canvas, and the B prompts that ask about them."""
+    """Pictures (E of them) that share a layout, and the B prompts that ask about them."""
 
-    def __init__(self, views: Sequence[Views], states_END: Tensor, places: Sequence[int], projector: nn.Module) -> None:
+    def __init__(self, pictures: Sequence[EncodedPicture], places: Sequence[int], projector: nn.Module) -> None:
         """`places`: the picture of each prompt."""
-        self.views, self.states_END, self.places, self.projector = views, states_END, list(places), projector
+        self.pictures, self.places, self.projector = pictures, list(places), projector
+        self.states_END = torch.stack([picture.states_ND for picture in pictures])
         self._projected: Tensor | None = None
         self._has_graph = False
 
     def projected(self) -> Tensor:
         """Projected tokens [B, N, D] of every prompt's picture, computed once.
 
-        In training a provider of relevance may have asked first, without a graph; what is learned needs one.
+        In training a relevance provider may have asked first, without a graph; then they are computed again with one.
         """
         learns = torch.is_grad_enabled()
         if self._projected is None or (learns and not self._has_graph):
             self._projected, self._has_graph = self.projector(self.states_END), learns
         return self._by_prompt(self._projected)
 
-    def features(self, ids: tuple[str, ...], taps: dict[str, Tensor]) -> VisionFeatures:
-        """What a selector of stage "pre" sees; `taps` are those of the pictures, [E, N, ...]."""
+    def features(self, ids: tuple[str, ...], *, pixels: bool = False) -> VisionFeatures:
+        """What a selector of stage "pre" sees; with `pixels` also the pixels of every token as a tap."""
         device = self.states_END.device
-        valid_EN = torch.stack([v.valid_N for v in self.views])
+        views = [picture.views for picture in self.pictures]
+        valid_EN = torch.stack([v.valid_N for v in views])
         n_valid = valid_EN.sum(-1).tolist()
-        base = [v.base_count for v in self.views]
+        base = [v.base_count for v in views]
         return VisionFeatures(
             tokens_BND=self._by_prompt(self.states_END),
-            layout=layout_on(self.views[0].layout, device),
+            layout=layout_on(views[0].layout, device),
             valid_BN=self._by_prompt(valid_EN.to(device)),
-            picture_B4=self._by_prompt(torch.tensor([v.picture_4 for v in self.views], device=device)),
-            size_B2=self._by_prompt(torch.tensor([v.size for v in self.views], device=device)),
+            picture_B4=self._by_prompt(torch.tensor([v.picture_4 for v in views], device=device)),
+            size_B2=self._by_prompt(torch.tensor([v.size for v in views], device=device)),
             ids=ids,
             n_valid=tuple(n_valid[i] for i in self.places),
             picture_at=tuple(self.places),
             base_count_B=None if None in base else self._by_prompt(torch.tensor(base, device=device)),
-            taps={name: self._by_prompt(tensor) for name, tensor in taps.items()},
+            taps={name: self._by_prompt(tensor) for name, tensor in self._taps(pixels).items()},
         )
+
+    def _taps(self, pixels: bool) -> dict[str, Tensor]:
+        """Recordings of the pictures, [E, N, ...] each."""
+        names = self.pictures[0].taps
+        taps = {name: torch.stack([picture.taps[name] for picture in self.pictures]) for name in names}
+        if pixels:
+            patches = [patch_pixels(p.views.pixels_V3SS, p.views.layout) for p in self.pictures]
+            taps["pixels"] = torch.stack(patches).to(self.states_END.device)
+        return taps
 
     def _by_prompt(self, values_E: Tensor) -> Tensor:
         """Values of pictures [E, ...] by prompt [B, ...]: no copy where each prompt has a picture of its own."""
-        if self.places == list(range(len(self.views))):
+        if self.places == list(range(len(self.pictures))):
             return values_E
         return values_E[torch.tensor(self.places, device=values_E.device)]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lavida_adapter.encode import Boxes, picture_blocks
+from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import (
     SINGLE,
@@ -163,10 +163,9 @@ def batch_loss(
     tally: Tally | None,
 ) -> Tensor:
     """What `Lavida.loss` says: the answers' loss, and what the objective adds to it."""
-    timer, tally = NoTimer(), tally or Tally()
-    blocks, selections = picture_blocks(
-        model, batch.images, batch.questions, batch.ids, selector, relevance, timer, batch.boxes
-    )
+    tally = tally or Tally()
+    encoder = PictureEncoder(model, selector, relevance, NoTimer())
+    blocks, selections = encoder.blocks(PicturePrompts(batch.images, batch.questions, batch.ids, batch.boxes))
     prompts = batch.questions if batch.prompts is None else batch.prompts
     histories = [()] * len(prompts) if batch.histories is None else batch.histories
     examples = [

@@ -14,7 +14,7 @@ from lavida_adapter.cache_compression.compressor import CacheSelector
 from lavida_adapter.cache_compression.quantize import CachePacker
 from lavida_adapter.checkpoint import load, save
 from lavida_adapter.config import LavidaConfig
-from lavida_adapter.encode import Boxes, picture_blocks
+from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache, pick
 from lavida_adapter.generate import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
@@ -75,7 +75,8 @@ class Lavida(LavidaModules):
         if len({len(things) for things in given.values()}) > 1 or not images:
             counts = ", ".join(f"{len(things)} {name}" for name, things in given.items())
             raise UserError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
-        blocks, selections = picture_blocks(self, images, questions, ids, selector, relevance, timer, boxes)
+        encoder = PictureEncoder(self, selector, relevance, timer)
+        blocks, selections = encoder.blocks(PicturePrompts(images, questions, ids, boxes))
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
             prefix, _ = splice(rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length)

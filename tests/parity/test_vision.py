@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 from baselines import Pooled
-from lavida_adapter import encode
+from lavida_adapter.encode import EncodedPicture, PictureEncoder, PictureGroup, PicturePrompts
 from lavida_adapter.prefix import picture_block, splice
 from lavida_adapter.prompt import IGNORE, join_at_images, render
 from lavida_adapter.timing import NoTimer
-from lavida_adapter.views import choose_canvas, make_views
+from lavida_adapter.views import Views, choose_canvas, make_views
+from shirg import VisionFeatures
 from tests.parity.conftest import Golden
 
 
@@ -64,9 +65,15 @@ def test_projector_and_pooling(golden: Golden, close, mode: str) -> None:
     close("projector", projected[:, : rows.shape[1]], rows, 1e-4)
     config = replace(golden.config, mm_spatial_pool_mode=mode, mm_patch_merge_type="flat", image_aspect_ratio="resize")
     views = make_views(blank((config.vision.image_size,) * 2), config)
-    features = encode.PictureGroup([views], saved["features"], [0], torch.nn.Identity()).features(("0",), {})
+    features = tower_features(views, saved["features"])
     pooled = Pooled()(replace(features, tokens_BND=projected))
     close(f"pooling ({mode})", pooled.tokens_BTD, saved[f"pooled_{mode}"], 1e-4)
+
+
+def tower_features(views: Views, states_1ND: torch.Tensor) -> VisionFeatures:
+    """What a selector sees of one picture whose tower states are given."""
+    picture = EncodedPicture(views, states_1ND[0], {})
+    return PictureGroup([picture], [0], torch.nn.Identity()).features(("0",))
 
 
 def token_map(golden: Golden, size, config=None) -> torch.Tensor:
@@ -76,7 +83,7 @@ def token_map(golden: Golden, size, config=None) -> torch.Tensor:
     side, n_views = config.vision.side, len(views.pixels_V3SS)
     grid = torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in (n_views, side, side)), indexing="ij"), -1)
     probe = grid.reshape(1, -1, 3)
-    features = encode.PictureGroup([views], probe, [0], torch.nn.Identity()).features(("0",), {})
+    features = tower_features(views, probe)
     selection = Pooled()(features)
     return picture_block(selection, selection.tokens_BTD[0], -torch.ones(3))
 
@@ -128,7 +135,8 @@ def test_spliced_embeddings(golden: Golden, close, equal) -> None:
 def picture_blocks(golden: Golden, images) -> list[torch.Tensor]:
     """Picture tokens of the pooled baseline: what LaViDa itself feeds its language model."""
     ids = [str(i) for i in range(len(images))]
-    return encode.picture_blocks(golden.model, images, [""] * len(images), ids, Pooled(), None, NoTimer())[0]
+    encoder = PictureEncoder(golden.model, Pooled(), None, NoTimer())
+    return encoder.blocks(PicturePrompts(images, [""] * len(images), ids))[0]
 
 
 def test_prompts_and_the_lost_token(golden: Golden, equal) -> None:
