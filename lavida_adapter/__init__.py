@@ -1,11 +1,11 @@
-"""LaViDa, natively: loads the published checkpoint, matches the reference's numbers, takes any selector."""
+"""LaViDa in plain PyTorch: loads the published checkpoint, matches the reference's numbers, takes any selector."""
 
 from lavida_adapter.adapter_files import load_adapter, save_adapter
 from lavida_adapter.cache_compression.adaptive_k import AdaptiveK
-from lavida_adapter.cache_compression.compressor import CacheSelector
+from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
 from lavida_adapter.cache_compression.fastv import FastV
 from lavida_adapter.cache_compression.layer_retention import LayerRetention
-from lavida_adapter.cache_compression.quantize import CachePacker, Cast, Fp8, Int8
+from lavida_adapter.cache_compression.quantize import Cast, Fp8, Int8
 from lavida_adapter.cache_compression.redvtp import RedVTP
 from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
 from lavida_adapter.generate import DecodeConfig, Generation

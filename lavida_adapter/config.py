@@ -1,7 +1,7 @@
-"""What a LaViDa checkpoint says about itself: the fields of its config.json that change a number.
+"""The config of a LaViDa checkpoint: the fields of its config.json that change a number.
 
-The published file is flat (the language model's fields beside the `mm_*` fields). Fields that it lacks take the values
-of docs/lavida.md, "Constants"; a value that this code cannot honour raises instead of being ignored.
+The published file is flat (the language model's fields beside the `mm_*` fields). Absent fields take the values of
+docs/lavida.md, "Constants"; an unsupported value raises.
 """
 
 import ast
@@ -22,7 +22,7 @@ class VisionConfig:
     hidden_size: int = 1152
     intermediate_size: int = 4304
     num_hidden_layers: int = 27
-    """As configured; the last layer is never built (docs/lavida.md, "Vision tower")."""
+    """As in the checkpoint; the last layer is never built (docs/lavida.md, "Vision tower")."""
     num_attention_heads: int = 16
     image_size: int = 384
     patch_size: int = 14
@@ -31,7 +31,7 @@ class VisionConfig:
 
     @property
     def side(self) -> int:
-        """Tokens per side of a view; what is left of the view at the right and bottom is never seen."""
+        """Tokens per side of a view; the remaining pixels at the right and bottom are never seen."""
         return self.image_size // self.patch_size
 
 
@@ -61,7 +61,7 @@ class LladaConfig:
         return self.d_model // self.n_heads
 
 
-# Features of the LLaDA code base that the published model does not use: any other value is refused.
+# Features of the LLaDA code base that the published model does not use; other values raise.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
@@ -99,7 +99,7 @@ DEFAULT_SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class LavidaConfig:
-    """Everything the adapter needs to build LaViDa; `from_dict` and `to_dict` speak the published config.json."""
+    """Everything needed to build LaViDa; `from_dict` and `to_dict` read and write the published config.json."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     lm: LladaConfig = field(default_factory=LladaConfig)
@@ -115,10 +115,10 @@ class LavidaConfig:
     """The reference loses the first token after each image at inference; False keeps it (docs/lavida.md, "Prompt")."""
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
     budgets: Mapping[str, int] = field(default_factory=dict)
-    """Named token budgets. What is not given follows from the largest canvas: "base" is its pooled tokens, "full" all
-    of them, "wide" 60/49 of base rounded up to twenties (1,200 for 980)."""
+    """Named token budgets. The defaults follow from the largest canvas: "base" is its number of pooled tokens, "full"
+    of all tokens, "wide" 60/49 of base rounded up to a multiple of 20 (1,200 for 980)."""
     trained: bool = True
-    """False for random weights; tables and reports say so."""
+    """False for random weights; tables and reports show it."""
 
     def __post_init__(self) -> None:
         if self.vision.hidden_size % self.vision.num_attention_heads or self.lm.d_model % (2 * self.lm.n_heads):
@@ -150,7 +150,7 @@ class LavidaConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Reads a published (flat) config.json; raises one error that lists every value this code cannot honour."""
+        """Reads a published (flat) config.json; raises one UserError that lists all unsupported values."""
         tower = raw.get("vision_config") or {}
         wrong = [
             f"{name}={raw[name]!r} (supported: {', '.join(map(repr, allowed))})"
@@ -159,7 +159,7 @@ class LavidaConfig:
         ]
         wrong += [*_mistyped(LladaConfig, raw), *_mistyped(cls, raw), *_mistyped(VisionConfig, tower)]
         if wrong:
-            raise UserError("config.json asks for what LaViDa-LLaDA does not have: " + "; ".join(wrong))
+            raise UserError("config.json has values that LaViDa-LLaDA does not support: " + "; ".join(wrong))
         lm = _pick(LladaConfig, raw)
         # LLaDA names the rows of its embedding `embedding_size` and falls back to `vocab_size`.
         lm["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size", LladaConfig.vocab_size)
@@ -206,7 +206,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
-    """Pairs of whole numbers, also when the file spells the list as a string."""
+    """Pairs of integers; the file may hold the list as a string."""
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(w), int(h)) for w, h in pairs)
@@ -215,7 +215,7 @@ def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _mistyped(cls: type, raw: Mapping[str, Any]) -> list[str]:
-    """The entries of `raw` that are not of the type of the field's default, as texts."""
+    """Descriptions of the entries of `raw` whose type differs from that of the field's default."""
     kinds: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
     return [
         f"{f.name}={raw[f.name]!r} (not of type {type(f.default).__name__})"
@@ -225,6 +225,6 @@ def _mistyped(cls: type, raw: Mapping[str, Any]) -> list[str]:
 
 
 def _pick(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `raw` that name a plain field of the dataclass; a null that means nothing leaves the default."""
+    """The entries of `raw` that name a plain field of the dataclass; null leaves the default where it means nothing."""
     names = {f.name for f in fields(cls)} - {"vision", "lm"}
     return {k: v for k, v in raw.items() if k in names and (v is not None or k in ("image_aspect_ratio", "init_std"))}

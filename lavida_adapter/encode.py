@@ -81,8 +81,8 @@ class PictureEncoder:
         # One selection serves every prompt about a picture, if it depends on nothing else of the prompt.
         shared = is_shared(self.selector, self.relevance)
         asking = [rows[place.index(e)] for e in range(len(pictures))] if shared else rows
-        places = [pictures.index(picture_of[i]) for i in asking]
-        group = PictureGroup([encoded[e] for e in pictures], places, self.model.model.mm_projector)
+        asked_about = [pictures.index(picture_of[i]) for i in asking]
+        group = PictureGroup([encoded[e] for e in pictures], asked_about, self.model.model.mm_projector)
         features = self._features(group, prompts, asking)
         selection, tokens_BTD = select(features, group, self.selector, self.timer)
         found = []
@@ -141,9 +141,9 @@ def run_tower(model: LavidaModules, views: Sequence[Views], taps: frozenset[str]
 class PictureGroup:
     """Pictures (E of them) that share a layout, and the B prompts that ask about them."""
 
-    def __init__(self, pictures: Sequence[EncodedPicture], places: Sequence[int], projector: nn.Module) -> None:
-        """`places`: the picture of each prompt."""
-        self.pictures, self.places, self.projector = pictures, list(places), projector
+    def __init__(self, pictures: Sequence[EncodedPicture], picture_of: Sequence[int], projector: nn.Module) -> None:
+        """`picture_of`: the picture of each prompt."""
+        self.pictures, self.picture_of, self.projector = pictures, list(picture_of), projector
         self.states_END = torch.stack([picture.states_ND for picture in pictures])
         self._projected: Tensor | None = None
         self._has_graph = False
@@ -172,8 +172,8 @@ class PictureGroup:
             picture_B4=self._by_prompt(torch.tensor([v.picture_4 for v in views], device=device)),
             size_B2=self._by_prompt(torch.tensor([v.size for v in views], device=device)),
             ids=ids,
-            n_valid=tuple(n_valid[i] for i in self.places),
-            picture_at=tuple(self.places),
+            n_valid=tuple(n_valid[i] for i in self.picture_of),
+            picture_at=tuple(self.picture_of),
             base_count_B=None if None in base else self._by_prompt(torch.tensor(base, device=device)),
             taps={name: self._by_prompt(tensor) for name, tensor in self._taps(pixels).items()},
         )
@@ -189,13 +189,16 @@ class PictureGroup:
 
     def _by_prompt(self, values_E: Tensor) -> Tensor:
         """Values of pictures [E, ...] by prompt [B, ...]: no copy where each prompt has a picture of its own."""
-        if self.places == list(range(len(self.pictures))):
+        if self.picture_of == list(range(len(self.pictures))):
             return values_E
-        return values_E[torch.tensor(self.places, device=values_E.device)]
+        return values_E[torch.tensor(self.picture_of, device=values_E.device)]
 
 
 def select(features: VisionFeatures, group: PictureGroup, selector: Selector, timer: Timer) -> tuple[Selection, Tensor]:
-    """Selection and its tokens in the language model's space; the selector's stage says what is projected first."""
+    """The selection, and its tokens [B, T, D] in the language model's space.
+
+    A selector of stage "post" sees projected tokens; after one of stage "pre" the selected tokens are projected.
+    """
     if selector.stage == "post":
         with timer.stage("project"):
             taps = {**features.taps, **({"encoder": features.tokens_BND} if "encoder" in selector.needs else {})}
@@ -209,6 +212,7 @@ def select(features: VisionFeatures, group: PictureGroup, selector: Selector, ti
 
 
 def _row(selection: Selection, b: int) -> Selection:
+    """The selection (B = 1) of one row."""
     row = {f: getattr(selection, f)[b : b + 1] for f in ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")}
     scores = None if selection.scores_BN is None else selection.scores_BN[b : b + 1]
     expected = None if selection.expected_B is None else selection.expected_B[b : b + 1]

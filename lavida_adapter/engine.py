@@ -1,9 +1,9 @@
-"""The denoising step: answer ids to logits over a stored prefix, with nothing computed that cannot have changed.
+"""The denoising step: answer ids to logits over a prefix cache; eager, compiled or as a CUDA graph.
 
-Keys of the prefix were rotated once, at the prefill. The answer's keys and values are written behind them, in place.
-The last layer and the head run for the slots that may be written alone (docs/lavida.md, "Engine").
+docs/lavida.md, "Engine". The keys of the prefix were rotated once, in the prefill. The answer's keys and values are
+written behind them in place. The last layer and the head run only for the slots whose logits are wanted.
 
-Shape letters: B batch, P prefix slots, A answer slots, M wanted slots.
+Shape letters: B batch, P prefix slots, A answer slots, M wanted slots, K = P + A keys, W vocabulary.
 """
 
 import os
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep, ShortenedCache
@@ -23,11 +24,11 @@ from lavida_adapter.prefix import Prefix
 from lavida_adapter.timing import Timer
 from shirg import UserError
 
-Open = Callable[[int], tuple[Tensor, Tensor]]
-"""A layer's keys and values [B, H, P + A, Dh]."""
+OpenLayer = Callable[[int], tuple[Tensor, Tensor]]
+"""Layer number -> its buffers of keys and values [B, H, P + A, Dh], with the prefix in them."""
 
 Step = Callable[..., Tensor]
-"""`step_logits`, or what is compiled from it."""
+"""`step_logits`, or its compiled form."""
 
 
 def step_logits(
@@ -37,13 +38,13 @@ def step_logits(
     cos: Tensor,
     sin: Tensor,
     masks: Sequence[Tensor | None],
-    open_layer: Open,
-    watch: AttentionHook | None = None,
+    open_layer: OpenLayer,
+    hook: AttentionHook | None = None,
 ) -> Tensor:
-    """Logits [B, M, W] of the wanted slots, or of all when that is None.
+    """Logits [B, M, W] of the wanted slots (None: all).
 
-    `cos`, `sin`: the answer's rotary positions [B, 1, A, Dh]. `masks`: by layer, where keys may be seen, broadcastable
-    to [B, H, A, P + A]; None is everywhere. `watch` looks at the queries of every slot and needs all of them wanted.
+    `cos`, `sin`: the answer's rotary positions [B, 1, A, Dh]. `masks`: for each layer the keys that may be seen,
+    broadcastable to [B, H, A, P + A]; None is all. A `hook` needs `want_BM=None`.
     """
     x = lm.wte(ids_BA)
     n_answer = ids_BA.shape[1]
@@ -56,17 +57,17 @@ def step_logits(
         if want_BM is not None and i + 1 == len(lm.layers):
             x, u = pick(x, want_BM), pick(u, want_BM)
             cos, sin = (pick(t[:, 0].expand(len(x), -1, -1), want_BM)[:, None] for t in (cos, sin))
-        x = block.mix(x, u, keys, values, cos, sin, masks[i], lm.backend, watch)
+        x = block.output(x, u, keys, values, cos, sin, masks[i], lm.backend, hook)
     return lm.logits(lm.ln_f(x))
 
 
 def pick(x_BAD: Tensor, want_BM: Tensor) -> Tensor:
-    """Rows [B, M, D] by slot."""
+    """The rows [B, M, D] of the wanted slots."""
     return x_BAD.gather(1, want_BM[..., None].expand(-1, -1, x_BAD.shape[-1]))
 
 
 class PrefixReader:
-    """The slots of every layer with the prefix in them: resident, or for a packed prefix one layer's at a time."""
+    """The buffers of each layer with the prefix in them; of a packed cache, one layer at a time is unpacked."""
 
     def __init__(self, cache: StoredPrefix, n_layers: int, n_answer: int) -> None:
         self.cache = cache
@@ -90,18 +91,18 @@ class PrefixReader:
 
 
 class DecodeEngine(Protocol):
-    """How prefill and steps of a language model are launched."""
+    """Runs the prefill and the denoising steps of a language model."""
 
     lm: Llada
     prefill: Callable[..., PrefixCache]
     """`Llada.prefill`."""
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """Answer ids [B, A] and wanted slots [B, M], None for all, to logits [B, M, W] over one stored prefix."""
+        """The step function over one cache: ids [B, A] and wanted slots [B, M] (None: all) -> logits [B, M, W]."""
 
 
 class EagerEngine:
-    """One kernel after the other."""
+    """Runs one kernel after the other."""
 
     def __init__(self, lm: Llada) -> None:
         self.lm, self.prefill = lm, lm.prefill
@@ -111,7 +112,7 @@ class EagerEngine:
 
 
 class DecodeSteps:
-    """Logits of one batch of answers, step by step, over one stored prefix."""
+    """The eager step function over one prefix cache."""
 
     def __init__(self, lm: Llada, cache: StoredPrefix, n_answer: int, step: Step = step_logits) -> None:
         self.lm, self.cache, self._step = lm, cache, step
@@ -119,27 +120,27 @@ class DecodeSteps:
         self._cos, self._sin = answer_angles(lm, cache, n_answer)
         self._masks = [step_mask(cache.mask(i), n_answer) for i in range(len(lm.layers))]
 
-    def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None, watch: AttentionHook | None = None) -> Tensor:
-        return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, watch)
+    def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None, hook: AttentionHook | None = None) -> Tensor:
+        return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, hook)
 
 
 def answer_angles(lm: Llada, cache: StoredPrefix, n_answer: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, A, Dh] of the answer's rotary positions, which begin behind the prefix's last."""
+    """Cosines and signed sines [B, 1, A, Dh] of the answer's rotary positions, which follow the prefix's last one."""
     first_B = cache.next_position_B
     return lm.angles(first_B[:, None] + torch.arange(n_answer, device=first_B.device))
 
 
 def step_mask(mask_BP: Tensor | None, n_answer: int) -> Tensor | None:
-    """Where an answer may look [B, 1, 1, P + A]: at the prefix's used slots and at all of itself."""
+    """The keys that an answer sees [B, 1, 1, P + A]: the used slots of the prefix and the whole answer."""
     if mask_BP is None:
         return None
-    return attention_mask(torch.nn.functional.pad(mask_BP, (0, n_answer), value=True), None)
+    return attention_mask(F.pad(mask_BP, (0, n_answer), value=True), None)
 
 
 class CachedSteps:
-    """Logits of every step against one cache; a selector cuts it after the prefill or between two steps.
+    """The step function of a whole generation; a selector shortens the cache after the prefill or after the first step.
 
-    The stage "cache" is the cut. What a first step adds for being watched counts as denoising.
+    Shortening is timed as the stage "cache". Recording the first step's attention counts as denoising.
     """
 
     def __init__(
@@ -150,13 +151,13 @@ class CachedSteps:
         n_answer: int,
         selector: CacheSelector | None,
         timer: Timer,
-        launcher: DecodeEngine | None = None,
+        engine: DecodeEngine | None = None,
     ) -> None:
-        """Without a `launcher` steps are eager; the step that a selector watches is so in any case."""
+        """`engine`: None is eager. A first step whose attention is recorded is always eager."""
         self.lm, self.prefix, self.timer = lm, prefix, timer
         self.cache: StoredPrefix = cache
         self._n_answer = n_answer
-        self._launcher = launcher or EagerEngine(lm)
+        self._engine = engine or EagerEngine(lm)
         self._steps: LogitsFn | None = None
         self._kept_BP = prefix.mask_BP
         self._selector = selector
@@ -167,7 +168,7 @@ class CachedSteps:
 
     @property
     def cached_BP(self) -> Tensor | None:
-        """Slots of the prefix that are in the cache; None without a selector."""
+        """bool [B, P]: slots of the prefix that are in the cache; None without a selector."""
         return None if self._selector is None else self._kept_BP
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
@@ -175,12 +176,12 @@ class CachedSteps:
             attention, logits_BAW = self._seen
             self._cut(FirstStep(attention.mean_BAP, ids_BA == self.lm.config.mask_token_id, logits_BAW))
         if self._pending is not None:
-            watch = AttentionMean(self.cache.n_slots(0))
-            logits_BAW = DecodeSteps(self.lm, self.cache, self._n_answer)(ids_BA, watch=watch)
-            self._seen = watch, logits_BAW.clone()  # the loop may write to what it gets
+            hook = AttentionMean(self.cache.n_slots(0))
+            logits_BAW = DecodeSteps(self.lm, self.cache, self._n_answer)(ids_BA, hook=hook)
+            self._seen = hook, logits_BAW.clone()  # the loop may write to its argument
             return logits_BAW if want_BM is None else pick(logits_BAW, want_BM)
         if self._steps is None:
-            self._steps = self._launcher.steps(self.cache, self._n_answer)
+            self._steps = self._engine.steps(self.cache, self._n_answer)
         return self._steps(ids_BA, want_BM)
 
     def _cut(self, first: FirstStep | None) -> None:
@@ -192,7 +193,7 @@ class CachedSteps:
 
 
 class AttentionMean:
-    """The attention of all queries to the first P keys, averaged over heads and layers as these go by."""
+    """An `AttentionHook` that averages the attention of all queries to the first P keys over heads and layers."""
 
     def __init__(self, n_prefix: int) -> None:
         self._n_prefix = n_prefix
@@ -211,8 +212,11 @@ class AttentionMean:
 
 
 class CompiledEngine:
-    """One language model, compiled the first time it is used with a kind of shapes: one prompt or several, padded or
-    not. A CPU then runs prefixes as long as they are; on CUDA steps are recorded as graphs too."""
+    """Compiled prefill and steps; on CUDA the compiled steps are captured as graphs too.
+
+    torch compiles at the first call for each kind of input: one prompt or several, padded or not. The number of prefix
+    tokens is a dynamic shape.
+    """
 
     def __init__(self, lm: Llada) -> None:
         """
@@ -222,29 +226,29 @@ class CompiledEngine:
         self.lm = lm
         options: dict[str, Any] | None = None
         if lm.wte.weight.is_cuda:
-            self._recorder: GraphCache | None = GraphCache(lm, compiled=True)
+            self._graphs: GraphCache | None = GraphCache(lm, compiled=True)
         else:
-            self._recorder = None
+            self._graphs = None
             check_compiler()
             store_by_column(lm)
-            options = {"cpp_wrapper": True}  # launches kernels from C++ too: a tenth of a small step
+            options = {"cpp_wrapper": True}  # a C++ launcher saves a tenth of a small step
         self._step = torch.compile(step_logits, dynamic=True, options=options)
         self._prefill: Callable[..., PrefixCache] = torch.compile(lm.prefill, dynamic=True, options=options)
         self.prefill: Callable[..., PrefixCache] = self._prefill_with_angles
 
     def _prefill_with_angles(self, embeds_BPD: Tensor, *rest: Any) -> PrefixCache:
-        """A compiler would make the angles again wherever they are used."""
+        """The angles are computed outside: the compiler would compute them again at every use."""
         angles = self.lm.angles(torch.arange(embeds_BPD.shape[1], device=embeds_BPD.device)[None])
         return self._prefill(embeds_BPD, *rest, angles=angles)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps | CompiledSteps":
-        if self._recorder is not None:
-            return self._recorder.steps(cache, n_answer)
+        if self._graphs is not None:
+            return self._graphs.steps(cache, n_answer)
         return CompiledSteps(DecodeSteps(self.lm, cache, n_answer, self._step))
 
 
 class CompiledSteps:
-    """Compiled steps that always get slots: "all of them" would be a function of its own to compile."""
+    """Compiled steps that always get wanted slots: with None torch would compile a second function."""
 
     def __init__(self, steps: DecodeSteps) -> None:
         self._steps = steps
@@ -256,7 +260,7 @@ class CompiledSteps:
 
 
 def check_compiler() -> None:
-    """Raises UserError when what torch would call to compile for the CPU is not there."""
+    """Raises UserError when the C++ compiler that torch would call is not installed."""
     name = os.environ.get("CXX", "g++")
     if shutil.which(name) is None:
         raise UserError(
@@ -267,10 +271,11 @@ def check_compiler() -> None:
 
 @torch.inference_mode(False)
 def store_by_column(module: nn.Module) -> None:
-    """Stores float32 weights [out, in] of linear layers with `out` as the inner dimension; values stay what they are.
+    """Stores float32 weights [out, in] of linear layers with `out` as the inner dimension; the values do not change.
 
-    With the few rows of a denoising step, a product of torch's spends a third of its time on bringing weights into this
-    order. With many rows it makes no difference. Last digits change, because sums are taken in another order.
+    For the few rows of a denoising step, torch's matrix product spends a third of its time on bringing weights into
+    this order. For many rows it makes no difference. Products differ in their last digits, since sums are taken in
+    another order.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:
@@ -278,15 +283,16 @@ def store_by_column(module: nn.Module) -> None:
 
 
 BUCKET = 64
-KEPT = 4
-"""Recordings that are kept, the last used ones: each holds the keys and values of one batch."""
+"""Prefix lengths are rounded up to a multiple of this, so that one graph serves many prefixes."""
+MAX_GRAPHS = 4
+"""How many graphs are kept, the last used ones: each holds the keys and values of one batch."""
 
 _Key = tuple[int, int, int, int, torch.dtype, torch.device]
 
 
 @dataclass
 class CapturedGraph:
-    """One step with all that it reads and writes: B rows, a bucket of prefix slots, A answer slots, M wanted slots."""
+    """One captured step and the tensors that it reads and writes: B rows, a bucket of prefix slots, A answer slots."""
 
     slots: Slots
     ids_BA: Tensor
@@ -299,10 +305,10 @@ class CapturedGraph:
 
 
 class GraphCache:
-    """Makes and keeps the recordings of one language model."""
+    """Captures the steps of one language model as CUDA graphs and keeps them by shape."""
 
     def __init__(self, lm: Llada, *, compiled: bool = False) -> None:
-        """`compiled`: what is recorded has been compiled by torch before."""
+        """`compiled`: torch compiles the step before it is captured."""
         self.lm, self.prefill = lm, lm.prefill
         self._step = torch.compile(_resident_logits, dynamic=False) if compiled else _resident_logits
         self._kept: dict[_Key, CapturedGraph] = {}
@@ -310,17 +316,17 @@ class GraphCache:
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps":
         return ReplayedSteps(self, cache)
 
-    def recording(self, cache: StoredPrefix, ids_BA: Tensor, want_BM: Tensor | None) -> CapturedGraph:
-        """The recording for these shapes, with the prefix in it.
+    def captured(self, cache: StoredPrefix, ids_BA: Tensor, want_BM: Tensor | None) -> CapturedGraph:
+        """The graph for these shapes, with the prefix copied to its buffers.
 
         Raises:
-            UserError: for a prefix that is not kept as it is: packed, or longer in one layer than in another.
+            UserError: for a cache that is packed, or longer in one layer than in another.
         """
         n = cache.n_slots(0)
         if cache.is_packed or any(cache.n_slots(i) != n for i in range(len(self.lm.layers))):
             raise UserError(
-                "decode.engine=graph and compile read caches of one length in the model's own type: choose "
-                "decode.engine=eager"
+                "decode.engine=graph and compile need an unpacked cache of one length in all layers: choose "
+                "decode.engine=eager or cache=none"
             )
         keys, _ = cache.layer(0)
         (b, a), m = ids_BA.shape, -1 if want_BM is None else want_BM.shape[1]
@@ -328,7 +334,7 @@ class GraphCache:
         key = (b, a, m, bucket, keys.dtype, keys.device)
         found = self._kept.pop(key, None) or self._blank(cache, keys, bucket, ids_BA, want_BM)
         self._kept[key] = found
-        while len(self._kept) > KEPT:
+        while len(self._kept) > MAX_GRAPHS:
             self._kept.pop(next(iter(self._kept)))
         for i in range(len(self.lm.layers)):
             found.slots.write(i, *cache.layer(i))
@@ -353,47 +359,47 @@ class GraphCache:
             torch.ones(b, 1, 1, bucket + a, dtype=torch.bool, device=keys.device),
         )
 
-    def replay(self, recording: CapturedGraph) -> Tensor:
-        """Runs the step on what the recording's tensors hold now; on CUDA the first time records it."""
-        if recording.graph is not None:
-            recording.graph.replay()
-        elif recording.ids_BA.is_cuda:
-            self._capture(recording)
+    def replay(self, captured: CapturedGraph) -> Tensor:
+        """Runs the step on the current contents of the graph's tensors; on CUDA the first call captures it."""
+        if captured.graph is not None:
+            captured.graph.replay()
+        elif captured.ids_BA.is_cuda:
+            self._capture(captured)
         else:
-            recording.logits_BMW = self._step(self.lm, recording)
-        assert recording.logits_BMW is not None
-        return recording.logits_BMW
+            captured.logits_BMW = self._step(self.lm, captured)
+        assert captured.logits_BMW is not None
+        return captured.logits_BMW
 
-    def _capture(self, recording: CapturedGraph) -> None:
-        """Runs the step a few times on a side stream, as CUDA asks for, then records and replays it."""
-        side = torch.cuda.Stream(recording.ids_BA.device)
+    def _capture(self, captured: CapturedGraph) -> None:
+        """Runs the step three times on a side stream, as CUDA requires, then captures and replays it."""
+        side = torch.cuda.Stream(captured.ids_BA.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._step(self.lm, recording)
+                self._step(self.lm, captured)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            recording.logits_BMW = self._step(self.lm, recording)
-        recording.graph = graph
+            captured.logits_BMW = self._step(self.lm, captured)
+        captured.graph = graph
         graph.replay()
 
 
 class ReplayedSteps:
-    """Like `Steps`, from a recording."""
+    """The step function over one prefix cache, replayed from a graph."""
 
-    def __init__(self, recorder: GraphCache, cache: StoredPrefix) -> None:
-        self._recorder, self._cache = recorder, cache
-        self._recording: CapturedGraph | None = None
+    def __init__(self, graphs: GraphCache, cache: StoredPrefix) -> None:
+        self._graphs, self._cache = graphs, cache
+        self._captured: CapturedGraph | None = None
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None) -> Tensor:
-        if self._recording is None:
-            self._recording = self._recorder.recording(self._cache, ids_BA, want_BM)
-        self._recording.ids_BA.copy_(ids_BA)
+        if self._captured is None:
+            self._captured = self._graphs.captured(self._cache, ids_BA, want_BM)
+        self._captured.ids_BA.copy_(ids_BA)
         if want_BM is not None:
-            assert self._recording.want_BM is not None
-            self._recording.want_BM.copy_(want_BM)
-        return self._recorder.replay(self._recording)
+            assert self._captured.want_BM is not None
+            self._captured.want_BM.copy_(want_BM)
+        return self._graphs.replay(self._captured)
 
 
 def _resident_logits(lm: Llada, r: CapturedGraph) -> Tensor:

@@ -14,18 +14,18 @@ from torch import Tensor
 
 
 class StoredPrefix(Protocol):
-    """A prefix as the denoising steps read it, layer by layer; whatever is behind it does not change any more."""
+    """A prefix cache of any kind, as the denoising steps read it, layer by layer. It never changes."""
 
     @property
     def next_position_B(self) -> Tensor: ...
 
     @property
     def n_bytes(self) -> int:
-        """Memory of what is kept between steps."""
+        """Memory of what is stored between steps."""
 
     @property
     def is_packed(self) -> bool:
-        """Whether a layer has to be expanded each time it is read."""
+        """Whether a layer has to be decompressed each time it is read."""
 
     def n_slots(self, layer: int) -> int: ...
 
@@ -33,12 +33,14 @@ class StoredPrefix(Protocol):
         """bool [B, P]: False in padding slots; None when there are none."""
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [B, H, P, Dh] in the model's own type."""
+        """Rotated keys and values [B, H, P, Dh] in the model's dtype."""
 
 
 class Slots:
-    """A key and a value tensor [B, H, P + A, Dh] for each layer: a prefix is written once, an answer behind it at every
-    step. Nothing is concatenated."""
+    """A key and a value buffer [B, H, P + A, Dh] for each layer.
+
+    The prefix is written once, the answer behind it at every step, so that nothing is concatenated.
+    """
 
     def __init__(self, like_BHPD: Tensor, lengths: Sequence[int], n_answer: int) -> None:
         """`lengths`: prefix slots of each layer."""
@@ -48,11 +50,11 @@ class Slots:
         self.n_answer = n_answer
 
     def write(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts a prefix, or the beginning of one, where it belongs; returns it there."""
+        """Copies a prefix to the first slots of a layer; returns views of it there."""
         n = keys_BHPD.shape[2]
         for whole, new in ((self.keys[layer], keys_BHPD), (self.values[layer], values_BHPD)):
             whole[:, :, :n].copy_(new)
-            whole[:, :, n:].zero_()  # what no answer fills gets a weight of 0, which must not meet a nan
+            whole[:, :, n:].zero_()  # unused slots get an attention weight of 0, and 0 * NaN would be NaN
         return self.keys[layer][:, :, :n], self.values[layer][:, :, :n]
 
 
@@ -71,7 +73,7 @@ class PrefixCache:
     next_position_B: Tensor
     """int64: the position of the first answer token."""
     slots: Slots | None = None
-    """The longer tensors that keys and values are the beginning of, when the prefill left room for an answer."""
+    """The buffers that keys and values are views of, when the prefill reserved slots for an answer."""
 
     @property
     def is_packed(self) -> bool:
@@ -87,7 +89,7 @@ class PrefixCache:
         return self.keys[layer], self.values[layer]
 
     def take(self, slot_BK: Tensor, mask_BK: Tensor | None) -> "PrefixCache":
-        """A cache of the given slots alone; keys stay at the positions that they were rotated to."""
+        """A cache of the given slots; keys keep the positions that they were rotated to."""
         index_BHKD = slot_BK[:, None, :, None].expand(-1, self.keys[0].shape[1], -1, self.keys[0].shape[3])
         return PrefixCache(
             tuple(k.gather(2, index_BHKD) for k in self.keys),
@@ -98,7 +100,7 @@ class PrefixCache:
         )
 
     def repeat(self, n: int) -> "PrefixCache":
-        """The cache of the batch repeated n times: one prefix for several answers to it."""
+        """The batch repeated n times: one prefix for several answers."""
         return PrefixCache(
             tuple(k.repeat(n, 1, 1, 1) for k in self.keys),
             tuple(v.repeat(n, 1, 1, 1) for v in self.values),

@@ -188,7 +188,7 @@ class LavidaModule(Trainable):
                 self.objective,
                 generator,
                 relevance=self.relevance,
-                share=Shard.here(),
+                shard=Shard.here(),
                 tally=self.tally,
             )
         for name, term in self.tally.terms.items():

@@ -1,30 +1,27 @@
-"""LLaDA, the masked-diffusion language model: attention backends, blocks, prefill over a prefix."""
+"""LLaDA, the masked-diffusion language model: attention backends, blocks, prefill over a prefix.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+docs/lavida.md, "Language model". Attention is bidirectional.
+
+Shape letters: B batch, L positions, P prefix slots, A answer slots, Q queries, K keys, H heads, Dh head size, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-
-from shirg import UserError
-
-if TYPE_CHECKING:
-    from lavida_adapter.config import LladaConfig
-from collections.abc import Sequence
-from typing import Any, TypeVar, cast
-
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lavida_adapter.config import LladaConfig
 from lavida_adapter.kv_cache import PrefixCache, Slots
+from shirg import UserError
 
 Backend = Literal["sdpa", "math", "flash"]
 
 AttentionHook = Callable[[Tensor, Tensor, Tensor | None], None]
-"""Looks at the rotated queries, the keys and the mask of a layer; called layer by layer."""
+"""Called with the rotated queries, the keys and the mask of each layer, in the order of the layers."""
 
 
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, backend: Backend = "sdpa") -> Tensor:
@@ -35,7 +32,7 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     """
     groups = q_BHQD.shape[1] // k_BHKD.shape[1]
     if backend == "sdpa":
-        grouped = {"enable_gqa": True} if groups > 1 else {}  # a branch, because a compiler knows no symbolic bool
+        grouped = {"enable_gqa": True} if groups > 1 else {}  # a branch: torch.compile cannot trace a symbolic bool
         return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask, **grouped)
     if backend == "math":
         k, v = k_BHKD.repeat_interleave(groups, 1), v_BHKD.repeat_interleave(groups, 1)
@@ -46,7 +43,7 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     if backend == "flash":
         if mask is not None:
             raise UserError(
-                "the flash backend knows no mask: give prompts of equal length to a model with prefix_attention=full, "
+                "the flash backend takes no mask: give prompts of equal length to a model with prefix_attention=full, "
                 "or use the sdpa backend"
             )
         from flash_attn import flash_attn_func  # an optional extra: pip install shirg[gpu]
@@ -56,26 +53,27 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     raise UserError(f"attention backend {backend!r}: choose sdpa, math or flash")
 
 
-def kernel_of(backend: Backend, device: torch.device, dtype: torch.dtype, heads: "LladaConfig") -> str:
+def kernel_of(backend: Backend, device: torch.device, dtype: torch.dtype, config: LladaConfig) -> str:
     """The backend, and for "sdpa" the kernel that torch chooses for an answer against a prefix without padding."""
     if backend != "sdpa":
         return backend
-    q, k = (torch.empty(1, heads.n_heads, n, heads.head_dim, device=device, dtype=dtype) for n in (32, 1056))
+    q, k = (torch.empty(1, config.n_heads, n, config.head_dim, device=device, dtype=dtype) for n in (32, 1056))
     return f"sdpa ({SDPBackend(torch._fused_sdp_choice(q, k, k)).name.lower()})"
 
 
 def attention_weights(q_BHQD: Tensor, k_BHKD: Tensor, mask: Tensor | None) -> Tensor:
-    """What `attend` weighs values by: [B, H, Q, K] in float32, for the few queries that somebody wants to look at."""
+    """The attention weights of `attend` [B, H, Q, K] in float32; written out, so only for a few queries."""
     k = k_BHKD.repeat_interleave(q_BHQD.shape[1] // k_BHKD.shape[1], 1)
     scores = q_BHQD.float() @ k.float().transpose(-1, -2) * q_BHQD.shape[-1] ** -0.5
     return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
 
 
 def attention_mask(mask_BL: Tensor | None, visual_BL: Tensor | None) -> Tensor | None:
-    """What each position of a sequence may see, as a mask [B, 1, 1 or L, L]; None when that is everything.
+    """Which keys each position may see, as a mask [B, 1, 1 or L, L]; None when it may see all.
 
-    `mask_BL` is False in padding. With `visual_BL`, picture tokens see the picture alone, the others everything that is
-    not padding; a padded position then sees itself, since a softmax over nothing has no value.
+    `mask_BL` is False in padding. With `visual_BL` (True at picture tokens) picture tokens see picture tokens only, and
+    the others see everything that is not padding. A padded position then sees itself, because a softmax over no key is
+    NaN.
     """
     if visual_BL is None:
         return None if mask_BL is None else mask_BL[:, None, None, :]
@@ -90,9 +88,9 @@ T = TypeVar("T")
 
 
 def run_block(recompute: bool, block: Callable[..., T], *inputs: Any) -> T:
-    """The block's outputs; with `recompute` and a gradient to come, nothing inside it is kept."""
+    """The block's outputs. With `recompute` and gradients enabled, the backward pass runs the block again."""
     if recompute and torch.is_grad_enabled():
-        # Random states are put back for the second run, so that dropout drops the same.
+        # The random state is restored for the second run, so that dropout drops the same elements.
         outputs: T = checkpoint(block, *inputs, use_reentrant=False)
         return outputs
     return block(*inputs)
@@ -111,19 +109,19 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine [B, 1, L, Dh] in float32 for rotate-half rotary positions: what `rotate` takes."""
-    return turn(rotary_phase(positions_BL, head_dim, theta))
+    """Cosine and signed sine [B, 1, L, Dh] in float32 for rotate-half rotary positions: the inputs of `rotate`."""
+    return cos_signed_sin(rotary_phase(positions_BL, head_dim, theta))
 
 
 def rotary_phase(positions_BL: Tensor, head_dim: int, theta: float) -> Tensor:
-    """The angles themselves, as rounded to float32: far from 0 the rounding is as large as 1e-4."""
+    """The angles [B, 1, L, Dh] in float32. Far from position 0 their rounding error is as large as 1e-4."""
     j = torch.arange(0, head_dim, 2, device=positions_BL.device, dtype=torch.float32)
     angles = positions_BL[:, None, :, None].float() * (1.0 / theta ** (j / head_dim))
     return torch.cat([angles, angles], dim=-1)
 
 
-def turn(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine, and sine with the sign that each half of a head meets its other half with: minus in the first."""
+def cos_signed_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine, and sine with the sign that `rotate` needs: negative in the first half of a head."""
     first, second = angles.sin().chunk(2, dim=-1)
     return angles.cos(), torch.cat([-first, second], dim=-1)
 
@@ -160,7 +158,7 @@ class Block(nn.Module):
         """Rotated queries [B, H, L, Dh] of normed states."""
         return rotate(self.q_proj(u_BLD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), cos, sin)
 
-    def mix(
+    def output(
         self,
         x: Tensor,
         u: Tensor,
@@ -170,12 +168,12 @@ class Block(nn.Module):
         sin: Tensor,
         mask: Tensor | None,
         backend: Backend,
-        watch: AttentionHook | None = None,
+        hook: AttentionHook | None = None,
     ) -> Tensor:
         """The block's output, given its normed input `u` and the keys and values that its tokens may see."""
         q = self.queries(u, cos, sin)
-        if watch is not None:
-            watch(q, k, mask)
+        if hook is not None:
+            hook(q, k, mask)
         x = x + self.attn_out(attend(q, k, v, mask, backend).transpose(1, 2).flatten(-2))
         u = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(u)) * self.up_proj(u))
@@ -188,20 +186,20 @@ class Block(nn.Module):
         mask: Tensor | None,
         backend: Backend,
         past: tuple[Tensor, Tensor] | None = None,
-        watch: AttentionHook | None = None,
+        hook: AttentionHook | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's output, and the keys and values of its input; `past` holds what else its tokens may see."""
+        """The block's output, and the keys and values of its input. `past`: further keys and values [B, H, P, Dh]."""
         u = self.attn_norm(x)
         k, v = self.keys_values(u, cos, sin)
         seen = (k, v) if past is None else (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2))
-        return self.mix(x, u, *seen, cos, sin, mask, backend, watch), k, v
+        return self.output(x, u, *seen, cos, sin, mask, backend, hook), k, v
 
 
 class Llada(nn.Module):
-    """The transformer, from embeddings to logits. Attention is bidirectional.
+    """The transformer, from embeddings to logits.
 
-    Two masks exist: padding is seen by nobody, and with `visual` (bool, True at picture tokens) picture tokens see the
-    picture alone: image-first attention.
+    There are two masks. Padding is never seen. With `visual` (bool, True at picture tokens) picture tokens see picture
+    tokens only: image-first attention.
     """
 
     def __init__(self, config: LladaConfig) -> None:
@@ -213,7 +211,7 @@ class Llada(nn.Module):
         self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.backend: Backend = "sdpa"
         self.recompute = False
-        """Whether blocks run again in the backward pass instead of keeping what they computed."""
+        """Gradient checkpointing: blocks run again in the backward pass instead of storing their activations."""
 
     @property
     def layers(self) -> Sequence[Block]:
@@ -234,8 +232,8 @@ class Llada(nn.Module):
     ) -> Tensor:
         """States [B, L, D] after the final norm.
 
-        `mask_BL` is None when nothing is padded, `visual_BL` for one bidirectional block, `positions_BL` for 0..L-1.
-        `hidden` collects the input of every block and the output.
+        `mask_BL`: None without padding. `visual_BL`: None for full bidirectional attention. `positions_BL`: None for
+        0..L-1. `hidden` is filled with the input of every block and the output.
         """
         x = embeds_BLD
         if positions_BL is None:
@@ -256,14 +254,14 @@ class Llada(nn.Module):
         embeds_BPD: Tensor,
         mask_BP: Tensor | None = None,
         visual_BP: Tensor | None = None,
-        room: int = 0,
-        watch: AttentionHook | None = None,
+        n_answer: int = 0,
+        hook: AttentionHook | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
     ) -> PrefixCache:
-        """Keys and values of the prefix, with `room` for so many answer tokens behind them; differentiable without.
+        """Keys and values of the prefix, stored with `n_answer` free slots behind them; differentiable if that is 0.
 
-        The last block only has to deliver its keys and values: nothing reads the prefix states behind it. `angles` are
-        those of positions 0 to P-1, where they are at hand.
+        The last block computes its keys and values only, because the prefix states behind it are never read.
+        `angles`: those of positions 0 to P-1, if the caller has them already.
         """
         x = embeds_BPD
         b, p = x.shape[:2]
@@ -274,27 +272,27 @@ class Llada(nn.Module):
         slots: Slots | None = None
         for i, block in enumerate(self.layers):
             last = i + 1 == len(self.layers)
-            if room or last:
+            if n_answer or last:
                 u = block.attn_norm(x)
                 k, v = block.keys_values(u, cos, sin)
-                if room:
-                    slots = slots or Slots(k, [p] * len(self.layers), room)
-                    k, v = slots.write(i, k, v)  # where attention reads them faster too
+                if n_answer:
+                    slots = slots or Slots(k, [p] * len(self.layers), n_answer)
+                    k, v = slots.write(i, k, v)  # attention reads them faster from there
                 if not last:
-                    x = block.mix(x, u, k, v, cos, sin, mask, self.backend, watch)
-                elif watch is not None:
-                    watch(block.queries(u, cos, sin), k, mask)
+                    x = block.output(x, u, k, v, cos, sin, mask, self.backend, hook)
+                elif hook is not None:
+                    hook(block.queries(u, cos, sin), k, mask)
             else:
-                x, k, v = run_block(self.recompute, block, x, cos, sin, mask, self.backend, None, watch)
+                x, k, v = run_block(self.recompute, block, x, cos, sin, mask, self.backend, None, hook)
             keys.append(k)
             values.append(v)
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
         return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B, slots)
 
     def decode(self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None) -> Tensor:
-        """States [B, A, D] of answer tokens that see the cached prefix and one another; `mask_BA` marks real ones.
+        """States [B, A, D] of answer tokens, which see the cached prefix and each other; `mask_BA` is False in padding.
 
-        Differentiable, for training; at inference `lavida_adapter.engine` computes the same without concatenating.
+        Differentiable, for training. At inference `lavida_adapter.engine` computes the same without concatenating.
         """
         x = embeds_BAD
         b, a = x.shape[:2]
@@ -311,4 +309,5 @@ class Llada(nn.Module):
         return self.ln_f(x)
 
     def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., W] over the vocabulary."""
         return self.ff_out(states)

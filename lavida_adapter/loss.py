@@ -33,10 +33,10 @@ from shirg import Selection, Selector, Source, UserError
 def states_of_copies(
     model: LavidaModules, whole: Prefix, labels_BL: Tensor, masked_CL: Tensor, *, prefix_mask: bool
 ) -> Tensor:
-    """States [C, L, D] of copies of spliced rows in which the masked positions hold the mask embedding.
+    """States [C, L, D] of masked copies of spliced rows: masked positions hold the embedding of the mask token.
 
-    Without `prefix_mask` prompt and answer see each other, as in LaViDa's training; with it the prompt does not see the
-    answer, as at decoding.
+    Without `prefix_mask` prompt and answer see each other, as in LaViDa's training. With it the prompt does not see the
+    answer, as in decoding.
     """
     mask_D = model.lm.wte(torch.tensor(model.config.lm.mask_token_id, device=model.device))
     n = len(masked_CL) // len(labels_BL)
@@ -49,7 +49,7 @@ def states_of_copies(
 
 
 def _states_behind_prefix(model: LavidaModules, whole: Prefix, labels_BL: Tensor, embeds: Tensor, n: int) -> Tensor:
-    """One prefill per prompt, then all `n` copies of its answer decode against it."""
+    """One prefill per prompt, then all `n` copies of its answer decode against that cache."""
     b, length = labels_BL.shape
     device = labels_BL.device
     begin_B = (labels_BL != IGNORE).to(torch.int64).argmax(-1)
@@ -60,7 +60,7 @@ def _states_behind_prefix(model: LavidaModules, whole: Prefix, labels_BL: Tensor
     cache = model.lm.prefill(prompt.embeds_BPD, prompt.padding, model.visual(prompt.visual_BP))
     index_BA = begin_B[:, None] + torch.arange(a, device=device)
     real_CA = (index_BA < length_B1).repeat(n, 1)
-    # Slots behind a shorter row's end read position 0, are masked, and write to a spare position that is cut off.
+    # Slots behind the end of a shorter row read position 0, are masked, and write to an extra position, cut off below.
     read = index_BA.repeat(n, 1).masked_fill(~real_CA, 0)[..., None].expand(-1, -1, embeds.shape[-1])
     write = index_BA.repeat(n, 1).masked_fill(~real_CA, length)[..., None].expand_as(read)
     states_CAD = model.lm.decode(embeds.gather(1, read), cache.repeat(n), None if real_CA.all() else real_CA)
@@ -68,11 +68,11 @@ def _states_behind_prefix(model: LavidaModules, whole: Prefix, labels_BL: Tensor
 
 
 TEMPERATURE = 0.07
-"""Of the contrast between pictures and questions, as in CLIP at its start (arXiv 2103.00020)."""
+"""Temperature of the alignment loss: the initial value of CLIP (arXiv 2103.00020)."""
 
 
 def alignment_loss(picture_BD: Tensor, question_BD: Tensor, same_BB: Tensor, temperature: float) -> Tensor:
-    """InfoNCE between pictures and questions, both ways, float32; pairs in `same_BB` off the diagonal do not count."""
+    """InfoNCE between pictures and questions in both directions, float32. `same_BB`: pairs that are no negatives."""
     z_BB = F.normalize(picture_BD.float(), dim=-1) @ F.normalize(question_BD.float(), dim=-1).T / temperature
     own_B = torch.arange(len(z_BB), device=z_BB.device)
     z_BB = z_BB.masked_fill(same_BB & ~torch.eye(len(z_BB), dtype=torch.bool, device=z_BB.device), float("-inf"))
@@ -82,12 +82,12 @@ def alignment_loss(picture_BD: Tensor, question_BD: Tensor, same_BB: Tensor, tem
 def alignment(
     model: LavidaModules, batch: "TrainBatch", blocks: Sequence[Tensor], selections: Sequence[Selection]
 ) -> Tensor:
-    """`alignment_loss` of a batch: the mean of each prompt's projected picture tokens against that of its question.
+    """`alignment_loss` between the mean projected picture token of each prompt and the mean embedding of its question.
 
-    Newlines do not count; prompts that share their picture or their question are not told apart.
+    Newlines are left out. Prompts that share their picture or their question are not negatives of each other.
 
     Raises:
-        UserError: when no two prompts can be told apart, or a question has no token.
+        UserError: when the batch has no negatives, or a question has no token.
     """
     pictures, questions = [], []
     for i, (block, selection) in enumerate(zip(blocks, selections, strict=True)):
@@ -104,15 +104,15 @@ def alignment(
     ]
     if all(all(row) for row in same):
         raise UserError(
-            "objective.alignment contrasts the prompts of a batch, and this one has no two with other pictures and "
-            "other questions: raise batch_size"
+            "objective.alignment contrasts the prompts of a batch, and all prompts of this batch have one picture or "
+            "question: raise batch_size"
         )
     same_BB = torch.tensor(same, device=model.device)
     return alignment_loss(torch.stack(pictures), torch.stack(questions), same_BB, TEMPERATURE)
 
 
 def row_losses(logits_MW: Tensor, labels_M: Tensor, row_M: Tensor, b: int) -> Tensor:
-    """The mean cross entropy of each of b rows, float32 without a graph; NaN for a row without masked targets."""
+    """Mean cross entropy [b] of each row, float32, without gradients; NaN for a row without masked targets."""
     with torch.no_grad():
         loss_M = F.cross_entropy(logits_MW.float(), labels_M, reduction="none")
         total_B = loss_M.new_zeros(b).index_add(0, row_M, loss_M)
@@ -120,33 +120,33 @@ def row_losses(logits_MW: Tensor, labels_M: Tensor, row_M: Tensor, b: int) -> Te
 
 
 def adaptive_k_loss(selections: Sequence[Selection], row_loss_B: Tensor) -> Tensor:
-    """Mean squared error of what the selector's head expected of each row, over the rows that have a loss.
+    """Mean squared error of the loss that the selector's head predicts, over the rows with masked targets.
 
     Raises:
-        UserError: for a selector without a head.
+        UserError: for a selector without such a head.
     """
     expected = [selection.expected_B for selection in selections if selection.expected_B is not None]
     if len(expected) < len(selections):
         raise UserError("objective.adaptive_k trains the head of a selector: choose selector.adaptive.mode=head")
     expected_B, seen_B = torch.cat(expected), row_loss_B.isfinite()
-    # Replaced before the difference: a NaN that is masked afterwards would still be in the gradient.
+    # NaN is replaced before the difference: masked afterwards, it would still reach the gradient.
     error_B = (expected_B - torch.where(seen_B, row_loss_B, expected_B.detach())).square()
     return error_B.sum() / seen_B.sum().clamp_min(1)
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Examples to learn from; pictures that are the same object are encoded once."""
+    """Training examples; images that are the same object are encoded once."""
 
     images: Sequence[Image.Image | Views]
-    """Pictures, or what `geometries.cut` made of them for the selector of the step."""
+    """Pictures, or the views that `lavida_adapter.views.cut` made of them for the selector of the step."""
     questions: Sequence[str]
     answers: Sequence[str]
     ids: Sequence[str]
     prompts: Sequence[str] | None = None
-    """The questions with the dataset's suffix; the questions themselves when None."""
+    """The questions with the dataset's suffix; None: the questions themselves."""
     boxes: Sequence[Boxes] | None = None
-    """Where each example's evidence is, as fractions of its picture; only an oracle looks."""
+    """Where each example's evidence is, as fractions of its picture; only an oracle selector reads it."""
     histories: Sequence[Sequence[str]] | None = None
     """The turns before each question, the user's and the assistant's alternating."""
 
@@ -159,10 +159,10 @@ def batch_loss(
     generator: torch.Generator,
     *,
     relevance: Relevance | None,
-    share: Shard,
+    shard: Shard,
     tally: Tally | None,
 ) -> Tensor:
-    """What `Lavida.loss` says: the answers' loss, and what the objective adds to it."""
+    """The loss of `Lavida.loss`: masked cross entropy of the answers, plus the auxiliary losses of the objective."""
     tally = tally or Tally()
     encoder = PictureEncoder(model, selector, relevance, NoTimer())
     blocks, selections = encoder.blocks(PicturePrompts(batch.images, batch.questions, batch.ids, batch.boxes))
@@ -178,9 +178,9 @@ def batch_loss(
         eos=model.config.lm.eos_token_id,
         extra=extra_padding(objective, generator),
         least=objective.answer_tokens or 0,
-        agree=share.largest,
+        agree=shard.largest,
     )
-    loss = rows_loss(model, rows, labels, blocks, objective, generator, share=share, tally=tally)
+    loss = rows_loss(model, rows, labels, blocks, objective, generator, shard=shard, tally=tally)
     if objective.alignment:
         tally.terms["alignment"] = alignment(model, batch, blocks, selections)
         loss = loss + objective.alignment * tally.terms["alignment"]
@@ -198,13 +198,13 @@ def rows_loss(
     objective: ObjectiveConfig,
     generator: torch.Generator,
     *,
-    share: Shard = SINGLE,
+    shard: Shard = SINGLE,
     tally: Tally | None = None,
 ) -> Tensor:
-    """The loss of token rows with one picture block each; what exceeds the model's context is cut off on the right.
+    """The loss of token rows with one picture block each; rows longer than the model's context are cut on the right.
 
     Raises:
-        UserError: for a row without a target: it would teach nothing.
+        UserError: for a row without a target.
     """
     max_length = model.config.tokenizer_model_max_length
     room = [max_length - len(block) + 1 for block in blocks]
@@ -215,12 +215,12 @@ def rows_loss(
             raise UserError(f"training row {i} has no target token: its answer was empty or cut away")
     whole, labels_BL = splice(rows, blocks, model.lm.wte, max_length=max_length, labels=labels)
     b, length = labels_BL.shape
-    whole_b, longest = b * share.world, share.largest(length)
-    t_B = share.rows(sample_times(whole_b, objective.time, generator, model.device))
-    u_BL = share.rows(torch.rand(whole_b, longest, generator=generator, device=model.device))
+    whole_b, longest = b * shard.world, shard.largest(length)
+    t_B = shard.rows(sample_times(whole_b, objective.time, generator, model.device))
+    u_BL = shard.rows(torch.rand(whole_b, longest, generator=generator, device=model.device))
     if tally is not None:
         tally.tokens = sum(len(row) - 1 + len(block) for row, block in zip(rows, blocks, strict=True))
-    return draw_loss(model, whole, labels_BL, t_B, u_BL, objective, share=share, tally=tally)
+    return draw_loss(model, whole, labels_BL, t_B, u_BL, objective, shard=shard, tally=tally)
 
 
 def draw_loss(
@@ -231,12 +231,12 @@ def draw_loss(
     u_BL: Tensor,
     objective: ObjectiveConfig,
     *,
-    share: Shard = SINGLE,
+    shard: Shard = SINGLE,
     tally: Tally | None = None,
 ) -> Tensor:
-    """The loss of spliced rows at noise levels `t_B`, with one uniform draw `u_BL` per position.
+    """The loss of spliced rows at noise levels `t_B`, with one uniform random number `u_BL` per position.
 
-    Draws beyond a row's end count for its minimum alone.
+    Numbers beyond the end of a row only count for the row's minimum.
     """
     target_BL = labels_BL != IGNORE
     masked_BL, complement_BL = masked_targets(target_BL, t_B, u_BL[:, : labels_BL.shape[1]], u_BL.amin(-1))
@@ -250,9 +250,9 @@ def draw_loss(
             row_M = masked_CL.nonzero()[:, 0] % len(labels_BL)
             tally.row_loss_B = row_losses(logits_MW, labels_M, row_M, len(labels_BL))
     if objective.weighting == "none":
-        return masked_cross_entropy(logits_MW, labels_M, n_targets=max(1.0, share.mean(len(labels_M))))
+        return masked_cross_entropy(logits_MW, labels_M, n_targets=max(1.0, shard.mean(len(labels_M))))
     p_B = mask_probability(t_B)
-    # Either copy alone estimates the same loss without bias: together they are averaged.
+    # Each copy alone is an unbiased estimate of the loss; two copies are averaged.
     weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
     weight_M = weight_C[:, None].expand_as(masked_CL)[masked_CL]
-    return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=share.mean(int(target_BL.sum())))
+    return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=shard.mean(int(target_BL.sum())))

@@ -1,4 +1,4 @@
-"""LaViDa: picture and question to a prefix, prefix to an answer, examples to a loss."""
+"""LaViDa: picture and question -> prefix, prefix -> answer, examples -> loss."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lavida_adapter.cache_compression.compressor import CacheSelector
-from lavida_adapter.cache_compression.quantize import CachePacker
+from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
 from lavida_adapter.checkpoint import load, save
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
@@ -35,7 +34,7 @@ class Lavida(LavidaModules):
 
     def __init__(self, config: LavidaConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
-        self._launchers: dict[tuple[Engine, str], DecodeEngine] = {}
+        self._engines: dict[tuple[Engine, str], DecodeEngine] = {}
 
     @classmethod
     def from_pretrained(
@@ -60,12 +59,13 @@ class Lavida(LavidaModules):
         boxes: Sequence[Boxes] | None = None,
         timer: Timer | None = None,
     ) -> Prefix:
-        """Pictures and questions to a prefix. The question ranks tokens, the prompt (question + suffix) is answered.
+        """Pictures and questions -> a prefix.
 
-        `boxes` says where each question's evidence is, as fractions of its picture; only an oracle looks.
+        The relevance provider reads the question; the language model answers the prompt (question + suffix). `boxes`:
+        where each question's evidence is, as fractions of its picture; only an oracle selector reads them.
 
         Raises:
-            UserError: when there are not as many pictures, questions, ids and prompts, or none at all.
+            UserError: when the numbers of pictures, questions, ids and prompts differ, or are 0.
         """
         timer = timer or NoTimer()
         ids = [str(i) for i in range(len(images))] if ids is None else ids
@@ -95,13 +95,13 @@ class Lavida(LavidaModules):
         generator: torch.Generator | None = None,
         timer: Timer | None = None,
     ) -> Generation:
-        """Answers for a prefix. The cache is written once; with `decode.prefix_cache=False` there is none.
+        """Answers for a prefix. The prefix cache is written once; with `decode.prefix_cache=False` there is none.
 
-        A `cache_selector` cuts the cache once, after the prefill or after the first step; a `cache_packer` stores it in
-        less memory.
+        A `cache_selector` shortens the cache once, after the prefill or after the first step; a `cache_packer` stores
+        it in less memory.
 
         Raises:
-            UserError: when prompt and answer together exceed the model's context, or the cache cannot be treated so.
+            UserError: when prompt and answer exceed the model's context, or for a cache method that cannot work.
         """
         timer = Pausing(timer or NoTimer())
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
@@ -111,24 +111,24 @@ class Lavida(LavidaModules):
                 "lower the budget or decode.max_new_tokens"
             )
         if cache_selector is not None and cache_packer is not None:
-            raise UserError("a prefix cache can be cut or packed: give cache_selector or cache_packer")
-        for treatment in (cache_selector, cache_packer):
-            if treatment is not None:
-                treatment.check(prefix, decode)
+            raise UserError("give cache_selector or cache_packer, not both: a prefix cache is shortened or packed")
+        for method in (cache_selector, cache_packer):
+            if method is not None:
+                method.check(prefix, decode)
         mask_id = self.config.lm.mask_token_id
         answer_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, draft, self.device)
         cached = None
         if decode.prefix_cache:
             with timer.stage("prefill"):
-                watch = None if cache_packer is None else cache_packer.watch(prefix)
-                room = decode.max_new_tokens if cache_packer is None else 0
-                cache: StoredPrefix = self.prefill(prefix, room, watch, decode.engine)
+                hook = None if cache_packer is None else cache_packer.hook(prefix)
+                n_answer = decode.max_new_tokens if cache_packer is None else 0
+                cache: StoredPrefix = self.prefill(prefix, n_answer, hook, decode.engine)
             if cache_packer is not None:
                 assert isinstance(cache, PrefixCache)
                 with timer.stage("cache"):
-                    cache = cache_packer(cache, prefix, watch)
-            launcher = self._launcher(decode.engine)
-            cached = CachedSteps(self.lm, prefix, cache, decode.max_new_tokens, cache_selector, timer, launcher)
+                    cache = cache_packer(cache, prefix, hook)
+            engine = self._engine(decode.engine)
+            cached = CachedSteps(self.lm, prefix, cache, decode.max_new_tokens, cache_selector, timer, engine)
         with timer.stage("denoise"):
             logits_of: LogitsFn = cached or partial(self._logits_whole, prefix)
             eos_id = self.config.lm.eos_token_id
@@ -139,8 +139,8 @@ class Lavida(LavidaModules):
                 mask_id,
                 generator,
                 eos_id=eos_id,
-                # On a GPU the wider step costs nothing, its weights do; and what is recorded needs shapes that stay the
-                # same. To a compiler one slot is a shape of its own.
+                # On a GPU a step with more slots costs the same, and a captured graph needs constant shapes.
+                # torch.compile treats a dimension of size 1 as another kind of shape.
                 least_slots=decode.block if self.device.type == "cuda" else 1 + (decode.engine == "compile"),
             )
         texts = self.tokenizer.batch_decode(ids_BA.tolist(), skip_special_tokens=True)
@@ -155,14 +155,14 @@ class Lavida(LavidaModules):
         )
 
     def prefill(
-        self, prefix: Prefix, room: int = 0, watch: AttentionHook | None = None, engine: Engine = "eager"
+        self, prefix: Prefix, n_answer: int = 0, hook: AttentionHook | None = None, engine: Engine = "eager"
     ) -> PrefixCache:
-        """The prefix cache of a prefix, under the model's prefix attention, with room for so many answer tokens."""
-        prefill = self._launcher(engine).prefill
-        return prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), room, watch)
+        """The prefix cache of a prefix, under the model's prefix attention, with `n_answer` free slots behind it."""
+        prefill = self._engine(engine).prefill
+        return prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), n_answer, hook)
 
-    def _launcher(self, engine: Engine) -> DecodeEngine:
-        """What launches this model's prefill and steps, with what it has compiled and recorded already.
+    def _engine(self, engine: Engine) -> DecodeEngine:
+        """The engine that runs prefill and steps, with what it has compiled or captured before.
 
         Raises:
             UserError: for CUDA graphs on a CPU, and for `compile` on a machine without a compiler.
@@ -172,9 +172,9 @@ class Lavida(LavidaModules):
         if engine == "graph" and self.device.type != "cuda":
             raise UserError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
         key = engine, self.device.type
-        found = self._launchers.get(key)
+        found = self._engines.get(key)
         if found is None or found.lm is not self.lm:
-            found = self._launchers[key] = GraphCache(self.lm) if engine == "graph" else CompiledEngine(self.lm)
+            found = self._engines[key] = GraphCache(self.lm) if engine == "graph" else CompiledEngine(self.lm)
         return found
 
     def _logits_whole(self, prefix: Prefix, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
@@ -182,9 +182,9 @@ class Lavida(LavidaModules):
         return self.lm.logits(states_BAD if want_BM is None else pick(states_BAD, want_BM))
 
     def forward_whole(self, prefix: Prefix, answer_BAD: Tensor) -> Tensor:
-        """States [B, A, D] of the answer in one pass over prompt and answer, without a cache: the prompt sees it too.
+        """States [B, A, D] of the answer in one pass over prompt and answer, without a cache: the prompt sees it.
 
-        With `prefix_attention="image_first"` picture tokens see the picture alone, here as in the cache.
+        With `prefix_attention="image_first"` picture tokens see picture tokens only, as in the cache.
         """
         b, a = answer_BAD.shape[:2]
         p = prefix.embeds_BPD.shape[1]
@@ -210,12 +210,12 @@ class Lavida(LavidaModules):
         generator: torch.Generator,
         *,
         relevance: Relevance | None = None,
-        share: Shard = SINGLE,
+        shard: Shard = SINGLE,
         tally: Tally | None = None,
     ) -> Tensor:
-        """Masked-diffusion loss of a batch, differentiable; the picture is encoded once for both copies.
+        """Masked-diffusion loss of a batch, differentiable; each picture is encoded once for both masked copies.
 
-        A batch that is one process's `share` of a global one gets a loss whose mean over the processes is the global
-        batch's. `tally` is filled in.
+        For one process's `shard` of a global batch, the mean of this loss over the processes is the loss of the global
+        batch. `tally` is filled with counts.
         """
-        return batch_loss(self, batch, selector, objective, generator, relevance=relevance, share=share, tally=tally)
+        return batch_loss(self, batch, selector, objective, generator, relevance=relevance, shard=shard, tally=tally)

@@ -1,6 +1,7 @@
-"""The training objective: mask some answer tokens, predict them, and predict the others in a second copy.
+"""The training objective: options, noise levels, masks and cross entropy; and a process's shard of the batch.
 
-docs/lavida.md, "Training objective". Draws are arguments, so that a test can replay the reference's.
+docs/lavida.md, "Training objective". Some answer tokens are masked and predicted; a second copy of the example masks
+the other ones. Random numbers are arguments, so that a test can pass those of the reference.
 """
 
 import math
@@ -21,24 +22,24 @@ TimeSampler = Literal["uniform", "logit_normal", "mode"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """LaViDa's objective by default; every field is a stated variation of it."""
+    """Options of the objective; the defaults are LaViDa's."""
 
     time: TimeSampler = "uniform"
     """How noise levels are drawn: uniform, a logistic of N(0, 1), or the "mode" sampler of Stable Diffusion 3."""
     complementary: bool = True
-    """Each example twice: the second copy masks exactly the targets that the first one shows."""
+    """Each example twice: the second copy masks exactly the targets that the first one does not mask."""
     weighting: Literal["none", "inverse_time"] = "none"
     """"none": plain mean over targets (LaViDa); "inverse_time": each target over its masking probability (LLaDA)."""
     prefix_mask: bool = False
-    """True keeps the prompt from seeing the answer, as it does when decoding from the cache; False is LaViDa's way."""
+    """True: the prompt does not see the answer, as in decoding from the cache. False: it does, as in LaViDa."""
     extra_padding: int = 128
-    """Up to this many end-of-text tokens are appended to the longest answer of a batch, half of the time."""
+    """For half of the batches, up to this many end-of-text tokens are appended to the longest answer."""
     answer_tokens: int | None = None
-    """Pads every answer with end-of-text to at least the length at which it will be decoded."""
+    """Pads every answer with end-of-text to at least this length, the one at which answers are decoded."""
     alignment: float = 0.0
-    """Weight of the contrast between a prompt's picture tokens and its question's words; 0 leaves it out."""
+    """Weight of the contrastive loss between picture tokens and question words; 0: none."""
     adaptive_k: float = 0.0
-    """Weight of the error of a selector's head that expects the loss of its budget; 0.1 in the notes."""
+    """Weight of the squared error of a selector's head that predicts the loss; 0: none."""
 
     def __post_init__(self) -> None:
         choices = {"time": ("uniform", "logit_normal", "mode"), "weighting": ("none", "inverse_time")}
@@ -56,17 +57,17 @@ class ObjectiveConfig:
 
 @dataclass
 class Tally:
-    """What the last loss looked at, for progress and curves."""
+    """Counts and terms of the last loss, for progress and curves."""
 
     tokens: int = 0
     """Positions of all rows, pictures included, counted once for both copies."""
     masked: int = 0
     right: Tensor | None = None
-    """How many of the masked targets the model would have filled in correctly."""
+    """How many of the masked targets the model predicts correctly."""
     row_loss_B: Tensor | None = None
-    """Mean cross entropy of each row's masked targets, where a head learns from it."""
+    """Mean cross entropy of each row's masked targets, if `adaptive_k` needs it."""
     terms: dict[str, Tensor] = field(default_factory=dict)
-    """The parts of a loss that has several, before their weights."""
+    """The auxiliary losses, without their weights."""
 
 
 def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -80,7 +81,7 @@ def sample_times(batch: int, sampler: TimeSampler, generator: torch.Generator, d
 
 
 def extra_padding(config: ObjectiveConfig, generator: torch.Generator) -> int:
-    """How many end-of-text tokens the longest row gets: uniform in [-limit, limit - 1], negatives count as none."""
+    """How many end-of-text tokens the longest row gets: uniform in [-limit, limit - 1], negative numbers give 0."""
     if config.extra_padding == 0:
         return 0
     limits = (-config.extra_padding, config.extra_padding)
@@ -95,10 +96,10 @@ def mask_probability(t_B: Tensor) -> Tensor:
 def masked_targets(
     target_BL: Tensor, t_B: Tensor, u_BL: Tensor, u_min_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which targets the copy masks and which its complement masks, both bool [B, L].
+    """The targets that a copy masks, and those that its complement masks, both bool [B, L].
 
-    At least one position of the row is drawn, which need not be a target: the complement then holds them all.
-    `u_min_B` is the row minimum of the draws where `u_BL` shows only part of the row.
+    At least one position of each row is drawn. It need not be a target: then the complement masks all targets.
+    `u_min_B`: minimum of the row's random numbers, if `u_BL` holds only part of the row.
     """
     u_min_B = u_BL.amin(-1) if u_min_B is None else u_min_B
     drawn_BL = u_BL <= torch.maximum(mask_probability(t_B), u_min_B)[:, None]
@@ -108,10 +109,9 @@ def masked_targets(
 def masked_cross_entropy(
     logits_MW: Tensor, labels_M: Tensor, weight_M: Tensor | None = None, n_targets: float | None = None
 ) -> Tensor:
-    """Cross entropy of the M masked targets in float32, without a label shift: the plain mean over them.
+    """Cross entropy of the M masked targets in float32, without a label shift: their mean.
 
-    With weights it is their weighted sum; it is divided by `n_targets` where given. A draw that masks nothing has a
-    loss of 0.
+    With `weight_M` the sum is weighted; `n_targets` replaces M as the divisor. Without masked targets the loss is 0.
     """
     loss_M = F.cross_entropy(logits_MW.float(), labels_M, reduction="none")
     if weight_M is not None:
@@ -128,10 +128,10 @@ def pad_answers(
     least: int = 0,
     agree: Callable[[int], int] = int,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Rows of equal length before the picture goes in, and their labels: all padding is an end-of-text target.
+    """Rows of equal length (without the picture) and their labels; all padding is an end-of-text target.
 
-    The longest row grows by `extra`; every answer has at least `least` tokens. `agree` turns the length that these rows
-    need into the one they get, where others share their batch.
+    The longest row grows by `extra`; every answer has at least `least` tokens. `agree` maps the length that these rows
+    need to the length that they get, so that all processes use the same.
     """
     pairs = list(zip(prompts, answers, strict=True))
     length = agree(max(len(p) + max(len(a) + extra, least) for p, a in pairs))
@@ -145,27 +145,30 @@ def pad_answers(
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows rank*b .. (rank+1)*b-1 of world*b; every process has as many. Numbers are agreed on by the CPU's backend."""
+    """A process's b rows of a global batch of world * b: rank * b .. (rank + 1) * b - 1.
+
+    Numbers are reduced over the processes with the CPU backend.
+    """
 
     rank: int = 0
     world: int = 1
 
     @classmethod
     def here(cls) -> Self:
-        """This process's share in torch's process group; everything where there is none."""
+        """The shard of this process in torch's process group; the whole batch without one."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
 
     def rows(self, drawn_G: Tensor) -> Tensor:
-        """This process's rows of what was drawn for the global batch."""
+        """This process's rows of random numbers for the global batch."""
         b = len(drawn_G) // self.world
         return drawn_G[self.rank * b : (self.rank + 1) * b]
 
     def largest(self, n: int) -> int:
-        """The largest of all processes' numbers."""
+        """The largest `n` of all processes."""
         return n if self.world == 1 else int(self._reduce(n, dist.ReduceOp.MAX))
 
     def mean(self, n: int) -> float:
-        """The mean of all processes' numbers."""
+        """The mean `n` of all processes."""
         return n if self.world == 1 else float(self._reduce(n, dist.ReduceOp.SUM)) / self.world
 
     @staticmethod
@@ -176,3 +179,4 @@ class Shard:
 
 
 SINGLE = Shard()
+"""The whole batch, in one process."""

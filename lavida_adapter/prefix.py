@@ -1,7 +1,9 @@
-"""The prefix: selected picture tokens take the placeholder's place among the text embeddings.
+"""The prefix: selected picture tokens replace the placeholder among the text embeddings.
 
-docs/lavida.md, "Splicing". Rows of unequal length are padded on the right with zero vectors; the mask says so, and
-unlike the reference the network obeys it.
+docs/lavida.md, "Splicing". Rows of unequal length are padded on the right with zero vectors. Unlike in the reference,
+the language model masks this padding.
+
+Shape letters: B prompts, P prefix slots, T selected tokens, n picture tokens of a prompt, D width.
 """
 
 from collections.abc import Sequence
@@ -28,13 +30,13 @@ class Prefix:
     selections: tuple[Selection, ...] = ()
     """One per prompt, each with B = 1."""
     n_matched: tuple[int, ...] = ()
-    """What LaViDa itself would feed for each prompt's picture, newlines included: the budget "matched"."""
+    """How many tokens LaViDa itself would feed for each picture, newlines included: the budget "matched"."""
 
     @cached_property
     def padding(self) -> Tensor | None:
-        """The mask, or None when no row is padded: without one, attention is faster and equals a single prompt's.
+        """The mask, or None when no row is padded: then attention is faster and equals a single prompt's.
 
-        Kept, because finding out waits for the device, and decoding without a cache asks at every step.
+        Cached, because the check waits for the device, and decoding without a cache needs it at every step.
         """
         return None if bool(self.mask_BP.all()) else self.mask_BP
 
@@ -48,7 +50,7 @@ class Prefix:
 
 
 def picture_block(selection: Selection, tokens_TD: Tensor, newline_D: Tensor) -> Tensor:
-    """The picture's tokens [n, D] of a prompt: projected tokens, newline vectors in their slots, unused slots gone."""
+    """The picture tokens [n, D] of a prompt: projected tokens and newline vectors, without unused slots."""
     is_newline_T1 = (selection.source_BT[0] == Source.NEWLINE)[:, None]
     block_TD = torch.where(is_newline_T1, newline_D.to(tokens_TD.dtype), tokens_TD)
     return block_TD[selection.mask_BT[0]]
@@ -62,7 +64,7 @@ def splice(
     max_length: int,
     labels: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Prefix, Tensor]:
-    """Text ids with one placeholder each, and their picture blocks [n, D], to a padded Prefix and its labels [B, P].
+    """Rows of text ids with one placeholder each, and their picture blocks [n, D] -> a padded Prefix and labels [B, P].
 
     Raises:
         UserError: for a row that does not hold exactly one placeholder.
@@ -73,7 +75,7 @@ def splice(
         if (pictures := list(row).count(IMAGE)) != 1:
             raise UserError(f"prompt {i} holds {pictures} pictures, expected exactly one")
         at, n = list(row).index(IMAGE), len(block)
-        # A picture block longer than the model's context leaves no room for the question: cutting it would hide that.
+        # Too long a picture block would push the question out of the context; cutting it off silently would hide that.
         if len(row) - 1 + n > max_length:
             raise UserError(
                 f"prompt {i} has {len(row) - 1 + n} tokens, {n} of them for the picture, more than the model's "

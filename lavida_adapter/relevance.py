@@ -1,7 +1,9 @@
-"""How relevant each token is to the question: providers, each in a space that it names.
+"""Relevance providers: how relevant each token is to the question, in a space that the provider names.
 
-docs/method.md, "Relevance". A provider computes [B, N] float32 from features of one canvas kind. Spaces are never mixed
-and never matched by width: a provider that cannot work with a model says so when it is built.
+docs/method.md, "Relevance". A provider computes [B, N] float32 from features with one layout. A provider that does not
+fit the model raises; spaces are never matched by their width.
+
+Shape letters: B prompts, N source tokens, Q question tokens, L text positions, D width.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,16 +26,16 @@ Aggregate = Literal["mean", "max", "pooled"]
 
 @dataclass(frozen=True)
 class RelevanceContext:
-    """What a provider may look at beside the encoder states."""
+    """What a provider may read besides the encoder states."""
 
     projected: Callable[[], Tensor]
-    """The projected tokens [B, N, D] of the same pictures; computed once, however many ask."""
+    """Returns the projected tokens [B, N, D] of the same pictures; they are computed once."""
     questions: Sequence[Tensor]
     """Token ids [Q] of each question: the question alone, without template or suffix."""
     embedding: nn.Embedding
     """The language model's input embedding."""
     texts: Sequence[str] = ()
-    """The questions as they are written."""
+    """The questions as text."""
     tower: VisionTower | None = None
     """The model's vision tower."""
 
@@ -43,7 +45,7 @@ class Relevance(Protocol):
 
     space: str
     reads_question: bool
-    """Whether another question gives other numbers."""
+    """Whether the numbers depend on the question."""
 
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor: ...
 
@@ -74,7 +76,7 @@ class LmEmbed:
     @torch.no_grad()
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         at = range(len(features.ids)) if features.picture_at is None else features.picture_at
-        row_of = {picture: row for row, picture in enumerate(at)}  # any row of a picture has all there is to know of it
+        row_of = {picture: row for row, picture in enumerate(at)}  # all rows of a picture are equal
         p, valid = context.projected(), features.valid_BN
         if len(row_of) < len(at):
             p, valid = (values[list(row_of.values())] for values in (p, valid))
@@ -131,24 +133,24 @@ def masked_mean(x_BND: Tensor, valid_BN: Tensor) -> Tensor:
 
 
 CHECKED = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
-"""What is compared of the two towers, beside the norms of the last layer that both have."""
+"""Weights in which the two towers are compared, besides the norms of the last layer that both have."""
 
 
 class SiglipText:
-    """Cosine of each token, taken through the rest of SigLIP, and the question's pooled text feature."""
+    """Cosine between each token, passed through the rest of SigLIP, and the question's pooled text feature."""
 
     space = "siglip"
 
     def __init__(self, *, path: str | Path, tolerance: float = 0.1) -> None:
-        """Loads a whole SigLIP, text tower and tokenizer included, from a folder or a hub id.
+        """Loads a whole SigLIP with text tower and tokenizer from a folder or a hub id.
 
-        `tolerance` is how far, relative to its size, a weight of LaViDa's tower may have moved from SigLIP's: LaViDa
-        trained it a little, and weights that never were SigLIP's are more than 1 away.
+        `tolerance`: the largest relative distance of a weight of LaViDa's tower from SigLIP's. LaViDa trained the tower
+        a little; the distance to an unrelated tower is more than 1.
         """
         if not tolerance >= 0:
             raise UserError(f"relevance.tolerance={tolerance}: give a number >= 0")
         if str(path).startswith((".", "/")) and not Path(path).is_dir():
-            raise MissingFileError(f"relevance.path={path}: there is no SigLIP checkpoint")
+            raise MissingFileError(f"relevance.path={path}: no SigLIP checkpoint there")
         self.tolerance = tolerance
         self.siglip = SiglipModel.from_pretrained(path).eval().requires_grad_(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -163,19 +165,19 @@ class SiglipText:
         return F.cosine_similarity(value_BND, text_BD[:, None], dim=-1)
 
     def _to_text_space(self, features: VisionFeatures) -> Tensor:
-        """Tokens [B, N, D] where SigLIP compares pictures with texts; views know nothing of one another."""
+        """Tokens [B, N, D] in the space in which SigLIP compares pictures and texts; views are independent."""
         vision, views = self.siglip.vision_model, features.layout.n_views
         x = features.tokens_BND.float().unflatten(1, (views, -1)).flatten(0, 1)
         x = vision.post_layernorm(vision.encoder.layers[-1](x, attention_mask=None))
         pool = vision.head.attention
-        # The head's attention averages values over tokens; a token's own value is what it would contribute alone.
+        # The head's attention averages the values of tokens; a single token's value is its own contribution.
         weight_DD, bias_D = pool.in_proj_weight.chunk(3)[2], pool.in_proj_bias.chunk(3)[2]
         x = pool.out_proj(F.linear(x, weight_DD, bias_D))
         x = x + vision.head.mlp(vision.head.layernorm(x))
         return x.unflatten(0, (-1, views)).flatten(1, 2)
 
     def _texts(self, texts: Sequence[str], device: torch.device) -> Tensor:
-        """Pooled text features [B, D]; padded to the full length, as SigLIP was trained, and cut there."""
+        """Pooled text features [B, D]; texts are padded and cut to the full length, as in SigLIP's training."""
         length = self.siglip.config.text_config.max_position_embeddings
         ids_BL = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -183,9 +185,11 @@ class SiglipText:
         return self.siglip.text_model(input_ids=ids_BL.to(device)).pooler_output
 
     def _check(self, tower: VisionTower | None) -> None:
-        """Raises UserError unless the model's tower is this SigLIP's, but for its last layer."""
+        """Raises UserError unless the model's tower is this SigLIP's without its last layer."""
         if tower is None:
-            raise UserError("relevance=siglip_text needs to know the model's vision tower: Context.tower is None")
+            raise UserError(
+                "relevance=siglip_text compares the model's vision tower: RelevanceContext.tower is None, pass it"
+            )
         if tower is self._checked:
             return
         ours, theirs = tower.config, self.siglip.config.vision_config

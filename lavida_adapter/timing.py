@@ -1,4 +1,4 @@
-"""How the model is timed from outside: it names its stages, a timer does with them what it likes."""
+"""Timers for the stages of a batch; the model only names its stages."""
 
 import time
 from collections import defaultdict
@@ -10,7 +10,7 @@ import torch
 
 
 class Timer(Protocol):
-    """Measures the stages views, tower, relevance, select, project, prefill, cache and denoise; they do not nest."""
+    """Measures the stages views, tower, relevance, select, project, prefill, cache and denoise. Stages do not nest."""
 
     def stage(self, name: str) -> AbstractContextManager[None]: ...
 
@@ -23,7 +23,7 @@ class NoTimer:
 
 
 class Pausing:
-    """A timer in which an inner stage pauses the outer one, since stages of the timer behind it must not nest."""
+    """Wraps a timer whose stages must not nest: an inner stage pauses the outer one."""
 
     def __init__(self, timer: Timer) -> None:
         self._timer = timer
@@ -54,8 +54,8 @@ class Pausing:
 class StageTimer:
     """Sums the time of each named stage of a batch.
 
-    On CUDA a stage is bracketed by two events, and the only synchronisation is in `collect`, after the batch. On a CPU
-    the wall clock is read. Stages do not nest.
+    On CUDA a stage records two events, and only `collect`, after the batch, synchronises. On a CPU the wall clock is
+    read. Stages do not nest.
     """
 
     def __init__(self, device: torch.device) -> None:

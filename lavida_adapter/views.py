@@ -1,6 +1,10 @@
-"""A picture becomes 384-pixel views: the whole picture squashed into one, then the tiles of a letterboxed canvas.
+"""From a picture to the views of the vision tower: LaViDa's own tiling, then the other geometries.
 
-docs/lavida.md, "Views" and "Layout". Everything here is exact: the pixel hashes are compared with the reference's.
+LaViDa's views (docs/lavida.md, "Views" and "Layout") are the whole picture resized to 384 pixels, then the tiles of a
+letterboxed canvas. They are exact: tests compare pixel hashes with the reference. The other geometries are described in
+docs/method.md.
+
+Shape letters: V views, S pixels a side, N source tokens.
 """
 
 import math
@@ -30,7 +34,7 @@ from shirg import (
 )
 
 PIXEL_VALUES = ((np.arange(256) * (1 / 255)).astype(np.float32) - 0.5) / 0.5
-"""float32 in [-1, 1] for each value of a pixel, rounded as the reference does: float64 first."""
+"""float32 in [-1, 1] for each pixel value; computed in float64 and then rounded, as in the reference."""
 
 Size = tuple[int, int]
 
@@ -39,7 +43,7 @@ Size = tuple[int, int]
 class Views:
     """One picture, ready for the vision tower.
 
-    Between processes it travels without its layout, which every process has one of; `geometries.ready` gives it back.
+    Pickled without its layout, of which every process has its own copy; `ready` puts it back.
     """
 
     pixels_V3SS: Tensor
@@ -52,14 +56,14 @@ class Views:
     size: Size
     """(width, height) of the original picture."""
     base_count: int | None = None
-    """What LaViDa itself would feed for this picture; None where the layout is LaViDa's own."""
+    """How many tokens LaViDa itself would feed for this picture; None if the layout is LaViDa's own."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "layout"}
 
 
 def choose_canvas(size: Size, canvases: Sequence[Size]) -> Size:
-    """The canvas that shows most of the picture's own pixels and wastes least; the first one wins ties."""
+    """The canvas that shows most of the picture's pixels, then the one with the least padding, then the first."""
     w, h = size
     best, best_area, best_waste = canvases[0], -1, 0
     for canvas_w, canvas_h in canvases:
@@ -91,7 +95,7 @@ def check_picture(image: Image.Image) -> None:
 
 
 def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False) -> Views:
-    """Cuts an RGB picture into views. `single` squares it with grey padding: the mode for several pictures a prompt."""
+    """Cuts an RGB picture into LaViDa's views. `single`: one view with grey padding, for several pictures a prompt."""
     check_picture(image)
     side = config.vision.image_size
     mode = "pad" if single else config.image_aspect_ratio
@@ -150,7 +154,7 @@ def _cached_layout(grid: Size, side: int, patch: int, view_px: int, pooling: Poo
 
 @lru_cache(maxsize=64)
 def layout_on(layout: TokenLayout, device: torch.device) -> TokenLayout:
-    """The layout on a device; moved once."""
+    """The layout on a device; copied once."""
     return layout.to(device)
 
 
@@ -161,7 +165,7 @@ def canvas_layout(config: LavidaConfig, grid: Size) -> TokenLayout:
 
 
 def own_pooling(config: LavidaConfig) -> Pooling:
-    """How LaViDa itself shrinks a view (docs/lavida.md, "Pooling")."""
+    """How LaViDa itself pools a view (docs/lavida.md, "Pooling")."""
     return Pooling(side=config.pooled_side, mode=config.mm_spatial_pool_mode, merge=config.mm_patch_merge_type)
 
 
@@ -185,9 +189,9 @@ def _pooled_count(layout: TokenLayout, size: Size) -> int:
 
 
 def inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tensor:
-    """Tokens whose centre lies in the picture; a squashed global view has no padding unless it is the only view."""
+    """bool [N]: tokens whose centre lies in the picture. All tokens of a global view do, unless it is the only view."""
     height, width = layout.canvas_px
-    # Patch centres are whole or half pixels: back to them, so that a centre on the border is no matter of rounding.
+    # Patch centres are whole or half pixels; rounding to them makes a centre on the border exact.
     centre_N2 = (layout.centre_N2.double() * torch.tensor([width, height]) * 2).round() / 2
     x, y = centre_N2.unbind(-1)
     left, top, right, bottom = (round(edge * px, 6) for edge, px in zip(box, (width, height) * 2, strict=True))
@@ -201,9 +205,9 @@ def everything(layout: TokenLayout) -> Tensor:
 
 
 CANVAS, FOVEA = (7, 4), (7, 6)
-"""Sizes as ratios to the tower's view."""
+"""Canvas sizes as ratios to the tower's view."""
 SINGLE_VIEW: dict[Geometry, tuple[int, int]] = {"single_672": CANVAS, "single_512": (4, 3)}
-"""Geometries of one squashed view, and its size."""
+"""Geometries of one view that shows the whole picture, and its size as a ratio to the tower's view."""
 
 
 def cells_of(vision: VisionConfig, ratio: tuple[int, int]) -> int:
@@ -212,7 +216,7 @@ def cells_of(vision: VisionConfig, ratio: tuple[int, int]) -> int:
 
 
 def cut(image: Image.Image, config: LavidaConfig, geometry: Geometry) -> Views:
-    """The views of an RGB picture on a geometry: LaViDa's own, or one of the notes'."""
+    """The views of an RGB picture in a geometry: LaViDa's own or another one."""
     if geometry == "lavida_tiles":
         return make_views(image, config)
     check_picture(image)
@@ -226,20 +230,20 @@ def cut(image: Image.Image, config: LavidaConfig, geometry: Geometry) -> Views:
     left, top, width, height = letterbox_box(size, (whole, whole))
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
     if geometry == "fovea":
-        # The middle of the letterboxed canvas; what of the picture does not fit in is seen by the other view alone.
+        # The middle of the letterboxed canvas; the rest of the picture is seen by the other view only.
         left, top = left - (whole - edge) // 2, top - (whole - edge) // 2
         views = [squash(image, edge), _pasted(scaled, left, top, edge, edge)]
     else:
         px, patch = config.vision.image_size, config.vision.patch_size
         origins = layout.cell_N2.unflatten(0, (-1, layout.side**2))[:, 0].tolist()
-        # A crop at the far edge reaches over it by what a view has beyond its last patch, which no token sees.
+        # A view is larger than its patches: a crop at the far edge extends over it by pixels that no token sees.
         views = [_pasted(scaled, left - col * patch, top - row * patch, px, px) for row, col in origins]
     box = (left / edge, top / edge, (left + width) / edge, (top + height) / edge)
     return Views(to_tensor(views), layout, inside(layout, box), box, size, count)
 
 
 def ready(picture: Image.Image | Views, config: LavidaConfig, geometry: Geometry) -> Views:
-    """The views of a picture, cut now or, in training, ahead of time and perhaps in another process.
+    """The views of a picture: cut now, or cut before by a worker process in training.
 
     Raises:
         UserError: for views of another geometry.
@@ -249,14 +253,12 @@ def ready(picture: Image.Image | Views, config: LavidaConfig, geometry: Geometry
     own = geometry == "lavida_tiles"
     layout = own_layout(picture.size, config) if own else geometry_layout(config, geometry)
     if len(picture.valid_N) != layout.n_tokens or getattr(picture, "layout", layout) is not layout:
-        raise UserError(
-            f"a picture was cut for another geometry than {geometry}: cut it for the selector that it meets"
-        )
+        raise UserError(f"a picture was cut for another geometry than {geometry}: cut it for the selector that is used")
     return replace(picture, layout=layout)
 
 
 def squash(image: Image.Image, edge: int) -> Image.Image:
-    """The whole picture in a square of `edge` pixels, whatever its proportions."""
+    """The whole picture resized to a square of `edge` pixels."""
     return image.resize((edge, edge), Image.Resampling.BICUBIC)
 
 
@@ -267,7 +269,7 @@ def _pasted(picture: Image.Image, left: int, top: int, width: int, height: int) 
 
 
 def geometry_layout(config: LavidaConfig, geometry: Geometry) -> TokenLayout:
-    """The one layout that every picture has on a geometry of the notes."""
+    """The layout of every picture in a geometry other than LaViDa's own."""
     vision = config.vision
     own = own_pooling(config)
     canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ((0, 0),)
@@ -297,6 +299,6 @@ def _layout(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int) -
 
 
 def _pooling(own: Pooling, side: int, most: int) -> Pooling:
-    """The base model's way of pooling a view of another side, and its largest count as the yardstick."""
+    """The base model's pooling for a view of another side; `most` is its largest token count."""
     pooled = math.ceil(side / 2) if own.mode == "bilinear" else side // 2
     return Pooling(side=pooled, mode=own.mode, merge=own.merge, most=most)

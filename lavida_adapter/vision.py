@@ -1,7 +1,9 @@
-"""The vision tower: a SigLIP transformer without its last layer, with recordings on request.
+"""The vision tower (a SigLIP transformer without its last layer) and the projector.
 
-docs/lavida.md, "Vision tower". Modules come from transformers; the loop over them is ours, because selectors need the
-inside of single layers (taps) and nothing may be recorded that nobody asked for.
+docs/lavida.md, "Vision tower". The modules come from transformers. The loop over them is ours, because selectors need
+tensors from inside single layers (taps), and only requested taps may cost time and memory.
+
+Shape letters: V views, S pixels a side, n tokens of a view, H heads, D width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,9 +20,9 @@ from lavida_adapter.llada import run_block
 from shirg import UserError
 
 TAPS = ("keys", "attention", "input", "post_norm")
-"""What a layer can record: its attention keys [V, n, H, D/H]; the attention that each token receives from its own view,
-averaged over heads and queries [V, n]; the residual stream at its entrance [V, n, D]; the normed state between
-attention and MLP [V, n, D]."""
+"""What a layer can record. "keys": its attention keys [V, n, H, D/H]. "attention": the attention that each token
+receives within its view, averaged over heads and queries [V, n]. "input": the residual stream before the layer
+[V, n, D]. "post_norm": the normed state between attention and MLP [V, n, D]."""
 
 
 class _Encoder(nn.Module):
@@ -46,27 +48,27 @@ class _Tower(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Views [V, 3, S, S] -> token states [V, n*n, D], the residual stream after the last layer that is kept."""
+    """Views [V, 3, S, S] -> token states [V, n, D], the residual stream after the last layer that is built."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         sizes = {**asdict(config), "num_hidden_layers": config.num_hidden_layers - 1, "vision_use_head": False}
-        # Modules built by hand get no attention kernel from transformers' loader: without this they run the eager one.
+        # Only transformers' own loader chooses an attention kernel; without this argument the slow eager one would run.
         self.vision_tower = _Tower(SiglipVisionConfig.from_dict(sizes, attn_implementation="sdpa"))
         self.recompute = False
-        """Whether layers run again in the backward pass instead of keeping what they computed."""
+        """Gradient checkpointing: layers run again in the backward pass instead of storing their activations."""
 
     @property
     def layers(self) -> Sequence[SiglipEncoderLayer]:
         return cast("Sequence[SiglipEncoderLayer]", self.vision_tower.vision_model.encoder.layers)
 
     def forward(self, pixels_V3SS: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """States and the recordings named by `taps`, each "what@layer": a layer counted from 0 (or from the end), or,
-        with a decimal point, a share of the depth: of 26 layers, "keys@0.83" is layer 21.
+        """States, and the recordings named by `taps`.
 
-        Views of another size than the configured one get position embeddings interpolated for them (bicubic); the
-        embeddings themselves stay as they are.
+        A tap is "what@layer". The layer is counted from 0, or from the end if negative; with a decimal point it is a
+        share of the depth: of 26 layers, "keys@0.83" is layer 21. For views of another size than the configured one,
+        position embeddings are interpolated (bicubic); the stored ones do not change.
 
         Raises:
             UserError: for a tap that this tower cannot record.
@@ -78,7 +80,7 @@ class VisionTower(nn.Module):
         for i, layer in enumerate(self.layers):
             here = frozenset(what for what, at in wanted.values() if at == i)
             x, found = run_block(self.recompute, _through, layer, x, here)
-            # Two spellings of one tap ("keys@2" and "keys@-1") are both answered.
+            # Two spellings of one tap ("keys@2" and "keys@-1") both get an entry.
             recorded |= {tap: found[what] for tap, (what, at) in wanted.items() if at == i}
         return x, recorded
 
@@ -98,7 +100,7 @@ class VisionTower(nn.Module):
 
 
 def _through(layer: SiglipEncoderLayer, x: Tensor, here: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A layer's output, and the recordings that are wanted of it."""
+    """A layer's output, and the requested recordings."""
     found: dict[str, Tensor] = {}
     h = layer.layer_norm1(x)
     if "input" in here:
@@ -127,5 +129,5 @@ def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 1
 
 
 def build_projector(vision_width: int, lm_width: int) -> nn.Sequential:
-    """`mlp2x_gelu`, applied to every token on its own; keys 0 and 2 as in the published checkpoint."""
+    """The projector `mlp2x_gelu`, applied to each token; its linear layers are 0 and 2, as in the checkpoint."""
     return nn.Sequential(nn.Linear(vision_width, lm_width), nn.GELU(), nn.Linear(lm_width, lm_width))

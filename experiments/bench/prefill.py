@@ -138,11 +138,11 @@ def lm_ms(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> d
     from lavida_adapter.engine import DecodeSteps
 
     lm, embeds = model.lm, prompt_embeds(model, batch, n)
-    steps = DecodeSteps(lm, lm.prefill(embeds, room=n_answer), n_answer)
+    steps = DecodeSteps(lm, lm.prefill(embeds, n_answer=n_answer), n_answer)
     ids = torch.full((batch, n_answer), lm.config.mask_token_id, device=embeds.device)
     angles = reference.angles_of(lm, n)
     return {
-        "prefill": time_call(lambda: lm.prefill(embeds, room=n_answer), embeds.device, repeats=repeats, warm_up=1),
+        "prefill": time_call(lambda: lm.prefill(embeds, n_answer=n_answer), embeds.device, repeats=repeats, warm_up=1),
         "plain prefill": time_call(
             lambda: reference.plain_forward(lm, embeds, None, angles), embeds.device, repeats=repeats, warm_up=1
         ),

@@ -71,7 +71,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
                 boxes=[sample.boxes],
             )
             seen = MassReceived(prefix.mask_BP)
-            model.prefill(prefix, watch=seen)
+            model.prefill(prefix, hook=seen)
             masses.append([mass_BP[0].cpu() for mass_BP in seen.masses])
     shares = profile(masses, forget)
     write_json(out, {"forget": shares, "mean": forget, "prompts": len(samples), "overrides": overrides})

@@ -1,1 +1,1 @@
-"""Selectors and packers that make the prefix cache smaller, one method a file."""
+"""Methods that make the prefix cache smaller, one file each; their base classes are in `compressor`."""

@@ -1,4 +1,4 @@
-"""How much of the picture an answer needs, asked of the answer itself (docs/method.md, "adaptive_k")."""
+"""AdaptiveK: the first step's uncertainty decides how many picture rows stay (docs/method.md, "adaptive_k")."""
 
 import math
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from shirg import Budget, UserError
 
 
 class AdaptiveK(CacheSelector):
-    """Keeps fewer picture rows for an answer that the first denoising step is sure of.
+    """Keeps fewer picture rows for an answer that the first denoising step is certain of.
 
-    The first step reads the whole prefix. Its least certain slot has exp(entropy) candidates, the number of equally
-    likely tokens that would be as uncertain; each of `candidates` that it exceeds raises the level by one. The rows of
-    the highest scores of the token selector stay; what it synthesised (scaffold, summary, newlines) always does. The
-    shape is that of the last level, slots that are not deserved are masked.
+    The first step reads the whole prefix. Its least certain slot has exp(entropy) candidates: the number of equally
+    likely tokens with the same entropy. Each bound in `candidates` that it exceeds raises the level by one. The rows
+    with the highest scores of the token selector stay; synthesised rows (scaffold, summary, newlines) always stay. The
+    shape is that of the last level; slots above the prompt's own level are masked.
 
     Args:
         budget: picture rows of the last level; "matched": as many as the base model would feed.
-        levels: rising shares of the budget that end with 1; the notes' 512, 768 and 1024 are 1/2, 3/4 and 1 of 1024.
+        levels: rising shares of the budget that end with 1; the default gives 512, 768 and 1024 rows of 1024.
         candidates: rising bounds above 1, one fewer than levels.
-        positions: "retain" leaves keys and answer where they were, "reindex" closes the gaps.
+        positions: "retain" keeps all positions, "reindex" rotates the keys to consecutive positions.
     """
 
     after: ClassVar[Literal["prefill", "first_step"]] = "first_step"
@@ -52,8 +52,8 @@ class AdaptiveK(CacheSelector):
         for i, selection in enumerate(prefix.selections):
             if selection.scores_BN is None:
                 raise UserError(
-                    f"AdaptiveK goes by the token selector's scores, and those of prompt {i} of the batch are missing: "
-                    "choose another selector="
+                    f"AdaptiveK ranks by the token selector's scores, and prompt {i} of the batch has none: choose a "
+                    "selector= that scores tokens"
                 )
 
     def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
@@ -62,13 +62,13 @@ class AdaptiveK(CacheSelector):
             assert selection.scores_BN is not None
             index_T = selection.index_BT[0][selection.mask_BT[0]]
             kept_T = selection.scores_BN[0][index_T.clamp_min(0)].float()
-            # Above every token of the picture, whatever that scored.
+            # Synthesised rows rank above every token of the picture.
             row_P[visual_P] = torch.where(index_T < 0, selection.scores_BN.max().float() + 1, kept_T)
         return score_BP
 
-    def deserved(self, prefix: Prefix, first: FirstStep | None, counts: tuple[int, ...]) -> Tensor:
+    def kept_counts(self, prefix: Prefix, first: FirstStep | None, counts: tuple[int, ...]) -> Tensor:
         if first is None:
-            raise UserError("AdaptiveK goes by the first denoising step: give what was seen in it")
+            raise UserError("AdaptiveK decides by the first denoising step: pass its FirstStep")
         candidates_B = uncertainty(first).exp()
         bounds = torch.tensor(self.candidates, device=candidates_B.device)
         level_B = (candidates_B[:, None] > bounds).sum(-1)
@@ -77,7 +77,7 @@ class AdaptiveK(CacheSelector):
 
 
 def uncertainty(first: FirstStep) -> Tensor:
-    """Entropy [B] in nats of the answer slot that the step was least sure of."""
+    """Entropy [B] in nats of the least certain answer slot of the step."""
     return torch.special.entr(first.logits_BAW.float().softmax(-1)).sum(-1).amax(-1)
 
 

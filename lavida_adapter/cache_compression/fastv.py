@@ -1,9 +1,9 @@
 """FastV (Chen et al., ECCV 2024, arXiv 2403.06764) on a prefix cache.
 
 The paper ranks picture tokens by the attention that the last prompt token pays them in one early layer, and drops the
-others from the layers behind it. Here all layers have run when the ranking is made and every layer's cache loses the
-same rows, so that one position means one token everywhere: the prefill costs what it costs without a selector, and the
-denoising steps become cheaper (docs/method.md, "fastv").
+others from the later layers. Here the ranking is made after all layers have run, and the same rows are dropped from
+every layer's cache: the prefill costs the same as without a selector, the denoising steps become cheaper
+(docs/method.md, "fastv").
 """
 
 from typing import ClassVar, Literal, get_args
@@ -23,9 +23,9 @@ Queries = Literal["last", "text"]
 class FastV(CacheSelector):
     """Ranks picture rows by the attention that they receive from the prompt's text in one layer, averaged over heads.
 
-    `layer` counts from 0; the paper's "after layer 2" reads the map of layer 1. `queries`: "last", the prompt's last
-    token, as in the paper, or "text", the mean over all of its text: LLaDA's attention runs both ways, and its last
-    token plays no special part.
+    `layer` counts from 0; the paper's "after layer 2" reads the map of layer 1. `queries`: "last" is the prompt's last
+    token, as in the paper; "text" is the mean over all of its text, since LLaDA's attention is bidirectional and the
+    last token is not special.
     """
 
     after: ClassVar[Literal["prefill", "first_step"]] = "prefill"
@@ -58,16 +58,16 @@ class FastV(CacheSelector):
 
 
 def prompt_attention(lm: Llada, cache: PrefixCache, embeds_BPD: Tensor, slot_BQ: Tensor, layer: int) -> Tensor:
-    """The attention [B, Q, P] of some text slots of the prefix in one layer, averaged over heads, in float32.
+    """The attention [B, Q, P] of the slots `slot_BQ` in one layer, averaged over heads, in float32.
 
-    Only these rows run again, up to that layer, against the keys and values that the cache has of all others: the cost
-    is that of Q tokens, and no P x P map exists.
+    Only these rows run again, up to that layer, against the cached keys and values: the cost is that of Q tokens, and
+    no [P, P] map is built.
     """
     x = embeds_BPD.gather(1, slot_BQ[..., None].expand(-1, -1, embeds_BPD.shape[-1]))
     positions_BQ = cache.positions_BP.gather(1, slot_BQ)
     cos, sin = rotary_angles(positions_BQ, lm.config.head_dim, lm.config.rope_theta)
     mask = None if cache.mask_BP is None else cache.mask_BP[:, None, None, :]
     for block, k, v in zip(lm.layers[:layer], cache.keys, cache.values, strict=False):
-        x = block.mix(x, block.attn_norm(x), k, v, cos, sin, mask, lm.backend)
+        x = block.output(x, block.attn_norm(x), k, v, cos, sin, mask, lm.backend)
     block = lm.layers[layer]
     return attention_weights(block.queries(block.attn_norm(x), cos, sin), cache.keys[layer], mask).mean(1)

@@ -1,8 +1,10 @@
-"""PrefixKV (Wang et al., arXiv 2412.03409) on a prefix cache: how many rows stay differs from layer to layer.
+"""PrefixKV (Wang et al., arXiv 2412.03409) on a prefix cache: each layer keeps another number of rows.
 
 Every layer keeps the same share of the attention that its rows receive in the prefill, not the same number of rows.
-The shares are profiled once on other prompts (`profile`), then applied. A "prefix" in the paper's name is one of the
-list of rows sorted by importance. docs/method.md, "Layer retention".
+The numbers are profiled once on other prompts (`profile`) and then applied. "Prefix" in the paper's name is the first
+part of the list of rows sorted by importance. docs/method.md, "Layer retention".
+
+Shape letters: B batch, P prefix slots, P_l slots of layer l, K kept slots.
 """
 
 import json
@@ -13,26 +15,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lavida_adapter.cache_compression.quantize import CachePacker
+from lavida_adapter.cache_compression.compressor import CachePacker
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.llada import AttentionHook, attention_weights
 from lavida_adapter.prefix import Prefix
 from shirg import MissingFileError, UserError, stable_topk
 
 FIRST, LAST = 4, 1
-"""Rows that always stay: the first four and the last, as in the paper's code."""
+"""How many rows at both ends always stay, as in the paper's code."""
 
 
 @dataclass(frozen=True)
 class RaggedPrefix:
-    """Keys and values with another number of slots in every layer, each at the position that it was rotated to."""
+    """A prefix cache with its own number of slots in every layer."""
 
     keys: tuple[Tensor, ...]
+    """L tensors [B, H, P_l, Dh], rotated."""
     values: tuple[Tensor, ...]
+    """L tensors [B, H, P_l, Dh]."""
     masks: tuple[Tensor, ...]
     """L tensors bool [B, P_l]."""
     positions: tuple[Tensor, ...]
-    """L tensors int64 [B, P_l]."""
+    """L tensors int64 [B, P_l]: the position each key was rotated to."""
     next_position_B: Tensor
 
     @property
@@ -54,7 +58,7 @@ class RaggedPrefix:
 
 
 class MassReceived:
-    """Attention that each row of a prefix receives from all of it, averaged over heads: one [B, P] a layer, float32."""
+    """An `AttentionHook`: the attention each prefix row receives, averaged over heads, one float32 [B, P] a layer."""
 
     def __init__(self, mask_BP: Tensor, chunk: int = 128) -> None:
         self.masses: list[Tensor] = []
@@ -71,35 +75,34 @@ class MassReceived:
 
 
 class LayerRetention(CachePacker):
-    """Keeps in every layer the rows that receive most attention; how many is the profile's share of the prompt."""
+    """Keeps in every layer the rows that receive most attention; the profile says which share of the prompt."""
 
     def __init__(self, *, profile: str) -> None:
-        """`profile`: a file that `python -m experiments.bench.profile_cache` wrote.
+        """`profile`: a file written by `python -m experiments.bench.profile_cache`.
 
         Raises:
-            MissingFileError: when it is not there.
-            UserError: when it is something else.
+            MissingFileError: when there is no such file.
+            UserError: when it is not a profile.
         """
         path = Path(profile)
         if not path.is_file():
             raise MissingFileError(
-                f"cache.profile={profile}: there is no such file; "
-                "`python -m experiments.bench.profile_cache` writes one"
+                f"cache.profile={profile}: no such file; `python -m experiments.bench.profile_cache` writes one"
             )
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or "forget" not in content:
-            raise UserError(f"cache.profile={profile} is no profile: it has no list `forget`")
+            raise UserError(f"cache.profile={profile} is not a profile: it has no list `forget`")
         self.forget: list[float] = [float(share) for share in content["forget"]]
 
-    def watch(self, prefix: Prefix) -> AttentionHook | None:
+    def hook(self, prefix: Prefix) -> AttentionHook | None:
         return MassReceived(prefix.mask_BP)
 
     def __call__(self, cache: PrefixCache, prefix: Prefix, seen: AttentionHook | None) -> StoredPrefix:
         assert isinstance(seen, MassReceived)
         if len(self.forget) != len(cache.keys):
             raise UserError(
-                f"cache.profile is of a model with {len(self.forget)} layers, this one has {len(cache.keys)}: "
-                "profile again"
+                f"cache.profile was made for a model with {len(self.forget)} layers, this one has {len(cache.keys)}: "
+                "profile this model"
             )
         pairs = zip(seen.masses, self.forget, strict=True)
         cut = [_cut(cache, i, mass_BP, share, prefix) for i, (mass_BP, share) in enumerate(pairs)]
@@ -110,7 +113,7 @@ class LayerRetention(CachePacker):
 def _cut(
     cache: PrefixCache, layer: int, mass_BP: Tensor, share: float, prefix: Prefix
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer's keys, values, mask and positions without the rows that it forgets."""
+    """Keys, values, mask and positions of one layer's kept rows."""
     counts = [n - forgotten(n, share) for n in prefix.n_tokens]
     slot_P = torch.arange(mass_BP.shape[1], device=mass_BP.device)
     length_B1 = prefix.mask_BP.sum(-1, keepdim=True)
@@ -118,7 +121,7 @@ def _cut(
     mass_BP = mass_BP.masked_fill(protected_BP, float("inf")).masked_fill(~prefix.mask_BP, float("-inf"))
     best_BK = stable_topk(mass_BP, max(counts))
     real_BK = torch.arange(max(counts), device=mass_BP.device) < torch.tensor(counts, device=mass_BP.device)[:, None]
-    # What stays keeps its order; the rows that fill up a shorter prompt go behind it.
+    # Kept rows stay in order; the padding of shorter prompts goes behind them.
     slot_BK = best_BK.masked_fill(~real_BK, mass_BP.shape[1]).sort(-1).values
     real_BK = slot_BK < mass_BP.shape[1]
     slot_BK = slot_BK.masked_fill(~real_BK, 0)
@@ -128,15 +131,15 @@ def _cut(
 
 
 def forgotten(n: int, share: float) -> int:
-    """How many of a prompt's `n` rows a layer forgets; never a protected one."""
+    """How many of a prompt's `n` rows a layer drops; never a protected one."""
     return max(0, min(round(share * n), n - FIRST - LAST))
 
 
 def profile(masses: Sequence[Sequence[Tensor]], forget: float) -> list[float]:
-    """The share that each layer forgets, so that all keep the same share of attention and the mean share is `forget`.
+    """The share of rows that each layer drops, such that all keep the same share of attention and the mean is `forget`.
 
-    `masses`: for each prompt and layer, what its rows [n] receive. A binary search over the share of attention kept, as
-    in the paper; then all shares are scaled by one factor to meet the budget.
+    `masses`: for each prompt and layer, the attention [n] that its rows receive. A binary search over the share of
+    attention kept, as in the paper; then all shares are scaled by one factor to meet the budget.
     """
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -155,7 +158,7 @@ def _mean(shares: Sequence[float]) -> float:
 
 
 def _shares(masses: Sequence[Sequence[Tensor]], keep_mass: float) -> list[float]:
-    """What each layer forgets, averaged over prompts, when it keeps the fewest rows with that share of attention."""
+    """The share of rows that each layer drops, averaged over prompts, if the kept rows have `keep_mass` attention."""
     layers = []
     for layer in range(len(masses[0])):
         shares = []

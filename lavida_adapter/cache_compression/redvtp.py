@@ -1,9 +1,9 @@
 """RedVTP (Xu et al., CVPR 2026 Findings, arXiv 2511.12428) on a prefix cache.
 
 The paper prunes once, after the first denoising step, by the attention that picture tokens receive from the answer
-tokens which that step left masked; it reports that the ranking hardly changes in later steps. Its code runs without a
-prefix cache, so that later steps recompute the prompt without the pruned tokens. Here the prompt is cached, and the
-rows are cut out of the cache as they are (docs/method.md, "redvtp").
+tokens that are still masked; it reports that the ranking hardly changes in later steps. Its code has no prefix cache,
+so its later steps recompute the prompt without the pruned tokens. Here the prompt is cached, and the rows are removed
+from the cache (docs/method.md, "redvtp").
 """
 
 from typing import ClassVar, Literal
@@ -20,7 +20,7 @@ from shirg import Budget, UserError
 class RedVTP(CacheSelector):
     """Ranks picture rows by the first step's attention from still-masked answer tokens, over all layers and heads.
 
-    An answer that the first step completes ranks by nothing and keeps its first rows, which nobody reads any more.
+    If the first step completes an answer, all scores are 0 and its first rows stay; no later step reads them.
     """
 
     after: ClassVar[Literal["prefill", "first_step"]] = "first_step"
@@ -30,6 +30,6 @@ class RedVTP(CacheSelector):
 
     def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         if first is None:
-            raise UserError("RedVTP ranks by the first denoising step: give what was seen in it")
+            raise UserError("RedVTP ranks by the first denoising step: pass its FirstStep")
         open_BA = first.open_BA.float()
         return (first.attention_BAP * open_BA[..., None]).sum(1) / open_BA.sum(1, keepdim=True).clamp_min(1)

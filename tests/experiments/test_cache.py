@@ -82,9 +82,9 @@ def test_both_budgets_are_shown_where_they_differ(eval_here: Eval) -> None:
         (["cache=fastv"], r"layer=1: the language model has layers 0 to 0"),
         (
             ["cache=fastv", "decode.prefix_cache=false"],
-            r"FastV shortens the prefix cache, and with decode",
+            r"FastV shortens the prefix cache, and decode",
         ),
-        (["cache=redvtp", "decode.step_per_block=1"], r"this decoding has no other: choose more steps or cache=none"),
+        (["cache=redvtp", "decode.step_per_block=1"], r"this decoding has only one: choose more steps or cache=none"),
         (["cache=fastv", "budget=most"], r"budget=most: give base \(80\)"),
         (["cache=fastv", "cache.queries=all"], r"cache.queries='all' is not one of last, text"),
         (["cache=redvtp", "+cache.layer=1"], r"cache.layer: RedVTP has no such option; it has budget, positions"),

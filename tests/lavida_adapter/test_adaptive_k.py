@@ -88,7 +88,7 @@ def test_levels_that_cannot_be(wrong: dict[str, Any], sentence: str) -> None:
 def test_a_selector_without_scores_is_refused(model: Lavida) -> None:
     prefix = made_prefix()
     blind = replace(prefix, selections=tuple(replace(s, scores_BN=None) for s in prefix.selections))
-    with pytest.raises(ValueError, match="goes by the token selector's scores, and those of prompt 0"):
+    with pytest.raises(ValueError, match="ranks by the token selector's scores, and prompt 0"):
         model.generate(blind, DECODE, cache_selector=AdaptiveK(budget=4))
-    with pytest.raises(ValueError, match="AdaptiveK goes by the first denoising step"):
+    with pytest.raises(ValueError, match="AdaptiveK decides by the first denoising step"):
         AdaptiveK(budget=4)(model.lm, model.prefill(prefix), prefix)

@@ -54,7 +54,7 @@ def test_image_first_mask_position_by_position(padding: Tensor | None) -> None:
 
 def test_flash_refuses_a_mask_before_it_is_imported() -> None:
     q, k, v = qkv(4)
-    with pytest.raises(ValueError, match="the flash backend knows no mask"):
+    with pytest.raises(ValueError, match="the flash backend takes no mask"):
         attend(q, k, v, attention_mask(PADDING, None), "flash")
 
 

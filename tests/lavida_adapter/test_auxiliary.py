@@ -123,7 +123,10 @@ def test_prompts_of_one_picture_or_one_question_are_not_told_apart() -> None:
     apart = {(0, 2), (2, 0), (1, 2), (2, 1)}
     assert tally.terms["alignment"].item() == pytest.approx(contrast(pictures, questions, apart), abs=1e-4)
     for images, asked in ((IMAGES[:1], QUESTIONS[:1]), (twice[:2], QUESTIONS[:2]), (IMAGES[:2], ["same", "same "])):
-        with pytest.raises(ValueError, match="contrasts the prompts of a batch, and this one has no two .* batch_size"):
+        with pytest.raises(
+            ValueError,
+            match="contrasts the prompts of a batch, and all prompts of this batch have one picture .* batch_size",
+        ):
             run(model, Pooled(), batch(images, asked), alignment=1.0)
 
 

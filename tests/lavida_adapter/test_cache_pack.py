@@ -92,8 +92,8 @@ def test_a_prompt_does_not_depend_on_its_batch_mates(name: str, model: Lavida, r
 @torch.inference_mode()
 def test_what_prompts_receive_is_the_column_sum_of_their_attention(model: Lavida) -> None:
     seen, whole = MassReceived(MASK, chunk=3), []
-    model.prefill(made(), watch=seen)
-    model.prefill(made(), watch=lambda q, k, mask: whole.append(attention_weights(q, k, mask).mean(1)))
+    model.prefill(made(), hook=seen)
+    model.prefill(made(), hook=lambda q, k, mask: whole.append(attention_weights(q, k, mask).mean(1)))
     assert len(seen.masses) == len(whole) == L
     for mass_BP, map_BPP in zip(seen.masses, whole, strict=True):
         torch.testing.assert_close(mass_BP, (map_BPP * MASK[..., None]).sum(1), rtol=0, atol=1e-5)
@@ -104,7 +104,7 @@ def test_what_prompts_receive_is_the_column_sum_of_their_attention(model: Lavida
 def test_every_layer_keeps_its_own_rows_at_their_positions(model: Lavida, retention: LayerRetention) -> None:
     prompt = made()
     seen = MassReceived(MASK)
-    cache = model.prefill(prompt, watch=seen)
+    cache = model.prefill(prompt, hook=seen)
     kept = retention(cache, prompt, seen)
     assert isinstance(kept, RaggedPrefix)
     assert [kept.n_slots(i) for i in range(L)] == [18, 10, 14]
@@ -124,7 +124,7 @@ def test_every_layer_keeps_its_own_rows_at_their_positions(model: Lavida, retent
 def test_hidden_rows_equal_rows_that_are_gone(model: Lavida, retention: LayerRetention) -> None:
     """A dense cache in which every layer masks what it forgets gives the same logits."""
     prompt, seen = made(), MassReceived(MASK)
-    cache = model.prefill(prompt, watch=seen)
+    cache = model.prefill(prompt, hook=seen)
     kept = retention(cache, prompt, seen)
     ids = torch.full((2, A), model.config.lm.mask_token_id)
     hidden = DecodeSteps(model.lm, cache, A)
@@ -150,8 +150,8 @@ def test_a_profile_keeps_one_share_of_attention_and_meets_its_budget() -> None:
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"prefix_cache": False}, "Int8 packs the prefix cache, and with decode.prefix_cache=false there is none"),
-        ({"engine": "compile"}, "Int8 is expanded at every step: choose decode.engine=eager"),
+        ({"prefix_cache": False}, "Int8 packs the prefix cache, and decode.prefix_cache=false has none"),
+        ({"engine": "compile"}, "Int8 is unpacked at every step: choose decode.engine=eager"),
     ],
 )
 def test_what_cannot_be(knobs: dict[str, bool], sentence: str, model: Lavida) -> None:
@@ -162,13 +162,13 @@ def test_what_cannot_be(knobs: dict[str, bool], sentence: str, model: Lavida) ->
 def test_bad_knobs(tmp_path: Path, model: Lavida) -> None:
     with pytest.raises(ValueError, match="dtype='int4': choose bfloat16 or float16"):
         Cast(dtype="int4")
-    with pytest.raises(ValueError, match="group=0: give the numbers that share a scale"):
+    with pytest.raises(ValueError, match="group=0: give how many numbers share a scale"):
         Int8(group=0)
     with pytest.raises(FileNotFoundError, match="profile_cache` writes one"):
         LayerRetention(profile=str(tmp_path / "none.json"))
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match="is no profile"):
+    with pytest.raises(ValueError, match="is not a profile"):
         LayerRetention(profile=str(tmp_path / "x.json"))
     (tmp_path / "two.json").write_text('{"forget": [0.1, 0.2]}')
-    with pytest.raises(ValueError, match="of a model with 2 layers, this one has 3: profile again"):
+    with pytest.raises(ValueError, match="for a model with 2 layers, this one has 3: profile this model"):
         model.generate(made(), DECODE, cache_packer=LayerRetention(profile=str(tmp_path / "two.json")))

@@ -356,8 +356,8 @@ def test_runs_that_cannot_be(model: Lavida) -> None:
             model.generate(prefix, replace(DECODE, **decode), cache_selector=selector)
 
     refuses(FastV(budget=6), "FastV: budget 6 is larger than the 5 picture tokens in the prefix of prompt 1")
-    refuses(FastV(budget=2), "decode.prefix_cache=false there is none: choose cache=none", prefix_cache=False)
-    refuses(RedVTP(budget=2), "after the first denoising step, and this decoding has no other", step_per_block=1)
+    refuses(FastV(budget=2), "decode.prefix_cache=false has none: choose cache=none", prefix_cache=False)
+    refuses(RedVTP(budget=2), "after the first denoising step, and this decoding has only one", step_per_block=1)
     refuses(FastV(budget=2, layer=3), "layer=3: the language model has layers 0 to 2")
     refuses(FastV(budget="matched"), "budget=matched needs a prefix made by encode", replace(prefix, n_matched=()))
     with pytest.raises(ValueError, match="RedVTP ranks by the first denoising step"):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lavida_adapter import Lavida, add_lora, checkpoint
 from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE
 from lavida_adapter.lora import LoraConfig
+from shirg import MissingFileError, UserError
 from tests.lavida_adapter.test_checkpoint import edit_config, rewrite
 from tests.lavida_adapter.tiny import tiny_model
 
@@ -33,7 +34,7 @@ def folder(saved: dict[str, bytes], tmp_path: Path) -> Path:
     return target
 
 
-def refusal(source: Path | str, kind: type[Exception] = ValueError, **arguments: Any) -> str:
+def refusal(source: Path | str, kind: type[Exception] = UserError, **arguments: Any) -> str:
     """The error of loading: one line, raised on purpose."""
     with pytest.raises(kind) as error:
         Lavida.from_pretrained(source, **arguments)
@@ -122,7 +123,7 @@ def test_a_damaged_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     assert f"{shard} is not a readable safetensors file: " in refusal(folder)
     shard.unlink()
-    assert f"{INDEX} names {shard.name}, which are not there" in refusal(folder, FileNotFoundError)
+    assert f"{INDEX} names {shard.name}, which do not exist" in refusal(folder, MissingFileError)
 
 
 def test_an_index_that_lies(folder: Path) -> None:
@@ -130,7 +131,7 @@ def test_an_index_that_lies(folder: Path) -> None:
     (folder / SINGLE).unlink()
     save_file({"model.image_newline": state["model.image_newline"]}, folder / "one.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(state, "one.safetensors")}))
-    assert f"one.safetensors lacks tensors that {INDEX} puts there: model.mm_projector.0.bias" in refusal(folder)
+    assert f"one.safetensors lacks tensors that {INDEX} lists for it: model.mm_projector.0.bias" in refusal(folder)
     for content, sentence in (
         ("{", "is not valid JSON"),
         ("{}", "has no weight_map"),
@@ -143,13 +144,13 @@ def test_an_index_that_lies(folder: Path) -> None:
 
 def test_files_that_are_not_there(folder: Path, tmp_path: Path) -> None:
     (folder / SINGLE).unlink()
-    assert f"{folder} has no {SINGLE} and no {INDEX}" in refusal(folder, FileNotFoundError)
+    assert f"{folder} has no {SINGLE} and no {INDEX}" in refusal(folder, MissingFileError)
     (folder / "tokenizer.json").unlink()
-    assert f"{folder} has no tokenizer.json: copy the tokenizer files" in refusal(folder, FileNotFoundError)
+    assert f"{folder} has no tokenizer.json: copy the tokenizer files" in refusal(folder, MissingFileError)
     (folder / "config.json").unlink()
-    assert f"{folder} has no config.json: it is not a checkpoint folder" in refusal(folder, FileNotFoundError)
+    assert f"{folder} has no config.json: it is not a checkpoint folder" in refusal(folder, MissingFileError)
     for source in (tmp_path / "absent", "./absent/x", "~/absent", "absent", "a/b/c", folder / "tokenizer_config.json"):
-        assert refusal(source, FileNotFoundError) == f"model.path={source}: no such checkpoint folder"
+        assert refusal(source, MissingFileError) == f"model.path={source}: no such checkpoint folder"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_files_that_are_not_there(folder: Path, tmp_path: Path) -> None:
         ("", "config.json is not valid JSON"),
         ("[1]", "config.json is not a JSON object"),
         (b"\xff\xfe", "config.json is not valid JSON"),
-        ('{"alibi": true, "n_heads": "4"}', "config.json asks for what LaViDa-LLaDA does not have: alibi=True"),
+        ('{"alibi": true, "n_heads": "4"}', "config.json has values that LaViDa-LLaDA does not support: alibi=True"),
     ],
 )
 def test_damaged_configs(folder: Path, content: str | bytes, sentence: str) -> None:
@@ -199,9 +200,9 @@ def test_a_hub_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(checkpoint, "snapshot_download", offline)
-    assert refusal("somebody/lavida", FileNotFoundError) == (
-        "model.path=somebody/lavida: no such folder here, and the hub did not deliver it (LocalEntryNotFoundError); "
-        "download the checkpoint once and give its folder"
+    assert refusal("somebody/lavida", MissingFileError) == (
+        "model.path=somebody/lavida: no such local folder, and the download from the hub failed "
+        "(LocalEntryNotFoundError); download the checkpoint once and give its folder"
     )
 
 
@@ -215,5 +216,5 @@ def test_lora_layers_are_not_saved_as_a_base(tmp_path: Path) -> None:
 
 def test_an_embedding_in_a_type_that_nothing_is_computed_in(folder: Path) -> None:
     rewrite(folder, **{WTE: load_file(folder / SINGLE)[WTE].to(torch.float8_e4m3fn)})
-    assert refusal(folder).startswith("dtype=auto: the checkpoint stores its embedding in a type that cannot be")
+    assert refusal(folder).startswith("dtype=auto: the checkpoint stores its embedding in a dtype that cannot be")
     assert Lavida.from_pretrained(folder, dtype="float32").dtype == torch.float32

@@ -117,4 +117,4 @@ def test_compiled_answers_are_the_same(model: Lavida, knobs: dict[str, Any]) -> 
             for engine in ("eager", "compile")
         ]
         assert torch.equal(*ids)
-    assert isinstance(model._launchers["compile", "cpu"], CompiledEngine)
+    assert isinstance(model._engines["compile", "cpu"], CompiledEngine)

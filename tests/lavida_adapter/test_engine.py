@@ -7,7 +7,7 @@ import torch
 
 from experiments.bench import reference
 from lavida_adapter import DecodeConfig, Lavida, Prefix
-from lavida_adapter.engine import KEPT, DecodeSteps, GraphCache, ReplayedSteps, pick
+from lavida_adapter.engine import MAX_GRAPHS, DecodeSteps, GraphCache, ReplayedSteps, pick
 from lavida_adapter.generate import denoise, start
 from tests.lavida_adapter.tiny import noise, tiny_model
 
@@ -34,7 +34,7 @@ def answers(model: Lavida) -> torch.Tensor:
 @pytest.mark.parametrize("room", [0, A, A + 1])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["equal lengths", "padded"])
 def test_steps_equal_the_differentiable_decoder(model: Lavida, mask: torch.Tensor | None, room: int) -> None:
-    cache, ids = model.prefill(prefix(mask=mask), room=room), answers(model)
+    cache, ids = model.prefill(prefix(mask=mask), n_answer=room), answers(model)
     expected = model.lm.logits(model.lm.decode(model.lm.wte(ids), cache))
     before, steps = cache.digest(), DecodeSteps(model.lm, cache, A)
     want = torch.tensor([[0, 3, 5], [4, 2, 2]])
@@ -71,9 +71,9 @@ def test_a_recording_answers_like_single_kernels(model: Lavida, n_prompt: int, k
 @torch.inference_mode()
 def test_few_recordings_are_kept(model: Lavida) -> None:
     recorder, ids = GraphCache(model.lm), answers(model)
-    for n in range(1, KEPT + 3):
+    for n in range(1, MAX_GRAPHS + 3):
         ReplayedSteps(recorder, model.prefill(prefix(64 * n)))(ids)
-    assert [key[3] for key in recorder._kept] == [64 * n for n in range(3, KEPT + 3)]
+    assert [key[3] for key in recorder._kept] == [64 * n for n in range(3, MAX_GRAPHS + 3)]
 
 
 @pytest.mark.gpu

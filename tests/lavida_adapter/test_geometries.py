@@ -165,7 +165,7 @@ def _one_pass(model: Any, embeds_BLD: torch.Tensor, sees_LL: torch.Tensor) -> to
     for block in lm.blocks:
         u = block.attn_norm(x)
         k, v = block.keys_values(u, cos, sin)
-        x = block.mix(x, u, k, v, cos, sin, sees_LL[None, None], "math")
+        x = block.output(x, u, k, v, cos, sin, sees_LL[None, None], "math")
     return lm.ln_f(x)
 
 

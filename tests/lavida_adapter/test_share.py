@@ -58,7 +58,7 @@ def step(rows: range, objective: ObjectiveConfig, share: Shard) -> tuple[float, 
         model = tiny_model()
         torch.manual_seed(0)
         add_lora(model, LoraConfig(rank=2, targets=("mm_projector.0",), train_whole=("image_newline",)))
-    loss = model.loss(batch(rows), Pooled(), objective, torch.Generator().manual_seed(3), share=share)
+    loss = model.loss(batch(rows), Pooled(), objective, torch.Generator().manual_seed(3), shard=share)
     loss.backward()
     return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
