@@ -1,4 +1,8 @@
-"""Training one adapter for several budgets or resolutions (docs/method.md, "Recipes")."""
+"""Training in Lightning: optimiser and schedule, the module that trains an adapter, checkpoints of what is trained.
+
+One run may train with several selectors, so that an adapter serves several budgets or resolutions (docs/method.md,
+"Recipes").
+"""
 
 import math
 import random
@@ -21,38 +25,24 @@ from lavida_adapter.relevance import Relevance
 from shirg import Selector, UserError
 
 
-@dataclass(frozen=True)
-class SelectorSchedule:
-    """Which selector a training step uses: a function of seed and step alone, so the same on every process.
-
-    `turns` are taken one after the other, and within a turn one of its selectors is drawn.
-    """
-
-    turns: tuple[tuple[Selector, ...], ...]
-
-    def at(self, seed: int, step: int) -> Selector:
-        turn = self.turns[step % len(self.turns)]
-        return turn[random.Random(f"{seed}|mix|{step}").randrange(len(turn))]
-
-
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and a cosine down to a floor."""
+    """AdamW, with a learning rate that warms up linearly and falls along a cosine to a floor."""
 
     steps: int
     lr: float
     warmup: int = 0
     lr_floor: float = 0.1
-    """The last learning rate as a share of the highest."""
+    """The last learning rate as a fraction of the highest."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Highest learning rates of single parts of the model, or of its selector; the others have `lr`."""
+    """Highest learning rates of single parts of the model or of the selector. All other parts have `lr`."""
 
     def __post_init__(self) -> None:
         check_parts("optim.rates", list(self.rates))
         if wrong := {part: rate for part, rate in self.rates.items() if not 0 < rate < math.inf}:
-            raise UserError(f"optim.rates={wrong}: give rates above 0; what is not trained has none")
+            raise UserError(f"optim.rates={wrong}: give rates above 0, and none for a part that is not trained")
         if self.steps < 1 or not self.lr > 0 or not 0 <= self.warmup <= self.steps or not 0 <= self.lr_floor <= 1:
             raise UserError(
                 "training needs steps >= 1, lr > 0, 0 <= warmup <= steps and 0 <= lr_floor <= 1, got "
@@ -60,7 +50,7 @@ class OptimConfig:
             )
 
     def scale(self, step: int) -> float:
-        """The learning rate of a step as a share of the highest."""
+        """The learning rate of a step as a fraction of the highest."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
@@ -68,7 +58,10 @@ class OptimConfig:
 
 
 class Trainable(L.LightningModule):
-    """A training stage: subclasses say what the loss of a batch is. Only what needs a gradient is trained or stored."""
+    """A training stage. A subclass defines the loss of a batch; parameters that require a gradient are trained.
+
+    Checkpoints hold those parameters alone: the base model has files of its own.
+    """
 
     def __init__(self, model: Lavida, optim: OptimConfig, seed: int) -> None:
         super().__init__()
@@ -78,15 +71,14 @@ class Trainable(L.LightningModule):
         self.tally: Tally | None = None
         self._ids: tuple[str, ...] = ()
         self._loss = torch.zeros(())
-        # Checkpoints hold what is trained and nothing else: the base is a file of its own.
-        self.strict_loading = False
+        self.strict_loading = False  # a checkpoint lacks the frozen parameters
 
     def loss(self, batch: Any, generator: torch.Generator) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say what the loss of a batch is")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        # One generator per step, the same on every rank: a run that is stopped and resumed, on this number of processes
-        # or another, draws what the undisturbed run drew. Dropout draws from the global state, each rank its own.
+        # One generator per step, the same on every rank: a run that is stopped and resumed, with as many processes or
+        # another number, draws what the undisturbed run drew. Dropout uses the global state, seeded for each rank.
         self._ids = tuple(getattr(batch, "ids", ()))
         seed = self.seed * 1_000_003 + self.global_step
         torch.manual_seed(seed + (self.global_rank << 40))
@@ -102,12 +94,12 @@ class Trainable(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stops before the optimiser can spread a NaN or an infinity; all processes stop together."""
+        """Stops all processes before the optimiser uses a loss or a gradient that is NaN or infinite."""
         found = {"loss": self._loss}
-        if self.trainer.precision != "16-mixed":  # which looks for the largest scale that overflows
+        if self.trainer.precision != "16-mixed":  # where overflows are normal: the loss scale is lowered
             found["gradient"] = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
             self.log("grad_norm", found["gradient"], batch_size=1)
-        # One look at the device for both.
+        # One transfer from the device for both.
         finite = torch.stack([value.float() for value in found.values()]).isfinite().tolist()
         bad = [what for what, good in zip(found, finite, strict=True) if not good]
         if self.trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
@@ -142,10 +134,24 @@ class Trainable(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
 
+@dataclass(frozen=True)
+class SelectorSchedule:
+    """Which selector each training step uses. It depends on seed and step alone, so it is the same in all processes.
+
+    Steps go through `turns` in order, again and again; within a turn one of its selectors is drawn at random.
+    """
+
+    turns: tuple[tuple[Selector, ...], ...]
+
+    def at(self, seed: int, step: int) -> Selector:
+        turn = self.turns[step % len(self.turns)]
+        return turn[random.Random(f"{seed}|mix|{step}").randrange(len(turn))]
+
+
 class LavidaModule(Trainable):
     """LaViDa's masked-diffusion objective with a selector in the middle.
 
-    A base in bfloat16 computes in bfloat16; what is trained of it is held in float32, which small updates need.
+    A base in bfloat16 computes in bfloat16, but its trained parameters are float32, because updates are small.
     """
 
     def __init__(
@@ -160,7 +166,7 @@ class LavidaModule(Trainable):
         mix: SelectorSchedule | None = None,
         growth: RankGrowth | None = None,
     ) -> None:
-        """`mix` says which selector each step trains with, `selector` itself where there is none."""
+        """`mix` gives the selector of each step; without it, all steps train with `selector`."""
         super().__init__(model, optim, seed)
         if model.dtype == torch.float16:
             raise UserError("dtype=float16 loses small gradients in training: choose dtype=bfloat16 or float32")
@@ -174,7 +180,7 @@ class LavidaModule(Trainable):
                 parameter.data = parameter.data.float()
 
     def precision(self) -> AbstractContextManager[Any]:
-        """The context in which wide trained parameters and a narrow base work together."""
+        """The context in which float32 parameters work with a bfloat16 base: autocast, or nothing for float32."""
         narrow = self.model.dtype == torch.bfloat16
         return torch.autocast(self.model.device.type, torch.bfloat16) if narrow else nullcontext()
 

@@ -1,14 +1,14 @@
-"""What a training step keeps for its backward pass (docs/method.md, "Planning a run").
+"""Memory of a training step: the activations that autograd keeps (docs/method.md, "Planning a run").
 
-Autograd is asked what it saves while the real model runs on meta tensors, so that layers, LoRA, recomputation and masks
-count as they are. Attention counts as its fused kernels do: queries, keys, values, the output and one number per query.
+The real model runs on meta tensors, and autograd reports what it saves; so layers, LoRA, gradient checkpointing and
+masks count exactly. Attention counts as in its fused kernels: queries, keys, values, output and one number per query.
 
 Letters: B rows, C copies of all rows, P prompt positions, A answer positions, T picture tokens, M masked targets.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +16,42 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lavida_adapter.llada import rotary_angles
+from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import ObjectiveConfig
-
-if TYPE_CHECKING:
-    from lavida_adapter.model import Lavida
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """How large a batch is."""
+    """The size of a batch."""
 
     rows: int
     views: int
     """Views of a picture, and their side in pixels."""
     view_px: int
     projected: int
-    """Tokens of a picture that go through the projector."""
+    """Tokens per picture that go through the projector."""
     picture: int
-    """Tokens of a picture that enter the language model."""
+    """Tokens per picture that enter the language model."""
     prompt: int
     """Tokens of text before the answer."""
     answer: int
-    """Targets of a row: the answer, its end and the padding."""
+    """Targets per row: the answer, its end and the padding."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one process."""
+    """Activation memory of one process, in bytes."""
 
     kept: int
-    """What is kept from the forward pass for the backward pass."""
+    """Kept from the forward pass until the backward pass."""
     passing: int
-    """What comes on top of it for a moment: a block that runs again, and the gradient of all logits."""
+    """The peak on top of `kept` in the backward pass: the gradient of all logits, and a block that runs again."""
 
 
-def footprint(model: "Lavida", shape: Shape, objective: ObjectiveConfig, dtype: torch.dtype) -> Footprint:
-    """The activations of one step in `dtype`. The model is on the meta device and knows what is trained.
+def footprint(model: LavidaModules, shape: Shape, objective: ObjectiveConfig, dtype: torch.dtype) -> Footprint:
+    """The activations of one step in `dtype`, for a model on the meta device whose trained parameters are set.
 
-    One row holds one picture. What selectors keep is left out: they score without a gradient.
+    One row has one picture. Selectors count nothing: they score without a gradient.
     """
     copies = 2 if objective.complementary else 1
     kept = kept_bytes(model, lambda: _loss(model, shape, copies, objective.prefix_mask, dtype))
@@ -69,7 +67,7 @@ def footprint(model: "Lavida", shape: Shape, objective: ObjectiveConfig, dtype: 
     return Footprint(kept, logits + again)
 
 
-def _loss(model: "Lavida", shape: Shape, copies: int, prefix_mask: bool, dtype: torch.dtype) -> Tensor:
+def _loss(model: LavidaModules, shape: Shape, copies: int, prefix_mask: bool, dtype: torch.dtype) -> Tensor:
     vision, lm = model.config.vision, model.lm
     tower, b = model.model.vision_tower, shape.rows
     pixels = _empty(b * shape.views, 3, shape.view_px, shape.view_px, dtype=dtype)
@@ -78,7 +76,7 @@ def _loss(model: "Lavida", shape: Shape, copies: int, prefix_mask: bool, dtype: 
         states, _ = tower(pixels)
     states = states.reshape(b, -1, vision.hidden_size)
     projected = model.model.mm_projector(states[:, : shape.projected])
-    # Means over tokens may be fewer than what was projected; their own size is what counts from here on.
+    # Pooling may leave fewer tokens than were projected; from here on their number counts.
     block = projected[:, :1].expand(-1, shape.picture, -1) + projected.new_zeros(())
     text = _empty(b, shape.prompt + shape.answer, lm.config.d_model, dtype=dtype)
     whole = torch.cat([block, text], dim=1)
@@ -91,14 +89,14 @@ def _loss(model: "Lavida", shape: Shape, copies: int, prefix_mask: bool, dtype: 
         states = lm.decode(embeds.gather(1, answer_at.expand(len(embeds), -1, embeds.shape[-1])), cache.repeat(copies))
     else:
         states = lm(whole.repeat(copies, 1, 1))[:, p:]
-    # Either copy masks what the other shows: together they have each target once, a single one half of them.
+    # Each copy masks what the other shows: two copies have every target once, a single copy has half of them.
     masked = states.flatten(0, 1)[: max(1, b * shape.answer * copies // 2)]
     logits = lm.logits(masked)
     labels = torch.zeros(len(logits), dtype=torch.int64, device="meta")
     return F.cross_entropy(logits.float(), labels)
 
 
-def _block(model: "Lavida", x: Tensor) -> Tensor:
+def _block(model: LavidaModules, x: Tensor) -> Tensor:
     config = model.lm.config
     positions = torch.zeros(1, x.shape[1], dtype=torch.int64, device="meta")
     cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
@@ -106,7 +104,7 @@ def _block(model: "Lavida", x: Tensor) -> Tensor:
 
 
 def kept_bytes(module: nn.Module, compute: Callable[[], Tensor]) -> int:
-    """Bytes of all storages that autograd saves while computing, each once; the module's parameters do not count."""
+    """Bytes that autograd saves while computing: each storage once, without the module's parameters."""
     own = {p.untyped_storage()._cdata for p in module.parameters()}
     kept: dict[int, int] = {}
 
@@ -118,13 +116,13 @@ def kept_bytes(module: nn.Module, compute: Callable[[], Tensor]) -> int:
 
     with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = compute()
-    # The graph holds what was noted until here, so that no address can be given out twice.
+    # Until here the graph holds every noted tensor, so no address can be reused for another one.
     del loss
     return sum(kept.values())
 
 
 class _Fused(torch.autograd.Function):
-    """Attention's memory without its numbers."""
+    """Saves for the backward pass what a fused attention kernel saves, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -134,7 +132,7 @@ class _Fused(torch.autograd.Function):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Takes the place of `scaled_dot_product_attention`, which on meta tensors would write out every map."""
+    """Replaces `scaled_dot_product_attention`, which on meta tensors would allocate the full attention map."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:

@@ -18,7 +18,7 @@ from tests.experiments.cluster import slurm
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_job import lasting, rows_of, table_without_times
 from tests.experiments.test_killed_sweeps import writer
-from tests.experiments.test_resume import last_step, wait_for_step
+from tests.experiments.training.runs import last_step, wait_for_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 Cluster = dict[str, str]

@@ -4,7 +4,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.training.callbacks import read_points
 from experiments.training.trainer import SafeCheckpoints
 from shirg import UserError
 from tests.experiments.conftest import Here, finish, result_of, start
 from tests.experiments.test_job import lasting
+from tests.experiments.training.runs import last_step, wait_for_step
 
 WORDS = ["selector=shirg", "batch_size=4", "trainer.log_every=2", "lora.dropout=0.1", "study=s"]
 ALONE = ["optim.warmup=0", "threads=1", "device=cpu"]
@@ -28,21 +27,6 @@ def outcome(folder: Path) -> dict[str, bytes]:
     """Weights and curve, byte by byte."""
     names = ("metrics.csv", *(f"adapter/adapter{end}" for end in ("_model.safetensors", "_config.json", ".json")))
     return {name: (folder / name).read_bytes() for name in names}
-
-
-def wait_for_step(process: subprocess.Popen[str], root: Path, step: int) -> None:
-    """Until the curve of the run under `root` has reached a step."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        found = list(root.glob("outputs/s/*/metrics.csv"))
-        if found and read_points(found[0])[-1]["step"] >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was never reached: {process.poll()}")
-
-
-def last_step(folder: Path) -> int:
-    return int(SafeCheckpoints().load_checkpoint(folder / "checkpoints/last.ckpt")["global_step"])
 
 
 @contextmanager

@@ -1,79 +1,18 @@
 """What a job's logger gets: curves, numbers, overlays; one run for each job, closed however the job ends."""
 
-import json
-import os
 import signal
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
 
 from experiments.training.callbacks import read_points
 from lavida_adapter import Lavida
 from tests.experiments.conftest import Here, finish, result_of, start
-from tests.experiments.test_resume import last_step, wait_for_step
+from tests.experiments.training.runs import last_step, runs_of, wait_for_step
 from tests.lavida_adapter.training_runs import poisoned
 
 WORDS = ["selector=shirg", "optim.steps=4", "batch_size=4", "trainer.log_every=2", "study=s", "logger=wandb"]
 CHECK = "{_target_: experiments.data.synthetic.glyphs.SynthGlyphs, split: val, n: 8, density: sparse, qa_per_image: 2}"
-BLOCK = 2**15
-
-
-@dataclass(frozen=True)
-class Run:
-    """What lies in the file of an offline run."""
-
-    records: list[Record]
-
-    def one(self, kind: str) -> Any:
-        return next(getattr(r, kind) for r in self.records if r.WhichOneof("record_type") == kind)
-
-    @property
-    def exit_code(self) -> int:
-        return int(self.one("exit").exit_code)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {u.key: json.loads(u.value_json) for r in self.records for u in r.config.update}
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """What was logged together, nested keys joined by dots."""
-        found = [r.history.item for r in self.records if r.WhichOneof("record_type") == "history"]
-        return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items} for items in found]
-
-    def history(self, name: str) -> list[tuple[int, float]]:
-        """Step and value of a metric."""
-        return [(row["trainer/global_step"], row[name]) for row in self.rows if name in row]
-
-
-def read_run(path: Path) -> Run:
-    """Reads wandb's file: records of its own protocol in blocks of LevelDB's log format, after a head of 7 bytes."""
-
-    def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
-        at = 7
-        while at < len(data):
-            if BLOCK - at % BLOCK < 7:
-                at += BLOCK - at % BLOCK
-            _, size, kind = struct.unpack("<IHB", data[at : at + 7])
-            yield kind, data[at + 7 : at + 7 + size]
-            at += 7 + size
-
-    records, whole = [], b""
-    for kind, piece in pieces(path.read_bytes()):
-        whole = piece if kind in (1, 2) else whole + piece  # whole or first, then middle or last
-        if kind in (1, 4):
-            records.append(Record.FromString(whole))
-    return Run(records)
-
-
-def runs_of(folder: Path) -> list[Run]:
-    """The runs of a job, the oldest first."""
-    return [read_run(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=os.path.getctime)]
 
 
 @pytest.fixture(autouse=True)
@@ -172,15 +111,24 @@ def test_every_job_of_a_sweep_has_a_run_of_its_own(tiny_weights: Path, tmp_path:
     assert all([step for step, _ in run.history("loss")] == [2, 4] and run.exit_code == 0 for run in runs)
 
 
-@pytest.mark.parametrize("verb", ["train", "eval"])
-def test_online_without_a_key(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_online_without_a_key(
+    command: str, train_here: Here, eval_here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` asks wandb itself, in a process of its own; `eval` is given wandb's answer."""
+    sentence = "logger.offline=false: there is no key for Weights & Biases; run `wandb login`"
+    if command == "eval":
+        monkeypatch.setattr("wandb.login", lambda **_: False)
+        folder = eval_here("selector=pooled", "limit=6", "logger=wandb", "logger.offline=false", ok=False)
+        assert result_of(folder)["reason"].startswith(sentence)
+        return
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    code, _, err = finish(start(verb, "logger=wandb", "logger.offline=false", cwd=tmp_path))
+    code, _, err = finish(start(command, "logger=wandb", "logger.offline=false", cwd=tmp_path))
     assert code == 1 and len(err) == 1, err
-    assert err[0].startswith("error: logger.offline=false: there is no key for Weights & Biases; run `wandb login`")
+    assert err[0].startswith(f"error: {sentence}")
 
 
 def test_a_logger_that_fails_takes_no_result_with_it(
