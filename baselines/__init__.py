@@ -1,4 +1,4 @@
-"""Selectors that SHIRG is compared to: controls first."""
+"""Selectors that SHIRG is compared with: controls, and published pruning and merging methods."""
 
 from baselines.cdpruner import CDPruner
 from baselines.controls import Full, GlobalOnly, NormTopK, Random

@@ -1,8 +1,12 @@
-"""What several rivals share: blocked similarities, quotas per view, pair matching."""
+"""What several baselines share: quotas per view, products of tokens in blocks, rounds of pair matching.
+
+Shape letters: B batch, N source tokens, G groups, S tokens of a group, T selected tokens, D width. In pair matching M
+slots of a list, of which E are even and O odd.
+"""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -12,6 +16,7 @@ from shirg import (
     Budget,
     Selection,
     Selector,
+    Source,
     UserError,
     VisionFeatures,
     assert_finite,
@@ -20,91 +25,46 @@ from shirg import (
     layout_tables,
     stable_topk,
 )
-from shirg.errors import one_of
 from shirg.scoring import unit
-
-BLOCK = 456
-"""Rows of a Gram matrix that are computed at a time: large enough for a fast product, an eighth of five views."""
-CACHED = 1 << 18
-"""Products that are handed out at a time where each is looked at only once: one megabyte, so that a core's cache holds
-them and the same memory serves again."""
-
-
-def gram(x_BGSD: Tensor) -> Tensor:
-    """Dot products [B, G, S, S] of all tokens of a group; equal to x @ x^T, which computes every one of them twice.
-
-    What lies above the diagonal is computed block by block, and copied to below it.
-    """
-    s = x_BGSD.shape[-2]
-    if s <= BLOCK or x_BGSD.device.type != "cpu":
-        return x_BGSD @ x_BGSD.transpose(-1, -2)
-    out_BGSS = x_BGSD.new_empty(*x_BGSD.shape[:-1], s)
-    for first in range(0, s, BLOCK):
-        end = min(first + BLOCK, s)
-        strip = x_BGSD[..., first:end, :] @ x_BGSD[..., first:, :].transpose(-1, -2)
-        out_BGSS[..., first:end, first:] = strip
-        out_BGSS[..., end:, first:end] = strip[..., end - first :].transpose(-1, -2)
-    return out_BGSS
-
-
-def rows(x_BGSD: Tensor, place_BGM: Tensor) -> Tensor:
-    """Rows [B, G, M, D] of each group by their place."""
-    picked = gather_tokens(x_BGSD.flatten(0, 1), place_BGM.flatten(0, 1))
-    return torch.unflatten(picked, 0, place_BGM.shape[:2])
-
-
-def products(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Tensor:
-    """Dot products [X, E, O]; `otherwise` with every b that is not used."""
-    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
-    return a @ b.transpose(-1, -2)
-
-
-def product_strips(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Iterator[Tensor]:
-    """The same, some of the E rows at a time; all of them where that costs nothing, which is not on a CPU."""
-    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
-    row = b[..., 0].numel()
-    for strip in a.split(max(1, CACHED // row) if a.device.type == "cpu" else a.shape[-2], dim=-2):
-        yield strip @ b.transpose(-1, -2)
-
-
-def _with_fill(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> tuple[Tensor, Tensor]:
-    """Both with one more channel, in which each a is 1: filling a matrix by a mask takes longer than computing it."""
-    b_XOD = b_XOD * used_XO[..., None]
-    fill_XO1 = torch.where(used_XO, 0.0, otherwise)[..., None]
-    return torch.cat([a_XED, torch.ones_like(a_XED[..., :1])], dim=-1), torch.cat([b_XOD, fill_XO1], dim=-1)
-
+from shirg.validation import one_of
 
 Scope = Literal["per_view", "global"]
+"""Whether each view is a group, or the whole picture."""
+
+BLOCK = 456
+"""Rows of a Gram matrix that are computed at a time on a CPU: an eighth of five views, enough for a fast product."""
+CACHED = 1 << 18
+"""Products that `product_strips` yields at a time on a CPU: one megabyte, which fits a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """The tokens of B pictures in groups, and how many of each group stay."""
+    """The tokens of B pictures in groups, and how many of each group are kept."""
 
     index_GS: Tensor
-    """int64: the source token at each place; places are in reading order, groups too."""
+    """int64: the source token at each position of each group; positions and groups are in reading order."""
     valid_BGS: Tensor
     """bool: False for letterbox padding."""
     quota_BG: Tensor
-    """int64: tokens that stay; each view keeps the same share of its valid tokens, and together they are exact."""
+    """int64: tokens to keep. Each group keeps the same share of its valid tokens, and the sum is exact."""
     most: int
-    """No quota is larger; known on the host, so that loops have a length."""
+    """Upper bound of all quotas; known on the host, so that loops have a length."""
     share: float
-    """No group keeps a smaller share of its valid tokens, but for rounding down."""
+    """Lower bound of the share of its valid tokens that a group keeps, but for rounding down."""
 
     def __call__(self, per_token_BN: Tensor) -> Tensor:
         """[B, N, ...] -> [B, G, S, ...]."""
         picked = per_token_BN.index_select(1, self.index_GS.flatten())
         return torch.unflatten(picked, 1, self.index_GS.shape)
 
-    def back(self, per_place_BGS: Tensor) -> Tensor:
+    def back(self, per_position_BGS: Tensor) -> Tensor:
         """[B, G, S] -> [B, N]."""
         inverse_N = torch.argsort(self.index_GS.flatten())
-        return per_place_BGS.flatten(1).index_select(1, inverse_N)
+        return per_position_BGS.flatten(1).index_select(1, inverse_N)
 
 
 def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, least: int) -> Groups:
-    """Groups whose quotas add up to `keep_B`; `least` and `most` bound it on the host."""
+    """Groups whose quotas add up to `keep_B`; `least` and `most` are its bounds, known on the host."""
     layout = features.layout
     if scope == "per_view":
         canvas_M = layout.order_N[layout.n_global :].index_select(0, layout_tables(layout).by_tile_M)
@@ -112,7 +72,7 @@ def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, 
     else:
         index_GS = layout.order_N[None]
     valid_BGS = features.valid_BN[:, index_GS]
-    # The sum up to a view is rounded, not the share of each: so nothing is lost, and no view owes more than it has.
+    # The sum up to a view is rounded, not the share of each view: the quotas then add up, and none exceeds its view.
     upto_BG = valid_BGS.sum(-1).cumsum(-1)
     owed_BG = keep_B[:, None] * upto_BG // upto_BG[:, -1:].clamp_min(1)
     s = index_GS.shape[1]
@@ -126,7 +86,7 @@ def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, 
 
 
 class GroupSelector(Selector):
-    """A selector that works inside groups: subclasses say which of the places of each group stay."""
+    """A selector that works inside groups: a subclass chooses which positions of each group are kept."""
 
     def __init__(self, *, budget: Budget, scope: Scope = "per_view") -> None:
         super().__init__(budget=budget)
@@ -134,7 +94,7 @@ class GroupSelector(Selector):
         self.scope: Scope = scope
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
-        """Which places stay, bool [B, G, S], as many as the quotas say; and what they were ranked by, or None."""
+        """Which positions are kept, bool [B, G, S], as many as the quotas; and what they were ranked by, or None."""
         raise NotImplementedError(f"{type(self).__name__} must override choose")
 
     def select(self, features: VisionFeatures) -> Selection:
@@ -159,7 +119,7 @@ class GroupSelector(Selector):
         return self.finite(unit(groups(features.taps[tap].float().mean(-2))), groups)
 
     def finite(self, x_BGSD: Tensor, groups: Groups) -> Tensor:
-        """What was given; raises RuntimeError where a usable token is not finite."""
+        """`x_BGSD` unchanged; raises RuntimeError where a valid token is not finite."""
         assert_finite(x_BGSD.sum(-1), groups.valid_BGS, type(self).__name__)
         return x_BGSD
 
@@ -167,7 +127,7 @@ class GroupSelector(Selector):
 def chosen_tokens(
     features: VisionFeatures, groups: Groups, chosen_BGS: Tensor, scores_BGS: Tensor | None, k: int
 ) -> Selection:
-    """The places that were chosen as a selection of `k` slots in reading order."""
+    """The chosen positions as a selection of `k` slots in reading order."""
     order_N = features.layout.order_N
     ranked_BK = order_N[stable_topk(groups.back(chosen_BGS)[:, order_N].float(), k)]
     scores_BN = None if scores_BGS is None else groups.back(scores_BGS)
@@ -175,16 +135,16 @@ def chosen_tokens(
 
 
 def take(scores_BGS: Tensor, count_BG: Tensor) -> Tensor:
-    """bool [..., S]: the `count` highest scores of each row; of equal ones the first."""
+    """bool [..., S]: the `count` highest scores of each row; of equal scores the first."""
     order_BGS = torch.sort(scores_BGS, dim=-1, descending=True, stable=True).indices
     slot_S = torch.arange(scores_BGS.shape[-1], device=scores_BGS.device)
     return torch.zeros_like(scores_BGS, dtype=torch.bool).scatter(-1, order_BGS, slot_S < count_BG[..., None])
 
 
 def picked(pick_BGK: Tensor, groups: Groups) -> Tensor:
-    """bool [B, G, S]: the places that were picked one by one, as many as each group's quota says."""
+    """bool [B, G, S]: the positions that were picked one by one, as many as each group's quota."""
     counts_BGK = torch.arange(pick_BGK.shape[-1], device=pick_BGK.device) < groups.quota_BG[..., None]
-    # Added up, because a group that has run out of places picks one again, and that must not undo the first time.
+    # Added up, because a group without free positions picks one again, and that must not undo the first pick.
     return (
         torch.zeros_like(groups.quota_BG[..., None])
         .expand_as(groups.valid_BGS)
@@ -193,14 +153,14 @@ def picked(pick_BGK: Tensor, groups: Groups) -> Tensor:
     )
 
 
-def spread(places_BGS: Tensor, count_BG: Tensor) -> Tensor:
-    """bool [..., S]: `count` of the marked places of each row, evenly spaced."""
-    number_BGS = places_BGS.cumsum(-1)
+def spread(marked_BGS: Tensor, count_BG: Tensor) -> Tensor:
+    """bool [..., S]: `count` of the marked positions of each row, evenly spaced."""
+    number_BGS = marked_BGS.cumsum(-1)
     count_BG1, total_BG1 = count_BG[..., None], number_BGS[..., -1:].clamp_min(1)
-    # The place that lifts the running share over a half is taken: exactly `count` of them, none at the very edge.
+    # A position is taken where the rounded running share rises by one: exactly `count` of them, none at the very edge.
     reached = (2 * number_BGS * count_BG1 + total_BG1) // (2 * total_BG1)
     before = (2 * (number_BGS - 1) * count_BG1 + total_BG1) // (2 * total_BG1)
-    return places_BGS & (reached > before)
+    return marked_BGS & (reached > before)
 
 
 def absorb(
@@ -213,8 +173,8 @@ def absorb(
 ) -> tuple[Tensor, Tensor]:
     """Sum [B, T, D] in float32 and number [B, T] of the members that each selected token owns.
 
-    `owner_BGS` is the place, in the same group, of the token that a member joins. A product with a 0-1 matrix, because
-    adding rows by index gives another rounding in every run on a GPU.
+    `owner_BGS` is the position, in the same group, of the token that a member joins. Computed as a product with a 0-1
+    matrix, because adding rows by index rounds differently in every run on a GPU.
     """
     slot_BGS = stays_BGS.cumsum(-1) - 1
     slots = torch.arange(groups.most, device=owner_BGS.device)
@@ -228,24 +188,78 @@ def absorb(
     return sums_BTD, number_BT
 
 
+def with_merged(chosen: Selection, tokens_BTD: Tensor, is_merged_BT: Tensor) -> Selection:
+    """The selection with some of its tokens replaced by merged ones, which have index -1."""
+    return replace(
+        chosen,
+        tokens_BTD=torch.where(is_merged_BT[..., None], tokens_BTD, chosen.tokens_BTD),
+        index_BT=chosen.index_BT.masked_fill(is_merged_BT, -1),
+        source_BT=chosen.source_BT.masked_fill(is_merged_BT, int(Source.MERGED)),
+    )
+
+
+def gram(x_BGSD: Tensor) -> Tensor:
+    """Dot products [B, G, S, S] of all tokens of a group; equal to x @ x^T, which computes each of them twice.
+
+    On a CPU the part above the diagonal is computed block by block, and copied to the part below it.
+    """
+    s = x_BGSD.shape[-2]
+    if s <= BLOCK or x_BGSD.device.type != "cpu":
+        return x_BGSD @ x_BGSD.transpose(-1, -2)
+    out_BGSS = x_BGSD.new_empty(*x_BGSD.shape[:-1], s)
+    for first in range(0, s, BLOCK):
+        end = min(first + BLOCK, s)
+        strip = x_BGSD[..., first:end, :] @ x_BGSD[..., first:, :].transpose(-1, -2)
+        out_BGSS[..., first:end, first:] = strip
+        out_BGSS[..., end:, first:end] = strip[..., end - first :].transpose(-1, -2)
+    return out_BGSS
+
+
+def rows(x_BGSD: Tensor, position_BGM: Tensor) -> Tensor:
+    """Rows [B, G, M, D] of each group by their position in it."""
+    picked = gather_tokens(x_BGSD.flatten(0, 1), position_BGM.flatten(0, 1))
+    return torch.unflatten(picked, 0, position_BGM.shape[:2])
+
+
+def products(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Tensor:
+    """Dot products [X, E, O]; `otherwise` where b is not used."""
+    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
+    return a @ b.transpose(-1, -2)
+
+
+def product_strips(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Iterator[Tensor]:
+    """The same, on a CPU some of the E rows at a time, elsewhere all of them."""
+    a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
+    row = b[..., 0].numel()
+    for strip in a.split(max(1, CACHED // row) if a.device.type == "cpu" else a.shape[-2], dim=-2):
+        yield strip @ b.transpose(-1, -2)
+
+
+def _with_fill(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> tuple[Tensor, Tensor]:
+    """Both with one more channel, in which each a is 1: to fill a matrix by a mask takes longer than to compute it."""
+    b_XOD = b_XOD * used_XO[..., None]
+    fill_XO1 = torch.where(used_XO, 0.0, otherwise)[..., None]
+    return torch.cat([a_XED, torch.ones_like(a_XED[..., :1])], dim=-1), torch.cat([b_XOD, fill_XO1], dim=-1)
+
+
 def share_per_round(rho: float) -> float:
-    """`rho`; raises ValueError unless it is a share of tokens that a round can take."""
+    """`rho`; raises UserError unless it is a share of tokens that a round can remove."""
     if not 0 < rho < 1:
-        raise UserError(f"rho={rho}: give the share of tokens that a round takes away, between 0 and 1")
+        raise UserError(f"rho={rho}: give the share of tokens that a round removes, between 0 and 1")
     return rho
 
 
 def rounds_of(removals: int, per_round: int) -> int:
-    """Rounds that take `removals` tokens out of a list when each takes `per_round`, but no more than every second."""
+    """Rounds that remove `removals` tokens from a list when each removes `per_round`, at most every second token."""
     return -(-removals // per_round) + math.ceil(math.log2(2 * per_round)) + 1
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
-    """One list of M slots per group: the first n of them hold what is left, in reading order."""
+class PairList:
+    """One list of M slots per group: the first n of them hold the tokens that are left, in reading order."""
 
-    place_BGM: Tensor
-    """int64: the place in the group."""
+    position_BGM: Tensor
+    """int64: the position in the group."""
     n_BG: Tensor
 
     @classmethod
@@ -254,10 +268,10 @@ class Line:
         return cls(order_BGS, left_BGS.sum(-1))
 
     def even(self) -> Tensor:
-        return self.place_BGM[..., 0::2]
+        return self.position_BGM[..., 0::2]
 
     def odd(self) -> Tensor:
-        return self.place_BGM[..., 1::2]
+        return self.position_BGM[..., 1::2]
 
     def even_used(self) -> Tensor:
         """bool: which even slots hold a token."""
@@ -267,19 +281,19 @@ class Line:
         return 2 * torch.arange(self.odd().shape[-1], device=self.n_BG.device) + 1 < self.n_BG[..., None]
 
     def worst(self, scores_BGE: Tensor, count_BG: Tensor) -> Tensor:
-        """bool: the `count` even slots of the highest scores; of equal ones the last, because the first stays."""
+        """bool: the `count` even slots of the highest scores; of equal scores the last, because the first is kept."""
         scores_BGE = scores_BGE.masked_fill(~self.even_used(), float("-inf"))
         return take(scores_BGE.flip(-1), count_BG).flip(-1) & self.even_used()
 
     def without(self, dropped_BGE: Tensor, slots: int) -> Self:
         """The list without some of its even slots, cut to `slots`."""
-        gone_BGM = torch.zeros_like(self.place_BGM, dtype=torch.bool)
+        gone_BGM = torch.zeros_like(self.position_BGM, dtype=torch.bool)
         gone_BGM[..., 0::2] = dropped_BGE
         stays = torch.sort(gone_BGM.to(torch.uint8), dim=-1, stable=True).indices[..., :slots]
-        return type(self)(self.place_BGM.gather(-1, stays), self.n_BG - dropped_BGE.sum(-1))
+        return type(self)(self.position_BGM.gather(-1, stays), self.n_BG - dropped_BGE.sum(-1))
 
-    def mask(self, places: int) -> Tensor:
-        """bool [B, G, S]: what is left."""
-        used = torch.arange(self.place_BGM.shape[-1], device=self.n_BG.device) < self.n_BG[..., None]
-        left = torch.zeros(*self.n_BG.shape, places, dtype=torch.bool, device=self.n_BG.device)
-        return left.scatter(-1, self.place_BGM, used)
+    def mask(self, size: int) -> Tensor:
+        """bool [B, G, S] for groups of `size` tokens: which are left."""
+        used = torch.arange(self.position_BGM.shape[-1], device=self.n_BG.device) < self.n_BG[..., None]
+        left = torch.zeros(*self.n_BG.shape, size, dtype=torch.bool, device=self.n_BG.device)
+        return left.scatter(-1, self.position_BGM, used)

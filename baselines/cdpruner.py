@@ -7,19 +7,19 @@ from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, Scope, gram, picked
 from shirg import Budget, VisionFeatures
-from shirg.errors import one_of
 from shirg.scoring import normalise
+from shirg.validation import one_of
 
 EPS = 1e-5
-"""What is left of a token below this is rounding: it lies in the span of what was picked."""
+"""A remainder d^2 below this is rounding: the token lies in the span of what was picked."""
 
 
 class CDPruner(GroupSelector):
     """Greedy MAP of a DPP with the kernel L = diag(r) cos(x_i, x_j) diag(r): relevant tokens that differ.
 
     r is the relevance of the question, brought to 0..1 over the picture's valid tokens. A pick j adds one row to the
-    Cholesky factor, e = (L_j - c_j . c) / d_j, and takes e^2 from what is left of every token, d^2. Where nothing is
-    left of any token (more picks than the width of the tokens allows), the rest goes by relevance.
+    Cholesky factor, e = (L_j - c_j . c) / d_j, and subtracts e^2 from the remainder d^2 of every token. Where no
+    token has a remainder (more picks than the width of the tokens allows), the others are picked by relevance.
 
     Args:
         budget: tokens per picture.

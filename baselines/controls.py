@@ -1,4 +1,4 @@
-"""What every selector is compared to: the base model itself, all tokens, and chance (docs/method.md, "Selectors")."""
+"""Controls: all tokens, random tokens, the largest norms, the global view alone (docs/method.md, "Selectors")."""
 
 from hashlib import blake2b
 from typing import Literal
@@ -11,28 +11,27 @@ from shirg import (
     Geometry,
     Selection,
     Selector,
-    UserError,
     VisionFeatures,
     close_rows,
     keep,
     stable_topk,
     used_rows,
 )
+from shirg.validation import one_of
 
 
 class Full(Selector):
-    """Every token that is not padding, in reading order: the upper bound in information and in cost.
+    """Every token that is not padding, in reading order: the upper bound of information and of cost.
 
     Args:
         newline: "row" closes each canvas row, or a single view, by a NEWLINE slot, as the base model does where it does
             not pool; "none" leaves them out.
-        geometry: how the picture is cut into views; overlapping crops keep their doubles.
+        geometry: how the picture is cut into views; overlapping crops keep their duplicates.
     """
 
     def __init__(self, *, newline: Literal["none", "row"] = "row", geometry: Geometry = "lavida_tiles") -> None:
         super().__init__(budget=None, geometry=geometry)
-        if newline not in ("none", "row"):
-            raise UserError(f"newline={newline!r}: choose one of none, row")
+        one_of("newline", newline, Literal["none", "row"])
         self.newline = newline
 
     def select(self, features: VisionFeatures) -> Selection:
@@ -43,12 +42,12 @@ class Full(Selector):
 
 
 class Random(Selector):
-    """Tokens drawn uniformly from all that are not padding: what a method must beat to have shown anything.
+    """Tokens drawn uniformly from all that are not padding: every method must do better.
 
     Each picture has a generator of its own, seeded by `seed` and the sample's id, so that its tokens depend neither on
-    the batch, the order or the worker, nor on the global random state. Places in reading order are drawn, so that the
-    numbering of the views does not matter either. `geometry` is how the picture is cut into views, so that chance can
-    be measured on the tokens that a method had.
+    the batch, the order or the worker, nor on the global random state. Ranks in reading order are drawn, so that the
+    numbering of the views does not matter either. `geometry` is how the picture is cut into views, so that a method can
+    be compared with random tokens of its own geometry.
     """
 
     reads_sample = True
@@ -69,7 +68,7 @@ class Random(Selector):
 
 
 class NormTopK(Selector):
-    """Keeps the tokens with the largest norm. A weak control: in SigLIP the largest norms are artefacts.
+    """Keeps the tokens with the largest norm. A weak control: SigLIP's tokens with the largest norms are artefacts.
 
     Args:
         budget: tokens per picture.
@@ -78,8 +77,7 @@ class NormTopK(Selector):
 
     def __init__(self, *, budget: Budget, sign: int = 1) -> None:
         super().__init__(budget=budget)
-        if sign not in (-1, 1):
-            raise UserError(f"sign={sign}: give 1 or -1")
+        one_of("sign", sign, Literal[-1, 1])
         self.sign = sign
 
     def score(self, features: VisionFeatures) -> Tensor:
@@ -87,7 +85,7 @@ class NormTopK(Selector):
 
 
 class GlobalOnly(Selector):
-    """The whole picture in one view, without any tile: what high resolution must beat. It has no budget."""
+    """The whole picture in one view, without tiles: a high resolution must do better. It has no budget."""
 
     def __init__(self) -> None:
         super().__init__(budget=None)

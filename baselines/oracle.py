@@ -1,4 +1,4 @@
-"""The oracle: it knows where the evidence is (docs/method.md, "oracle")."""
+"""The oracle: a control that knows where the evidence is (docs/method.md, "oracle")."""
 
 import math
 
@@ -13,11 +13,11 @@ class Oracle(Selector):
     """Tokens that show the evidence first, the rest evenly over the picture: the ceiling of every selector.
 
     A token shows a box when its centre lies in it; a box between the centres is shown by the nearest token. Only the
-    finest view there is counts: the tiles, or the global view of a picture without tiles. Both parts follow the order
+    finest grid counts: the tiles, or the global view of a picture without tiles. Both parts follow the order
     of `uniform_grid`.
 
     Raises:
-        UserError: for a sample whose boxes nobody knows.
+        UserError: for a sample without boxes.
     """
 
     reads_sample = True

@@ -1,4 +1,4 @@
-"""LaViDa's own pooling, token for token."""
+"""LaViDa's own pooling, the baseline: its prefix token for token (docs/lavida.md, "Pooling")."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from shirg import (
 
 
 class Pooled(Selector):
-    """LaViDa itself: projected views are pooled, tiles are joined, padding is cut, each row is closed by a newline.
+    """LaViDa itself: projected views are pooled, tiles are joined, padding is cut, a newline ends each row.
 
     With its unused slots dropped, the selection is the base model's own sequence, token for token (docs/lavida.md,
     "Pooling" to "Newlines"): the global view without newlines, then the kept rows of the mosaic, each with a newline.
@@ -80,7 +80,7 @@ def pool(grid_XSSD: Tensor, pooling: Pooling) -> Tensor:
 
 
 def rows_of(tokens_BRCD: Tensor, box_BRC4: Tensor, mask_BRC: Tensor, *, newline: bool) -> Selection:
-    """A grid of synthesised tokens read row by row, each row that has a token closed by a NEWLINE slot if asked to."""
+    """A grid of synthesised tokens, row by row; with `newline` a NEWLINE slot ends each row that has a token."""
     source_BRC = torch.full_like(mask_BRC, int(Source.MERGED), dtype=torch.int64)
     if newline:
         y0, y1 = box_BRC4[:, :, -1:, 1], box_BRC4[:, :, -1:, 3]
@@ -99,7 +99,7 @@ def rows_of(tokens_BRCD: Tensor, box_BRC4: Tensor, mask_BRC: Tensor, *, newline:
 
 
 def _unpadded(features: VisionFeatures) -> Tensor:
-    """bool [B, rows, columns] of the pooled mosaic: what is left after padding is cut off."""
+    """bool [B, rows, columns] of the pooled mosaic: False in the padding, which is cut off."""
     layout, p = features.layout, features.layout.pooling.side
     top, bottom, left, right = (bound[:, None] for bound in unpad_bounds(layout, features.size_B2))
     row = torch.arange(layout.canvas[0] // layout.side * p, device=top.device)

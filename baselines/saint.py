@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.base import Groups, GroupSelector, Line, Scope, product_strips, rows, share_per_round, take
+from baselines.base import Groups, GroupSelector, PairList, Scope, product_strips, rows, share_per_round, take
 from shirg import Budget, UserError, VisionFeatures
 
 
@@ -57,8 +57,8 @@ class SaintVote(GroupSelector):
 
     In each pass an even token a has the votes c_a of the odd tokens with cos(k_a, k_b) >= tau. As many are dropped as
     have at least `votes`, the highest c_a exp(gamma (mean similarity of the voters - tau)) first. The first pass is the
-    published one, without its batch mean. Then even and odd are dealt anew and tau is lowered, until the budget is met:
-    the paper has a count that depends on the picture instead.
+    published one, without its batch mean. Then even and odd positions are assigned again and tau is lowered, until the
+    budget is met; in the paper the count depends on the picture instead.
 
     Args:
         budget: tokens per picture.
@@ -93,27 +93,27 @@ class SaintVote(GroupSelector):
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
         k_BGSD = self.unit_keys(features, groups, self.tap)
         s = k_BGSD.shape[2]
-        line = Line.of(groups.valid_BGS)
+        pairs = PairList.of(groups.valid_BGS)
         falling = 1 + math.ceil((self.tau + 1) / self.tau_step)
         # Below -1 every odd token votes for every even one, and each pass can halve the list.
         for step in range(falling + 1 + int(math.log2(1 / groups.share))):
             tau = self.tau - step * self.tau_step if step < falling else -2.0
-            odds_BG1 = line.odd_used().sum(-1, keepdim=True)
-            even_BGED, odd_BGOD, used_BGO = rows(k_BGSD, line.even()), rows(k_BGSD, line.odd()), line.odd_used()
+            odds_BG1 = pairs.odd_used().sum(-1, keepdim=True)
+            even_BGED, odd_BGOD, used_BGO = rows(k_BGSD, pairs.even()), rows(k_BGSD, pairs.odd()), pairs.odd_used()
             total_BGD1 = (odd_BGOD * used_BGO[..., None]).sum(-2)[..., None]
             mean_BGE = (even_BGED @ total_BGD1).squeeze(-1) / odds_BG1.clamp_min(1)
-            # One picture at a time: what lies between is as large as the graph.
+            # One picture at a time: the intermediate tensors are as large as the graph.
             of_each = [votes(*of_one, tau) for of_one in zip(even_BGED, odd_BGOD, used_BGO, strict=True)]
             count_BGE, above_BGE = (torch.stack(values) for values in zip(*of_each, strict=True))
-            redundant = (count_BGE >= odds_BG1.clamp_max(self.votes)) & line.even_used()
-            drop_BG = torch.minimum(redundant.sum(-1), line.n_BG - groups.quota_BG)
+            redundant = (count_BGE >= odds_BG1.clamp_max(self.votes)) & pairs.even_used()
+            drop_BG = torch.minimum(redundant.sum(-1), pairs.n_BG - groups.quota_BG)
             voted_BGE = count_BGE * (self.gamma * above_BGE / count_BGE.clamp_min(1)).exp()
-            line = line.without(line.worst(torch.where(count_BGE > 0, voted_BGE, mean_BGE), drop_BG), s)
-        return line.mask(s), None
+            pairs = pairs.without(pairs.worst(torch.where(count_BGE > 0, voted_BGE, mean_BGE), drop_BG), s)
+        return pairs.mask(s), None
 
 
 def votes(even_GED: Tensor, odd_GOD: Tensor, used_GO: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """How many of the odd tokens resemble each even one by at least tau [G, E], and the sum of what they are above."""
+    """How many odd tokens have a cosine of at least tau to each even token [G, E], and the sum of cosine - tau."""
     counts, above = [], []
     for over_GRO in product_strips(even_GED, odd_GOD, used_GO, otherwise=tau - 1):
         above.append(over_GRO.sub_(tau).relu().sum(-1))

@@ -4,8 +4,18 @@ import math
 
 import torch
 
-from baselines.base import GroupSelector, Line, Scope, absorb, chosen_tokens, products, rounds_of, rows, share_per_round
-from baselines.visionzip import merged
+from baselines.base import (
+    GroupSelector,
+    PairList,
+    Scope,
+    absorb,
+    chosen_tokens,
+    products,
+    rounds_of,
+    rows,
+    share_per_round,
+    with_merged,
+)
 from shirg import Budget, Selection, VisionFeatures
 from shirg.scoring import unit
 
@@ -13,15 +23,15 @@ from shirg.scoring import unit
 class ToMe(GroupSelector):
     """Bipartite soft matching on attention keys, in rounds, until the budget is met.
 
-    A round deals what is left into even and odd places; the r = ceil(rho S) even tokens of S with the closest odd
-    partner are merged into it. A merged token is the mean of all source tokens in it, which is the mean by area; so is
-    its key. The paper merges a little in every layer; here everything happens once, behind the tower, with the keys of
-    one layer. A merged token is read at the place of the odd token that it grew from.
+    A round splits the tokens that are left into even and odd positions; the r = ceil(rho S) even tokens of S with the
+    closest odd partner are merged into it. A merged token is the mean of all source tokens in it, which is the mean by
+    area; so is its key. The paper merges a little in every layer; here all tokens are merged once, behind the tower,
+    with the keys of one layer. A merged token keeps the position of the odd token that the others joined.
 
     Args:
         budget: tokens per picture.
         scope: each view by itself, as in the paper, or the whole picture.
-        rho: share of its places that a view loses in a round, at most every second; the paper's r is 4 to 8 % of a
+        rho: share of its positions that a view loses in a round, at most every second; the paper's r is 4 to 8 % of a
             picture. A large share merges even tokens whether or not anything resembles them.
         layer: whose keys: an index into the tower's layers (from the end if negative), or a share of its depth.
     """
@@ -42,29 +52,29 @@ class ToMe(GroupSelector):
             s = sum_BGSD.shape[2]
             r = math.ceil(self.rho * s)
             own_BGS = torch.arange(s, device=sum_BGSD.device).expand(groups.valid_BGS.shape)
-            owner_BGS, place_S1 = own_BGS, own_BGS[0, 0, :, None]
-            line = Line.of(groups.valid_BGS)
+            owner_BGS, position_S1 = own_BGS, own_BGS[0, 0, :, None]
+            pairs = PairList.of(groups.valid_BGS)
             least = min(s, max(groups.most, r, 2))
             for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), r)):
-                even, odd = line.even(), line.odd()
+                even, odd = pairs.even(), pairs.odd()
                 # The direction of a sum is the direction of its mean: sizes need not be known.
                 near_BGEO = products(
-                    unit(rows(sum_BGSD, even)), unit(rows(sum_BGSD, odd)), line.odd_used(), otherwise=-2.0
+                    unit(rows(sum_BGSD, even)), unit(rows(sum_BGSD, odd)), pairs.odd_used(), otherwise=-2.0
                 )
-                drop_BG = torch.minimum(line.n_BG - groups.quota_BG, line.odd_used().sum(-1)).clamp_max(r)
-                gone_BGE = line.worst(near_BGEO.amax(-1), drop_BG)
-                # No more than r tokens go, so who joins whom is a question of r rows.
+                drop_BG = torch.minimum(pairs.n_BG - groups.quota_BG, pairs.odd_used().sum(-1)).clamp_max(r)
+                gone_BGE = pairs.worst(near_BGEO.amax(-1), drop_BG)
+                # At most r tokens are merged away, so r rows decide which token joins which.
                 goer_BGR = torch.sort(gone_BGE.to(torch.uint8), dim=-1, descending=True, stable=True).indices
                 goer_BGR = goer_BGR[..., :r]
                 from_BGR = even.gather(-1, goer_BGR)
                 into_BGR = odd.gather(-1, rows(near_BGEO, goer_BGR).argmax(-1))
                 into_BGR = torch.where(gone_BGE.gather(-1, goer_BGR), into_BGR, from_BGR)
-                joins_BGSR = (into_BGR[..., None, :] == place_S1) & (into_BGR != from_BGR)[..., None, :]
+                joins_BGSR = (into_BGR[..., None, :] == position_S1) & (into_BGR != from_BGR)[..., None, :]
                 sum_BGSD = sum_BGSD + joins_BGSR.float() @ rows(sum_BGSD, from_BGR)
                 owner_BGS = own_BGS.scatter(-1, from_BGR, into_BGR).gather(-1, owner_BGS)
-                line = line.without(gone_BGE, max(line.place_BGM.shape[-1] - r, least))
-            stays_BGS = line.mask(s)
+                pairs = pairs.without(gone_BGE, max(pairs.position_BGM.shape[-1] - r, least))
+            stays_BGS = pairs.mask(s)
         chosen = chosen_tokens(features, groups, stays_BGS, None, k)
         sums_BTD, number_BT = absorb(features, groups, chosen, stays_BGS, owner_BGS, groups.valid_BGS)
         mean_BTD = (sums_BTD / number_BT.clamp_min(1)[..., None]).to(chosen.tokens_BTD.dtype)
-        return merged(chosen, mean_BTD, number_BT > 1)
+        return with_merged(chosen, mean_BTD, number_BT > 1)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, Scope, spread, take
 from shirg import Budget, Role, UserError, VisionFeatures, assert_finite, gather_tokens
-from shirg.errors import one_of
+from shirg.validation import one_of
 
 Marginals = Literal["semi_relaxed", "balanced_cols_last"]
 Importance = Literal["total", "own"]
 SINKHORN_STEPS = 3
 ROWS = 512
-"""Rows of a plan that are worked on at a time, so that they stay in a CPU's cache."""
+"""Rows of a plan that are processed at a time, so that they stay in a CPU's cache."""
 UNDERFLOW = 200.0
 """exp(-UNDERFLOW) is 0 in float32."""
 
@@ -30,17 +30,17 @@ class TopV(GroupSelector):
         cost_ij = alpha |s_i - t_j|^2 + beta (1 - exp(-distance_ij^2 / 2 sigma^2)) + gamma (distance of i to the centre)
 
     with each factor brought to 0..1. G = exp(-cost / eps), and the importance of i is the mass that the plan takes from
-    it. In a balanced plan that mass is prescribed, so it says nothing about the picture; hence "semi_relaxed", where
+    it. In a balanced plan that mass is prescribed, so it does not depend on the picture; hence "semi_relaxed", where
     only targets receive a prescribed mass: P_ij = G_ij / sum_i G_ij. The mass that a source gives to all targets is
     large where many tokens are alike; what it gives to its own target, P_ii, is large where no other could give it.
 
     Args:
         budget: tokens per picture.
         scope: each view by itself, or the canvas and the global view, scaled up to it, as one.
-        marginals: "balanced_cols_last" is three Sinkhorn steps that end with the columns; its contrast is faint.
+        marginals: "balanced_cols_last" is three Sinkhorn steps that end with columns; its importances differ little.
         importance: "total", the mass a source gives to all targets, as published; "own", what it gives to its own.
         layer: an index into the tower's layers (from the end if negative), or a share of its depth.
-        alpha, beta, gamma: weights of features, relative place and distance to the centre.
+        alpha, beta, gamma: weights of features, relative position and distance to the centre.
         sigma: in tokens.
         eps: temperature of the plan.
         recover: share of the budget for tokens that the ranking would prune, taken evenly in reading order.
@@ -86,21 +86,23 @@ class TopV(GroupSelector):
     def rate(self, features: VisionFeatures, groups: Groups) -> Tensor:
         """Importance [B, G, S] of each source, in units of the mass that a target receives; 0 in padding."""
         valid_BGS = groups.valid_BGS
-        # Padding is stood in for by the first valid token of its group, so that it changes no extreme.
-        place_BGS = torch.arange(valid_BGS.shape[-1], device=valid_BGS.device).expand_as(valid_BGS)
-        place_BGS = torch.where(valid_BGS, place_BGS, valid_BGS.to(torch.uint8).argmax(-1, keepdim=True))
-        token_BN = groups.index_GS.expand_as(place_BGS).gather(-1, place_BGS).flatten(1)
+        # Padding is replaced by the first valid token of its group, so that it changes no minimum or maximum.
+        position_BGS = torch.arange(valid_BGS.shape[-1], device=valid_BGS.device).expand_as(valid_BGS)
+        position_BGS = torch.where(valid_BGS, position_BGS, valid_BGS.to(torch.uint8).argmax(-1, keepdim=True))
+        token_BN = groups.index_GS.expand_as(position_BGS).gather(-1, position_BGS).flatten(1)
         source, target = (
             torch.unflatten(gather_tokens(features.taps[tap], token_BN).float(), 1, valid_BGS.shape[1:])
             for tap in self.taps
         )
-        row_BGS, col_BGS, off_BGS = (x.expand_as(valid_BGS).gather(-1, place_BGS) for x in places(features, groups))
+        row_BGS, col_BGS, off_BGS = (
+            x.expand_as(valid_BGS).gather(-1, position_BGS) for x in grid_positions(features, groups)
+        )
         # [.., target, source]: the plan is normalised over the last axis. What depends on the target alone cancels out.
         cost = squared_distances(target, source)
         least, most = (reduce(cost, (-2, -1), keepdim=True) for reduce in (torch.amin, torch.amax))
         feature = self.alpha / (most - least).clamp_min(1e-9)
-        place_BGS2, width = torch.stack([row_BGS, col_BGS], dim=-1), -2 * self.sigma**2
-        near = [squared_distances(part, place_BGS2).div_(width).exp_() for part in place_BGS2.split(ROWS, dim=-2)]
+        position_BGS2, width = torch.stack([row_BGS, col_BGS], dim=-1), -2 * self.sigma**2
+        near = [squared_distances(part, position_BGS2).div_(width).exp_() for part in position_BGS2.split(ROWS, dim=-2)]
         spatial = self.beta / (1 - torch.stack([part.amin((-2, -1)) for part in near]).amin(0)).clamp_min(1e-9)
         never = self.alpha + self.beta + self.gamma + UNDERFLOW * self.eps
         own_BG1S = torch.where(valid_BGS, self.gamma * to_unit(off_BGS, (-1,)), never)[..., None, :]
@@ -146,7 +148,7 @@ def to_unit(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     return (values - low).div_((high - low).clamp_min(1e-9))
 
 
-def places(features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+def grid_positions(features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column [G, S] of each token in its view or on the canvas, in tokens, and its distance to the centre."""
     layout, side = features.layout, features.layout.side
     row_GS, col_GS = layout.cell_N2[groups.index_GS].float().unbind(-1)

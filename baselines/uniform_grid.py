@@ -1,4 +1,4 @@
-"""Tokens at even distances: what a picture looks like with fewer pixels (docs/method.md, "uniform_grid")."""
+"""Tokens at even distances, like a picture with fewer pixels (docs/method.md, "uniform_grid")."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from shirg import Budget, VisionFeatures
 class UniformGrid(GroupSelector):
     """Spreads the budget over each view by the order of an ordered dither (Bayer's), which is even at every count.
 
-    A quarter of the tokens is every second one of every second row. The control for everything that is said to work
-    because of *what* it keeps: this one does not look.
+    A quarter of the tokens is every second one of every second row. A control: it never looks at the content, so a
+    method that works because of *what* it keeps must do better.
 
     Args:
         budget: tokens per picture.
-        scope: each view its share, or one order over everything: the same matrix on the canvas and the global view.
+        scope: each view by itself, or one order over all tokens, with one matrix on the canvas and the global view.
     """
 
     def __init__(self, *, budget: Budget, scope: Scope = "per_view") -> None:

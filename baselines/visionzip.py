@@ -1,20 +1,18 @@
 """VisionZip: dominant tokens, and means of the rest (Yang et al., CVPR 2025, arXiv 2412.04467)."""
 
-from dataclasses import replace
-
 import torch
 
-from baselines.base import GroupSelector, Scope, absorb, chosen_tokens, products, spread, take
-from shirg import Budget, Selection, Source, UserError, VisionFeatures
+from baselines.base import GroupSelector, Scope, absorb, chosen_tokens, products, spread, take, with_merged
+from shirg import Budget, Selection, UserError, VisionFeatures
 
 
 class VisionZip(GroupSelector):
-    """The most attended tokens as they are, and contextual tokens that the others were merged into.
+    """The most attended tokens, unchanged, and contextual tokens that the others are merged into.
 
     Attention is what a token receives in one layer, averaged over heads and queries, as SigLIP has no [CLS] token.
     Contextual targets are evenly spaced among the rest; each other token joins the target whose key it resembles most,
-    and a target becomes itself plus the mean of its members. Merged tokens are read at the place of their target, not
-    behind the dominant ones; a target that nobody joins stays what it is.
+    and a target becomes itself plus the mean of its members. A merged token keeps the position of its target in reading
+    order, it does not follow the dominant tokens; a target without members is unchanged.
 
     Args:
         budget: tokens per picture, dominant and contextual.
@@ -51,14 +49,4 @@ class VisionZip(GroupSelector):
         chosen = chosen_tokens(features, groups, stays_BGS, attention_BGS, k)
         sums_BTD, number_BT = absorb(features, groups, chosen, stays_BGS, owner_BGS, member_BGS)
         mean_BTD = (sums_BTD / number_BT.clamp_min(1)[..., None]).to(chosen.tokens_BTD.dtype)
-        return merged(chosen, chosen.tokens_BTD + mean_BTD, number_BT > 0)
-
-
-def merged(chosen: Selection, tokens_BTD: torch.Tensor, is_merged_BT: torch.Tensor) -> Selection:
-    """The selection with some of its tokens replaced by merged ones."""
-    return replace(
-        chosen,
-        tokens_BTD=torch.where(is_merged_BT[..., None], tokens_BTD, chosen.tokens_BTD),
-        index_BT=chosen.index_BT.masked_fill(is_merged_BT, -1),
-        source_BT=chosen.source_BT.masked_fill(is_merged_BT, int(Source.MERGED)),
-    )
+        return with_merged(chosen, chosen.tokens_BTD + mean_BTD, number_BT > 0)

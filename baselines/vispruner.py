@@ -5,25 +5,26 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.base import Groups, GroupSelector, Line, Scope, gram, rounds_of, rows, share_per_round, take
+from baselines.base import Groups, GroupSelector, PairList, Scope, gram, rounds_of, rows, share_per_round, take
 from shirg import Budget, UserError, VisionFeatures
 
 FAR = -4.0
-"""Added to a cosine, it makes it smaller than any other."""
+"""Added to a cosine, it makes it smaller than any other cosine."""
 
 
 class VisPruner(GroupSelector):
-    """A share of the budget to the most attended tokens, the rest to what remains when duplicates are taken out.
+    """A share of the budget for the most attended tokens, the rest for what remains when duplicates are removed.
 
     Attention is what a token receives in one layer, averaged over heads and queries: SigLIP has no [CLS] token, and the
-    authors name this mean as its substitute. Duplicates go in rounds: what is left is dealt into even and odd places,
-    and the even tokens with the highest cosine to any odd token are dropped, later ones first among equals.
+    authors name this mean as its substitute. Duplicates are removed in rounds: the tokens that are left are split
+    into even and odd positions, and the even tokens with the highest cosine to any odd token are dropped, of equal ones
+    the last first.
 
     Args:
         budget: tokens per picture.
         scope: each view by itself, or the whole picture, as in the paper, which has one view.
         important: share of the budget that goes to attention.
-        rho: share of its places that a view loses in a round; the authors drop 8 of 576.
+        rho: share of its positions that a view loses in a round; the authors drop 8 of 576.
         layer: whose attention: an index into the tower's layers (from the end if negative), or a share of its depth.
     """
 
@@ -50,22 +51,22 @@ class VisPruner(GroupSelector):
         return important_BGS | self.different(features, groups, important_BGS), attention_BGS
 
     def different(self, features: VisionFeatures, groups: Groups, important_BGS: Tensor) -> Tensor:
-        """Which of the others are left when as many as the quota asks for have no close relative."""
+        """bool [B, G, S]: the other tokens that are left when enough duplicates are removed to meet the quota."""
         s = groups.valid_BGS.shape[-1]
         drop = math.ceil(self.rho * s)
         target_BG = groups.quota_BG - important_BGS.sum(-1)
-        line = Line.of(groups.valid_BGS & ~important_BGS)
+        pairs = PairList.of(groups.valid_BGS & ~important_BGS)
         # No more than this is in use at the beginning, and at the end.
         most = min(s, math.ceil(s * (1 - self.important * groups.share)) + 2)
         least = min(most, max(math.ceil(groups.most * (1 - self.important)) + 1, drop, 2))
-        place_BGM = line.place_BGM[..., :most]
-        cosine_BGMM = gram(rows(self.unit_tokens(features, groups), place_BGM))
-        line = Line(torch.arange(most, device=place_BGM.device).expand_as(place_BGM), line.n_BG)
+        position_BGM = pairs.position_BGM[..., :most]
+        cosine_BGMM = gram(rows(self.unit_tokens(features, groups), position_BGM))
+        pairs = PairList(torch.arange(most, device=position_BGM.device).expand_as(position_BGM), pairs.n_BG)
         for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), drop)):
-            # Whole rows with the columns that are not odd put out of reach: far faster than to pick the pairs.
+            # Whole rows, with FAR added to all columns but the odd: much faster than to gather the pairs.
             reach_BGM = torch.full_like(cosine_BGMM[..., 0], FAR)
-            reach_BGM = reach_BGM.scatter(-1, line.odd(), torch.where(line.odd_used(), 0.0, FAR))
-            closest_BGE = rows(cosine_BGMM, line.even()).add_(reach_BGM[..., None, :]).amax(-1)
-            drop_BG = torch.minimum(line.n_BG - target_BG, line.even_used().sum(-1)).clamp_max(drop)
-            line = line.without(line.worst(closest_BGE, drop_BG), max(line.place_BGM.shape[-1] - drop, least))
-        return torch.zeros_like(groups.valid_BGS).scatter(-1, place_BGM, line.mask(most))
+            reach_BGM = reach_BGM.scatter(-1, pairs.odd(), torch.where(pairs.odd_used(), 0.0, FAR))
+            closest_BGE = rows(cosine_BGMM, pairs.even()).add_(reach_BGM[..., None, :]).amax(-1)
+            drop_BG = torch.minimum(pairs.n_BG - target_BG, pairs.even_used().sum(-1)).clamp_max(drop)
+            pairs = pairs.without(pairs.worst(closest_BGE, drop_BG), max(pairs.position_BGM.shape[-1] - drop, least))
+        return torch.zeros_like(groups.valid_BGS).scatter(-1, position_BGM, pairs.mask(most))

@@ -1,7 +1,6 @@
 """SHIRG: which vision tokens a diffusion vision-language model should keep before its prefix cache is built."""
 
 from shirg.budget import Budget, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
-from shirg.errors import MissingFileError, UserError
 from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
 from shirg.layouts import (
     area_weights,
@@ -16,6 +15,7 @@ from shirg.layouts import (
 from shirg.scaffold import close_rows, used_rows
 from shirg.selection import Selection, Selector, Source, Stage, assert_finite, gather_tokens, join, keep, stable_topk
 from shirg.shirg import ShirgSelector
+from shirg.validation import MissingFileError, UserError
 
 ShirgGate = ShirgSelector
 """The name of the first edition."""

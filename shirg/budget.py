@@ -1,19 +1,19 @@
-"""How many tokens the base model itself would feed: the yardstick of `budget=matched` (docs/lavida.md, "Pooling")."""
+"""How many tokens the base model itself would use, for `budget=matched` (docs/lavida.md, "Pooling")."""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shirg.errors import UserError
 from shirg.features import TokenLayout, VisionFeatures
+from shirg.validation import UserError
 
 Budget = int | Literal["matched"]
-"""Tokens per picture; "matched": as many as the base model feeds for it."""
+"""Tokens per picture; "matched": as many as the base model uses for it."""
 
 
 def matched_count_B(features: VisionFeatures) -> Tensor:
-    """How many tokens [B] the base model itself would feed for each picture, whatever the geometry is."""
+    """How many tokens [B] the base model itself would use for each picture, whatever the geometry is."""
     layout = features.layout
     if layout.geometry == "lavida_tiles":
         return pooled_count_B(layout, features.size_B2)
@@ -37,9 +37,9 @@ def most_pooled(layout: TokenLayout) -> int:
 
 
 def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
-    """How many tokens [B] the base model itself would feed for each picture, newlines included.
+    """How many tokens [B] the base model itself would use for each picture, newlines included.
 
-    Float64 and the order of operations decide borderline pictures (docs/lavida.md, "Unpadding").
+    Float64 and the order of operations matter for borderline pictures (docs/lavida.md, "Unpadding").
     """
     area = layout.pooling.side**2
     if layout.pooling.merge == "flat":

@@ -1,4 +1,4 @@
-"""One token per place: where views overlap, who sits in a canvas cell (docs/method.md, "Duplicates").
+"""Deduplication: where crops overlap, picks one token per canvas cell (docs/method.md, "Duplicates").
 
 How many tokens fall on a cell follows from the geometry alone; which of them is best depends on the picture.
 """
@@ -16,17 +16,17 @@ from shirg.selection import gather_tokens
 
 @dataclass(frozen=True, eq=False)
 class CellAssignment:
-    """The P places of B pictures and who sits there."""
+    """The token of each of the P grid cells of B pictures: the cells of the global view, then those of the canvas."""
 
     token_BP: Tensor
-    """int64: the source token of each place."""
+    """int64: the source token of each cell."""
     usable_BP: Tensor
     """bool: False where the token may neither be kept nor counted."""
     shared: bool
-    """Whether other tokens of the same cell had to stand back."""
+    """Whether cells have several tokens, of which one was chosen for each picture."""
 
     def take(self, values_BN: Tensor) -> Tensor:
-        """Values of tokens [B, N, ...] at their places [B, P, ...]."""
+        """Values of tokens [B, N, ...] at the cells that they are assigned to [B, P, ...]."""
         if not self.shared:
             return values_BN.index_select(1, self.token_BP[0])
         index = self.token_BP.view(*self.token_BP.shape, *[1] * (values_BN.ndim - 2))
@@ -34,10 +34,10 @@ class CellAssignment:
 
 
 def assign_cells(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | None, dedup: Dedup) -> CellAssignment:
-    """Gives each canvas cell to one of its tokens: the most relevant, or ("border") the one deepest inside its view.
+    """Assigns one of its tokens to each canvas cell: the most relevant, or ("border") the one deepest inside its view.
 
-    Equal relevance goes to the token deeper inside its view, then to the earlier view. "mean" asks for features of
-    `average_cells`, whose candidates are all the same.
+    Equal relevance goes to the token deeper inside its view, then to the earlier view. "mean" needs features of
+    `average_cells`, in which all tokens of a cell are equal.
     """
     b, n = len(usable_BN), layout.n_global
     if not layout.overlaps:
@@ -47,11 +47,11 @@ def assign_cells(layout: TokenLayout, usable_BN: Tensor, relevance_BN: Tensor | 
     if dedup == "relevance" and relevance_BN is not None:
         present_MC = candidate_MC >= 0
         worth_BMC = relevance_BN.float()[:, candidate_MC.clamp_min(0)].masked_fill(~present_MC, float("-inf"))
-        # The first of the best, on every device: the column that is best and has most columns behind it.
+        # The first of the best, on every device: of the best columns the one with the most columns after it.
         first = torch.arange(columns, 0, -1, device=candidate_MC.device)
         is_best = (worth_BMC >= worth_BMC.amax(-1, keepdim=True)) & present_MC
         column_BM = columns - torch.where(is_best, first, 0).amax(-1)
-        # A value that is not a number is nobody's best; the score's own check then names it.
+        # NaN never wins here; assert_finite reports it later.
         column_BM = column_BM.clamp_max(columns - 1)
         winner_BM = candidate_MC.expand(b, -1, -1).gather(2, column_BM[..., None]).squeeze(-1)
         winner_BM = torch.where(winner_BM < 0, candidate_MC[:, 0], winner_BM)
@@ -69,7 +69,7 @@ def average_cells(features: VisionFeatures) -> VisionFeatures:
     def mean(values_BND: Tensor) -> Tensor:
         flat = values_BND.flatten(2).float()
         total = sum_cells(flat, features.layout) / cell_counts(features.layout)[:, None]
-        return gather_rows(total, layout_tables(features.layout).place_N).to(values_BND.dtype).view_as(values_BND)
+        return gather_rows(total, layout_tables(features.layout).grid_cell_N).to(values_BND.dtype).view_as(values_BND)
 
     relevance = features.relevance_BN
     return replace(
@@ -81,13 +81,13 @@ def average_cells(features: VisionFeatures) -> VisionFeatures:
 
 
 def cell_counts(layout: TokenLayout) -> Tensor:
-    """float32 [P]: how many tokens a place has."""
+    """float32 [P]: how many tokens a cell has, at least 1."""
     per_cell = (layout_tables(layout).candidate_MC >= 0).sum(-1).float()
     return torch.cat([per_cell.new_ones(layout.n_global), per_cell.clamp_min(1)])
 
 
 def sum_cells(values_BND: Tensor, layout: TokenLayout) -> Tensor:
-    """Sums [B, P, D] over the tokens of each place, in a fixed order."""
+    """Sums [B, P, D] over the tokens of each cell, in a fixed order."""
     candidate_MC = layout_tables(layout).candidate_MC
     total = values_BND.new_zeros(len(values_BND), len(candidate_MC), values_BND.shape[-1])
     for column in range(candidate_MC.shape[1]):

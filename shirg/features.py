@@ -1,4 +1,4 @@
-"""What a selector sees: where the tokens of a canvas sit, and what the vision tower says about them.
+"""What a selector sees: the layout of the tokens of a canvas, and their vision features.
 
 docs/method.md, "The contract". Shape letters: B batch, V views, N source tokens, D width.
 """
@@ -28,7 +28,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the base model itself shrinks its views; the yardstick of every budget (docs/lavida.md, "Pooling")."""
+    """How the base model itself shrinks its views; matched budgets follow from it (docs/lavida.md, "Pooling")."""
 
     side: int
     """A view of n x n tokens becomes side x side."""
@@ -40,7 +40,7 @@ class Pooling:
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Where each of the N source tokens of one canvas kind sits. Static: the same for every picture on that canvas.
+    """Position and size of each of the N source tokens of one canvas kind; the same for every picture on that canvas.
 
     Frames: a GLOBAL token is placed in the picture (the global view is the picture, squashed); a TILE or CROP token is
     placed on the canvas, where `VisionFeatures.picture_B4` says which part is picture and which is letterbox padding.
@@ -64,15 +64,15 @@ class TokenLayout:
     canvas_px: tuple[int, int]
     """(height, width) of the canvas in pixels; the size of the single view when there are no tiles."""
     geometry: Geometry = "lavida_tiles"
-    """Which way of cutting this is; a selector refuses any other than its own."""
+    """How the picture was cut into views; a selector refuses any other geometry than its own."""
     rank_N: Tensor = field(init=False)
-    """int64: place of each token in reading order: global view first, then the canvas row by row."""
+    """int64: rank of each token in reading order: global view first, then the canvas row by row."""
     order_N: Tensor = field(init=False)
-    """int64: the token at each place; the inverse of `rank_N`."""
+    """int64: the token at each rank; the inverse of `rank_N`."""
     n_global: int = field(init=False)
-    """How many tokens the global view has; the places after them are the canvas."""
+    """How many tokens the global view has; in reading order the canvas comes after them."""
     derived: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
-    """Tables that selectors compute from the layout, kept as long as it is; a weak map would vanish under a tracer."""
+    """Tables that selectors compute from the layout. Kept here, because torch.compile cannot trace a weak map."""
     overlaps: bool = field(init=False)
     """Whether several tokens share a canvas cell."""
 
@@ -99,15 +99,15 @@ class TokenLayout:
 
     @property
     def finest(self) -> tuple[slice, tuple[int, int]]:
-        """The places of the finest grid, and its rows and columns: the canvas, or the only view."""
+        """The finest grid, the canvas or the only view: which of the grid cells it has, and its rows and columns."""
         if self.canvas == (0, 0):
             return slice(0, None), (self.side, self.side)
         return slice(self.n_global, None), self.canvas
 
     def to(self, device: torch.device | str) -> Self:
         target = torch.device(device)
-        here = self.view_N.device
-        if here.type == target.type and target.index in (None, here.index):
+        current = self.view_N.device
+        if current.type == target.type and target.index in (None, current.index):
             return self
         with torch.inference_mode(False):
             given = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -117,7 +117,7 @@ class TokenLayout:
 
 @dataclass(frozen=True, eq=False)
 class VisionFeatures:
-    """What the vision tower says about B pictures that share one canvas kind."""
+    """The vision tower's output for B pictures that share one canvas kind."""
 
     tokens_BND: Tensor
     """Encoder states for a selector of stage "pre", projected states for stage "post"."""
@@ -133,14 +133,14 @@ class VisionFeatures:
     n_valid: tuple[int, ...]
     """Valid tokens per picture, known on the host, so that no selector has to wait for the device."""
     picture_at: tuple[int, ...] | None = None
-    """Rows with one number show one picture, whoever asks what about it; None when all may differ."""
+    """Rows with the same number show the same picture, with different questions; None when all may differ."""
     relevance_BN: Tensor | None = None
     base_count_B: Tensor | None = None
-    """int64: what the base model itself would feed for each picture; None where that follows from the layout."""
+    """int64: how many tokens the base model would use for each picture; None where that follows from the layout."""
     taps: Mapping[str, Tensor] = field(default_factory=dict)
     """Extra recordings that the selector asked for by name in `needs`; "encoder" is the pre-projector states."""
     boxes: tuple[tuple[tuple[float, float, float, float], ...], ...] | None = None
-    """Where the evidence of each sample is, as fractions of the picture: for an oracle, and for nobody else."""
+    """Where the evidence of each sample is, as fractions of the picture; only an oracle may read it."""
 
     def box_BN4(self) -> Tensor:
         """Each token's box (x0, y0, x1, y1) as fractions of the original picture; outside [0, 1] in padding."""

@@ -1,15 +1,15 @@
-"""Token layouts of every geometry, and the index tables that selectors read from them."""
+"""Token layouts of each geometry, and the index tables that selectors read (docs/method.md, "Geometries")."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shirg.errors import UserError
 from shirg.features import Geometry, Pooling, Role, TokenLayout
+from shirg.validation import UserError
 
 _AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
-"""What `area_weights` has computed: constants of a geometry, by cells, windows and device."""
+"""Results of `area_weights`, by cells, windows and device."""
 
 
 def tiles_layout(
@@ -18,7 +18,7 @@ def tiles_layout(
     """One global view and then a grid of tiles, row by row; a grid of 0 x 0 is the global view alone.
 
     Each view is `view_px` pixels wide and high and has `side` x `side` patches of `patch_px` pixels from its top left
-    corner on. What is left over (6 of 384 pixels at side 27 and patch 14) is seen by no token, and so the tokens of
+    corner on. The rest (6 of 384 pixels at side 27 and patch 14) belongs to no token, and so the tokens of
     neighbouring tiles are a little further apart than those inside a tile.
     """
     if min(grid_rows, grid_cols) < 0 or (grid_rows == 0) != (grid_cols == 0):
@@ -58,7 +58,7 @@ def tiles_layout(
 def crops_layout(cells: int, side: int, patch_px: int, pooling: Pooling) -> TokenLayout:
     """Five overlapping crops of a square canvas of cells x cells patches: four corners and the centre, no global view.
 
-    All crops start on a cell, so that tokens of different crops sit on exactly the same patches. The centre crop is up
+    All crops start on a cell, so that tokens of different crops cover exactly the same patches. The centre crop is up
     to half a cell off the centre.
     """
     if not side < cells <= 2 * side:
@@ -115,8 +115,8 @@ def _square(
 def area_weights(cells: int, windows: int, device: torch.device) -> Tensor:
     """float32 [windows, cells]: share of each of `cells` equal cells in `windows` equal windows over the same length.
 
-    Exact where the one does not divide the other: a cell on a boundary is shared by length. Rows sum to 1 and every
-    cell is used up: columns sum to windows / cells.
+    Exact where the one does not divide the other: a cell on a boundary is shared by length. Rows sum to 1, columns to
+    windows / cells.
     """
     key = (cells, windows, device)
     if key not in _AREAS:
@@ -140,26 +140,30 @@ def subdivide(box_B4: Tensor, rows: int, cols: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LayoutTables:
-    """N tokens in reading order, M canvas cells, P = n_global + M places, C candidates of a cell, R canvas rows."""
+    """Index tables of a layout.
+
+    Shape letters: N tokens in reading order, M canvas cells, P = n_global + M grid cells (those of the global view,
+    then those of the canvas), C tokens that share a cell, R canvas rows.
+    """
 
     border_N: Tensor
     """float32: 1 at the border of the token's own view, 0 from half a view inwards."""
     tile_N: Tensor
     """int64: number of the token's view, row by row with a centre crop last; -1 in the global view."""
     in_centre_N: Tensor
-    """bool: whether the token's view is the centre crop; no view is one where views do not overlap."""
+    """bool: whether the token's view is the centre crop; all False where views do not overlap."""
     by_tile_M: Tensor
-    """int64: the canvas tile by tile, as places counted from the start of the canvas; unused where views overlap."""
+    """int64: the canvas cells tile by tile, counted from the start of the canvas; unused where views overlap."""
     from_tile_M: Tensor
     """int64: the inverse of `by_tile_M`."""
-    place_N: Tensor
-    """int64: the place of each *source* token."""
+    grid_cell_N: Tensor
+    """int64: the grid cell, 0 to P - 1, of each *source* token."""
     candidate_MC: Tensor
     """int64: the source tokens of each canvas cell, the one deepest inside its view first; -1 where there are fewer."""
     centre_P2: Tensor
-    """float32: (x, y) of each place as a fraction of its frame."""
+    """float32: (x, y) of each grid cell as a fraction of its frame."""
     row_end_R: Tensor
-    """int64: place in the reading order of tokens of the last token of each canvas row."""
+    """int64: rank in reading order of the last token of each canvas row."""
     row_N: Tensor
     """int64: canvas row of each *source* token; -1 in the global view."""
 
@@ -187,7 +191,7 @@ def _build(layout: TokenLayout) -> LayoutTables:
         tile_N = number_V[layout.view_N].masked_fill(is_global_N, -1)
         # Cells in reading order, and within a cell the token deepest in its view, then the first view.
         flat_N = (layout.cell_N2[:, 0] * layout.canvas[1] + layout.cell_N2[:, 1]).masked_fill(is_global_N, -1)
-        place_N = torch.where(is_global_N, layout.rank_N, flat_N + n)
+        grid_cell_N = torch.where(is_global_N, layout.rank_N, flat_N + n)
         by_tile_M = torch.argsort(tile_N[order_N][n:], stable=True)
         rows = torch.arange(layout.canvas[0], device=order_N.device)
         row_N = layout.cell_N2[:, 0].masked_fill(is_global_N, -1)
@@ -200,7 +204,7 @@ def _build(layout: TokenLayout) -> LayoutTables:
             in_centre_N=(is_centre_V[layout.view_N] & ~is_global_N)[order_N],
             by_tile_M=by_tile_M,
             from_tile_M=torch.argsort(by_tile_M),
-            place_N=place_N,
+            grid_cell_N=grid_cell_N,
             candidate_MC=candidate_MC,
             centre_P2=torch.cat([layout.centre_N2[order_N[:n]], canvas_M2]),
             row_end_R=row_end_R,
@@ -209,7 +213,7 @@ def _build(layout: TokenLayout) -> LayoutTables:
 
 
 def _number_views(layout: TokenLayout, origin_V2: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of each view among the views of the canvas, row by row, and which one is the centre crop."""
+    """The number of each view among the views of the canvas, row by row, and which one is the centre crop."""
     is_global_V = torch.zeros(len(origin_V2), dtype=torch.bool, device=origin_V2.device)
     is_global_V[layout.view_N[layout.role_N == int(Role.GLOBAL)]] = True
     twice_off_V = (2 * origin_V2 + layout.side - torch.tensor(layout.canvas, device=origin_V2.device)).abs().amax(-1)
@@ -233,9 +237,9 @@ def _candidates(layout: TokenLayout, flat_N: Tensor, border_N: Tensor, tile_N: T
 
 
 def regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
-    """int64 [regions, L]: the places, from `first` on, of each block of cells x cells; P where a block has fewer.
+    """int64 [regions, L]: the grid cells, from `first` on, of each block of cells x cells; P where a block has fewer.
 
-    Blocks begin anew in each view, because a region of a view is what a variant promises to cover; where views overlap
+    Blocks begin anew in each view, because a variant guarantees to cover the regions of a view; where views overlap
     they are blocks of the canvas.
     """
     key = ("regions", cells, first)
@@ -248,20 +252,20 @@ def regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
 
 def _regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
     (rows, cols), side, n = layout.canvas, layout.side, layout.n_global
-    nowhere, device = n + rows * cols, layout.view_N.device
-    grids = [_blocks(1, 1, side, cells, 0, nowhere, device)] if first < n else []
+    outside, device = n + rows * cols, layout.view_N.device
+    grids = [_blocks(1, 1, side, cells, 0, outside, device)] if first < n else []
     if layout.overlaps:
-        grids.append(_blocks(1, 1, rows, cells, n, nowhere, device))
+        grids.append(_blocks(1, 1, rows, cells, n, outside, device))
     elif rows:
-        grids.append(_blocks(rows // side, cols // side, side, cells, n, nowhere, device))
+        grids.append(_blocks(rows // side, cols // side, side, cells, n, outside, device))
     return torch.cat(grids)
 
 
-def _blocks(down: int, across: int, side: int, cells: int, start: int, nowhere: int, device: torch.device) -> Tensor:
-    """The places [blocks, cells * cells] of each block of down x across views of side x side, from `start` on."""
+def _blocks(down: int, across: int, side: int, cells: int, start: int, outside: int, device: torch.device) -> Tensor:
+    """The cells [blocks, cells * cells] of each block of down x across views of side x side, from `start` on."""
     inside_I = torch.unflatten(torch.arange(-(-side // cells) * cells, device=device), 0, (-1, cells))
     view_row, view_col = torch.arange(down, device=device), torch.arange(across, device=device)
     row = (view_row[:, None, None] * side + inside_I)[:, None, :, None, :, None]
     col = (view_col[:, None, None] * side + inside_I)[None, :, None, :, None, :]
-    there = (inside_I < side)[None, None, :, None, :, None] & (inside_I < side)[None, None, None, :, None, :]
-    return torch.where(there, start + row * (across * side) + col, nowhere).flatten(0, 3).flatten(1)
+    exists = (inside_I < side)[None, None, :, None, :, None] & (inside_I < side)[None, None, None, :, None, :]
+    return torch.where(exists, start + row * (across * side) + col, outside).flatten(0, 3).flatten(1)

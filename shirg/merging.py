@@ -1,7 +1,7 @@
-"""Tokens that stand for several: neighbours that look the same, merged before the choice (docs/method.md, "Merging").
+"""Merging: similar neighbours become one token, their mean, before selection (docs/method.md, "Merging").
 
 After Bolya et al. 2022, "Token Merging", arXiv 2210.09461: a bipartite matching of a fixed size. Here the two sides are
-the fields of a chessboard, so that a token can only join one of its four neighbours.
+the black and white fields of a chessboard, so that a token can only join one of its four neighbours.
 """
 
 from dataclasses import dataclass, replace
@@ -22,15 +22,15 @@ STEPS = ((0, 1), (1, 0), (0, -1), (-1, 0))
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """Features of which some tokens are means of several."""
+    """Features in which some tokens are means of several."""
 
     features: VisionFeatures
     is_mean_BN: Tensor
     box_BN4: Tensor
-    """float32: where each token sits, the means at their centre of area."""
+    """float32: the box of each token; that of a mean lies around the mean of the centres."""
 
-    def marked(self, chosen: Selection) -> Selection:
-        """A choice from these features that says of the means among it that they are no source tokens."""
+    def mark(self, chosen: Selection) -> Selection:
+        """The selection with the means in it marked as merged: index -1 and a box of their own."""
         index_BT = chosen.index_BT.clamp_min(0)
         is_mean_BT = self.is_mean_BN.gather(1, index_BT) & (chosen.index_BT >= 0)
         return replace(
@@ -42,9 +42,9 @@ class Means:
 
 
 def cell_means(features: VisionFeatures) -> Means:
-    """What `seats.average_cells` returned: the tokens of cells that several share are means."""
+    """From the features of `dedup.average_cells`: tokens of cells that several tokens share are means."""
     several_M = (layout_tables(features.layout).candidate_MC >= 0).sum(-1) > 1
-    is_mean_N = several_M[layout_tables(features.layout).place_N]
+    is_mean_N = several_M[layout_tables(features.layout).grid_cell_N]
     return Means(features, is_mean_N.expand_as(features.valid_BN), features.box_BN4())
 
 
@@ -54,35 +54,36 @@ class Merge:
 
     layout: TokenLayout
     step_BRC: Tensor
-    """int64: the direction in which a cell goes, an index into `STEPS`; -1 where it stays."""
+    """int64: the neighbour that a cell joins, an index into `STEPS`; -1 where it joins none."""
 
-    def competitors(self, seats: CellAssignment) -> CellAssignment:
-        """The places without those of cells that have gone."""
+    def competitors(self, assigned: CellAssignment) -> CellAssignment:
+        """The cells without those that joined a neighbour."""
         part, _ = self.layout.finest
-        left_BM = seats.usable_BP[:, part] & (self.step_BRC < 0).flatten(1)
-        return replace(seats, usable_BP=torch.cat([seats.usable_BP[:, : part.start], left_BM], dim=1))
+        left_BM = assigned.usable_BP[:, part] & (self.step_BRC < 0).flatten(1)
+        return replace(assigned, usable_BP=torch.cat([assigned.usable_BP[:, : part.start], left_BM], dim=1))
 
     def best(self, scores_BP: Tensor) -> Tensor:
-        """Scores [B, P] in which each cell has the best of its own and of those that joined it."""
+        """Scores [B, P] in which each cell has the best of its own score and the scores of those that joined it."""
         part, shape = self.layout.finest
         grid_BRC = torch.unflatten(scores_BP[:, part], 1, shape)
         best_BRC = grid_BRC
         for direction, step in enumerate(STEPS):
-            comes_BRC1 = (self.step_BRC == direction)[..., None]
-            value_BRC = _arrive(torch.where(comes_BRC1, grid_BRC[..., None], 0.0), step)[..., 0]
-            has_come_BRC = _arrive(comes_BRC1.float(), step)[..., 0] > 0
-            best_BRC = torch.where(has_come_BRC, torch.maximum(best_BRC, value_BRC), best_BRC)
+            moves_BRC1 = (self.step_BRC == direction)[..., None]
+            value_BRC = _shift(torch.where(moves_BRC1, grid_BRC[..., None], 0.0), step)[..., 0]
+            has_moved_BRC = _shift(moves_BRC1.float(), step)[..., 0] > 0
+            best_BRC = torch.where(has_moved_BRC, torch.maximum(best_BRC, value_BRC), best_BRC)
         return torch.cat([scores_BP[:, : part.start], best_BRC.flatten(1)], dim=1)
 
-    def means(self, features: VisionFeatures, seats: CellAssignment) -> Means:
+    def means(self, features: VisionFeatures, assigned: CellAssignment) -> Means:
         """The features with the mean of each cell and those that joined it; differentiable in the tokens."""
-        (part, shape), place_N, box_BN4 = self.layout.finest, layout_tables(self.layout).place_N, features.box_BN4()
-        cell_N, on_grid_N = (place_N - part.start).clamp_min(0), place_N >= part.start
+        (part, shape), box_BN4 = self.layout.finest, features.box_BN4()
+        grid_cell_N = layout_tables(self.layout).grid_cell_N
+        cell_N, on_grid_N = (grid_cell_N - part.start).clamp_min(0), grid_cell_N >= part.start
         size_BRC1 = self._sum(torch.ones_like(self.step_BRC, dtype=torch.float32)[..., None])
         size_BN1 = size_BRC1.flatten(1, 2)[:, cell_N]
 
         def mean(values_BND: Tensor) -> Tensor:
-            grid_BRCD = torch.unflatten(seats.take(values_BND.float())[:, part], 1, shape)
+            grid_BRCD = torch.unflatten(assigned.take(values_BND.float())[:, part], 1, shape)
             return (self._sum(grid_BRCD) / size_BRC1).flatten(1, 2)[:, cell_N]
 
         is_mean_BN1 = (size_BN1 > 1) & on_grid_N[:, None]
@@ -99,25 +100,25 @@ class Merge:
         """Sums over each cell and those that joined it."""
         total = grid_BRCD
         for direction, step in enumerate(STEPS):
-            total = total + _arrive(grid_BRCD * (self.step_BRC == direction)[..., None], step)
+            total = total + _shift(grid_BRCD * (self.step_BRC == direction)[..., None], step)
         return total
 
 
-def match(layout: TokenLayout, states_BND: Tensor, seats: CellAssignment, count: int) -> Merge:
+def match_neighbours(layout: TokenLayout, states_BND: Tensor, assigned: CellAssignment, count: int) -> Merge:
     """The `count` most similar pairs: a cell of a white field joins its most similar usable neighbour (a black field).
 
     Equal similarities go to the first direction and to the first cell in reading order. With fewer usable pairs, fewer
     cells join.
     """
     part, shape = layout.finest
-    states_BRCD = torch.unflatten(seats.take(states_BND)[:, part], 1, shape)
-    usable_BRC = torch.unflatten(seats.usable_BP[:, part], 1, shape)
+    states_BRCD = torch.unflatten(assigned.take(states_BND)[:, part], 1, shape)
+    usable_BRC = torch.unflatten(assigned.usable_BP[:, part], 1, shape)
     b, rows, cols = usable_BRC.shape
     x = torch.stack([unit(states.float()) for states in states_BRCD])
     cosines = []
     for step in STEPS:
-        neighbour = _arrive(x, (-step[0], -step[1]))
-        usable = _arrive(usable_BRC[..., None].float(), (-step[0], -step[1]))[..., 0] > 0
+        neighbour = _shift(x, (-step[0], -step[1]))
+        usable = _shift(usable_BRC[..., None].float(), (-step[0], -step[1]))[..., 0] > 0
         cosines.append((x * neighbour).sum(-1).masked_fill(~(usable & usable_BRC), -2.0))
     cosine_BRCS = torch.stack(cosines, dim=-1)
     row, col = torch.arange(rows, device=x.device)[:, None], torch.arange(cols, device=x.device)
@@ -126,12 +127,12 @@ def match(layout: TokenLayout, states_BND: Tensor, seats: CellAssignment, count:
     step_BRC = torch.where(cosine_BRCS >= cosine_BRCS.amax(-1, keepdim=True), first, len(STEPS)).amin(-1)
     best_BM = best_BRC.flatten(1)
     chosen_BM = torch.zeros_like(best_BM, dtype=torch.bool).scatter(1, stable_topk(best_BM, count), True)
-    goes_BRC = (chosen_BM & (best_BM > -2)).view(b, rows, cols)
-    return Merge(layout, step_BRC.masked_fill(~goes_BRC, -1))
+    joins_BRC = (chosen_BM & (best_BM > -2)).view(b, rows, cols)
+    return Merge(layout, step_BRC.masked_fill(~joins_BRC, -1))
 
 
-def _arrive(grid_BRCD: Tensor, step: tuple[int, int]) -> Tensor:
-    """Each value moved by a step of (rows, columns); zeros come in at the edge."""
+def _shift(grid_BRCD: Tensor, step: tuple[int, int]) -> Tensor:
+    """Each value moved by a step of (rows, columns); zeros fill the edge."""
     down, right = step
     rows, cols = grid_BRCD.shape[1:3]
     pads = (0, 0, max(right, 0), max(-right, 0), max(down, 0), max(-down, 0))

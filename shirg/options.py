@@ -1,34 +1,30 @@
-"""The options of the SHIRG selector and their values."""
+"""The options of the SHIRG selector, their values, and the combinations that are refused.
+
+docs/method.md, "Terms", says what each option means.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from shirg.errors import UserError, one_of
-from shirg.features import TokenLayout
+from shirg.budget import Budget
+from shirg.features import Geometry, TokenLayout
 from shirg.selection import Stage
+from shirg.validation import UserError, one_of
 
+Views = Literal["tiles", "all"]
 VarianceOf = Literal["channels", "neighbourhood"]
 EdgeSpace = Literal["features", "pixels"]
-
-
 Metric = Literal["feature_l2", "feature_cos", "local_var", "position"]
 Norm = Literal["zscore", "minmax", "rank", "none"]
-CropTerm = Literal["none", "border", "centre", "literal"]
-
-
-Dedup = Literal["relevance", "border", "mean"]
-
-
-ScaffoldSource = Literal["global", "canvas"]
-
-
 NormScope = Literal["image", "view"]
+CropTerm = Literal["none", "border", "centre", "literal"]
+Dedup = Literal["relevance", "border", "mean"]
+ScaffoldSource = Literal["global", "canvas"]
 Newline = Literal["none", "row"]
 Underflow = Literal["global", "mask", "raise"]
 CoordKind = Literal["none", "sincos_linear"]
-Views = Literal["tiles", "all"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,12 @@ class Weights:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"weights.{name}={value}: give a number >= 0; the sign is neighbor.sign's")
+                raise UserError(f"weights.{name}={value}: give a number >= 0; neighbor.sign sets the sign")
 
 
 @dataclass(frozen=True)
 class Neighbor:
-    """The neighbour term: which distance, and whether it is held against a token (-1) or for it (+1)."""
+    """The neighbour term: which distance, and whether a large one lowers (-1) or raises (+1) a token's score."""
 
     metric: Metric = "feature_l2"
     sign: int = -1
@@ -62,10 +58,10 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Scaffold:
-    """The coarse picture in front: size x size means (0 for none), of what, before or after the projector.
+    """The coarse picture in front: size x size means (0 for none) of `source`, before or after the projector.
 
     "auto" is 8, or the side of the base model's own pooled view where that is smaller. A share such as "1/6" is that
-    part of the source's cells a side, rounded up, so that it means the same on every model.
+    share of the source's cells per side, rounded up, so that it means the same on every model.
     """
 
     size: int | str = "auto"
@@ -81,11 +77,11 @@ class Scaffold:
         one_of("scaffold.source", self.source, ScaffoldSource)
         one_of("scaffold.space", self.space, Stage)
         if self.size == 0 and (self.source, self.space) != ("global", "pre"):
-            raise UserError("scaffold.source and scaffold.space mean nothing while scaffold.size is 0")
+            raise UserError("scaffold.source and scaffold.space have no effect while scaffold.size is 0")
 
     @property
     def _share(self) -> tuple[int, int] | None:
-        """A share as (numerator, denominator); None when `size` is no share of at most 1."""
+        """A share as (numerator, denominator); None when `size` is not a share of at most 1."""
         top, slash, bottom = str(self.size).partition("/")
         if not (slash and top.isdigit() and bottom.isdigit()):
             return None
@@ -104,7 +100,7 @@ class Scaffold:
 
 @dataclass(frozen=True)
 class Merging:
-    """Whether similar neighbours are merged before the choice, and which share of the canvas cells goes."""
+    """Whether similar neighbours are merged before selection, and which share of the canvas cells is merged away."""
 
     mode: Literal["none", "tome"] = "none"
     share: float = 0.25
@@ -114,17 +110,17 @@ class Merging:
         if not 0 < self.share <= 0.5:
             raise UserError(f"merge.share={self.share}: give a share above 0 and up to 0.5 of the cells")
         if self.mode == "none" and self.share != Merging.share:
-            raise UserError("merge.share means nothing with merge.mode=none")
+            raise UserError("merge.share has no effect with merge.mode=none; leave it at its default")
 
     def count(self, layout: TokenLayout) -> int:
-        """How many cells of this layout may go."""
+        """How many cells of this layout may be merged away."""
         rows, cols = layout.finest[1]
         return int(self.share * rows * cols) if self.mode == "tome" else 0
 
 
 @dataclass(frozen=True)
 class Diversity:
-    """Whether tokens are picked one by one, each less `weight` x its largest cosine to those picked before."""
+    """Whether tokens are picked one by one, by score minus `weight` x the largest cosine to those picked before."""
 
     mode: Literal["none", "mmr"] = "none"
     weight: float = 1.0
@@ -134,15 +130,15 @@ class Diversity:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise UserError(f"diversity.weight={self.weight}: give a number above 0")
         if self.mode == "none" and self.weight != Diversity.weight:
-            raise UserError("diversity.weight means nothing with diversity.mode=none")
+            raise UserError("diversity.weight has no effect with diversity.mode=none; leave it at its default")
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Whether a picture may keep fewer tokens: the first of `levels`, shares of K, that is enough.
+    """Whether a picture may keep fewer than K tokens. It keeps the smallest of `levels`, shares of K, that is enough.
 
-    "entropy": that holds what is relevant at `temperature`; "head": whose loss a trained head expects to be at most
-    `tolerance` above that of all K.
+    "entropy": a level is enough when it holds the effective number of relevant tokens at `temperature`. "head": when a
+    trained head predicts a loss that is at most `tolerance` above that of all K.
     """
 
     mode: Literal["none", "entropy", "head"] = "none"
@@ -161,7 +157,169 @@ class Adaptive:
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise UserError(f"adaptive.tolerance={self.tolerance}: give a number >= 0")
         if self.mode == "none" and self.levels != Adaptive.levels:
-            raise UserError("adaptive.levels means nothing with adaptive.mode=none")
-        for knob, mode in (("temperature", "entropy"), ("tolerance", "head")):
-            if self.mode != mode and getattr(self, knob) != getattr(Adaptive, knob):
-                raise UserError(f"adaptive.{knob} means nothing with adaptive.mode={self.mode}; it is for {mode}")
+            raise UserError("adaptive.levels has no effect with adaptive.mode=none; leave it at its default")
+        for name, mode in (("temperature", "entropy"), ("tolerance", "head")):
+            if self.mode != mode and getattr(self, name) != getattr(Adaptive, name):
+                raise UserError(f"adaptive.{name} has no effect with adaptive.mode={self.mode}; it is for mode={mode}")
+
+
+SINGLE_GEOMETRIES = ("single_672", "single_512")
+"""Geometries of one view of the whole picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShirgOptions:
+    """All options of `ShirgSelector`, whose docstring explains them.
+
+    Raises:
+        UserError: a value that an option does not have, or options that have no effect or contradict each other.
+    """
+
+    budget: Budget
+    geometry: Geometry = "lavida_tiles"
+    views: Views = "tiles"
+    weights: Weights = field(default_factory=Weights)
+    neighbor: Neighbor = field(default_factory=Neighbor)
+    variance_of: VarianceOf = "channels"
+    edge_space: EdgeSpace = "features"
+    norm: Norm = "zscore"
+    norm_scope: NormScope = "image"
+    mask_padding: bool = True
+    crop_term: CropTerm = "none"
+    dedup: Dedup = "relevance"
+    coverage: int = 0
+    merge: Merging = field(default_factory=Merging)
+    diversity: Diversity = field(default_factory=Diversity)
+    adaptive: Adaptive = field(default_factory=Adaptive)
+    scaffold: Scaffold = field(default_factory=Scaffold)
+    summary: bool = False
+    newline: Newline = "none"
+    underflow: Underflow = "global"
+    coord_embed: CoordKind = "none"
+    coord_width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, literal in CHOICES.items():
+            one_of(name, getattr(self, name), literal)
+        if not isinstance(self.coverage, int) or self.coverage < 0:
+            raise UserError(f"coverage={self.coverage!r}: give the side of a region in cells, or 0 for none")
+        for holds, sentence in CONFLICTS:
+            if holds(self):
+                raise UserError(sentence.format(o=self))
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether several views of this geometry share canvas cells."""
+        return self.geometry == "seed_canvas48"
+
+    @property
+    def has_global(self) -> bool:
+        """Whether this geometry has a view of the whole picture beside the canvas."""
+        return self.geometry in ("lavida_tiles", "fovea")
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether any term of the score has a weight."""
+        weights = self.weights
+        used = (weights.similarity, weights.neighbor, weights.centre, weights.variance, weights.edge)
+        return any(used) or self.crop_term != "none"
+
+
+CHOICES: dict[str, Any] = {
+    "views": Views,
+    "variance_of": VarianceOf,
+    "edge_space": EdgeSpace,
+    "norm": Norm,
+    "norm_scope": NormScope,
+    "crop_term": CropTerm,
+    "dedup": Dedup,
+    "newline": Newline,
+    "underflow": Underflow,
+    "coord_embed": CoordKind,
+}
+"""The values of each option that is one of several words."""
+
+CONFLICTS: tuple[tuple[Callable[[ShirgOptions], bool], str], ...] = (
+    (
+        lambda o: o.crop_term == "centre" and not o.overlaps,
+        "crop_term=centre: only geometry=seed_canvas48 has a centre crop; choose none, border or literal",
+    ),
+    (
+        lambda o: o.crop_term == "literal" and not (o.overlaps or o.geometry == "lavida_tiles"),
+        "crop_term=literal numbers the views of the canvas, and geometry={o.geometry} has one; choose none or border",
+    ),
+    (
+        lambda o: o.crop_term != "none" and o.weights.crop == 0,
+        "crop_term={o.crop_term} has no effect while weights.crop is 0; choose crop_term=none or raise weights.crop",
+    ),
+    (
+        lambda o: not o.has_terms,
+        "all weights in use are 0: there is nothing to rank by; raise one of weights.*",
+    ),
+    (
+        lambda o: o.variance_of != "channels" and o.weights.variance == 0,
+        "variance_of has no effect while weights.variance is 0; leave it at its default (channels)",
+    ),
+    (
+        lambda o: o.edge_space != "features" and o.weights.edge == 0,
+        "edge_space has no effect while weights.edge is 0; leave it at its default (features)",
+    ),
+    (
+        lambda o: o.norm == "none" and o.norm_scope != "image",
+        "norm_scope has no effect when norm=none; leave it at its default (image)",
+    ),
+    (
+        lambda o: o.norm_scope == "view" and o.geometry != "lavida_tiles",
+        "norm_scope=view: geometry={o.geometry} has no tiles with statistics of their own; choose norm_scope=image",
+    ),
+    (
+        lambda o: o.views == "all" and not o.has_global,
+        "views=all: geometry={o.geometry} has no global view beside the canvas; choose views=tiles",
+    ),
+    (
+        lambda o: o.underflow == "raise" and o.views == "all",
+        "underflow=raise has no effect with views=all, which always refuses too few tokens; choose global or mask",
+    ),
+    (
+        lambda o: not o.mask_padding and o.geometry in SINGLE_GEOMETRIES,
+        "mask_padding=False: geometry={o.geometry} fills its view and has no padding; leave it at its default (true)",
+    ),
+    (
+        lambda o: o.underflow != "global" and o.geometry in SINGLE_GEOMETRIES,
+        "underflow={o.underflow}: geometry={o.geometry} has no padding and so never too few tokens; "
+        "leave it at its default (global)",
+    ),
+    (
+        lambda o: o.dedup != "relevance" and not o.overlaps,
+        "dedup={o.dedup}: only the crops of geometry=seed_canvas48 share cells; choose dedup=relevance",
+    ),
+    (
+        lambda o: o.dedup == "mean" and o.underflow != "mask",
+        "dedup=mean averages duplicates, so underflow={o.underflow} has nothing to fill with; use underflow=mask",
+    ),
+    (
+        lambda o: o.dedup == "mean" and o.merge.mode != "none",
+        "dedup=mean and merge.mode=tome both average tokens; choose one of them",
+    ),
+    (
+        lambda o: o.diversity.mode != "none" and o.coverage > 0,
+        "diversity.mode=mmr cannot guarantee coverage; choose coverage=0 or diversity.mode=none",
+    ),
+    (
+        lambda o: o.scaffold.size != 0 and o.scaffold.source == "global" and not o.has_global,
+        "scaffold.source=global: geometry={o.geometry} has no global view; choose scaffold.source=canvas",
+    ),
+    (
+        lambda o: o.underflow == "raise" and o.budget == "matched",
+        "underflow=raise needs a budget in numbers; with budget=matched choose global or mask",
+    ),
+    (
+        lambda o: o.underflow == "raise" and o.overlaps,
+        "underflow=raise cannot count the cells of overlapping crops before selection; choose global or mask",
+    ),
+    (
+        lambda o: (o.coord_embed == "none") != (o.coord_width is None),
+        "coord_embed=sincos_linear and coord_width (the tokens' width) go together: set both or none",
+    ),
+)
+"""Combinations that are refused: when one holds, and the sentence to say, formatted with the options as `o`."""

@@ -1,4 +1,4 @@
-"""Tokens added beside the chosen ones: a pooled low-resolution grid, a summary token, row ends."""
+"""Tokens added beside the selected ones: scaffold, summary token, newlines (docs/method.md, "Scaffold", "Summary")."""
 
 from dataclasses import replace
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from shirg.dedup import CellAssignment
-from shirg.errors import UserError
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.layouts import area_weights, layout_tables, subdivide
 from shirg.options import ScaffoldSource
 from shirg.selection import Selection, Source, assert_finite, gather_tokens
+from shirg.validation import UserError
 
 
-def scaffold_tokens(features: VisionFeatures, seats: CellAssignment, size: int, source: ScaffoldSource) -> Selection:
+def scaffold_tokens(features: VisionFeatures, assigned: CellAssignment, size: int, source: ScaffoldSource) -> Selection:
     """size x size means of source tokens over windows that partition the global view or the canvas, row by row.
 
-    A token on a boundary is shared by area. Invalid tokens weigh nothing; a window without any valid token is an unused
-    slot. Means are taken in float32 and returned in the dtype of the tokens.
+    A token on a boundary is shared by area. Unusable tokens have no weight; a window without any usable token is an
+    unused slot. Means are taken in float32 and returned in the dtype of the tokens.
     """
     layout, n = features.layout, features.layout.n_global
     rows, cols = (layout.side, layout.side) if source == "global" else layout.canvas
@@ -27,12 +27,12 @@ def scaffold_tokens(features: VisionFeatures, seats: CellAssignment, size: int, 
             f"choose at most {min(rows, cols)}" + ("" if rows else " or source=global, the only view there is")
         )
     part = slice(n) if source == "global" else slice(n, None)
-    there = replace(seats, token_BP=seats.token_BP[:, part], usable_BP=seats.usable_BP[:, part])
-    weight_BRC1 = torch.unflatten(there.usable_BP.float(), 1, (rows, cols))[..., None]
-    tokens_BRCD = torch.unflatten(there.take(features.tokens_BND).float(), 1, (rows, cols))
+    grid = replace(assigned, token_BP=assigned.token_BP[:, part], usable_BP=assigned.usable_BP[:, part])
+    weight_BRC1 = torch.unflatten(grid.usable_BP.float(), 1, (rows, cols))[..., None]
+    tokens_BRCD = torch.unflatten(grid.take(features.tokens_BND).float(), 1, (rows, cols))
     area_B = _pool(weight_BRC1, size)
     mean_B = _pool(tokens_BRCD * weight_BRC1, size) / area_B.clamp_min(1e-9)
-    box_BM4 = there.take(features.box_BN4())
+    box_BM4 = grid.take(features.box_BN4())
     frame_B4 = torch.cat([box_BM4[:, 0, :2], box_BM4[:, -1, 2:]], dim=-1)
     mask_BS = area_B.flatten(1) > 0
     assert_finite(mean_B.detach().sum(-1).flatten(1), mask_BS, "the scaffold")
@@ -53,12 +53,12 @@ def _pool(grid_BRCD: Tensor, size: int) -> Tensor:
     return torch.matmul(by_col, torch.unflatten(by_row @ grid_BRCD.flatten(2), -1, grid_BRCD.shape[2:]))
 
 
-def summary_token(features: VisionFeatures, usable_BN: Tensor, taken_BN: Tensor) -> Selection:
-    """One token per picture: the mean of all usable tokens that were not taken, or of all usable ones if none is left.
+def summary_token(features: VisionFeatures, usable_BN: Tensor, kept_BN: Tensor) -> Selection:
+    """One token per picture: the mean of all usable tokens that were not kept, or of all usable ones if none is left.
 
     The mean is taken in float32 and returned in the dtype of the tokens; its box is the whole picture.
     """
-    left_BN = usable_BN & ~taken_BN
+    left_BN = usable_BN & ~kept_BN
     left_BN = torch.where(left_BN.any(-1, keepdim=True), left_BN, usable_BN)
     # In reading order, so that the rounding of the sum does not depend on how the views are numbered.
     order_N = features.layout.order_N
@@ -94,12 +94,12 @@ def close_rows(kept: Selection, features: VisionFeatures, rows_BR: Tensor) -> Se
     last_R = layout_tables(layout).row_end_R
     if layout.canvas == (0, 0):
         last_R = torch.full((1,), layout.n_global - 1, device=rows_BR.device)
-    # Twice the reading place, so that a row end fits between the last token of its row and the first of the next.
-    place_BT = 2 * layout.rank_N[kept.index_BT.clamp_min(0)]
+    # Twice the rank in reading order, so that a row end fits between the last token of its row and the next row.
+    rank_BT = 2 * layout.rank_N[kept.index_BT.clamp_min(0)]
     end_BR = (2 * last_R + 1).expand_as(rows_BR)
     mask = torch.cat([kept.mask_BT, rows_BR], dim=1)
-    place = torch.cat([place_BT, end_BR], dim=1).masked_fill(~mask, 2 * n)
-    order = torch.sort(place, dim=1, stable=True).indices
+    rank = torch.cat([rank_BT, end_BR], dim=1).masked_fill(~mask, 2 * n)
+    order = torch.sort(rank, dim=1, stable=True).indices
     top_bottom = features.box_BN4()[:, layout.order_N[last_R]]
     edge = torch.ones_like(top_bottom[..., 0])
     box_BR4 = torch.stack([edge, top_bottom[..., 1], edge, top_bottom[..., 3]], dim=-1)

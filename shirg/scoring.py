@@ -1,4 +1,7 @@
-"""Score terms: similarity, neighbours, texture, distance; normalised and summed."""
+"""The score of SHIRG: its terms, their normalisation and the weighted sum (docs/method.md, "Terms").
+
+Shape letters: B batch, N source tokens, P grid cells, R x C a grid of cells, D width.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,53 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, unflatten
 
 from shirg.dedup import CellAssignment
-from shirg.errors import UserError
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.kernels import score as kernel
 from shirg.layouts import layout_tables
-from shirg.options import CropTerm, EdgeSpace, Metric, Neighbor, Norm, NormScope, VarianceOf, Weights
-
-
-def channel_variance(states_XD: Tensor) -> Tensor:
-    """Variance over the channels of each token, its squared length in all but name."""
-    return states_XD.float().var(-1, unbiased=False)
-
-
-def neighbourhood_variance(states_ND: Tensor, token_RC: Tensor, valid_RC: Tensor) -> Tensor:
-    """Mean squared deviation [R, C] of unit tokens from the mean of their 3 x 3 window."""
-    return neighbour_term(states_ND, token_RC, valid_RC, "local_var")
-
-
-def edge_term(states_ND: Tensor, token_RC: Tensor, valid_RC: Tensor) -> Tensor:
-    """Mean over channels of |sum over the 4 neighbours of (x - neighbour)| [R, C], of unit tokens.
-
-    A neighbour that is missing or not valid counts as equal, so that neither a border nor padding is an edge.
-    """
-    x_RCD, weight_RC1 = unit_on_grid(states_ND, token_RC), valid_RC[..., None].float()
-    total = torch.zeros_like(x_RCD)
-    down = (x_RCD[:-1] - x_RCD[1:]) * weight_RC1[:-1] * weight_RC1[1:]
-    right = (x_RCD[:, :-1] - x_RCD[:, 1:]) * weight_RC1[:, :-1] * weight_RC1[:, 1:]
-    total = total + F.pad(down, (0, 0, 0, 0, 0, 1)) - F.pad(down, (0, 0, 0, 0, 1, 0))
-    total = total + F.pad(right, (0, 0, 0, 1)) - F.pad(right, (0, 0, 1, 0))
-    return total.abs().mean(-1)
-
-
-def pixel_edges(patches_X3PP: Tensor) -> Tensor:
-    """Mean absolute Laplacian [X] of the grey values inside each patch; patches need at least 3 pixels a side."""
-    if patches_X3PP.shape[-1] < 3:
-        raise UserError(f"edge_space=pixels: patches of {patches_X3PP.shape[-1]} px have no inside; choose features")
-    grey = patches_X3PP.float().mean(-3)
-    inner = grey[..., 1:-1, 1:-1]
-    around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
-    return (4 * inner - around).abs().mean((-2, -1))
-
+from shirg.options import CropTerm, Metric, Norm, ShirgOptions
+from shirg.validation import UserError
 
 EPS = 1e-6
+"""Added to a spread before it divides."""
 CLAMP = 3.0
+"""Largest absolute z-score."""
 ROWS = 18
-"""Rows of a grid that are compared at a time on a CPU: few enough to stay in its cache, in few enough calls."""
-# Each undirected edge of the 8-neighbourhood once: right, down, down right, down left.
+"""Rows of a grid that are compared at a time on a CPU: they fit its cache."""
 EDGES = ((0, 1), (1, 0), (1, 1), (1, -1))
+"""Each undirected edge of the 8-neighbourhood once: right, down, down right, down left; (rows, columns)."""
 
 
 def unit(tokens_XD: Tensor) -> Tensor:
@@ -80,7 +50,7 @@ def neighbour_term(tokens_ND: Tensor, token_RC: Tensor, valid_RC: Tensor, metric
     `token_RC` says which of the N tokens is at each cell, `valid_RC` which cells count.
 
     `feature_l2`: distance of unit tokens, 0 to 2. `feature_cos`: half its square, which is 1 - cosine.
-    `position`: distance of cells; the same for every inner token, kept as the literal reading of the notes.
+    `position`: distance of cells; the same for every inner token; the literal reading of the notes.
     `local_var`: mean squared deviation over channels from the mean of the 3 x 3 window.
     """
     if metric == "local_var":
@@ -144,11 +114,67 @@ def _window_sum(grid_RCD: Tensor) -> Tensor:
     return wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
 
 
+def channel_variance(states_XD: Tensor) -> Tensor:
+    """Variance [X] over the channels of each token, which is nearly its squared length."""
+    return states_XD.float().var(-1, unbiased=False)
+
+
+def neighbourhood_variance(states_ND: Tensor, token_RC: Tensor, valid_RC: Tensor) -> Tensor:
+    """Mean squared deviation [R, C] of unit tokens from the mean of their 3 x 3 window."""
+    return neighbour_term(states_ND, token_RC, valid_RC, "local_var")
+
+
+def edge_term(states_ND: Tensor, token_RC: Tensor, valid_RC: Tensor) -> Tensor:
+    """Mean over channels of |sum over the 4 neighbours of (x - neighbour)| [R, C], of unit tokens.
+
+    A neighbour that is missing or not valid counts as equal, so that neither a border nor padding is an edge.
+    """
+    x_RCD, weight_RC1 = unit_on_grid(states_ND, token_RC), valid_RC[..., None].float()
+    total = torch.zeros_like(x_RCD)
+    down = (x_RCD[:-1] - x_RCD[1:]) * weight_RC1[:-1] * weight_RC1[1:]
+    right = (x_RCD[:, :-1] - x_RCD[:, 1:]) * weight_RC1[:, :-1] * weight_RC1[:, 1:]
+    total = total + F.pad(down, (0, 0, 0, 0, 0, 1)) - F.pad(down, (0, 0, 0, 0, 1, 0))
+    total = total + F.pad(right, (0, 0, 0, 1)) - F.pad(right, (0, 0, 1, 0))
+    return total.abs().mean(-1)
+
+
+def pixel_edges(patches_X3PP: Tensor) -> Tensor:
+    """Mean absolute Laplacian [X] of the grey values inside each patch; patches need at least 3 pixels a side."""
+    if patches_X3PP.shape[-1] < 3:
+        raise UserError(f"edge_space=pixels: patches of {patches_X3PP.shape[-1]} px are too small; choose features")
+    grey = patches_X3PP.float().mean(-3)
+    inner = grey[..., 1:-1, 1:-1]
+    around = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    return (4 * inner - around).abs().mean((-2, -1))
+
+
+def crop_term(kind: CropTerm, border_N: Tensor, tile_N: Tensor, in_centre_N: Tensor) -> Tensor:
+    """float32 [N]: how much the position of a token in its crop lowers its score.
+
+    `border`: 1 at the border of its own view, falling to 0 half a view inwards. `centre`: 0 in the centre crop, 1
+    elsewhere. `literal`: |number - 2| / 2 for the number of its view, row by row with a centre crop last: the notes'
+    formula.
+    """
+    if kind == "border":
+        return border_N
+    if kind == "centre":
+        return (~in_centre_N).float()
+    if kind == "literal":
+        return ((tile_N - 2).abs() / 2).masked_fill(tile_N < 0, 0.0)
+    return torch.zeros_like(border_N)
+
+
+def centre_term(centre_P2: Tensor) -> Tensor:
+    """float32 [P]: distance from the centre of the frame, 1 at its corners."""
+    distance_P: Tensor = torch.linalg.vector_norm(centre_P2 - 0.5, dim=-1) * 2**0.5
+    return distance_P
+
+
 def normalise(values_BM: Tensor, valid_BM: Tensor, norm: Norm) -> Tensor:
     """Values [B, M] on a common scale, by the statistics of the valid ones of each row.
 
     `zscore`: zero mean, unit variance, clamped to +-3. `minmax`: 0 to 1. `rank`: 0 to 1 by rank, equal values share the
-    middle rank. `none`: as they are.
+    middle rank. `none`: unchanged.
     """
     values_BM = values_BM.float()
     if norm == "none":
@@ -172,139 +198,121 @@ def normalise(values_BM: Tensor, valid_BM: Tensor, norm: Norm) -> Tensor:
     return (below + up_to - 1).float() / 2 / (count_B1 - 1).clamp_min(1)
 
 
-def crop_term(kind: CropTerm, border_N: Tensor, tile_N: Tensor, in_centre_N: Tensor) -> Tensor:
-    """float32 [N]: what a token loses for where it sits in its crop.
-
-    `border`: 1 at the border of its own view, falling to 0 half a view inwards. `centre`: 0 in the centre crop, 1
-    elsewhere. `literal`: |number - 2| / 2 for the number of its view, row by row with a centre crop last: the notes'
-    formula.
-    """
-    if kind == "border":
-        return border_N
-    if kind == "centre":
-        return (~in_centre_N).float()
-    if kind == "literal":
-        return ((tile_N - 2).abs() / 2).masked_fill(tile_N < 0, 0.0)
-    return torch.zeros_like(border_N)
-
-
-def centre_term(centre_P2: Tensor) -> Tensor:
-    """float32 [P]: distance from the centre of the frame, 1 at its corners."""
-    distance_P: Tensor = torch.linalg.vector_norm(centre_P2 - 0.5, dim=-1) * 2**0.5
-    return distance_P
-
-
 GridTerm = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Tokens [N, D], which of them is at each cell [R, C] and which cells count [R, C] to values [R, C]."""
+"""From tokens [N, D], the token of each cell [R, C] and which cells count [R, C], to values [R, C]."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ScoreTerms:
-    """Scores of all places of B pictures."""
+    """Scores of all grid cells of B pictures."""
 
-    weights: Weights
-    neighbor: Neighbor
-    variance_of: VarianceOf
-    edge_space: EdgeSpace
-    norm: Norm
-    norm_scope: NormScope
-    crop_term: CropTerm
+    options: ShirgOptions
 
     def score(
-        self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment, ranks_global: Sequence[bool]
+        self, features: VisionFeatures, states_BND: Tensor, assigned: CellAssignment, ranks_global: Sequence[bool]
     ) -> Tensor:
         """float32 [B, P], padding included, of encoder states.
 
-        Where `ranks_global` is False nobody reads the scores of a picture's global view, and some terms leave it out.
+        Where `ranks_global` is False the scores of a picture's global view are not used, and some terms leave it out.
         """
-        layout, weights = features.layout, self.weights
+        layout, weights = features.layout, self.options.weights
         if self._fits_kernel(states_BND):
-            score_BP = self._by_kernel(features, states_BND, seats)
+            score_BP = self._by_kernel(features, states_BND, assigned)
         else:
-            score_BP = self.relevance_and_neighbours(features, states_BND, seats, ranks_global)
-        for weight, values_BP in self._texture(features, states_BND, seats, ranks_global):
-            score_BP = score_BP + weight * self._comparable(values_BP, seats, layout)
+            score_BP = self.relevance_and_neighbours(features, states_BND, assigned, ranks_global)
+        for weight, values_BP in self._texture(features, states_BND, assigned, ranks_global):
+            score_BP = score_BP + weight * self._comparable(values_BP, assigned, layout)
         if weights.centre:
             centre_BP = centre_term(layout_tables(layout).centre_P2).expand_as(score_BP)
-            score_BP = score_BP - weights.centre * self._comparable(centre_BP, seats, layout)
-        if self.crop_term != "none":
+            score_BP = score_BP - weights.centre * self._comparable(centre_BP, assigned, layout)
+        if self.options.crop_term != "none":
             table = layout_tables(layout)
-            lost_N = crop_term(self.crop_term, table.border_N, table.tile_N, table.in_centre_N)[layout.rank_N]
-            score_BP = score_BP - weights.crop * seats.take(lost_N.expand_as(features.valid_BN))
+            penalty_N = crop_term(self.options.crop_term, table.border_N, table.tile_N, table.in_centre_N)[
+                layout.rank_N
+            ]
+            score_BP = score_BP - weights.crop * assigned.take(penalty_N.expand_as(features.valid_BN))
         return score_BP
 
     def relevance_and_neighbours(
-        self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment, ranks_global: Sequence[bool]
+        self, features: VisionFeatures, states_BND: Tensor, assigned: CellAssignment, ranks_global: Sequence[bool]
     ) -> Tensor:
-        """float32 [B, P]: the two terms of SHIRG-980, which `shirg.kernels.score` has a kernel for."""
-        layout, weights = features.layout, self.weights
-        score_BP = torch.zeros_like(seats.usable_BP, dtype=torch.float32)
+        """float32 [B, P]: the two terms of SHIRG-980; `shirg.kernels.score` has a kernel for them."""
+        layout, weights = features.layout, self.options.weights
+        score_BP = torch.zeros_like(assigned.usable_BP, dtype=torch.float32)
         if weights.similarity:
             assert features.relevance_BN is not None
-            relevance_BP = seats.take(features.relevance_BN.float())
-            score_BP = score_BP + weights.similarity * self._comparable(relevance_BP, seats, layout)
+            relevance_BP = assigned.take(features.relevance_BN.float())
+            score_BP = score_BP + weights.similarity * self._comparable(relevance_BP, assigned, layout)
         if weights.neighbor:
-            term = partial(neighbour_term, metric=self.neighbor.metric)
-            distance_BP = self._comparable(_on_grids(term, features, states_BND, seats, ranks_global), seats, layout)
-            score_BP = score_BP + self.neighbor.sign * weights.neighbor * distance_BP
+            term = partial(neighbour_term, metric=self.options.neighbor.metric)
+            distance_BP = self._comparable(
+                _on_grids(term, features, states_BND, assigned, ranks_global), assigned, layout
+            )
+            score_BP = score_BP + self.options.neighbor.sign * weights.neighbor * distance_BP
         return score_BP
 
     def _fits_kernel(self, states_BND: Tensor) -> bool:
         return (
             states_BND.is_cuda
             and kernel.available()
-            and self.weights.neighbor > 0
-            and self.neighbor.metric in ("feature_l2", "feature_cos")
-            and self.norm in ("zscore", "none")
-            and self.norm_scope == "image"
+            and self.options.weights.neighbor > 0
+            and self.options.neighbor.metric in ("feature_l2", "feature_cos")
+            and self.options.norm in ("zscore", "none")
+            and self.options.norm_scope == "image"
         )
 
-    def _by_kernel(self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment) -> Tensor:
-        layout, weights = features.layout, self.weights
+    def _by_kernel(self, features: VisionFeatures, states_BND: Tensor, assigned: CellAssignment) -> Tensor:
+        layout, weights = features.layout, self.options.weights
         relevance_BN = features.relevance_BN if weights.similarity else None
         found: Tensor = kernel.relevance_and_neighbours(
             states_BND,
-            seats.token_BP,
-            seats.usable_BP,
-            torch.zeros_like(seats.token_BP).float() if relevance_BN is None else seats.take(relevance_BN.float()),
+            assigned.token_BP,
+            assigned.usable_BP,
+            torch.zeros_like(assigned.token_BP).float()
+            if relevance_BN is None
+            else assigned.take(relevance_BN.float()),
             layout.n_global,
             layout.side,
             max(layout.canvas[1], 1),
             weights.similarity,
-            self.neighbor.sign * weights.neighbor,
-            self.neighbor.metric == "feature_cos",
-            self.norm == "zscore",
+            self.options.neighbor.sign * weights.neighbor,
+            self.options.neighbor.metric == "feature_cos",
+            self.options.norm == "zscore",
+            EPS,
+            CLAMP,
         )
         return found
 
     def _texture(
-        self, features: VisionFeatures, states_BND: Tensor, seats: CellAssignment, ranks_global: Sequence[bool]
+        self, features: VisionFeatures, states_BND: Tensor, assigned: CellAssignment, ranks_global: Sequence[bool]
     ) -> list[tuple[float, Tensor]]:
-        """Weights and values [B, P] of how busy the tokens are."""
-        weights = self.weights
+        """Weights and values [B, P] of the variance and edge terms."""
+        weights = self.options.weights
         found: list[tuple[float, Tensor]] = []
-        if weights.variance and self.variance_of == "channels":
-            found.append((weights.variance, seats.take(channel_variance(states_BND))))
+        if weights.variance and self.options.variance_of == "channels":
+            found.append((weights.variance, assigned.take(channel_variance(states_BND))))
         elif weights.variance:
-            values_BP = _on_grids(neighbourhood_variance, features, states_BND, seats, ranks_global)
+            values_BP = _on_grids(neighbourhood_variance, features, states_BND, assigned, ranks_global)
             found.append((weights.variance, values_BP))
-        if weights.edge and self.edge_space == "pixels":
-            found.append((weights.edge, seats.take(pixel_edges(features.taps["pixels"]))))
+        if weights.edge and self.options.edge_space == "pixels":
+            found.append((weights.edge, assigned.take(pixel_edges(features.taps["pixels"]))))
         elif weights.edge:
-            found.append((weights.edge, _on_grids(edge_term, features, states_BND, seats, ranks_global, by_view=True)))
+            found.append(
+                (weights.edge, _on_grids(edge_term, features, states_BND, assigned, ranks_global, by_view=True))
+            )
         return found
 
-    def _comparable(self, values_BP: Tensor, seats: CellAssignment, layout: TokenLayout) -> Tensor:
-        """Values on a common scale. The global view is another scale and has statistics of its own."""
-        n, usable_BP = layout.n_global, seats.usable_BP
+    def _comparable(self, values_BP: Tensor, assigned: CellAssignment, layout: TokenLayout) -> Tensor:
+        """Values on a common scale. The global view has another scale, and so its own statistics."""
+        n, usable_BP = layout.n_global, assigned.usable_BP
         values_BM, usable_BM = values_BP[:, n:], usable_BP[:, n:]
-        parts = [normalise(values_BP[:, :n], usable_BP[:, :n], self.norm)] if n else []
-        if layout.canvas != (0, 0) and self.norm_scope == "image":
-            parts.append(normalise(values_BM, usable_BM, self.norm))
+        parts = [normalise(values_BP[:, :n], usable_BP[:, :n], self.options.norm)] if n else []
+        if layout.canvas != (0, 0) and self.options.norm_scope == "image":
+            parts.append(normalise(values_BM, usable_BM, self.options.norm))
         elif layout.canvas != (0, 0):
             table, split = layout_tables(layout), (-1, layout.side**2)
             by_tile = [unflatten(part[:, table.by_tile_M], 1, split) for part in (values_BM, usable_BM)]
-            parts.append(normalise(by_tile[0], by_tile[1], self.norm).flatten(1)[:, table.from_tile_M])
+            parts.append(normalise(by_tile[0], by_tile[1], self.options.norm).flatten(1)[:, table.from_tile_M])
         return torch.cat(parts, dim=1)
 
 
@@ -312,22 +320,22 @@ def _on_grids(
     term: GridTerm,
     features: VisionFeatures,
     states_BND: Tensor,
-    seats: CellAssignment,
+    assigned: CellAssignment,
     ranks_global: Sequence[bool],
     *,
     by_view: bool = False,
 ) -> Tensor:
-    """A term of grids at all places [B, P]; zeros stand for a global view that is not ranked.
+    """A term of grids at all cells [B, P]; zeros for a global view that is not ranked.
 
-    One picture at a time: its temporaries stay in cache, and its score cannot depend on its batch-mates. A picture that
-    several rows ask about is looked at once, unless who sits in its cells depends on the question.
+    One picture at a time: its temporaries stay in the CPU's cache, and its score cannot depend on the other pictures of
+    the batch. A picture that several rows share is computed once, unless its cell assignment depends on the question.
     """
-    at = range(len(ranks_global)) if features.picture_at is None or seats.shared else features.picture_at
+    at = range(len(ranks_global)) if features.picture_at is None or assigned.shared else features.picture_at
     found: dict[int, Tensor] = {}
     for row, (picture, ranks) in enumerate(zip(at, ranks_global, strict=True)):
         if picture not in found:
             of_grid = partial(term, states_BND[row])
-            token_P, usable_P = seats.token_BP[row], seats.usable_BP[row]
+            token_P, usable_P = assigned.token_BP[row], assigned.usable_BP[row]
             found[picture] = _on_grids_of_one(of_grid, token_P, usable_P, features.layout, ranks, by_view)
     return torch.stack([found[picture] for picture in at])
 
@@ -342,7 +350,7 @@ def _on_grids_of_one(
 ) -> Tensor:
     """The global view and the canvas are two grids.
 
-    `by_view` takes each tile as a grid of its own, because a tower that sees one tile knows nothing of the next.
+    `by_view` makes each tile its own grid, because the tower encodes each tile alone.
     """
 
     def on(token_X: Tensor, usable_X: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a selector gives back, and the class that all selectors extend (docs/method.md, "The contract").
+"""What a selector returns, and the base class of all selectors (docs/method.md, "The contract").
 
 A selector sees tensors, never a model, a file or a config: this module imports torch alone.
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from shirg.budget import Budget, matched_count_B, most_pooled
-from shirg.errors import UserError
 from shirg.features import Geometry, VisionFeatures
+from shirg.validation import UserError
 
 Stage = Literal["pre", "post"]
 
@@ -43,20 +43,21 @@ class Selection:
     source_BT: Tensor
     """int64: a `Source`."""
     box_BT4: Tensor
-    """float32: where the token sits, as fractions of the original picture."""
+    """float32: the token's box (x0, y0, x1, y1), as fractions of the original picture."""
     mask_BT: Tensor
     """bool: False for slots that this picture does not use."""
     scores_BN: Tensor | None = None
     """float32: what the tokens were ranked by, for overlays."""
     expected_B: Tensor | None = None
-    """float32: the loss that a trained head expects of this choice; it carries the head's gradient."""
+    """float32: the loss that a trained head predicts for this selection; it carries the head's gradient."""
 
 
-def assert_finite(scores_BN: Tensor, valid_BN: Tensor, who: str) -> None:
+def assert_finite(scores_BN: Tensor, valid_BN: Tensor, name: str) -> None:
     """Raises RuntimeError when a usable token has no finite score; on a GPU without waiting for the device."""
     torch._assert_async(
         (scores_BN.isfinite() | ~valid_BN).all(),
-        f"{who}: the score of a token is not finite; look for NaN, inf or values beyond 1e18 in features and relevance",
+        f"{name}: the score of a token is not finite; look for NaN, inf or values beyond 1e18 in the features and in "
+        "the relevance",
     )
 
 
@@ -77,7 +78,7 @@ class Selector(nn.Module):
     """Chooses which vision tokens the language model reads.
 
     A simple method overrides `score` alone; this class owns validation, the stable top-K, reading order and the gather.
-    Constructors take keywords only, so that an unknown knob is a TypeError.
+    Constructors take keywords only, so that an unknown option is a TypeError.
     """
 
     stage: Stage = "pre"
@@ -89,12 +90,12 @@ class Selector(nn.Module):
     geometry: Geometry = "lavida_tiles"
     """How the adapter has to cut pictures into views for this selector."""
     reads_sample: bool = False
-    """True when `ids` or `boxes` matter: prompts about one picture then get a selection each, whatever ranks."""
+    """True when `ids` or `boxes` matter: prompts about one picture then cannot share a selection."""
     may_use_less: bool = False
     """True when a picture may use fewer tokens than its budget."""
 
     def __init__(self, *, budget: Budget | None, geometry: Geometry = "lavida_tiles") -> None:
-        """`budget`: tokens per picture; "matched": as many as the base model; None: the method itself decides."""
+        """`budget`: tokens per picture; "matched": as many as the base model uses; None: the method itself decides."""
         super().__init__()
         if geometry not in get_args(Geometry):
             raise UserError(f"geometry={geometry!r}: choose one of {', '.join(get_args(Geometry))}")
@@ -160,11 +161,11 @@ class Selector(nn.Module):
 
 
 def keep(features: VisionFeatures, ranked_BT: Tensor, keep_B: Tensor, *, scores_BN: Tensor | None = None) -> Selection:
-    """A Selection of source tokens given best first: the first `keep_B` of each row stay, put into reading order."""
+    """A Selection of source tokens given best first: the first `keep_B` of each row are kept, in reading order."""
     layout, t = features.layout, ranked_BT.shape[1]
     used_BT = torch.arange(t, device=ranked_BT.device) < keep_B[:, None]
-    place_BT = layout.rank_N[ranked_BT].masked_fill(~used_BT, layout.n_tokens)
-    order_BT = torch.sort(place_BT, dim=-1, stable=True).indices
+    rank_BT = layout.rank_N[ranked_BT].masked_fill(~used_BT, layout.n_tokens)
+    order_BT = torch.sort(rank_BT, dim=-1, stable=True).indices
     index_BT, mask_BT = ranked_BT.gather(1, order_BT), used_BT.gather(1, order_BT)
     return Selection(
         tokens_BTD=gather_tokens(features.tokens_BND, index_BT) * mask_BT[..., None].to(features.tokens_BND.dtype),

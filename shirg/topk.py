@@ -1,4 +1,7 @@
-"""From scores to a ranking: representatives and diversity (docs/method.md, "Coverage" and "Diversity")."""
+"""From scores to a ranking: representatives of regions, diversity, tiers (docs/method.md, "Coverage", "Diversity").
+
+Shape letters: B batch, P grid cells that compete, R regions, L cells of a region, D width.
+"""
 
 from collections.abc import Sequence
 
@@ -10,9 +13,9 @@ from shirg.selection import stable_topk
 
 
 def boost_representatives(scores_BP: Tensor, usable_BP: Tensor, region_RL: Tensor) -> Tensor:
-    """Scores in which the best usable place of each region stands above all places that represent none.
+    """Scores in which the best usable cell of each region ranks above all cells that represent no region.
 
-    Equal scores go to the first place in reading order. `region_RL` names places, P where a region has fewer than L.
+    Equal scores go to the first cell in reading order. `region_RL` holds cells, P where a region has fewer than L.
     """
     b, p = scores_BP.shape
     worth_BP = scores_BP.masked_fill(~usable_BP, float("-inf"))
@@ -25,8 +28,8 @@ def boost_representatives(scores_BP: Tensor, usable_BP: Tensor, region_RL: Tenso
     return scores_BP + chosen_BP * (2 * spread_B1 + 1)
 
 
-def tiers(groups: Sequence[tuple[Tensor, Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The best k tokens [B, k] and how many of all are usable [B]: one group after the other, each best first.
+def tiered_topk(groups: Sequence[tuple[Tensor, Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """The best k tokens [B, k], and how many tokens are usable [B]: one group after the other, each best first.
 
     A group is (tokens, scores, usable), each [B, n]; equal scores go to the earlier one.
     """
@@ -42,9 +45,9 @@ def tiers(groups: Sequence[tuple[Tensor, Tensor, Tensor]], k: int) -> tuple[Tens
 
 
 def marginal_relevance(scores_BP: Tensor, usable_BP: Tensor, states_BPD: Tensor, k: int, weight: float) -> Tensor:
-    """Scores [B, P] that rank k places as picked one by one: score less `weight` x largest cosine to those picked.
+    """Scores [B, P] that rank k cells as picked one by one: by score - `weight` x largest cosine to those picked.
 
-    Carbonell and Goldstein 1998, "The use of MMR". Sequential by nature, so k steps. Places that are not picked come
+    Carbonell and Goldstein 1998, "The use of MMR". It takes k steps, one for each pick. Cells that are not picked rank
     after those that are.
     """
     unit_BPD = F.normalize(states_BPD.float(), dim=-1)

@@ -1,4 +1,4 @@
-"""The settings of SHIRG that the contract is tested with: its files, and what they leave out."""
+"""The options of SHIRG that the contract is tested with: those of its files, and some that no file has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,19 +14,19 @@ CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
 
 @dataclass(frozen=True)
 class Case:
-    """A selector, the knobs it is tested with, and for each knob a value that must change something.
+    """A selector, the options it is tested with, and for each option a value that must change something.
 
-    A changed value may bring other knobs along: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}. `refused` names
-    the knobs whose changed value means nothing beside the others and must raise.
+    A changed value may set other options too: {"norm_scope": {"norm_scope": "view", "norm": "rank"}}. `refused` names
+    the options whose changed value has no effect beside the others and must raise.
     """
 
     build: Callable[..., Selector]
-    knobs: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     flips: dict[str, Any] = field(default_factory=dict)
     refused: frozenset[str] = frozenset()
 
 
-GATE_FLIPS: dict[str, Any] = {
+SHIRG_FLIPS: dict[str, Any] = {
     "budget": "matched",
     "geometry": "fovea",
     "views": "all",
@@ -54,21 +54,36 @@ GATE_FLIPS: dict[str, Any] = {
 
 EVERY_TERM = {"centre": 0.2, "variance": 0.2, "edge": 0.3, "crop": 0.2}
 COORDS = frozenset({"coord_embed", "coord_width"})
-"""Each needs the other, and an embedding starts at zero: tests/shirg/test_gate.py trains one."""
+"""Each needs the other, and an embedding starts at zero: tests/shirg/test_trainable.py trains one."""
 NO_CELL_IS_SHARED = COORDS | {"dedup"}
 ONE_VIEW = NO_CELL_IS_SHARED | {"views", "norm_scope", "mask_padding", "underflow"}
 TOO_LARGE = {"underflow": {"underflow": "mask", "budget": 300}}
 
 
+PUBLISHED = {"shirg": 980, "shirg_div": 980, "shirg_672": 1216, "shirg_v2": 769, "shirg_fixed": 768, "shirg_x": 912}
+PUBLISHED |= {"shirg_fovea": 980}
+"""The budget of each variant in the notes."""
+
+
+def own_options(name: str) -> dict[str, Any]:
+    """The options that a variant's file sets."""
+    file = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    return {option: value for option, value in file.items() if option not in ("defaults", "_target_")}
+
+
+def variant(name: str, **options: Any) -> ShirgSelector:
+    """A variant of SHIRG, at its published budget unless another is given."""
+    return ShirgSelector(**{**own_options(name), "budget": PUBLISHED[name], **options})
+
+
 def preset(name: str, refused: frozenset[str], budget: int = 60, **flips: Any) -> Case:
-    """A variant of SHIRG: the knobs of its own file, at a budget of the test."""
-    knobs = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    own = {knob: value for knob, value in knobs.items() if knob != "defaults"}
-    return Case(ShirgSelector, {**own, "budget": budget}, flips={**GATE_FLIPS, **flips}, refused=refused)
+    """The case of a variant of SHIRG, at a budget of the test."""
+    options = {**own_options(name), "budget": budget}
+    return Case(ShirgSelector, options, flips={**SHIRG_FLIPS, **flips}, refused=refused)
 
 
 FAMILY = {
-    "shirg": Case(ShirgSelector, {"budget": 60, "scaffold": {"size": 3}}, flips=GATE_FLIPS, refused=NO_CELL_IS_SHARED),
+    "shirg": Case(ShirgSelector, {"budget": 60, "scaffold": {"size": 3}}, flips=SHIRG_FLIPS, refused=NO_CELL_IS_SHARED),
     "shirg_div": preset("shirg_div", NO_CELL_IS_SHARED, neighbor={"neighbor": {"sign": -1}}, coverage=5),
     "shirg_672": preset("shirg_672", ONE_VIEW),
     "shirg_v2": preset(
@@ -89,7 +104,7 @@ OTHERS = {
         ShirgSelector,
         {"budget": 60, "geometry": "seed_canvas48", "crop_term": "border", "scaffold": {"size": 2, "source": "canvas"}},
         flips={
-            **GATE_FLIPS,
+            **SHIRG_FLIPS,
             **TOO_LARGE,
             "crop_term": "centre",
             "scaffold": {"scaffold": {"size": 3, "source": "canvas"}},
@@ -100,7 +115,7 @@ OTHERS = {
         ShirgSelector,
         {"budget": 60, "geometry": "seed_canvas48", "dedup": "mean", "underflow": "mask", "scaffold": {"size": 0}},
         flips={
-            **GATE_FLIPS,
+            **SHIRG_FLIPS,
             "dedup": "relevance",
             "underflow": "global",
             "scaffold": {"scaffold": {"size": 2, "source": "canvas"}},
@@ -121,7 +136,7 @@ OTHERS = {
             "summary": True,
         },
         flips={
-            **GATE_FLIPS,
+            **SHIRG_FLIPS,
             **TOO_LARGE,
             "geometry": {"geometry": "fovea", "crop_term": "none"},
             "views": "tiles",
@@ -138,8 +153,8 @@ OTHERS = {
     "mmr": Case(
         ShirgSelector,
         {"budget": 20, "diversity": {"mode": "mmr"}, "scaffold": {"size": 0}},
-        flips={**GATE_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
+        flips={**SHIRG_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
         refused=NO_CELL_IS_SHARED | {"coverage"},
     ),
 }
-"""Selectors without a file of their own: settings that the files leave out."""
+"""Options of SHIRG that no file has."""

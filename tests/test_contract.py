@@ -27,7 +27,7 @@ from baselines import (
     VisionZip,
     VisPruner,
 )
-from shirg import Selection, Selector, Source, VisionFeatures
+from shirg import Selection, Selector, ShirgSelector, Source, VisionFeatures
 from tests.cases import CONF, COORDS, FAMILY, OTHERS, Case
 from tests.features import GRIDS, SIZES, differs, features_for, permute_views, projector, recorded, through
 
@@ -90,7 +90,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def selector(case: Case) -> Selector:
-    return case.build(**case.knobs)
+    return case.build(**case.options)
 
 
 @contextmanager
@@ -111,27 +111,24 @@ def is_kept(chosen: Selection) -> torch.Tensor:
     return chosen.mask_BT & (chosen.source_BT == int(Source.KEPT))
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_shapes_and_types(selector: Selector, grid: tuple[int, int]) -> None:
+def on_grids(*grids: tuple[int, int]) -> pytest.MarkDecorator:
+    """Each selector on each of LaViDa's canvases, or once on the one canvas of its own geometry."""
+    geometry = {name: case.build(**case.options).geometry for name, case in ALL.items()}
+    pairs = [(name, grid) for name in ALL for grid in grids if geometry[name] == "lavida_tiles" or grid == grids[0]]
+    return pytest.mark.parametrize(("case", "grid"), pairs, indirect=["case"])
+
+
+@on_grids(*GRIDS)
+def test_a_selection_is_well_formed(selector: Selector, grid: tuple[int, int]) -> None:
     features = features_for(selector, grid, sizes=SIZES[grid])
     chosen = selector(features)
     b, t = chosen.mask_BT.shape
     assert b == 3 and chosen.tokens_BTD.shape == (3, t, 16) and chosen.box_BT4.shape == (3, t, 4)
     assert chosen.index_BT.shape == chosen.source_BT.shape == (3, t)
-    assert (chosen.index_BT.dtype, chosen.source_BT.dtype, chosen.mask_BT.dtype) == (
-        torch.int64,
-        torch.int64,
-        torch.bool,
-    )
-    assert chosen.box_BT4.dtype == torch.float32
+    assert chosen.index_BT.dtype == chosen.source_BT.dtype == torch.int64
+    assert (chosen.mask_BT.dtype, chosen.box_BT4.dtype) == (torch.bool, torch.float32)
     if chosen.scores_BN is not None:
         assert chosen.scores_BN.shape == features.valid_BN.shape and chosen.scores_BN.dtype == torch.float32
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_kept_tokens_are_source_tokens_each_once_in_reading_order(selector: Selector, grid: tuple[int, int]) -> None:
-    features = features_for(selector, grid, sizes=SIZES[grid])
-    chosen = selector(features)
     assert_kept(features, chosen)
 
 
@@ -153,14 +150,14 @@ def assert_kept(features: VisionFeatures, chosen: Selection) -> None:
 def test_budgets_are_exact(case: Case, budget: Any) -> None:
     if "budget" not in inspect.signature(case.build).parameters:
         with pytest.raises(TypeError, match="budget"):
-            case.build(**case.knobs, budget=budget)
+            case.build(**case.options, budget=budget)
         return
-    selector = case.build(**{**case.knobs, "budget": budget})
+    selector = case.build(**{**case.options, "budget": budget})
     features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
     counts = selector(features).mask_BT.sum(-1).tolist()
     base = features_for(Pooled(), (2, 2), sizes=SIZES[(2, 2)])
-    owed = Pooled()(base).mask_BT.sum(-1).tolist() if budget == "matched" else [budget] * 3
-    assert counts == owed or (selector.may_use_less and all(a <= b for a, b in zip(counts, owed, strict=True)))
+    due = Pooled()(base).mask_BT.sum(-1).tolist() if budget == "matched" else [budget] * 3
+    assert counts == due or (selector.may_use_less and all(a <= b for a, b in zip(counts, due, strict=True)))
 
 
 def test_slots_do_not_depend_on_content(selector: Selector) -> None:
@@ -173,18 +170,18 @@ def test_slots_do_not_depend_on_content(selector: Selector) -> None:
 
 
 def test_a_budget_that_is_too_large_names_the_picture(case: Case, selector: Selector) -> None:
-    if "budget" not in case.knobs or getattr(selector, "underflow", None) == "mask":
+    if "budget" not in case.options or case.options.get("underflow") == "mask":
         pytest.skip("no budget, or slots may stay unused")
     features = features_for(selector, (2, 2), sizes=[(768, 768), (3000, 300)])
     wanted = features.n_valid[1] + 75
     culprit = r"picture 'picture-1'" if features.n_valid[0] > wanted else "budget"
     with pytest.raises(ValueError, match=rf"budget {wanted} .*{culprit}"):
-        case.build(**{**case.knobs, "budget": wanted})(features)
+        case.build(**{**case.options, "budget": wanted})(features)
 
 
 def test_repeats_bit_for_bit(case: Case, selector: Selector) -> None:
     features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
-    first, second = case.build(**case.knobs), case.build(**case.knobs)
+    first, second = case.build(**case.options), case.build(**case.options)
     torch.manual_seed(0)
     here = first(features)
     first(features_for(selector, (2, 2), seed=9))
@@ -283,7 +280,7 @@ def test_choosing_commutes_with_projecting(selector: Selector) -> None:
     assert torch.allclose(early, late[rows, chosen.index_BT[kept]], atol=1e-6)
 
 
-@pytest.mark.parametrize("grid", [(2, 2), (0, 0)])
+@on_grids((2, 2), (0, 0))
 def test_compiles_to_one_graph(selector: Selector, grid: tuple[int, int]) -> None:
     if isinstance(selector, Random):
         pytest.skip("draws on the host by design")
@@ -318,41 +315,41 @@ def on_device(features: VisionFeatures, device: str) -> VisionFeatures:
     return replace(features, layout=features.layout.to(device), taps=taps, **moved)
 
 
-def test_every_knob_changes_something_or_is_refused(case: Case) -> None:
-    for knob, value in case.flips.items():
-        flipped = value if isinstance(value, dict) else {knob: value}
-        base = {**case.knobs, **{k: v for k, v in flipped.items() if k != knob}}
+def test_every_option_changes_something_or_is_refused(case: Case) -> None:
+    for option, value in case.flips.items():
+        flipped = value if isinstance(value, dict) else {option: value}
+        base = {**case.options, **{k: v for k, v in flipped.items() if k != option}}
         here, there = read(case, base), read(case, {**base, **flipped})
-        if knob in case.refused:
-            assert here is not None and there is None, f"{knob} must be refused here"
+        if option in case.refused:
+            assert here is not None and there is None, f"{option} must be refused here"
         else:
-            assert there is not None and (here is None or differs(here, there)), knob
+            assert there is not None and (here is None or differs(here, there)), option
 
 
-def test_no_knob_is_left_out() -> None:
-    """Each knob is flipped in each case, and each knob of each class is somewhere seen to change something."""
+def test_no_option_is_left_out() -> None:
+    """Each option is flipped in each case, and each option of each class is somewhere seen to change something."""
     live: dict[Any, set[str]] = {}
     for case in ALL.values():
         parameters = inspect.signature(case.build).parameters
         assert set(case.flips) == set(parameters) and case.refused <= set(parameters)
         assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values())
         live.setdefault(case.build, set()).update(set(case.flips) - case.refused)
-    for build, knobs in live.items():
-        assert knobs | COORDS >= set(inspect.signature(build).parameters), build
+    for build, options in live.items():
+        assert options | COORDS >= set(inspect.signature(build).parameters), build
 
 
-def read(case: Case, knobs: dict[str, Any]) -> Selection | None:
-    """What the language model reads; None where the selector refuses the knobs or the pictures."""
+def read(case: Case, options: dict[str, Any]) -> Selection | None:
+    """What the language model reads; None where the selector refuses the options or the pictures."""
     try:
-        selector = case.build(**knobs)
+        selector = case.build(**options)
         return through(selector, features_for(selector, (2, 2), sizes=[(640, 480), (300, 1000)]))
     except ValueError:
         return None
 
 
-def test_an_unknown_knob_is_refused(case: Case) -> None:
-    with pytest.raises(TypeError, match="no_such_knob"):
-        case.build(**case.knobs, no_such_knob=1)
+def test_an_unknown_option_is_refused(case: Case) -> None:
+    with pytest.raises(TypeError, match="no_such_option"):
+        case.build(**case.options, no_such_option=1)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -360,9 +357,9 @@ def test_the_yaml_says_what_the_code_does(name: str) -> None:
     case = SELECTORS[name]
     config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     parameters = inspect.signature(case.build).parameters
-    if config.pop("defaults", None):  # another file with some knobs changed
+    if config.pop("defaults", None):  # another file with some options changed
         assert config and set(config) <= set(parameters)
-        assert all(value != parameters[knob].default for knob, value in config.items())
+        assert all(value != parameters[option].default for option, value in config.items())
         return
     target = config.pop("_target_")
     assert target == f"{case.build.__module__}.{case.build.__qualname__}"
@@ -370,13 +367,13 @@ def test_the_yaml_says_what_the_code_does(name: str) -> None:
     assert config.pop("budget", "${budget}") == "${budget}"
     required = {"budget": 60} if "budget" in parameters else {}
     default = case.build(**required)
-    for knob, value in config.items():
-        known = getattr(default, knob, None)
+    for option, value in config.items():
+        known = getattr(default.options, option) if isinstance(default, ShirgSelector) else None
         if is_dataclass(known):
             code = {f.name: getattr(known, f.name) for f in fields(known)}
             assert value == {k: list(v) if isinstance(v, tuple) else v for k, v in code.items()}
         else:
-            assert value == parameters[knob].default
+            assert value == parameters[option].default
 
 
 def test_each_yaml_has_its_contract() -> None:

@@ -1,11 +1,14 @@
-"""A plain twin of generation: what the public reference does, as it does it (docs/lavida.md, "Quirks").
+"""Plain implementations that the benches time ours against: LaViDa's decoding, and SHIRG-980 as loops over cells.
 
-Keys are cached before rotation, and at every step the whole cache is concatenated and rotated again; the prompt's
-logits are computed and thrown away; every answer slot gets logits, and their softmax is taken in float64. Weights are
-those of our model, so that what is compared is the way of computing.
+Decoding does what the public reference does (docs/lavida.md, "Quirks"): keys are cached before rotation, and at every
+step the whole cache is concatenated and rotated again; the prompt's logits are computed and not used; every answer slot
+gets logits, and their softmax is taken in float64. The weights are those of our model, so that only the computation
+differs.
 """
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +21,13 @@ from shirg import Role, VisionFeatures
 Past = list[tuple[Tensor, Tensor]]
 """For each layer, keys before rotation and values [B, H, P, Dh]."""
 
-
 Angles = tuple[Tensor, Tensor]
 
 
 def plain_forward(lm: Llada, x_BLD: Tensor, past: Past | None, angles: Angles) -> tuple[Tensor, Past]:
-    """Logits [B, L, W] of all that is given, and the keys and values of it and of what came before.
+    """Logits [B, L, W] of the inputs, and the keys and values of the past and the inputs.
 
-    `angles` are those of every position that there will be; the reference keeps them too.
+    `angles` are those of every position, up to the end of the answer; the reference keeps them too.
     """
     present: Past = []
     for i, block in enumerate(lm.layers):
@@ -64,6 +66,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def angles_of(lm: Llada, n: int) -> Angles:
+    """Cosines and sines of the rotary phases of positions 0 to n - 1."""
     positions_1L = torch.arange(n, device=lm.wte.weight.device)[None]
     phase = rotary_phase(positions_1L, lm.config.head_dim, lm.config.rope_theta)
     return phase.cos(), phase.sin()
@@ -84,7 +87,7 @@ def plain_step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: i
 
 @torch.inference_mode()
 def plain_generate(lm: Llada, embeds_BPD: Tensor, config: DecodeConfig, mask_id: int) -> Tensor:
-    """Answers [B, A] in one block, greedy, the surest first. Prompts are of one length: the reference knows no mask."""
+    """Answers [B, A] in one block, greedy, the most confident first. Prompts have one length: there is no mask."""
     angles = angles_of(lm, embeds_BPD.shape[1] + config.max_new_tokens)
     _, past = plain_forward(lm, embeds_BPD, None, angles)
     ids_BA = torch.full((len(embeds_BPD), config.max_new_tokens), mask_id, device=embeds_BPD.device)
@@ -94,55 +97,79 @@ def plain_generate(lm: Llada, embeds_BPD: Tensor, config: DecodeConfig, mask_id:
 
 
 Cell = tuple[int, int]
-WEIGHT, SIGN = {"similarity": 0.65, "neighbor": 0.25}, -1
+Key = TypeVar("Key")
+SIMILARITY, NEIGHBOR = 0.65, 0.25
+"""The published weights."""
 
 
-def naive_shirg980(features: VisionFeatures, sample: int, budget: int, scaffold: int = 8) -> tuple[Tensor, list[int]]:
-    """The tokens [budget, D] of one picture and the source tokens among them, by the published weights.
+def naive_shirg980(
+    features: VisionFeatures, sample: int, budget: int, scaffold: int = 8, sign: int = -1
+) -> tuple[Tensor, list[int]]:
+    """The tokens [budget, D] of one picture, and which source tokens are kept, by the published weights.
 
-    It reads the tiles alone, so it needs a picture whose tiles have enough valid tokens.
+    Tokens of the global view are kept only where the tiles have too few valid tokens.
     """
-    tokens_ND, layout = features.tokens_BND[sample].float(), features.layout
-    relevance, valid = features.relevance_BN, features.valid_BN[sample].tolist()
+    tokens_ND, layout, k = features.tokens_BND[sample].float(), features.layout, budget - scaffold**2
+    relevance = features.relevance_BN
     assert relevance is not None
-    roles, cells = layout.role_N.tolist(), [(r, c) for r, c in layout.cell_N2.tolist()]
-    tile_at = {cells[i]: i for i in range(layout.n_tokens) if roles[i] == Role.TILE and valid[i]}
-    coarse_at = {cells[i]: i for i in range(layout.n_tokens) if roles[i] == Role.GLOBAL}
-    unit_ND = torch.nn.functional.normalize(tokens_ND, dim=-1)
-    distance = {cell: _distance(unit_ND, tile_at, cell) for cell in tile_at}
-    r = _zscore({cell: float(relevance[sample, i]) for cell, i in tile_at.items()})
-    d = _zscore(distance)
-    score = {cell: WEIGHT["similarity"] * r[cell] + SIGN * WEIGHT["neighbor"] * d[cell] for cell in tile_at}
-    best = sorted(tile_at, key=lambda cell: (-score[cell], cell))[: budget - scaffold**2]
-    kept = [tile_at[cell] for cell in sorted(best)]
-    windows = [
-        _naive_window(tokens_ND, coarse_at, layout.side, scaffold, *divmod(w, scaffold)) for w in range(scaffold**2)
-    ]
+    unit_ND = F.normalize(tokens_ND, dim=-1)
+    tile_at, coarse_at = (valid_tokens(features, sample, role) for role in (Role.TILE, Role.GLOBAL))
+    kept: list[int] = []
+    for token_at in (tile_at, coarse_at):
+        if token_at and len(kept) < k:
+            r = zscore({cell: float(relevance[sample, i]) for cell, i in token_at.items()})
+            d = zscore({cell: neighbour_distance(unit_ND, token_at, cell) for cell in token_at})
+            score = {cell: SIMILARITY * r[cell] + sign * NEIGHBOR * d[cell] for cell in token_at}
+            best = sorted(token_at, key=lambda cell, score=score: (-score[cell], cell))
+            kept += [token_at[cell] for cell in best[: k - len(kept)]]
+    rank = layout.rank_N.tolist()
+    kept.sort(key=lambda i: int(rank[i]))
+    side = (layout.side, layout.side)
+    windows = [window_mean(tokens_ND, coarse_at, side, scaffold, w)[0] for w in range(scaffold**2)]
     return torch.cat([torch.stack(windows), tokens_ND[kept]]), kept
 
 
-def _distance(unit_ND: Tensor, token_at: dict[Cell, int], cell: Cell) -> float:
-    around = [
-        (cell[0] + down, cell[1] + right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)
-    ]
-    neighbours = [token_at[place] for place in around if place in token_at]
-    if not neighbours:
-        return 0.0
-    return float((unit_ND[neighbours] - unit_ND[token_at[cell]]).norm(dim=-1).mean())
+def valid_tokens(features: VisionFeatures, sample: int, role: Role) -> dict[Cell, int]:
+    """The valid token at each cell of the canvas (TILE) or of the global view (GLOBAL)."""
+    roles, valid = features.layout.role_N.tolist(), features.valid_BN[sample].tolist()
+    cells = features.layout.cell_N2.tolist()
+    return {(r, c): i for i, (r, c) in enumerate(cells) if roles[i] == role and valid[i]}
 
 
-def _zscore(values: dict[Cell, float]) -> dict[Cell, float]:
+def neighbours(token_at: Mapping[Cell, int], cell: Cell) -> list[int]:
+    """The tokens on the 8 cells around a cell."""
+    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
+    around = [(cell[0] + down, cell[1] + right) for down, right in steps]
+    return [token_at[other] for other in around if other in token_at]
+
+
+def neighbour_distance(unit_ND: Tensor, token_at: Mapping[Cell, int], cell: Cell) -> float:
+    """Mean distance of the token at a cell to its neighbours; 0 without any."""
+    around = neighbours(token_at, cell)
+    return float((unit_ND[around] - unit_ND[token_at[cell]]).norm(dim=-1).mean()) if around else 0.0
+
+
+def zscore(values: Mapping[Key, float]) -> dict[Key, float]:
+    """The values with mean 0 and standard deviation 1, clamped to +-3."""
     mean = sum(values.values()) / len(values)
     std = math.sqrt(sum((value - mean) ** 2 for value in values.values()) / len(values))
-    return {cell: max(-3.0, min(3.0, (value - mean) / (std + 1e-6))) for cell, value in values.items()}
+    return {key: max(-3.0, min(3.0, (value - mean) / (std + 1e-6))) for key, value in values.items()}
 
 
-def _naive_window(tokens_ND: Tensor, token_at: dict[Cell, int], side: int, size: int, row: int, col: int) -> Tensor:
-    """Mean over a window of the global view; a cell on a boundary counts by the share that lies inside."""
-    total, area = torch.zeros(tokens_ND.shape[-1]), 0.0
-    for r in range(row * side // size, math.ceil((row + 1) * side / size)):
-        for c in range(col * side // size, math.ceil((col + 1) * side / size)):
-            high = min(r + 1, (row + 1) * side / size) - max(r, row * side / size)
-            wide = min(c + 1, (col + 1) * side / size) - max(c, col * side / size)
-            total, area = total + high * wide * tokens_ND[token_at[r, c]], area + high * wide
-    return total / area
+def window_mean(
+    tokens_ND: Tensor, token_at: Mapping[Cell, int], shape: tuple[int, int], size: int, window: int
+) -> tuple[Tensor, float]:
+    """Mean and area, in cells, of the tokens in one of size x size windows over a grid of `shape` cells.
+
+    A cell on a boundary counts by the share of it that lies inside; a cell without a token does not count.
+    """
+    (rows, cols), (row, col) = shape, divmod(window, size)
+    total, area = tokens_ND.new_zeros(tokens_ND.shape[-1]), 0.0
+    for r in range(row * rows // size, math.ceil((row + 1) * rows / size)):
+        for c in range(col * cols // size, math.ceil((col + 1) * cols / size)):
+            if (r, c) in token_at:
+                height = min(r + 1, (row + 1) * rows / size) - max(r, row * rows / size)
+                width = min(c + 1, (col + 1) * cols / size) - max(c, col * cols / size)
+                total = total + height * width * tokens_ND[token_at[r, c]]
+                area += height * width
+    return total / max(area, 1e-9), area

@@ -32,7 +32,7 @@ def build_schedule(cfg: DictConfig, model: "Lavida", selector: Selector) -> Sele
             raise UserError("selector.adaptive.mode=head draws its own levels in training: leave mix. empty")
         if not cfg.objective.adaptive_k:
             raise UserError("selector.adaptive.mode=head has to be trained: give objective.adaptive_k (0.1)")
-        return SelectorSchedule((tuple(selector.at_level(i) for i in range(len(selector.adaptive.levels))),))
+        return SelectorSchedule((tuple(selector.at_level(i) for i in range(len(selector.options.adaptive.levels))),))
     if not budgets and not geometries:
         return None
     if geometries and "geometry" not in cfg.selector:

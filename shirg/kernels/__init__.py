@@ -1,1 +1,1 @@
-"""Kernels for CUDA beside their torch twins. Triton is optional, and imported when a kernel first runs."""
+"""CUDA kernels; each has an equivalent in torch. Triton is optional, and imported when a kernel first runs."""

@@ -1,7 +1,8 @@
-"""Relevance and neighbours of all places in one kernel (docs/method.md, "Terms").
+"""The relevance and neighbour terms of all grid cells in one kernel (docs/method.md, "Terms").
 
-The torch twin is `ScoreTerms.relevance_and_neighbours` in shirg/scoring.py. On a GPU that one moves every token through
-memory a dozen times, in as many launches; here a program holds the token of one place and reads each neighbour once.
+The same in torch is `ScoreTerms.relevance_and_neighbours` in shirg/scoring.py. On a GPU that one moves every token
+through memory a dozen times, in as many launches; here a program holds the token of one cell and reads each neighbour
+once.
 """
 
 from functools import cache
@@ -31,26 +32,27 @@ def relevance_and_neighbours(
     neighbor: float,
     squared: bool,
     zscore: bool,
+    eps: float,
+    clamp: float,
 ) -> Tensor:
     """float32 [B, P]: similarity x relevance + neighbor x mean distance of unit tokens to their usable 8-neighbours.
 
     Args:
-        token_BP: int64, the token at each place: `n_global` places of a grid `side` wide, then a canvas, row by row.
-        usable_BP: bool, which places count.
+        token_BP: int64, the token of each cell: `n_global` cells of a grid `side` wide, then a canvas, row by row.
+        usable_BP: bool, which cells count.
         relevance_BP: float32.
         canvas_cols: width of the canvas.
         similarity: weight of the relevance.
         neighbor: weight of the distance, with its sign.
         squared: half the square of each distance, which is 1 - cosine, instead of the distance.
-        zscore: both terms as z-scores over the usable places of their grid, clamped to +-3.
+        zscore: both terms as z-scores over the usable cells of their grid, clamped to +-`clamp`.
+        eps: added to a spread before it divides.
     """
-    from shirg.scoring import CLAMP, EPS
-
-    (batch, n, width), places = states_BND.shape, token_BP.shape[1]
-    score_BP = torch.empty(batch, places, dtype=torch.float32, device=states_BND.device)
+    (batch, n, width), cells = states_BND.shape, token_BP.shape[1]
+    score_BP = torch.empty(batch, cells, dtype=torch.float32, device=states_BND.device)
     distance_BP = torch.empty_like(score_BP)
     done_B = torch.zeros(batch, dtype=torch.int32, device=states_BND.device)
-    _kernel()[(places, batch)](
+    _kernel()[(cells, batch)](
         states_BND.contiguous(),
         token_BP.contiguous(),
         usable_BP.contiguous(),
@@ -60,18 +62,18 @@ def relevance_and_neighbours(
         score_BP,
         n,
         width,
-        places,
+        cells,
         n_global,
         side,
         canvas_cols,
         similarity,
         neighbor,
-        EPS,
-        CLAMP,
+        eps,
+        clamp,
         SQUARED=squared,
         ZSCORE=zscore,
         WIDTH=_power_of_two(width),
-        PLACES=_power_of_two(max(n_global, places - n_global)),
+        CELLS=_power_of_two(max(n_global, cells - n_global)),
     )
     return score_BP
 

@@ -15,18 +15,18 @@ def _unit(states, token, width, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _distance(states, token, usable, place, first, rows, cols, width, SQUARED: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean distance of one cell of the grid that begins at place `first` to its usable 8-neighbours; 0 without any."""
-    cell = place - first
-    row, col = cell // cols, cell % cols
-    here = _unit(states, tl.load(token + place), width, WIDTH)
-    here_counts = tl.load(usable + place).to(tl.float32)
+def _distance(states, token, usable, cell, first, rows, cols, width, SQUARED: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean distance of one cell of the grid that begins at cell `first` to its usable 8-neighbours; 0 without any."""
+    offset = cell - first
+    row, col = offset // cols, offset % cols
+    here = _unit(states, tl.load(token + cell), width, WIDTH)
+    here_counts = tl.load(usable + cell).to(tl.float32)
     total, count = 0.0, 0.0
     for k in tl.static_range(9):
         if k != 4:
             r, c = row + k // 3 - 1, col + k % 3 - 1
             exists = (r >= 0) & (r < rows) & (c >= 0) & (c < cols)
-            there = tl.where(exists, first + r * cols + c, place)
+            there = tl.where(exists, first + r * cols + c, cell)
             counts = tl.where(exists, tl.load(usable + there).to(tl.float32), 0.0) * here_counts
             gap = here - _unit(states, tl.load(token + there), width, WIDTH)
             square = tl.sum(gap * gap, axis=0)
@@ -58,18 +58,18 @@ def _score(
     eps,
     clamp,
     ZSCORE: tl.constexpr,
-    PLACES: tl.constexpr,
+    CELLS: tl.constexpr,
 ):
-    """Both terms of all places of one grid of one picture."""
-    place = first + tl.arange(0, PLACES)
-    there = place < end
-    counts = tl.load(usable + place, mask=there, other=0).to(tl.float32)
-    r = tl.load(relevance + place, mask=there, other=0.0)
+    """Both terms of all cells of one grid of one picture."""
+    cell = first + tl.arange(0, CELLS)
+    there = cell < end
+    counts = tl.load(usable + cell, mask=there, other=0).to(tl.float32)
+    r = tl.load(relevance + cell, mask=there, other=0.0)
     # Other programs wrote the distances: past the first cache, which may be older.
-    d = tl.load(distance + place, mask=there, other=0.0, cache_modifier=".cg")
+    d = tl.load(distance + cell, mask=there, other=0.0, cache_modifier=".cg")
     if ZSCORE:
         r, d = _zscore(r, counts, eps, clamp), _zscore(d, counts, eps, clamp)
-    tl.store(score + place, similarity * r + neighbor * d, mask=there)
+    tl.store(score + cell, similarity * r + neighbor * d, mask=there)
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def score_kernel(
     score,
     n,
     width,
-    places,
+    cells,
     n_global,
     side,
     canvas_cols,
@@ -94,28 +94,26 @@ def score_kernel(
     SQUARED: tl.constexpr,
     ZSCORE: tl.constexpr,
     WIDTH: tl.constexpr,
-    PLACES: tl.constexpr,
+    CELLS: tl.constexpr,
 ):
-    """One place of one picture: program (place, picture). The last program of a picture adds up its scores."""
-    place, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One cell of one picture: program (cell, picture). The last program of a picture adds up its scores."""
+    cell, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
     states += picture * n * width
-    token += picture * places
-    usable += picture * places
-    relevance += picture * places
-    distance += picture * places
-    score += picture * places
-    in_global = place < n_global
+    token += picture * cells
+    usable += picture * cells
+    relevance += picture * cells
+    distance += picture * cells
+    score += picture * cells
+    in_global = cell < n_global
     first = tl.where(in_global, 0, n_global)
     cols = tl.where(in_global, side, canvas_cols)
-    rows = tl.where(in_global, n_global, places - n_global) // cols
-    d = _distance(states, token, usable, place, first, rows, cols, width, SQUARED, WIDTH)
-    tl.store(distance + place, d)
+    rows = tl.where(in_global, n_global, cells - n_global) // cols
+    d = _distance(states, token, usable, cell, first, rows, cols, width, SQUARED, WIDTH)
+    tl.store(distance + cell, d)
     # All of this program's stores come before its tick, and the last tick comes after all the others.
     tl.debug_barrier()
-    if tl.atomic_add(done + picture, 1, sem="acq_rel") == places - 1:
+    if tl.atomic_add(done + picture, 1, sem="acq_rel") == cells - 1:
         if n_global > 0:
-            _score(usable, relevance, distance, score, 0, n_global, similarity, neighbor, eps, clamp, ZSCORE, PLACES)
-        if places > n_global:
-            _score(
-                usable, relevance, distance, score, n_global, places, similarity, neighbor, eps, clamp, ZSCORE, PLACES
-            )
+            _score(usable, relevance, distance, score, 0, n_global, similarity, neighbor, eps, clamp, ZSCORE, CELLS)
+        if cells > n_global:
+            _score(usable, relevance, distance, score, n_global, cells, similarity, neighbor, eps, clamp, ZSCORE, CELLS)

@@ -1,6 +1,7 @@
 """TopV against a loop, and against the degenerate reading of its transport problem."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,14 +57,20 @@ def test_the_plan_by_hand() -> None:
     assert abs(float(plan("balanced_cols_last")[:, 0].sum()) - 1) < 0.05
 
 
+def unit(values: dict[Any, float]) -> dict[Any, float]:
+    """The values from 0 to 1."""
+    low, high = min(values.values()), max(values.values())
+    return {key: (value - low) / max(high - low, 1e-9) for key, value in values.items()}
+
+
 @pytest.mark.parametrize("scope", ["per_view", "global"])
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2)])
 def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topv, "ROWS", 5)
     features = make_features(grid, side=4, sizes=SIZES[grid])
     layout = features.layout
-    knobs = {"budget": 12, "scope": scope, "alpha": 0.7, "beta": 1.3, "gamma": 0.5, "sigma": 3.0, "eps": 0.2}
-    selectors = [TopV(**knobs), TopV(**knobs, importance="own")]
+    options = {"budget": 12, "scope": scope, "alpha": 0.7, "beta": 1.3, "gamma": 0.5, "sigma": 3.0, "eps": 0.2}
+    selectors = [TopV(**options), TopV(**options, importance="own")]
     groups, _ = selectors[0].groups(features)
     total_BGS, own_BGS = (selector.rate(features, groups) for selector in selectors)
     per_view = scope == "per_view"
@@ -86,14 +93,8 @@ def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int], monke
             r = {(i, j): 1 - math.exp(-(math.dist(place(i), place(j)) ** 2) / 18) for i in tokens for j in tokens}
             e = {i: math.dist(place(i), ((rows - 1) / 2, (cols - 1) / 2)) for i in tokens}
 
-            def unit(values: dict, key: object) -> float:
-                low, high = min(values.values()), max(values.values())
-                return (values[key] - low) / max(high - low, 1e-9)
-
-            kernel = {
-                (i, j): math.exp(-(0.7 * unit(f, (i, j)) + 1.3 * unit(r, (i, j)) + 0.5 * unit(e, i)) / 0.2)
-                for i, j in f
-            }
+            f, r, e = unit(f), unit(r), unit(e)
+            kernel = {(i, j): math.exp(-(0.7 * f[i, j] + 1.3 * r[i, j] + 0.5 * e[i]) / 0.2) for i, j in f}
             column = {j: sum(kernel[i, j] for i in tokens) for j in tokens}
             total = [sum(kernel[i, j] / column[j] for j in tokens) for i in tokens]
             own = [kernel[i, i] / column[i] for i in tokens]
@@ -109,6 +110,6 @@ def test_recovered_tokens_are_evenly_spread_over_the_pruned() -> None:
     some = TopV(budget=40, recover=0.25)(features).index_BT[0].tolist()
     assert set(top) < set(some)
     pruned = [i for i in range(81) if i not in top]
-    places = [pruned.index(i) for i in some if i not in top]
-    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
-    assert len(places) == 10 and set(gaps) <= {5, 6} and 2 <= places[0] <= 3
+    positions = [pruned.index(i) for i in some if i not in top]
+    gaps = [b - a for a, b in zip(positions, positions[1:], strict=False)]
+    assert len(positions) == 10 and set(gaps) <= {5, 6} and 2 <= positions[0] <= 3

@@ -1,4 +1,4 @@
-"""The kernel against its torch twin: in Triton's interpreter everywhere, on the device where there is one."""
+"""The kernel against the same in torch: in Triton's interpreter everywhere, on the device where there is one."""
 
 import os
 import subprocess
@@ -15,13 +15,14 @@ import torch
 from shirg import ShirgSelector, VisionFeatures
 from shirg.dedup import assign_cells
 from shirg.kernels.score import relevance_and_neighbours
+from shirg.scoring import CLAMP, EPS
 from tests.features import geometry_layout, make_features
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def awkward() -> Iterator[tuple[VisionFeatures, dict[str, Any]]]:
-    """Padding, zero and equal tokens, widths that are no powers of two, other canvases; and knobs to try with them."""
+    """Padding, zero and equal tokens, widths that are no powers of two, other canvases; and options for each."""
     features = make_features((1, 2), side=2, sizes=[(800, 400), (500, 375)], width=11)
     assert bool(features.valid_BN[0].all()) and not bool(features.valid_BN[1].all())
     features.tokens_BND[0, 4] = 0
@@ -37,37 +38,39 @@ def awkward() -> Iterator[tuple[VisionFeatures, dict[str, Any]]]:
     yield replace(features, tokens_BND=overflow)[:1], {}
 
 
-def compare(features: VisionFeatures, **knobs: Any) -> None:
-    """The kernel's scores against those of a gate that has no other terms."""
+def compare(features: VisionFeatures, **options: Any) -> None:
+    """The kernel's scores against those of a selector that has no other terms."""
     layout = features.layout
-    gate = ShirgSelector(budget=4, geometry=layout.geometry, scaffold={"size": 0}, **knobs)
-    usable_BN = features.valid_BN if gate.mask_padding else torch.ones_like(features.valid_BN)
-    seats = assign_cells(layout, usable_BN, features.relevance_BN, gate.dedup)
+    selector = ShirgSelector(budget=4, geometry=layout.geometry, scaffold={"size": 0}, **options)
+    usable_BN = features.valid_BN if selector.options.mask_padding else torch.ones_like(features.valid_BN)
+    assigned = assign_cells(layout, usable_BN, features.relevance_BN, selector.options.dedup)
     with torch.no_grad():
         everywhere = (True,) * len(features.ids)
-        twin = gate._terms.relevance_and_neighbours(features, features.tokens_BND, seats, everywhere)
+        expected = selector.terms.relevance_and_neighbours(features, features.tokens_BND, assigned, everywhere)
         found = relevance_and_neighbours(
             features.tokens_BND,
-            seats.token_BP,
-            seats.usable_BP,
-            seats.take(features.relevance_BN.float()),
+            assigned.token_BP,
+            assigned.usable_BP,
+            assigned.take(features.relevance_BN.float()),
             layout.n_global,
             layout.side,
             max(layout.canvas[1], 1),
-            gate.weights.similarity,
-            gate.neighbor.sign * gate.weights.neighbor,
-            gate.neighbor.metric == "feature_cos",
-            gate.norm == "zscore",
+            selector.options.weights.similarity,
+            selector.options.neighbor.sign * selector.options.weights.neighbor,
+            selector.options.neighbor.metric == "feature_cos",
+            selector.options.norm == "zscore",
+            EPS,
+            CLAMP,
         )
-    assert twin.isfinite().any() and torch.allclose(found, twin, atol=2e-5, equal_nan=True)
+    assert expected.isfinite().any() and torch.allclose(found, expected, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
-def test_equals_the_twin_in_the_interpreter() -> None:
+def test_equals_torch_in_the_interpreter() -> None:
     """In a process of its own, because Triton reads the switch when it is imported."""
     code = (
         "from tests.shirg.test_kernels import awkward, compare\n"
-        "for features, knobs in awkward(): compare(features, **knobs)\n"
+        "for features, options in awkward(): compare(features, **options)\n"
         "print('equal')"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -91,29 +94,29 @@ def full_size() -> VisionFeatures:
 
 
 @pytest.mark.gpu
-def test_equals_the_twin_on_the_device() -> None:
-    for features, knobs in awkward():
-        compare(on_cuda(features), **knobs)
+def test_equals_torch_on_the_device() -> None:
+    for features, options in awkward():
+        compare(on_cuda(features), **options)
     features = full_size()
     for _ in range(20):  # which program comes last differs from run to run
         compare(features)
 
 
 @pytest.mark.gpu
-def test_the_whole_gate_runs_as_one_cuda_graph() -> None:
+def test_the_whole_selector_runs_as_one_cuda_graph() -> None:
     features = full_size()
-    gate = ShirgSelector(budget=980).cuda()
+    selector = ShirgSelector(budget=980).cuda()
     other = replace(features, tokens_BND=features.tokens_BND.flip(1).contiguous())
     with torch.inference_mode():
-        expected = gate(other)
+        expected = selector(other)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for _ in range(3):
-                gate(features)
+                selector(features)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = gate(features)
+            captured = selector(features)
         features.tokens_BND.copy_(other.tokens_BND)
         graph.replay()
     assert torch.equal(captured.index_BT, expected.index_BT)
@@ -122,8 +125,8 @@ def test_the_whole_gate_runs_as_one_cuda_graph() -> None:
 
 @pytest.mark.gpu
 def test_the_kernel_is_part_of_the_compiled_graph() -> None:
-    features, gate = full_size(), ShirgSelector(budget=980).cuda()
+    features, selector = full_size(), ShirgSelector(budget=980).cuda()
     torch.compiler.reset()
-    compiled = torch.compile(gate, fullgraph=True, dynamic=False)(features)
-    eager = gate(features)
+    compiled = torch.compile(selector, fullgraph=True, dynamic=False)(features)
+    eager = selector(features)
     assert float((compiled.index_BT == eager.index_BT).float().mean()) > 0.99

@@ -1,18 +1,18 @@
-"""The terms of the score against loops, and their values by hand."""
+"""The terms of the score against loops, and by hand."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shirg import ShirgSelector, scoring
+from shirg import ShirgSelector, VisionFeatures, scoring
 from shirg.scoring import crop_term, neighbour_term, normalise
-from tests.features import SIZES, layout_of, make_features
-from tests.shirg import plain
-
-METRICS = ("feature_l2", "feature_cos", "local_var", "position")
+from tests.features import SIZES, features_for, layout_of, make_features
+from tests.reference import distances, zscore_by_view
 
 
 def on_grid(tokens_RCD: torch.Tensor, valid_RC: torch.Tensor, metric: str) -> torch.Tensor:
@@ -20,25 +20,23 @@ def on_grid(tokens_RCD: torch.Tensor, valid_RC: torch.Tensor, metric: str) -> to
     return neighbour_term(tokens_RCD.flatten(0, 1), torch.arange(valid_RC.numel()).view_as(valid_RC), valid_RC, metric)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 18])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["feature_l2", "feature_cos", "local_var", "position"])
 @pytest.mark.parametrize("grid", [(2, 1), (1, 3)])
-def test_neighbour_term_equals_the_loop(
-    metric: str, grid: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scoring, "ROWS", rows)
+def test_neighbour_term_equals_the_loop(metric: str, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     features = make_features(grid, side=5, sizes=SIZES[grid][1:2])
     layout, n = features.layout, features.layout.n_global
     x, order, valid = features.tokens_BND[0], layout.order_N, features.valid_BN[0][layout.order_N]
     assert not bool(valid.all()) or grid == (1, 3)
-    parts = []
-    for part, shape in ((slice(n), (layout.side, layout.side)), (slice(n, None), layout.canvas)):
-        term = neighbour_term(x, order[part].unflatten(0, shape), valid[part].unflatten(0, shape), metric)
-        parts.append(term.flatten())
-    fast = torch.cat(parts)
-    slow = torch.tensor(plain.distance(features, 0, metric))[layout.order_N]
-    assert torch.allclose(fast[valid], slow[valid], atol=1e-6)
-    assert bool((fast[~valid] == 0).all()) or metric == "position"
+    slow = distances(features, 0, metric)
+    for rows in (1, 3, 4, 5, 18):
+        monkeypatch.setattr(scoring, "ROWS", rows)
+        parts = []
+        for part, shape in ((slice(n), (layout.side, layout.side)), (slice(n, None), layout.canvas)):
+            term = neighbour_term(x, order[part].unflatten(0, shape), valid[part].unflatten(0, shape), metric)
+            parts.append(term.flatten())
+        fast = torch.cat(parts)
+        assert fast[valid].tolist() == pytest.approx([slow[i] for i in order[valid].tolist()], abs=1e-6)
+        assert bool((fast[~valid] == 0).all()) or metric == "position"
 
 
 def test_distance_of_positions_is_a_constant_inside() -> None:
@@ -111,12 +109,69 @@ def test_crop_terms() -> None:
     assert crop_term("literal", border, tile, centre).tolist() == [0.0, 1.0, 0.5, 0.0, 0.5]
 
 
+@pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
+def test_statistics_of_each_view(grid: tuple[int, int]) -> None:
+    features = make_features(grid, side=5, sizes=SIZES[grid][1:2], seed=5)
+    scores = ShirgSelector(budget=50, norm_scope="view", weights={"neighbor": 0}).score(features)[0].tolist()
+    relevance = features.relevance_BN[0].tolist()
+    members = features.valid_BN[0].nonzero().flatten().tolist()
+    z = zscore_by_view({i: relevance[i] for i in members}, features.layout.view_N)
+    assert [0.65 * z[i] for i in members] == pytest.approx([scores[i] for i in members], abs=1e-5)
+
+
 def test_scores_tell_apart_what_half_precision_cannot() -> None:
     """Relevance in steps of 1e-5 around 1, in a shuffled order: in float16 all of them are equal."""
     layout = layout_of((2, 2), side=9)
     place = torch.randperm(layout.n_tokens, generator=torch.Generator().manual_seed(0))
     features = make_features(layout=layout, sizes=[(768, 768)], relevance=1 + 1e-5 * place[None])
-    gate = ShirgSelector(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
+    selector = ShirgSelector(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
     tiles = [i for i in range(layout.n_tokens) if layout.role_N[i] == 1]
-    kept = gate(features).index_BT[0, 9:].tolist()
+    kept = selector(features).index_BT[0, 9:].tolist()
     assert set(kept) == set(sorted(tiles, key=lambda i: -int(place[i]))[:60])
+
+
+PICTURES = (0, 1, 0, 0, 1)
+"""The picture of each row; what is asked about it differs."""
+SHARED: list[dict[str, Any]] = [
+    {"weights": {"neighbor": 0.25}},
+    {"weights": {"neighbor": 0.25}, "views": "all"},
+    {"weights": {"neighbor": 0.0, "variance": 0.5}, "variance_of": "neighbourhood"},
+    {"weights": {"neighbor": 0.25}, "geometry": "seed_canvas48", "scaffold": {"size": 0}},
+    {"weights": {"neighbor": 0.25}, "geometry": "seed_canvas48", "scaffold": {"size": 0}, "dedup": "border"},
+]
+
+
+def questions(selector: ShirgSelector) -> VisionFeatures:
+    """Two pictures, one of them with padding, and five questions about them."""
+    pictures = features_for(selector, sizes=((640, 480), (2480, 3508)))
+    rows = torch.tensor(PICTURES)
+    picked = {name: getattr(pictures, name)[rows] for name in ("tokens_BND", "valid_BN", "picture_B4", "size_B2")}
+    base = pictures.base_count_B
+    return replace(
+        pictures,
+        **picked,
+        ids=tuple(f"question-{i}" for i in range(len(PICTURES))),
+        n_valid=tuple(pictures.n_valid[i] for i in PICTURES),
+        relevance_BN=torch.randn(len(PICTURES), pictures.layout.n_tokens, generator=torch.Generator().manual_seed(5)),
+        base_count_B=None if base is None else base[rows],
+        taps={name: tap[rows] for name, tap in pictures.taps.items()},
+        boxes=None,
+    )
+
+
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_rows_that_share_a_picture_compute_its_grids_once(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selector = ShirgSelector(budget=60, **options)
+    features, calls = questions(selector), []
+    real = scoring._on_grids_of_one
+    monkeypatch.setattr(scoring, "_on_grids_of_one", lambda *args: (calls.append(1), real(*args))[1])
+    expected = selector(features)
+    assert len(calls) == len(PICTURES)
+    found = selector(replace(features, picture_at=PICTURES))
+    for name in ("tokens_BTD", "index_BT", "source_BT", "mask_BT", "scores_BN"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    by_question = "geometry" in options  # which token a cell is assigned may depend on the question
+    assert len(calls) == len(PICTURES) + (len(PICTURES) if by_question else 2)
+    assert not torch.equal(found.index_BT[0], found.index_BT[2]), "the question still decides"

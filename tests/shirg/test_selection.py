@@ -4,14 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from shirg import (
     Pooling,
     Selection,
-    Selector,
     Source,
-    VisionFeatures,
     join,
     keep,
     pooled_count_B,
@@ -19,15 +16,7 @@ from shirg import (
     tiles_layout,
 )
 from tests.features import make_features
-
-
-class Norm(Selector):
-    """A method as a user would write it."""
-
-    needs = frozenset({"encoder"})
-
-    def score(self, features: VisionFeatures) -> Tensor:
-        return features.taps["encoder"].norm(dim=-1)
+from tests.shirg.test_refusals import Norm
 
 
 def test_a_method_that_only_scores() -> None:
@@ -39,33 +28,14 @@ def test_a_method_that_only_scores() -> None:
     assert chosen.scores_BN is not None and torch.equal(chosen.scores_BN[0], features.tokens_BND[0].norm(dim=-1))
 
 
-def test_a_method_without_score_or_select_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="Selector must override score or select"):
-        Selector(budget=4)(make_features())
-
-
 def test_equal_scores_go_to_the_lower_index() -> None:
     assert stable_topk(torch.tensor([[1.0, 3.0, 1.0, 3.0, 1.0]]), 4).tolist() == [[1, 3, 0, 2]]
 
 
-@pytest.mark.parametrize("budget", [0, -3, 2.5, True, "all"])
-def test_a_budget_is_a_count_or_matched(budget: object) -> None:
-    with pytest.raises(ValueError, match="give a positive number of tokens or 'matched'"):
-        Norm(budget=budget)
-
-
-def test_no_budget_is_only_for_methods_that_need_none() -> None:
-    with pytest.raises(ValueError, match="Norm has no budget"):
-        Norm(budget=None)(make_features())
-
-
-def test_a_budget_larger_than_the_canvas_or_than_a_picture() -> None:
-    features = make_features((2, 2), sizes=[(768, 768), (640, 480)])
-    with pytest.raises(ValueError, match="budget 406 is larger than the 405 vision tokens of a canvas of 5 views"):
-        Norm(budget=406)(features)
-    with pytest.raises(ValueError, match=rf"larger than the {features.n_valid[1]} tokens of picture 'picture-1'"):
-        Norm(budget=405)(features)
-    assert bool(Norm(budget=405)(features[:1]).mask_BT.all())
+def test_a_budget_of_all_tokens() -> None:
+    features = make_features((2, 2), sizes=[(768, 768)])
+    chosen = Norm(budget=405)(features)
+    assert bool(chosen.mask_BT.all()) and chosen.index_BT[0].tolist() == features.layout.order_N.tolist()
 
 
 def test_a_matched_budget_never_reaches_into_padding() -> None:
@@ -78,12 +48,7 @@ def test_a_matched_budget_never_reaches_into_padding() -> None:
     assert bool(features.valid_BN[0, chosen.index_BT[chosen.mask_BT]].all())
 
 
-def test_missing_taps_are_named() -> None:
-    with pytest.raises(ValueError, match=r"Norm needs the taps \['encoder'\], which the tower did not record"):
-        Norm(budget=4)(replace(make_features(), taps={}))
-
-
-def test_scores_that_are_not_numbers_are_loud_except_in_padding() -> None:
+def test_scores_that_are_not_finite_raise_except_in_padding() -> None:
     features = make_features((2, 2), sizes=[(640, 480)])
     tap = features.taps["encoder"].clone()
     tap[0, int((~features.valid_BN[0]).nonzero()[0])] = float("nan")

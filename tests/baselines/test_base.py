@@ -1,10 +1,13 @@
-"""Products of tokens by their short cuts, against the products themselves."""
+"""What baselines share: products of tokens in blocks, and quotas of groups."""
 
 import pytest
 import torch
 
-from baselines import base
+from baselines import UniformGrid, base
 from baselines.base import gram, product_strips, products, rows
+from shirg import VisionFeatures
+from tests.features import make_features
+from tests.reference import kept
 
 
 @pytest.mark.parametrize("block", [1, 3, 7, 100])
@@ -30,3 +33,17 @@ def test_strips_are_the_products(cached: int, monkeypatch: pytest.MonkeyPatch) -
     assert len(strips) == {1: 7, 30: 7, 1000: 1}[cached]
     expected = (a @ b.transpose(-1, -2)).masked_fill(~used[..., None, :], -2.0)
     torch.testing.assert_close(torch.cat(strips, dim=-2), expected, rtol=0, atol=1e-6)
+
+
+def kept_of_each(budget: int, features: VisionFeatures) -> list[list[int]]:
+    chosen = UniformGrid(budget=budget)(features)
+    return [kept(chosen, sample) for sample in range(len(features.ids))]
+
+
+def test_views_keep_the_same_share_of_what_is_not_padding() -> None:
+    features = make_features((2, 2), side=27, sizes=[(768, 768), (640, 480)], width=4)
+    for sample, index in enumerate(kept_of_each(300, features)):
+        valid = features.layout.view_N[features.valid_BN[sample]].bincount(minlength=5).double()
+        counts = features.layout.view_N[index].bincount(minlength=5).double()
+        assert float((counts - 300 * valid / valid.sum()).abs().max()) < 1
+    assert features.layout.view_N[kept_of_each(1200, features[:1])[0]].bincount().tolist() == [240] * 5

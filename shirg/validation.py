@@ -1,4 +1,4 @@
-"""Errors that are raised on purpose, for input that cannot work, and the checks that many options share.
+"""Errors that are raised on purpose, and the checks that many options share.
 
 A `UserError` says in one sentence what is wrong, where, and what to do. Commands print it and exit with 1. Every other
 exception is a bug and keeps its traceback. A selector outside this project raises it too, from `shirg`.
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
-Options = TypeVar("Options")
+OptionGroup = TypeVar("OptionGroup")
 
 
 class UserError(ValueError):
@@ -16,10 +16,10 @@ class UserError(ValueError):
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that somebody named is not there."""
+    """A file or folder that the user named does not exist."""
 
     def __str__(self) -> str:
-        # FileNotFoundError formats an error number that there is none of.
+        # FileNotFoundError would print an error number, and there is none.
         return str(self.args[0])
 
 
@@ -30,8 +30,8 @@ def one_of(name: str, value: object, literal: Any) -> None:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
 
 
-def option_group(name: str, given: Mapping[str, Any] | None, kind: type[Options]) -> Options:
-    """The dataclass `kind` with the given fields, the others at their defaults.
+def option_group(name: str, given: Mapping[str, Any] | None, kind: type[OptionGroup]) -> OptionGroup:
+    """The dataclass `kind` with the given fields; the other fields keep their defaults.
 
     Raises:
         TypeError: a field that `kind` does not have.

@@ -1,4 +1,4 @@
-"""The rivals against loops over tokens, on pictures with and without padding."""
+"""The published methods against loops over tokens, on pictures with and without padding."""
 
 from math import ceil
 
@@ -8,7 +8,7 @@ import torch
 from baselines import CDPruner, DivPrune, Saint, SaintVote, ToMe, VisionZip, VisPruner, base
 from baselines.base import GroupSelector
 from shirg import Source, VisionFeatures
-from tests.baselines import naive
+from tests import reference
 from tests.features import SIZES, make_features
 
 SCOPES = ("per_view", "global")
@@ -24,8 +24,9 @@ def groups_of(features: VisionFeatures, scope: str) -> int:
 
 
 def kept(selector: GroupSelector, features: VisionFeatures) -> list[list[int]]:
+    """The tokens that each picture keeps."""
     chosen = selector(features)
-    return [index[mask].tolist() for index, mask in zip(chosen.index_BT, chosen.mask_BT, strict=True)]
+    return [reference.kept(chosen, sample) for sample in range(len(features.ids))]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -36,17 +37,14 @@ def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budge
     common = {"budget": budget, "scope": scope}
     three = {"rho": 2.5 / features.layout.n_tokens * groups_of(features, scope)}
     votes = {"tau": 0.6, "tau_step": 0.25, "votes": 2, "gamma": 3.0}
-    pairs: list[tuple[GroupSelector, naive.Pick]] = [
-        (Saint(**common), naive.saint(features, 0.0625, "keys@0.83")),
-        (SaintVote(**common, **votes), naive.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83")),
-        (DivPrune(**common), naive.divprune(features)),
-        (
-            VisPruner(**common, **three),
-            naive.vispruner(features, 0.5, 3, "attention@-1"),
-        ),
+    pairs: list[tuple[GroupSelector, reference.Pick]] = [
+        (Saint(**common), reference.saint(features, 0.0625, "keys@0.83")),
+        (SaintVote(**common, **votes), reference.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83")),
+        (DivPrune(**common), reference.divprune(features)),
+        (VisPruner(**common, **three), reference.vispruner(features, 0.5, 3, "attention@-1")),
     ]
     for selector, pick in pairs:
-        assert kept(selector, features) == naive.in_groups(features, scope, budget, pick), type(selector).__name__
+        assert kept(selector, features) == reference.in_groups(features, scope, budget, pick), type(selector).__name__
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -54,7 +52,7 @@ def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budge
 def test_votes_are_the_same_counted_in_strips(scope: str, cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "CACHED", cached)
     features = pictures((2, 2))
-    expected = naive.in_groups(features, scope, 31, naive.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83"))
+    expected = reference.in_groups(features, scope, 31, reference.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83"))
     assert kept(SaintVote(budget=31, scope=scope, tau=0.6, tau_step=0.25, votes=2, gamma=3.0), features) == expected
 
 
@@ -62,7 +60,7 @@ def test_votes_are_the_same_counted_in_strips(scope: str, cached: int, monkeypat
 @pytest.mark.parametrize("sign", [1, -1])
 def test_cdpruner_picks_the_largest_determinant(scope: str, sign: int) -> None:
     features = pictures((1, 2))
-    expected = naive.in_groups(features, scope, 12, naive.cdpruner(features, sign))
+    expected = reference.in_groups(features, scope, 12, reference.cdpruner(features, sign))
     assert kept(CDPruner(budget=12, scope=scope, sign=sign), features) == expected
 
 
@@ -87,7 +85,7 @@ def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, rho
     features = pictures(grid)
     r = ceil(rho * features.layout.n_tokens / groups_of(features, scope))
     members: list[dict[int, list[int]]] = [{} for _ in features.ids]
-    expected = naive.in_groups(features, scope, 20, naive.tome(features, r, "keys@-1", members))
+    expected = reference.in_groups(features, scope, 20, reference.tome(features, r, "keys@-1", members))
     chosen = ToMe(budget=20, scope=scope, rho=rho)(features)
     merged = 0
     for sample, tokens in enumerate(expected):
@@ -109,20 +107,7 @@ def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, rho
 def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str) -> None:
     features = pictures(grid)
     joined: list[dict[int, list[int]]] = [{} for _ in features.ids]
-
-    def pick(sample: int, group: list[int], quota: int) -> list[int]:
-        attention, k = features.taps["attention@-1"][sample], naive.keys_of(features, "keys@-1", sample)
-        n_merged = -(-quota * 3 // 10)
-        dominant = sorted(group, key=lambda i: -float(attention[i]))[: quota - n_merged]
-        rest = [i for i in group if i not in dominant]
-        targets = naive.evenly(rest, n_merged)
-        joined[sample] |= {t: [] for t in targets}
-        for i in (i for i in rest if i not in targets):
-            if targets:
-                joined[sample][max(targets, key=lambda t, i=i: float(k[i] @ k[t]))].append(i)
-        return dominant + targets
-
-    expected = naive.in_groups(features, scope, 20, pick)
+    expected = reference.in_groups(features, scope, 20, reference.visionzip(features, 0.3, "-1", joined))
     chosen = VisionZip(budget=20, scope=scope, contextual=0.3)(features)
     for sample, tokens in enumerate(expected):
         for slot, token in enumerate(tokens):
@@ -132,15 +117,6 @@ def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str
             torch.testing.assert_close(chosen.tokens_BTD[sample, slot], wanted, rtol=0, atol=1e-5)
             assert int(chosen.index_BT[sample, slot]) == (-1 if members else token)
         assert any(joined[sample].values())
-
-
-def test_views_keep_the_same_share_of_what_is_not_padding() -> None:
-    features = make_features((2, 2), side=27, sizes=[(768, 768), (640, 480)], width=4)
-    for sample, index in enumerate(kept(DivPrune(budget=300), features)):
-        valid = features.layout.view_N[features.valid_BN[sample]].bincount(minlength=5).double()
-        counts = features.layout.view_N[index].bincount(minlength=5).double()
-        assert float((counts - 300 * valid / valid.sum()).abs().max()) < 1
-    assert features.layout.view_N[kept(DivPrune(budget=1200), features[:1])[0]].bincount().tolist() == [240] * 5
 
 
 def test_duplicates_go_first() -> None:

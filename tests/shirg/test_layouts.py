@@ -1,9 +1,20 @@
-"""Layouts and their tables against numbers worked out by hand."""
+"""Layouts and their tables, against numbers worked out by hand."""
 
 import pytest
 import torch
 
-from shirg import Pooling, Role, area_weights, layout_tables, pooled_count_B, subdivide, tiles_layout
+from shirg import (
+    Pooling,
+    Role,
+    area_weights,
+    crops_layout,
+    layout_tables,
+    pooled_count_B,
+    regions,
+    single_layout,
+    subdivide,
+    tiles_layout,
+)
 from tests.features import GRIDS, SIZES, layout_of, make_features, permute_views
 
 LAVIDA = dict(side=27, patch_px=14, view_px=384, pooling=Pooling(side=14))
@@ -70,17 +81,6 @@ def test_reading_order_does_not_depend_on_the_numbering_of_views() -> None:
 @pytest.mark.parametrize(("grid", "size", "count"), COUNTS)
 def test_the_base_models_count(grid: tuple[int, int], size: tuple[int, int], count: int) -> None:
     assert pooled_count_B(tiles_layout(*grid, **LAVIDA), torch.tensor([size])).tolist() == [count]
-
-
-@pytest.mark.parametrize("grid", [(0, 2), (-1, 1)])
-def test_half_a_grid_is_refused(grid: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="0 x 0 for no tiles"):
-        tiles_layout(*grid, **LAVIDA)
-
-
-def test_patches_must_fit_the_view() -> None:
-    with pytest.raises(ValueError, match="28 patches of 14 px do not fit into a view of 384 px"):
-        tiles_layout(1, 2, **{**LAVIDA, "side": 28})
 
 
 @pytest.mark.parametrize(("cells", "windows"), [(27, 8), (27, 27), (54, 9), (8, 4), (10, 3), (7, 1)])
@@ -150,3 +150,30 @@ def test_boxes_of_valid_tokens_lie_in_the_picture(grid: tuple[int, int]) -> None
     centre = (box[..., :2] + box[..., 2:]) / 2
     inside = ((centre >= 0) & (centre <= 1)).all(-1)
     assert torch.equal(inside, features.valid_BN)
+
+
+def test_the_notes_canvas_holds_2304_cells() -> None:
+    layout = crops_layout(48, 27, 14, Pooling(side=14))
+    table = layout_tables(layout)
+    assert layout.n_tokens == 3645 and len(table.candidate_MC) == 2304 and layout.overlaps
+    several = (table.candidate_MC >= 0).sum(-1)
+    assert torch.bincount(several).tolist() == [0, 1323, 693, 252, 0, 36]
+    # Corner crops begin at pixel 0 and 294, the centre crop at 140, and all end inside the canvas of 672.
+    firsts = layout.cell_N2.unflatten(0, (5, 729))[:, 0] * 14
+    assert firsts.tolist() == [[0, 0], [0, 294], [294, 0], [294, 294], [140, 140]]
+    assert layout.canvas_px == (672, 672) and layout.cell_N2.max() == 47
+    for cell, members in enumerate(table.candidate_MC.tolist()):
+        for token in members:
+            assert token < 0 or layout.cell_N2[token].tolist() == [cell // 48, cell % 48]
+
+
+def test_regions_partition_the_cells() -> None:
+    for layout, cells, count in (
+        (single_layout(48, 14, Pooling(side=24)), 4, 144),
+        (make_features((2, 2), side=27, sizes=[(768, 768)], width=1).layout, 4, 245),
+        (crops_layout(48, 27, 14, Pooling(side=14)), 4, 144),
+    ):
+        rows = regions(layout, cells, 0)
+        n_cells = len(layout_tables(layout).centre_P2)
+        members = rows[rows < n_cells]
+        assert len(rows) == count and sorted(members.tolist()) == list(range(n_cells))

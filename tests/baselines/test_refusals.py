@@ -1,0 +1,51 @@
+"""What the baselines refuse: UserError in one sentence, with these words in it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from baselines import CDPruner, Full, NormTopK, Oracle, Saint, SaintVote, ToMe, TopV, UniformGrid, VisionZip, VisPruner
+from baselines.pooled import pool
+from shirg import Pooling
+from tests.features import make_features
+from tests.refusals import assert_says, message_of
+
+FEATURES = make_features()
+
+CASES: list[tuple[Callable[[], object], str]] = [
+    (lambda: Full(newline="col"), "newline='col': choose one of none, row"),
+    (lambda: NormTopK(budget=3, sign=0), "sign=0: choose one of -1, 1"),
+    (lambda: CDPruner(budget=3, sign=2), "sign=2: choose one of -1, 1"),
+    (lambda: UniformGrid(budget=3, scope="tile"), "scope='tile': choose one of per_view, global"),
+    (lambda: Saint(budget=3, rho=0.0), "rho=0.0: give the share ... between 0 and 1"),
+    (lambda: ToMe(budget=3, rho=1.0), "rho=1.0: give the share ... between 0 and 1"),
+    (lambda: SaintVote(budget=3, tau=1.5), "tau=1.5, tau_step=0.05: give a cosine"),
+    (lambda: SaintVote(budget=3, tau_step=0.0), "tau_step=0.0: ... a positive step of at most 2"),
+    (lambda: SaintVote(budget=3, votes=0), "votes=0: give at least 1"),
+    (lambda: VisPruner(budget=3, important=1.2), "important=1.2: ... 0 to 1"),
+    (lambda: VisionZip(budget=3, contextual=-0.1), "contextual=-0.1: ... 0 to 1"),
+    (lambda: TopV(budget=3, marginals="free"), "marginals='free': choose one of semi_relaxed, balanced_cols_last"),
+    (lambda: TopV(budget=3, importance="mine"), "importance='mine': choose one of total, own"),
+    (lambda: TopV(budget=3, alpha=0, beta=0, gamma=0), "alpha=0, beta=0, gamma=0: give numbers >= 0"),
+    (lambda: TopV(budget=3, eps=0.0), "eps=0.0, ... eps > 0"),
+    (lambda: TopV(budget=3, recover=1.0), "recover=1.0: ... 0 <= recover < 1"),
+    (
+        lambda: pool(torch.zeros(1, 7, 7, 1), Pooling(side=4, mode="average")),
+        "average pooling of 7 x 7 tokens with stride 1 gives 7 per side, not 4; set the pooled side to 7",
+    ),
+    (
+        lambda: Oracle(budget=20)(replace(FEATURES, boxes=None)),
+        "sample 'picture-0' has no boxes: choose a dataset with boxes",
+    ),
+    (
+        lambda: Oracle(budget=20)(replace(FEATURES, boxes=(((0.1, 0.1, 0.2, 0.2),), ()))),
+        "sample 'picture-1' has no boxes: choose a dataset with boxes",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), CASES, ids=[words for _, words in CASES])
+def test_it_is_refused(call: Callable[[], object], words: str) -> None:
+    assert_says(message_of(call), words)

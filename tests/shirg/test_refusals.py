@@ -1,0 +1,208 @@
+"""What SHIRG, its layouts and the base class refuse: UserError in one sentence, with these words in it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shirg import Pooling, Selector, ShirgSelector, VisionFeatures, crops_layout, tiles_layout
+from shirg.dedup import assign_cells
+from shirg.options import CONFLICTS
+from shirg.scaffold import scaffold_tokens
+from shirg.scoring import pixel_edges
+from tests.features import SIZES, geometry_layout, make_features
+from tests.refusals import assert_says, message_of
+
+ONE_VIEW: dict[str, Any] = {"geometry": "single_672", "scaffold": {"size": 0}}
+CROPS: dict[str, Any] = {"geometry": "seed_canvas48", "scaffold": {"size": 0}}
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"budget": 0}, "budget=0: give a positive number of tokens or 'matched'"),
+    ({"budget": -3}, "budget=-3"),
+    ({"budget": 2.5}, "budget=2.5"),
+    ({"budget": True}, "budget=True"),
+    ({"budget": "all"}, "budget='all'"),
+    ({"geometry": "squares"}, "geometry='squares': choose one of lavida_tiles"),
+    ({"views": "some"}, "views='some': choose one of tiles, all"),
+    ({"norm": "l2"}, "norm='l2': choose one of zscore"),
+    ({"coverage": -1}, "coverage=-1: give the side of a region"),
+    ({"weights": {"crop": -1}}, "weights.crop=-1: give a number >= 0"),
+    ({"neighbor": {"sign": 0}}, "neighbor.sign=0: choose one of -1, 1"),
+    ({"neighbor": {"metric": "l1"}}, "neighbor.metric='l1': choose one of feature_l2, feature_cos"),
+    ({"merge": {"mode": "scores"}}, "merge.mode='scores': choose one of none, tome"),
+    ({"merge": {"share": 0.1}}, "merge.share has no effect with merge.mode=none"),
+    ({"merge": {"mode": "tome", "share": 0.6}}, "merge.share=0.6 ... up to 0.5"),
+    ({"diversity": {"weight": 2.0}}, "diversity.weight has no effect with diversity.mode=none"),
+    ({"diversity": {"mode": "mmr", "weight": 0}}, "diversity.weight=0: give a number above 0"),
+    ({"adaptive": {"mode": "learned"}}, "adaptive.mode='learned': choose one of none, entropy, head"),
+    ({"adaptive": {"mode": "head", "temperature": 0.1}}, "adaptive.temperature has no effect ... adaptive.mode=head"),
+    ({"adaptive": {"mode": "entropy", "tolerance": 1.0}}, "adaptive.tolerance has no effect ... adaptive.mode=entropy"),
+    ({"adaptive": {"mode": "head", "tolerance": -1.0}}, "adaptive.tolerance=-1.0: give a number >= 0"),
+    ({"adaptive": {"mode": "entropy", "temperature": 0.0}}, "adaptive.temperature=0.0: give a number above 0"),
+    ({"adaptive": {"mode": "entropy", "levels": [0.5]}}, "adaptive.levels=[0.5] ... rising shares ... end with 1"),
+    ({"adaptive": {"levels": [0.1, 1.0]}}, "adaptive.levels has no effect with adaptive.mode=none"),
+    ({"scaffold": {"size": -1}}, "scaffold.size=-1: give the tokens per side"),
+    ({"scaffold": {"size": "3/2"}}, "scaffold.size='3/2' ... a share like '1/6'"),
+    ({"scaffold": {"source": "views"}}, "scaffold.source='views': choose one of global, canvas"),
+    ({"scaffold": {"size": 0, "source": "canvas"}}, "no effect while scaffold.size is 0"),
+    # Each entry of CONFLICTS.
+    ({"crop_term": "centre"}, "crop_term=centre ... only geometry=seed_canvas48 ... choose none, border or literal"),
+    ({"geometry": "fovea", "crop_term": "literal"}, "crop_term=literal ... geometry=fovea ... choose none or border"),
+    ({"crop_term": "border", "weights": {"crop": 0}}, "crop_term=border has no effect while weights.crop is 0"),
+    ({"weights": {"similarity": 0, "neighbor": 0}}, "nothing to rank by"),
+    ({"variance_of": "neighbourhood"}, "variance_of has no effect while weights.variance is 0"),
+    ({"edge_space": "pixels"}, "edge_space has no effect while weights.edge is 0"),
+    ({"norm": "none", "norm_scope": "view"}, "norm_scope has no effect when norm=none ... default (image)"),
+    ({"geometry": "fovea", "norm_scope": "view"}, "norm_scope=view ... geometry=fovea ... choose norm_scope=image"),
+    ({**ONE_VIEW, "views": "all"}, "views=all ... geometry=single_672 ... choose views=tiles"),
+    ({"views": "all", "underflow": "raise"}, "underflow=raise has no effect with views=all ... choose global or mask"),
+    ({**ONE_VIEW, "mask_padding": False}, "mask_padding=False ... geometry=single_672 ... has no padding"),
+    ({**ONE_VIEW, "underflow": "mask"}, "underflow=mask ... geometry=single_672 ... default (global)"),
+    ({"dedup": "border"}, "dedup=border ... geometry=seed_canvas48 ... choose dedup=relevance"),
+    ({**CROPS, "dedup": "mean"}, "dedup=mean ... underflow=global has nothing to fill with ... use underflow=mask"),
+    (
+        {**CROPS, "dedup": "mean", "underflow": "mask", "merge": {"mode": "tome"}},
+        "dedup=mean and merge.mode=tome ... choose one of them",
+    ),
+    ({"coverage": 3, "diversity": {"mode": "mmr"}}, "diversity.mode=mmr ... choose coverage=0 or diversity.mode=none"),
+    ({"geometry": "single_672"}, "geometry=single_672 has no global view; choose scaffold.source=canvas"),
+    ({"budget": "matched", "underflow": "raise"}, "underflow=raise ... budget=matched choose global or mask"),
+    ({**CROPS, "underflow": "raise"}, "underflow=raise ... overlapping crops ... choose global or mask"),
+    ({"coord_embed": "sincos_linear"}, "coord_embed=sincos_linear and coord_width ... go together"),
+    ({"coord_width": 16}, "coord_embed=sincos_linear and coord_width ... go together"),
+]
+"""Options of ShirgSelector, and words of the message."""
+
+
+@pytest.mark.parametrize(("options", "words"), OPTIONS, ids=str)
+def test_options_are_refused(options: dict[str, Any], words: str) -> None:
+    assert_says(message_of(partial(ShirgSelector, **{"budget": 69, **options})), words)
+
+
+def test_each_conflict_of_options_is_tried() -> None:
+    messages = [message_of(partial(ShirgSelector, **{"budget": 69, **options})) for options, _ in OPTIONS]
+    for _, sentence in CONFLICTS:
+        pattern = ".*".join(re.escape(part) for part in re.split(r"{.*?}", sentence))
+        assert any(re.fullmatch(pattern, message) for message in messages), sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 1}, "temperature"),
+        ({"weights": {"text": 1}}, "weights has no 'text'; it has similarity,"),
+    ],
+)
+def test_unknown_options_are_a_type_error(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        ShirgSelector(**{"budget": 69, **options})
+    assert_says(str(caught.value), words)
+
+
+class Norm(Selector):
+    """A method as a user would write it."""
+
+    needs = frozenset({"encoder"})
+
+    def score(self, features: VisionFeatures) -> Tensor:
+        return features.taps["encoder"].norm(dim=-1)
+
+
+LAVIDA: dict[str, Any] = {"patch_px": 14, "view_px": 384, "pooling": Pooling(side=14)}
+THIN = make_features((2, 2), sizes=[(3000, 300), (768, 768)])
+"""The first picture is a strip of two rows: 36 tile tokens."""
+TWO = make_features((2, 2), sizes=[(768, 768), (640, 480)])
+SMALL: dict[str, Any] = {"scaffold": {"size": 3}}
+
+
+def scaffold(grid: tuple[int, int], source: Any, size: int) -> object:
+    features = make_features(grid, sizes=SIZES[grid][:1])
+    assigned = assign_cells(features.layout, features.valid_BN, features.relevance_BN, "relevance")
+    return scaffold_tokens(features, assigned, size, source)
+
+
+CALLS: dict[str, tuple[Callable[[], object], str]] = {
+    "no columns": (lambda: tiles_layout(0, 2, side=27, **LAVIDA), "0 x 2 tiles ... 0 x 0 for no tiles"),
+    "negative rows": (lambda: tiles_layout(-1, 1, side=27, **LAVIDA), "-1 x 1 tiles"),
+    "patches too many": (
+        lambda: tiles_layout(1, 2, side=28, **LAVIDA),
+        "28 patches of 14 px do not fit ... view of 384 px",
+    ),
+    "crops apart": (lambda: crops_layout(3, 1, 14, Pooling(side=1)), "cannot overlap and cover ... canvas of 3 x 3"),
+    "patch too small": (lambda: pixel_edges(torch.zeros(1, 3, 2, 2)), "edge_space=pixels ... 2 px ... choose features"),
+    "scaffold of the global view": (lambda: scaffold((2, 2), "global", 10), "scaffold.size=10 ... choose at most 9"),
+    "scaffold of the canvas": (lambda: scaffold((1, 3), "canvas", 10), "scaffold.size=10 ... choose at most 9"),
+    "scaffold of no canvas": (lambda: scaffold((0, 0), "canvas", 1), "choose at most 0 ... source=global"),
+    "scaffold above the budget": (
+        lambda: ShirgSelector(budget=20, scaffold={"size": 6})(TWO),
+        "takes 36 tokens ... budget=20 can be as small as 20",
+    ),
+    "scaffold above a matched budget": (
+        lambda: ShirgSelector(budget="matched", scaffold={"size": 6})(TWO),
+        "takes 36 tokens ... budget=matched can be as small as 25",
+    ),
+    "more regions than tokens": (
+        lambda: ShirgSelector(budget=30, coverage=2)(TWO),
+        "coverage=2 has 100 regions ... only 5 tokens ... raise coverage or budget",
+    ),
+    "no relevance": (
+        lambda: ShirgSelector(budget=69)(replace(TWO, relevance_BN=None)),
+        "ShirgSelector ... choose relevance=",
+    ),
+    "another geometry": (
+        lambda: ShirgSelector(budget=60, geometry="fovea")(TWO),
+        "is for geometry=fovea, the features are of lavida_tiles",
+    ),
+    "no count of the base model": (
+        lambda: ShirgSelector(budget="matched", geometry="fovea")(
+            replace(make_features(layout=geometry_layout("fovea")), base_count_B=None)
+        ),
+        "geometry=fovea needs VisionFeatures.base_count_B",
+    ),
+    "too few tile tokens": (
+        lambda: ShirgSelector(budget=69, underflow="raise", **SMALL)(THIN),
+        "picture 'picture-0' has 36 tile tokens ... underflow=global",
+    ),
+    "too few tokens": (
+        lambda: ShirgSelector(budget=200, **SMALL)(THIN),
+        "asks for 191 tokens ... picture 'picture-0' has 117 tokens ... underflow=mask",
+    ),
+    "too few tokens, padding included": (
+        lambda: ShirgSelector(budget=500, underflow="mask", **SMALL)(THIN),
+        "picture 'picture-0' has 405 tokens",
+    ),
+    "coordinates of another width": (
+        lambda: ShirgSelector(budget=69, coord_embed="sincos_linear", coord_width=8, **SMALL)(TWO),
+        "coord_width=8 ... tokens are 16 wide",
+    ),
+    "no tap": (lambda: Norm(budget=4)(replace(TWO, taps={})), "Norm needs the taps ['encoder'] ... did not record"),
+    "no tap after the projector": (
+        lambda: ShirgSelector(budget=69, scaffold={"size": 3, "space": "post"})(replace(TWO, taps={})),
+        "needs the taps ['encoder']",
+    ),
+    "no budget": (lambda: Norm(budget=None)(TWO), "Norm has no budget"),
+    "budget above the canvas": (
+        lambda: Norm(budget=406)(TWO),
+        "budget 406 ... 405 vision tokens ... canvas of 5 views",
+    ),
+    "budget above a picture": (
+        lambda: Norm(budget=405)(TWO),
+        f"budget 405 ... {TWO.n_valid[1]} tokens ... picture 'picture-1' ... lower budget= or use budget=matched",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_calls_are_refused(case: str) -> None:
+    call, words = CALLS[case]
+    assert_says(message_of(call), words)
+
+
+def test_a_method_without_score_or_select_raises() -> None:
+    with pytest.raises(NotImplementedError, match="Selector must override score or select"):
+        Selector(budget=4)(TWO)

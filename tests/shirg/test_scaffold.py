@@ -1,0 +1,145 @@
+"""Scaffold, summary and newlines: exact means, and where they are put."""
+
+import pytest
+import torch
+
+from experiments.bench.reference import valid_tokens, window_mean
+from shirg import Role, ShirgSelector, Source, VisionFeatures, close_rows, keep, stable_topk, used_rows
+from shirg.dedup import CellAssignment, assign_cells
+from shirg.scaffold import scaffold_tokens
+from tests.features import SIZES, make_features
+from tests.reference import kept
+
+
+def assigned(features: VisionFeatures) -> CellAssignment:
+    return assign_cells(features.layout, features.valid_BN, features.relevance_BN, "relevance")
+
+
+def exact(features: VisionFeatures, sample: int, size: int, source: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [size * size, D] and used windows, cell by cell in double precision."""
+    layout = features.layout
+    shape = (layout.side, layout.side) if source == "global" else layout.canvas
+    token_at = valid_tokens(features, sample, Role.GLOBAL if source == "global" else Role.TILE)
+    x = features.tokens_BND[sample].double()
+    found = [window_mean(x, token_at, shape, size, window) for window in range(size * size)]
+    return torch.stack([mean for mean, _ in found]), torch.tensor([area > 0 for _, area in found])
+
+
+@pytest.mark.parametrize(
+    ("grid", "source", "size"),
+    [((2, 2), "global", 4), ((2, 2), "global", 9), ((0, 0), "global", 2), ((2, 2), "canvas", 6), ((1, 3), "canvas", 4)],
+)
+def test_means_are_exact_areas(grid: tuple[int, int], source: str, size: int) -> None:
+    features = make_features(grid, sizes=SIZES[grid], width=3)
+    chosen = scaffold_tokens(features, assigned(features), size, source)
+    for sample in range(3):
+        means, used = exact(features, sample, size, source)
+        assert torch.equal(chosen.mask_BT[sample], used)
+        assert torch.allclose(chosen.tokens_BTD[sample][used].double(), means[used], atol=1e-5)
+    assert bool((chosen.source_BT == int(Source.SCAFFOLD)).all()) and bool((chosen.index_BT == -1).all())
+
+
+def test_a_window_of_padding_is_an_unused_slot() -> None:
+    features = make_features((2, 2), sizes=[(768, 300)])
+    chosen = scaffold_tokens(features, assigned(features), 6, "canvas")
+    # Valid are rows 6 to 12 of 18; a window is 3 rows high.
+    assert chosen.mask_BT.view(6, 6).tolist() == [[row in (2, 3, 4)] * 6 for row in range(6)]
+    assert float(chosen.tokens_BTD[~chosen.mask_BT].abs().max()) == 0
+
+
+def test_gradient_is_the_share_of_the_window() -> None:
+    features = make_features((2, 2), sizes=[(768, 768)], side=8, width=2)
+    x = features.tokens_BND.requires_grad_()
+    scaffold_tokens(features, assigned(features), 4, "global").tokens_BTD[0, 5].sum().backward()
+    assert x.grad is not None
+    # Window (1, 1) of 4 x 4 over 8 x 8 cells: cells (2..3, 2..3), a quarter each.
+    grid = x.grad[0, :64, 0].view(8, 8)
+    expected = torch.zeros(8, 8)
+    expected[2:4, 2:4] = 0.25
+    assert torch.allclose(grid, expected, atol=1e-6)
+    assert float(x.grad[0, 64:].abs().max()) == 0
+
+
+def test_every_token_is_used_once() -> None:
+    features = make_features((2, 2), sizes=[(768, 768)], width=1)
+    for source, size in (("global", 4), ("canvas", 8)):
+        x = features.tokens_BND.detach().clone().requires_grad_()
+        chosen = scaffold_tokens(
+            VisionFeatures(**{**vars(features), "tokens_BND": x}), assigned(features), size, source
+        )
+        chosen.tokens_BTD.sum().backward()
+        assert x.grad is not None
+        cells = features.layout.order_N[:81] if source == "global" else features.layout.order_N[81:]
+        share = size * size / len(cells)
+        assert torch.allclose(x.grad[0, cells], torch.full((len(cells), 1), share), atol=1e-6)
+
+
+def test_boxes_partition_the_picture() -> None:
+    features = make_features((2, 2), sizes=[(640, 480)], side=27, width=1)
+    boxes = scaffold_tokens(features, assigned(features), 8, "global").box_BT4[0].view(8, 8, 4)
+    assert boxes[0, 0, :2].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert boxes[7, 7, 2:].tolist() == pytest.approx([378 / 384, 378 / 384])
+    assert torch.allclose(boxes[:, :-1, 2], boxes[:, 1:, 0]) and torch.allclose(boxes[:-1, :, 3], boxes[1:, :, 1])
+
+
+def test_the_scaffold_follows_the_base_models_pooled_side() -> None:
+    coarse = make_features((2, 2), side=8, sizes=[(768, 768)])
+    assert int((ShirgSelector(budget=80)(coarse).source_BT == int(Source.SCAFFOLD)).sum()) == 16
+
+
+def test_the_summary_is_the_mean_of_what_was_left() -> None:
+    features = make_features((2, 2), sizes=[(640, 480)])
+    chosen = ShirgSelector(budget=61, scaffold={"size": 0}, summary=True)(features)
+    left = features.valid_BN[0].clone()
+    left[kept(chosen)] = False
+    assert chosen.source_BT[0, -1] == Source.SUMMARY and chosen.index_BT[0, -1] == -1
+    assert torch.allclose(chosen.tokens_BTD[0, -1], features.tokens_BND[0, left].mean(0), atol=1e-6)
+    everything = ShirgSelector(budget=features.n_valid[0] + 1, scaffold={"size": 0}, summary=True)(features)
+    assert torch.allclose(everything.tokens_BTD[0, -1], features.tokens_BND[0, features.valid_BN[0]].mean(0), atol=1e-6)
+
+
+def test_a_newline_follows_each_row() -> None:
+    features = make_features((1, 2), side=3, sizes=[(756, 378), (300, 100)], width=2)
+    layout = features.layout
+    n_valid = features.valid_BN.sum(-1)
+    chosen = keep(features, stable_topk(features.valid_BN.float(), layout.n_tokens), n_valid)
+    rows = used_rows(layout, features.valid_BN)
+    closed = close_rows(chosen, features, rows)
+    assert closed.mask_BT.shape[1] == layout.n_tokens + 3
+    for sample in range(2):
+        used = closed.mask_BT[sample]
+        source, index = closed.source_BT[sample][used].tolist(), closed.index_BT[sample][used].tolist()
+        assert all((s == int(Source.NEWLINE)) == (i == -1) for s, i in zip(source, index, strict=True))
+        lines: list[list[int]] = [[]]
+        for i in index[layout.n_global :]:
+            lines.append([]) if i == -1 else lines[-1].append(int(layout.cell_N2[i, 0]))
+        assert lines.pop() == []
+        assert lines == [[r] * 6 for r in range(3) if bool(rows[sample, r])]
+        assert all(i >= 0 for i in index[: layout.n_global]), "the global view has no newlines"
+    newline = (closed.source_BT == int(Source.NEWLINE)) & closed.mask_BT
+    assert float(closed.tokens_BTD[newline].abs().max()) == 0
+    assert bool((closed.box_BT4[newline][:, 0] == 1).all())
+
+
+def test_rows_of_padding_have_no_newline() -> None:
+    features = make_features((2, 2), sizes=[(768, 300), (768, 768)])
+    rows = used_rows(features.layout, features.valid_BN)
+    assert bool(rows[1].all()) and rows[0].nonzero().flatten().tolist() == list(range(6, 13))
+    canvas = features.valid_BN[0, features.layout.order_N[81:]].view(18, 18)
+    assert torch.equal(rows[0], canvas.any(1))
+
+
+def test_a_single_view_is_closed_once_at_its_end() -> None:
+    features = make_features((0, 0), side=3, sizes=SIZES[(0, 0)][:1], width=2)
+    everything = keep(features, torch.arange(9)[None], torch.tensor([9]))
+    closed = close_rows(everything, features, used_rows(features.layout, features.valid_BN))
+    assert closed.index_BT.tolist() == [[*range(9), -1]] and bool(closed.mask_BT.all())
+
+
+def test_newlines_come_on_top_of_a_budget_in_numbers() -> None:
+    features = make_features((2, 2), sizes=[(768, 768), (768, 300)])
+    chosen = ShirgSelector(budget=69, newline="row", scaffold={"size": 3})(features)
+    assert chosen.mask_BT.shape[1] == 69 + 18
+    assert (chosen.mask_BT & (chosen.source_BT == int(Source.NEWLINE))).sum(-1).tolist() == [18, 7]
+    plain_rows = ShirgSelector(budget=69, scaffold={"size": 3})(features)
+    assert [kept(chosen, s) for s in range(2)] == [kept(plain_rows, s) for s in range(2)]
