@@ -120,8 +120,8 @@ def naive_shirg980(
             r = zscore({cell: float(relevance[sample, i]) for cell, i in token_at.items()})
             d = zscore({cell: neighbour_distance(unit_ND, token_at, cell) for cell in token_at})
             score = {cell: SIMILARITY * r[cell] + sign * NEIGHBOR * d[cell] for cell in token_at}
-            best = sorted(token_at, key=lambda cell, score=score: (-score[cell], cell))
-            kept += [token_at[cell] for cell in best[: k - len(kept)]]
+            best = sorted(score.items(), key=lambda item: (-item[1], item[0]))
+            kept += [token_at[cell] for cell, _ in best[: k - len(kept)]]
     rank = layout.rank_N.tolist()
     kept.sort(key=lambda i: int(rank[i]))
     side = (layout.side, layout.side)
