@@ -4,6 +4,7 @@ One rule decodes the files of every dataset, so that the same file always gives 
 """
 
 import io
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,17 @@ class ViewBatches:
         return len(self.batches)
 
     def __getitem__(self, number: int) -> "list[Views] | Exception":
-        """An error is returned, not raised: a loader would wrap its one sentence into a worker's traceback."""
+        """An error is returned, not raised: the loader would put the worker's traceback before a user's one sentence.
+
+        A bug keeps that traceback as a note.
+        """
         from lavida_adapter.views import cut
 
         try:
             images = load_pictures(self.batches[number])
         except Exception as error:
+            if not isinstance(error, UserError):
+                error.add_note(f"In a worker process:\n{traceback.format_exc()}")
             return error
         views = {id(image): cut(image, self.config, self.geometry) for image in images}
         return [views[id(image)] for image in images]

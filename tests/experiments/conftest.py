@@ -1,14 +1,19 @@
-"""A model with random weights at the tiny model's geometry, folders of pictures, and two ways to run a verb."""
+"""A model with random weights at the tiny model's geometry, folders of pictures, and three ways to run a command."""
 
+import csv
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -20,6 +25,7 @@ from experiments.cli import update_report
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.evaluate import evaluate
 from experiments.jobs.job import Work, run_job
+from experiments.jobs.results import VOLATILE
 from experiments.schema import CONF, VERSION_BASE
 from experiments.train import train
 from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
@@ -97,6 +103,43 @@ def _run_here(
     return folder
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: list[str]
+    """Lines of standard error."""
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs eval.py or train.py with a command line as a script, but in this process; `cwd` is tmp_path."""
+
+    def run(name: str, *words: str, cwd: Path = tmp_path) -> Ended:
+        cwd.mkdir(parents=True, exist_ok=True)
+        capfd.readouterr()
+        code: str | int | None = 0
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", [str(ROOT / f"{name}.py"), *words])
+            patch.delenv("HYDRA_FULL_ERROR", raising=False)
+            try:
+                runpy.run_path(sys.argv[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        out, err = capfd.readouterr()
+        assert isinstance(code, int)
+        return Ended(code, out, err.splitlines())
+
+    return run
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes a dataset of one row per question, each with its own small picture."""
@@ -149,3 +192,20 @@ def result_of(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     assert isinstance(result, dict)
     return result
+
+
+def lasting(result: dict[str, Any]) -> dict[str, Any]:
+    """What two runs share; the commit is left out because somebody may commit while the test runs."""
+    environment = {key: value for key, value in result.get("environment", {}).items() if not key.startswith("git")}
+    return {key: value for key, value in result.items() if key not in VOLATILE} | {"environment": environment}
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    return [{key: value for key, value in row.items() if not key.startswith("ms_")} for row in rows]
+
+
+def table_without_times(study: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader((study / "table.csv").read_text().splitlines()))
+    drop = re.compile(r".* ms|peak memory MiB|env git.*")
+    return [{k: v for k, v in row.items() if not drop.fullmatch(k)} for row in rows]

@@ -131,20 +131,3 @@ def test_a_smaller_limit_is_a_part_of_a_larger_one_and_the_order_of_files_does_n
     (shuffled / "val" / "val_v1.0_withQT.json").write_text(json.dumps(content))
     job = eval_here("data=docvqa", "data.source=disk", f"data.root={shuffled}", *FEW[1:], "limit=3")
     assert set(pq.read_table(job / "samples.parquet")["id"].to_pylist()) == set(three)
-
-
-def test_a_corpus_metric_is_not_the_headline(
-    eval_here: Eval, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    read = official.write("chartqa", "disk", tmp_path / "charts")
-    eval_here(*read, *FEW, "data.metrics=[cider_d]", ok=False)
-    assert (
-        "error: data.metrics: cider_d depends on all answers; put a metric of single answers first"
-        in capfd.readouterr().err
-    )
-
-
-def test_too_few_people(eval_here: Eval, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    read = official.write("docvqa", "disk", tmp_path / "pages")
-    eval_here(*read, *FEW, "data.metrics=[vqa_accuracy]", ok=False)
-    assert "soft accuracy needs the answers of 4 or more people, and a sample has 2" in capfd.readouterr().err

@@ -1,6 +1,5 @@
 """Cache selectors from the command line: what is fed, what is left, what the table says, what is refused."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,36 +72,3 @@ def test_a_pooled_job_with_a_shortened_cache_is_no_baseline(eval_here: Eval) -> 
 def test_both_budgets_are_shown_where_they_differ(eval_here: Eval) -> None:
     study = eval_here("limit=6", "selector=random", "cache=redvtp", "cache.budget=40").parent
     assert [row["budget"] for row in collect(study)] == ["base (80), cache 40"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["cache=fastv", "cache.layer=0", "cache.budget=337"], r"budget 337 is larger than the 336 picture tokens"),
-        (["cache=fastv"], r"layer=1: the language model has layers 0 to 0"),
-        (
-            ["cache=fastv", "decode.prefix_cache=false"],
-            r"FastV shortens the prefix cache, and decode",
-        ),
-        (["cache=redvtp", "decode.step_per_block=1"], r"this decoding has only one: choose more steps or cache=none"),
-        (["cache=fastv", "budget=most"], r"budget=most: give base \(80\)"),
-        (["cache=fastv", "cache.queries=all"], r"cache.queries='all' is not one of last, text"),
-        (["cache=redvtp", "+cache.layer=1"], r"cache.layer: RedVTP has no such option; it has budget, positions"),
-        (["cache=redvtp", "cache.positions=1"], r"cache.positions=1 is not one of retain, reindex"),
-    ],
-)
-def test_what_cannot_be(
-    overrides: list[str], sentence: str, eval_here: Callable[..., Path], capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = eval_here(*FEW, *overrides, ok=False)
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and re.search(sentence, line), line
-    assert result_of(folder)["status"] == "failed"
-
-
-def test_a_target_that_is_no_cache_selector(eval_here: Eval, capfd: pytest.CaptureFixture[str]) -> None:
-    eval_here(*FEW, "cache=redvtp", "cache._target_=baselines.controls.Random", "~cache.positions", ok=False)
-    assert (
-        "cache._target_=baselines.controls.Random is not a lavida_adapter.CacheSelector or CachePacker"
-        in capfd.readouterr().err
-    )

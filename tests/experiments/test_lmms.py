@@ -21,8 +21,7 @@ from experiments.lmms_eval.lmms_results import aggregate, export
 from experiments.report.__main__ import main as report
 from experiments.schema import CONF
 from tests.data import official
-from tests.experiments.conftest import result_of
-from tests.experiments.test_job import rows_of
+from tests.experiments.conftest import result_of, rows_of
 
 Eval = Callable[..., Path]
 N = 24

@@ -13,14 +13,12 @@ from filelock import FileLock
 
 from experiments import rescore as module
 from experiments.analysis.rows import collect
-from experiments.atomic_files import write_together
 from experiments.jobs.results import LOCK
 from experiments.metrics.answers import scorer_version
 from experiments.metrics.text import ExactMatch
 from experiments.rescore import RescoreRequest, parse, rescore, rescore_all
 from tests.data import official
-from tests.experiments.conftest import finish, result_of, start
-from tests.experiments.test_job import rows_of
+from tests.experiments.conftest import finish, result_of, rows_of, start
 
 Eval = Callable[..., Path]
 FEW = ("selector=pooled", "shots=2", "threads=1")
@@ -181,27 +179,3 @@ def test_jobs_that_have_nothing_to_score(eval_here: Eval, tmp_path: Path) -> Non
     assert list((tmp_path / "empty").iterdir()) == []
     with pytest.raises(ValueError, match=r"rescore=nowhere/\*: no folder of a job of eval.py matches"):
         rescore_all(RescoreRequest("nowhere/*", None))
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["rescore=a", "rescore=b"], "rescore=FOLDER goes with data.metrics="),
-        (["rescore=a", "selector=full"], "and nothing else"),
-        (["rescore=a", "data.metrics=[anls]", "data.metrics=[anls]"], "each once"),
-        (["rescore=a", "data.metrics=anls"], r"give a list of metrics, for example data.metrics=\[exact_match,anls\]"),
-        (["rescore=a", "data.metrics=[]"], "give a list of metrics"),
-        (["rescore=a", "data.metrics=[anls"], r"data.metrics=\[anls: "),
-    ],
-)
-def test_words_that_make_no_request(words: list[str], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        parse(words)
-
-
-def test_several_files_at_once_or_none(tmp_path: Path) -> None:
-    old, new = {tmp_path / "a": b"1", tmp_path / "b": b"2"}, {tmp_path / "a": b"3", tmp_path / "b": None}
-    write_together(old)
-    with pytest.raises(TypeError):
-        write_together(new)  # type: ignore[arg-type]  # the second of them cannot be written
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == old

@@ -7,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.schema import CONF
-from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]
 WITHOUT_BUDGET = {"pooled": 88, "full": 336, "global_only": 64}
@@ -34,14 +33,3 @@ def test_another_question_changes_what_is_kept_and_not_what_is_asked(eval_here: 
     assert [row["prompt"] for row in right] == [row["prompt"] for row in wrong]
     assert sum(a["kept"] != b["kept"] for a, b in zip(right, wrong, strict=True)) == len(right)
     assert [row["kept"] for row in wrong] == [row["kept"] for row in again]
-
-
-@pytest.mark.parametrize("overrides", [["selector=divprune"], ["selector=shirg", "relevance=none"]])
-def test_a_shuffle_that_changes_nothing_is_refused(eval_here: Eval, overrides: list[str]) -> None:
-    folder = eval_here("shuffle_questions=true", "limit=2", *overrides, ok=False)
-    assert "shuffle_questions=true changes nothing here" in str(result_of(folder))
-
-
-def test_the_oracle_refuses_data_without_boxes(eval_here: Eval, picture_folder: Callable[..., Path]) -> None:
-    folder = eval_here("selector=oracle", "data=folder", f"data.root={picture_folder('plain')}", ok=False)
-    assert "has no boxes: choose a dataset with boxes" in str(result_of(folder))

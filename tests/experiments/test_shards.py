@@ -3,10 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-from tests.experiments.conftest import result_of
-from tests.experiments.test_job import rows_of
+from tests.experiments.conftest import result_of, rows_of
 
 Eval = Callable[..., Path]
 SYSTEM = ("selector=shirg", "data.n=25", "study=s", "shots=2", "threads=1")
@@ -31,14 +28,3 @@ def test_shards_equal_the_whole(eval_here: Eval) -> None:
 def test_a_shard_by_itself_says_so(eval_here: Eval) -> None:
     folder = eval_here(*SYSTEM, "shards=2", "shard=1")
     assert "shard 1 of 2" in (folder.parent / "table.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [(("shards=2", "shard=2"), "numbered from 0 to shards - 1"), (("shards=26",), "there are only 25 samples")],
-)
-def test_shards_that_cannot_be(
-    eval_here: Eval, capfd: pytest.CaptureFixture[str], overrides: tuple[str, ...], sentence: str
-) -> None:
-    eval_here(*SYSTEM, *overrides, ok=False)
-    assert sentence in capfd.readouterr().err

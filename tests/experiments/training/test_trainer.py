@@ -15,8 +15,7 @@ import torch
 
 from experiments.training.trainer import SafeCheckpoints
 from shirg import UserError
-from tests.experiments.conftest import Here, finish, result_of, start
-from tests.experiments.test_job import lasting
+from tests.experiments.conftest import Here, finish, lasting, result_of, start
 from tests.experiments.training.runs import last_step, wait_for_step
 
 WORDS = ["selector=shirg", "batch_size=4", "trainer.log_every=2", "lora.dropout=0.1", "study=s"]

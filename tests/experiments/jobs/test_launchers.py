@@ -13,8 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from experiments.jobs import launchers
 from experiments.schema import CONF, VERSION_BASE
-from tests.experiments.conftest import finish, start
-from tests.experiments.test_job import table_without_times
+from tests.experiments.conftest import finish, start, table_without_times
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 submitit = pytest.importorskip("submitit")

@@ -13,12 +13,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from tests.experiments.conftest import finish, result_of, start
-from tests.experiments.test_job import table_without_times
+from tests.experiments.conftest import finish, result_of, start, table_without_times
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
 LOCAL = "hydra/launcher=local"
+DIED = "error: 1 job died without reporting a result. Rerun the same command with resume=true to run the missing ones."
 Answer = tuple[str, float]
 """A sample's id and the milliseconds of its denoising: a sample that is answered again takes another time."""
 
@@ -61,10 +61,10 @@ def test_a_job_that_dies_takes_no_other_with_it(two_jobs: list[str], calm: Path,
     assert not list(study.glob("*/samples.parquet")), "said when all was over"
     first = "B0" if "B0" in journal.parent.name else "P1"
     assert said.startswith("error: ") and f"experiment={first} " in said
-    assert ": ended without a word (its process is gone): " in said
+    assert ": died without reporting a result (its process is gone): " in said
     code, out, err = finish(process)
     assert code == 1
-    assert err == ["error: a job ended without a word; the same command with resume=true runs what is missing"]
+    assert err == [DIED]
     assert out.count("\nok ") + out.startswith("ok ") == 1
     (row,) = (row for row in table_without_times(study) if row["status"] == "ok")
     (whole,) = (other for other in table_without_times(calm) if other["job"] == row["job"])

@@ -85,26 +85,3 @@ def test_runs_by_pattern(tmp_path: Path) -> None:
     trained(tmp_path / "eval_c")
     lines = expand("eval", [f"run={tmp_path}/*"])
     assert [line[0] for line in lines] == ["selector=train_a", "selector=train_b"]
-
-
-@pytest.mark.parametrize(
-    ("verb", "words", "sentence"),
-    [
-        ("eval", ["sweep=main"], "sweep=main does not exist; the sweeps of eval.py are .*main_table"),
-        ("train", ["sweep=main_table"], "sweep=main_table is for eval.py; the sweeps of train.py are lora_rank"),
-        ("eval", ["sweep=main_table", "run=x"], "give one of them, once"),
-        ("train", ["run=x"], "run= is for eval.py"),
-        ("eval", ["run=nowhere"], "there is no result.json in it"),
-        ("eval", ["run=nowhere/*"], "no folder of a job of train.py matches"),
-    ],
-)
-def test_what_cannot_be_written_out(verb: str, words: list[str], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        expand(verb, words)
-
-
-def test_a_run_must_have_trained_an_adapter(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="status failed: train it first"):
-        expand("eval", [f"run={trained(tmp_path / 'train_a', status='failed')}"])
-    with pytest.raises(ValueError, match="trained whole weights, not an adapter: use model.path="):
-        expand("eval", [f"run={trained(tmp_path / 'train_b', stage='base')}"])

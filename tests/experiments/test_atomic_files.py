@@ -36,7 +36,7 @@ def test_a_write_leaves_the_old_file_or_the_new_one(tmp_path: Path, monkeypatch:
     def dies(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("experiments.jobs.results.os.replace", dies)
+    monkeypatch.setattr("experiments.atomic_files.os.replace", dies)
     with pytest.raises(OSError, match="no space"):
         write_json(path, {"status": "ok"})
     assert read_json(path) == {"status": "running"}

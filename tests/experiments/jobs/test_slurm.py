@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from experiments.training.callbacks import read_points
-from tests.experiments.cluster import slurm
-from tests.experiments.conftest import Here, finish, result_of, start
-from tests.experiments.test_job import lasting, rows_of, table_without_times
-from tests.experiments.test_killed_sweeps import writer
+from tests.experiments.conftest import Here, finish, lasting, result_of, rows_of, start, table_without_times
+from tests.experiments.jobs.cluster import slurm
+from tests.experiments.jobs.test_killed_sweeps import DIED, writer
 from tests.experiments.training.runs import last_step, wait_for_step
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
@@ -73,8 +72,8 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
         code, out, err = finish(waiting)
         assert code == 1
         reason, last = [line for line in err if line.startswith("error: ")]
-        assert "experiment=B0" in reason and ": ended without a word (CANCELLED): " in reason
-        assert last == "error: a job ended without a word; the same command with resume=true runs what is missing"
+        assert "experiment=B0" in reason and ": died without reporting a result (CANCELLED): " in reason
+        assert last == DIED
         assert sum(line.startswith("ok ") for line in out.splitlines()) == 2
         assert sorted(row["status"] for row in table_without_times(study)) == ["ok", "ok", "stopped"]
         first = [row["id"] for entry in entries(journal) for row in entry["rows"]]

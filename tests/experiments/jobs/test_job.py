@@ -1,39 +1,19 @@
 """A job's life: killed, resumed, skipped, refused; the same numbers every time."""
 
-import csv
 import json
-import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from experiments.jobs.results import LOCK, VOLATILE
-from tests.experiments.conftest import finish, result_of, start
+from experiments.jobs.results import LOCK
+from tests.experiments.conftest import finish, lasting, result_of, rows_of, start, table_without_times
 
 Eval = Callable[..., Path]
-
-
-def lasting(result: dict[str, Any]) -> dict[str, Any]:
-    """What two runs share; the commit is left out because somebody may commit while the test runs."""
-    environment = {key: value for key, value in result.get("environment", {}).items() if not key.startswith("git")}
-    return {key: value for key, value in result.items() if key not in VOLATILE} | {"environment": environment}
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    rows = pq.read_table(folder / "samples.parquet").to_pylist()
-    return [{key: value for key, value in row.items() if not key.startswith("ms_")} for row in rows]
-
-
-def table_without_times(study: Path) -> list[dict[str, str]]:
-    rows = list(csv.DictReader((study / "table.csv").read_text().splitlines()))
-    drop = re.compile(r".* ms|peak memory MiB|env git.*")
-    return [{k: v for k, v in row.items() if not drop.fullmatch(k)} for row in rows]
 
 
 def test_a_killed_job_ends_with_the_table_of_an_undisturbed_one(tiny_weights: Path, tmp_path: Path) -> None:

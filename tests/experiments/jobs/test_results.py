@@ -1,17 +1,17 @@
-"""A study that an older version wrote, at commit 5e004d2: read, skipped, shown, and completed to the same answers."""
+"""result.json and samples.parquet: the row schema, and a study of format 1 (commit 5e004d2) that is completed."""
 
 import csv
 import json
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from experiments.jobs.results import VERSION, config_hash, read_result
-from tests.experiments.conftest import finish, result_of, start
-from tests.experiments.test_job import rows_of
+from experiments.jobs.results import VERSION, SampleRow, config_hash, read_result, read_rows, write_samples
+from tests.experiments.conftest import Command, result_of, rows_of
 
-STUDY = Path(__file__).parents[1] / "golden/study_format_1"
+STUDY = Path(__file__).parents[2] / "golden/study_format_1"
 FINISHED = (
     "eval_adapter-own_batch_size-4_data.n-48_selector-shirg",
     "eval_adapter-null_batch_size-4_data.n-48_selector-pooled",
@@ -37,13 +37,13 @@ def test_a_record_of_format_1_is_read_as_the_format_of_today(study: Path) -> Non
         assert {key: result[key] for key in unchanged} == {key: before[key] for key in unchanged}
 
 
-def test_a_study_of_format_1_is_skipped_completed_and_shown(study: Path) -> None:
+def test_a_study_of_format_1_is_skipped_completed_and_shown(study: Path, command: Command) -> None:
     same = ["study=old", "threads=1", "data.n=48", "batch_size=4", "resume=true"]
     stamps = {folder: (study / folder / "result.json").stat().st_mtime_ns for folder in FINISHED}
     for words in (["selector=shirg", "adapter=own"], ["selector=pooled", "adapter=null"], ["selector=random"]):
-        code, out, err = finish(start("eval", *same, *words, cwd=study.parents[1]))
-        assert (code, err) == (0, []), err
-        assert ("finished already" in out) == (words != ["selector=random"])
+        ended = command("eval", *same, *words)
+        assert (ended.code, ended.err) == (0, [])
+        assert ("finished already" in ended.out) == (words != ["selector=random"])
     assert stamps == {folder: (study / folder / "result.json").stat().st_mtime_ns for folder in FINISHED}
 
     assert rows_of(study / KILLED) == rows_of(STUDY / "completed")
@@ -58,3 +58,17 @@ def test_a_study_of_format_1_is_skipped_completed_and_shown(study: Path) -> None
         score = result_of(study / folder)["quality"]["metrics"]["exact_match"]
         assert float(rows[selector]["exact_match mean"]) == pytest.approx(score["mean"], abs=1e-12)
     assert (study / "report.html").stat().st_size > 10_000
+
+
+def test_columns_are_the_keys_of_a_row(tmp_path: Path) -> None:
+    """Of SampleRow, three are spread over columns of their own; what is written is read back."""
+    spread = {"scores": ("score_anls",), "sources": ("n_kept",), "ms": ("ms_prefill",)}
+    row = read_rows(STUDY / "completed" / "samples.parquet")[0]
+    assert row.keys() == SampleRow.__annotations__.keys()
+    write_samples(tmp_path / "samples.parquet", [row])
+    assert read_rows(tmp_path / "samples.parquet") == [row]
+    plain = [name for name in SampleRow.__annotations__ if name not in spread]
+    row["scores"], row["sources"], row["ms"] = {"anls": 0.5}, {"kept": 3}, {"prefill": 1.5}
+    write_samples(tmp_path / "samples.parquet", [row])
+    schema = pq.read_schema(tmp_path / "samples.parquet")
+    assert sorted(schema.names) == sorted([*plain, *(column for columns in spread.values() for column in columns)])

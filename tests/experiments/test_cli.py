@@ -1,0 +1,174 @@
+"""Command lines: one sentence and exit code 1 for bad input, a traceback for a bug, nothing heavy before it is needed."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.build import resolve_budget
+from experiments.errors import ConfigError, is_user_error
+from shirg import MissingFileError
+from tests.experiments.conftest import ROOT, Command, finish, result_of, start
+
+Eval = Callable[..., Path]
+OUTSIDE = """
+import dataclasses
+import numpy as np
+from experiments.data.folder import Folder
+from shirg import UserError
+
+def shapes():
+    return np.zeros(3) @ np.zeros(4)
+
+def refused():
+    try:
+        shapes()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+class Bug(Folder):
+    def __getitem__(self, index):
+        return dataclasses.replace(super().__getitem__(index), load_image=shapes)
+
+class Refused(Folder):
+    def __getitem__(self, index):
+        return dataclasses.replace(super().__getitem__(index), load_image=refused)
+
+class Picky(Folder):
+    def __init__(self, *, flavour="sweet", **options):
+        if flavour == "sour":
+            raise ValueError("flavours are sweet\\nor salty")
+        super().__init__(**options)
+"""
+"""A plug-in outside the four packages."""
+NUMPY = "matmul: Input operand 1 has a mismatch in its core dimension"
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture_folder: Callable[..., Path]) -> list[str]:
+    """The overrides that read a folder; the classes of the module `outside` take its place by `data._target_`."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "outside", raising=False)
+    return ["selector=pooled", "data=folder", f"data.root={picture_folder('mine')}", "decode.max_new_tokens=4"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_numpy_error_in_a_picture_is_a_bug_and_keeps_its_traceback(
+    workers: int, outside: list[str], eval_here: Eval, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = eval_here(*outside, "data._target_=outside.Bug", f"workers={workers}", ok=False)
+    assert result_of(folder)["reason"].startswith(f"ValueError: {NUMPY}")
+    for trace in (capfd.readouterr().err, (folder / "error.txt").read_text()):
+        assert "Traceback" in trace and "return np.zeros(3) @ np.zeros(4)" in trace
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_same_sentence_raised_on_purpose_is_bad_input(
+    workers: int, outside: list[str], eval_here: Eval, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = eval_here(*outside, "data._target_=outside.Refused", f"workers={workers}", ok=False)
+    assert result_of(folder)["reason"].startswith(NUMPY)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: {NUMPY}")
+
+
+def test_what_a_constructor_refuses_is_bad_input(
+    outside: list[str], eval_here: Eval, capfd: pytest.CaptureFixture[str]
+) -> None:
+    eval_here(*outside, "data._target_=outside.Picky", "+data.flavour=sour", ok=False)
+    assert capfd.readouterr().err == "error: data: Picky cannot be built: flavours are sweet or salty\n"
+    eval_here(*outside, "data._target_=outside.Nothing", ok=False)
+    assert "error: data._target_=outside.Nothing: no such class" in capfd.readouterr().err
+
+
+def test_what_counts_as_bad_input() -> None:
+    def error_of(call: Callable[[], object]) -> Exception:
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            call()
+        return caught.value
+
+    assert is_user_error(error_of(lambda: resolve_budget("most", {})))
+    assert is_user_error(MissingFileError("no such file")) and is_user_error(ConfigError("no such key"))
+    assert not is_user_error(error_of(lambda: int("seven")))
+    assert not is_user_error(error_of(lambda: Path("absent").read_text()))
+    assert not is_user_error(error_of(lambda: {}["key"]))
+
+
+def test_a_bug_keeps_its_traceback(
+    eval_here: Eval, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.evaluate.summarise", lambda *_: int("seven"))
+    folder = eval_here("limit=2", ok=False)
+    err = capfd.readouterr().err
+    assert "Traceback" in err and "invalid literal for int()" in err
+    assert result_of(folder)["reason"].startswith("ValueError: invalid literal")
+    assert "invalid literal" in (folder / "error.txt").read_text()
+
+
+def test_a_bug_while_scoring_again_keeps_its_traceback(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.rescore.job_folders", lambda *_: int("seven"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        command("eval", "rescore=outputs/s")
+
+
+def test_bad_folders_fail_their_own_jobs_and_no_other(
+    picture_folder: Callable[..., Path], tiny_weights: Path, tmp_path: Path, command: Command
+) -> None:
+    """Four sweep points with bad data and one with good data: each says why at once, the good one is in the table."""
+    lost, corrupt, outside, good = (picture_folder(name) for name in ("lost", "corrupt", "outside", "good"))
+    (lost / "0.png").unlink()
+    (corrupt / "0.png").write_bytes((corrupt / "0.png").read_bytes()[:200])
+    (outside / "metadata.jsonl").write_text(
+        '{"file_name": "../lost/metadata.jsonl", "question": "?", "answers": ["a"]}'
+    )
+    bad = [
+        (tmp_path / "absent", "data folder .*absent does not exist"),
+        (lost, "line 1: picture .* does not exist"),
+        (corrupt, "0.png: cannot be read as a picture"),
+        (outside, "is outside the data folder"),
+    ]
+    roots = ",".join(str(folder) for folder in (*(folder for folder, _ in bad), good))
+    words = ["-m", "study=s", "data=folder", f"data.root={roots}", f"model.path={tiny_weights}", "selector=pooled"]
+    ended = command("eval", *words)
+    assert ended.code == 1 and len(ended.err) == len(bad), ended.err
+    results = [result_of(path.parent) for path in (tmp_path / "outputs/s").glob("*/result.json")]
+    for line, (folder, sentence) in zip(ended.err, bad, strict=True):
+        (failed,) = [r for r in results if r["config"]["data"]["root"] == str(folder)]
+        assert failed["status"] == "failed" and line == f"error: {failed['job']}: {failed['reason']}"
+        assert re.search(sentence, line)
+    assert ended.out.rstrip().endswith("table: outputs/s/table.md   report: outputs/s/report.html")
+    table = (tmp_path / "outputs/s/table.md").read_text()
+    assert (table.count("| failed |"), table.count("| ok |")) == (4, 1)
+
+
+def test_a_bad_job_in_a_process_of_its_own(tiny_weights: Path, tmp_path: Path) -> None:
+    words = [f"model.path={tiny_weights}", "decode.max_new_tokens=16", "decode.block_length=3", "limit=1"]
+    code, _, err = finish(start("eval", *words, cwd=tmp_path))
+    assert code == 1 and len(err) == 1 and err[0].startswith("error: ") and "block_length" in err[0]
+
+
+def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without srun nothing is submitted, and no job begins."""
+    monkeypatch.setattr("experiments.cli.shutil.which", lambda name: None)
+    ended = command("eval", "-m", "hydra/launcher=slurm", "selector=pooled,full")
+    assert ended.code == 1 and ended.err[-1].startswith("error: hydra/launcher=slurm: there is no srun on this machine")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['eval.py', '--help']; sys.path.insert(0, {root!r})\n"
+        "try: runpy.run_path({path!r}, run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "assert not {{'torch', 'transformers', 'lightning', 'numpy', 'PIL'}} & set(sys.modules)\n"
+    )
+    for name in ("eval", "train"):
+        program = code.format(root=str(ROOT), path=str(ROOT / f"{name}.py"))
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "pooled" in done.stdout and "resume=true" in done.stdout
