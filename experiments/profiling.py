@@ -31,7 +31,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """What training shows: the peak of the accelerator, on a CPU that of the whole process."""
+    """Peak memory for the progress line of a training: of the accelerator, or on a CPU of the whole process."""
     on_device = peak_memory_mib(device)
     if on_device is not None:
         return on_device
@@ -128,7 +128,7 @@ SQUARES = {"cpu": (512,), "cuda": (4096, 8192)}
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage costs at least."""
+    """The least that a stage costs."""
 
     flops: float
     """Multiplications and additions of its matrix products."""
@@ -144,7 +144,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """The best rates that a device has shown."""
+    """The best rates that were measured on a device."""
 
     copy: Mapping[int, float]
     """Bytes moved per second, read and written ones, by size of the buffer."""
@@ -156,7 +156,7 @@ class Limits:
         return max(self.copy.values())
 
     def copy_rate(self, n_bytes: float) -> float:
-        """The rate at which so many bytes can be moved: what caches may hold moves faster."""
+        """The rate at which so many bytes can be moved: data that fits into caches moves faster."""
         return self.copy[max((size for size in self.copy if size <= n_bytes), default=min(self.copy))]
 
     def floor_ms(self, work: Work, *, lenient: bool = False) -> float:
@@ -249,7 +249,7 @@ def cost_of(config: "LladaConfig", dtype: torch.dtype) -> LmCost:
 def flags(
     times: Mapping[str, Any], parameter_bytes: float, limits: Limits, floor: Mapping[str, Work]
 ) -> dict[str, str]:
-    """What cannot be true of a row: a stage faster than the device, or less memory than the weights take.
+    """Impossible figures of a row: a stage faster than the device, or less memory than the weights take.
 
     `times` is that object of result.json; `floor` is the least work of a stage for one sample. Returns the columns of
     the study's table whose figure is impossible, and why.
@@ -268,7 +268,7 @@ def flags(
 def eval_floor(cost: LmCost, rows: Sequence[Mapping[str, Any]], n_answer: int, batch_size: int) -> dict[str, Work]:
     """The least work of a sample of an evaluation with a prefix cache, on average.
 
-    Weights are read once for a whole batch. A step of which nobody knows how many slots were still masked counts one.
+    Weights are read once for a whole batch. A step counts one masked slot: how many there were is not recorded.
     """
     prefill, denoise = Work(0, 0), Work(0, 0)
     for row in rows:
@@ -281,18 +281,18 @@ def eval_floor(cost: LmCost, rows: Sequence[Mapping[str, Any]], n_answer: int, b
     }
 
 
-CPU_SAYS = "can't allocate memory"
-"""Torch has no exception of its own for a CPU that has no memory left."""
+CPU_MESSAGE = "can't allocate memory"
+"""Torch has no exception class for a CPU without free memory."""
 
 
 class OutOfMemory(RuntimeError):
-    """The device has not enough memory; the message says what was wanted and which knobs help."""
+    """The device has not enough memory; the message says how much was needed and which options help."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and CPU_SAYS in str(error)
+    return isinstance(error, RuntimeError) and CPU_MESSAGE in str(error)
 
 
 @contextmanager
@@ -307,7 +307,7 @@ def explain_oom(model: "Lavida", batch_size: int, n_tokens: int) -> Iterator[Non
 
 
 def sentence(model: "Lavida", batch_size: int, n_tokens: int) -> str:
-    """What weights, caches and one layer's activations take, roughly: enough to see which of them is too large."""
+    """Roughly what weights, caches and one layer's activations take: enough to see which of them is too large."""
     config, item = model.config.lm, model.dtype.itemsize
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     cache = cost_of(config, model.dtype).cache_bytes(n_tokens, batch_size)
@@ -322,7 +322,7 @@ def sentence(model: "Lavida", batch_size: int, n_tokens: int) -> str:
 
 
 def release() -> None:
-    """Gives back what the failed work held, so that the next job of a sweep can have it."""
+    """Frees the memory of a failed job for the next job of a sweep."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""`python eval.py rescore=FOLDER`: today's metrics for answers that are there already.
+"""`python eval.py rescore=FOLDER`: scores stored answers again, with the metrics of this version.
 
-Neither weights nor pictures are read: samples.parquet has the answers and what they are compared with. The scores end
-up as if the job were run again with these metrics; what was generated, and what that cost, stays as it is.
+Neither weights nor pictures are read: samples.parquet has the answers and the references. The scores become those of a
+new run with these metrics; answers and times stay as they are.
 """
 
 import shlex
@@ -35,11 +35,11 @@ _RECALL = "entity_recall"
 
 @dataclass(frozen=True)
 class RescoreRequest:
-    """What a command line with `rescore=` asks for."""
+    """The jobs and metrics of a command line with `rescore=`."""
 
     pattern: str
     metrics: tuple[str, ...] | None
-    """None is what each job was scored by."""
+    """None takes the metrics of each job's own config."""
 
 
 def parse(argv: Sequence[str]) -> RescoreRequest:
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> RescoreRequest:
 
 
 def rescore_all(request: RescoreRequest) -> dict[Path, bool]:
-    """Scores every job that the request names; says what became of each, and returns whether it went well.
+    """Scores every job that the request names and prints one line for each; True where that worked.
 
     Raises:
         UserError: the pattern names no job.
@@ -70,7 +70,7 @@ def rescore_all(request: RescoreRequest) -> dict[Path, bool]:
     for folder in folders:
         try:
             before, after = rescore(folder, request.metrics)
-        except (ValueError, OSError) as error:
+        except Exception as error:
             if not is_user_error(error):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
@@ -109,7 +109,7 @@ def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, 
     shots = _shots(folder, rows)
     quality = summarise(rows, tuple(scorers))["quality"]
     if metrics is not None:
-        _check_fed(folder, rows, scorers, metrics)
+        _check_references(folder, rows, scorers, metrics)
         result = _asked_with(result, metrics)
     before, scored_by = result["quality"], result["data"].get("scorer")
     new = {
@@ -133,7 +133,7 @@ def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, 
 
 
 def _answers(folder: Path, result: Mapping[str, Any]) -> list[SampleRow]:
-    """The job's answers, after making sure that they are all of them and the ones that were scored."""
+    """The job's answers, after checking that they are complete and the ones that were scored."""
     where = f"{WORD}={folder}"
     if result["verb"] != "eval" or result["status"] != "ok":
         raise UserError(
@@ -154,20 +154,22 @@ def _answers(folder: Path, result: Mapping[str, Any]) -> list[SampleRow]:
     return rows
 
 
-def _check_fed(folder: Path, rows: Sequence[SampleRow], scorers: Mapping[str, Scorer], asked: Sequence[str]) -> None:
-    """Every metric that was asked for must have something to compare with in some sample."""
+def _check_references(
+    folder: Path, rows: Sequence[SampleRow], scorers: Mapping[str, Scorer], asked: Sequence[str]
+) -> None:
+    """Raises UserError unless each metric finds a reference in at least one sample."""
     for name in asked:
         if name == _RECALL:
-            fed, lacking = any(row["recall"] is not None for row in rows), "boxes of the evidence"
+            found, missing = any(row["recall"] is not None for row in rows), "boxes of the evidence"
         else:
-            fed = any(row["scores"][name] is not None for row in rows)
-            lacking = getattr(scorers[name], "reference", "answers")
-        if not fed:
-            raise UserError(f"{METRICS}: {name} needs {lacking}, and no sample of {folder.name} has any")
+            found = any(row["scores"][name] is not None for row in rows)
+            missing = getattr(scorers[name], "reference", "answers")
+        if not found:
+            raise UserError(f"{METRICS}: {name} needs {missing}, and no sample of {folder.name} has any")
 
 
 def _asked_with(result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
-    """The record as a job has it that is run with these metrics from the start."""
+    """The record that a job run with these metrics would have."""
     word = f"{METRICS}=[{','.join(metrics)}]"
 
     def replaced(words: Sequence[str]) -> list[str]:

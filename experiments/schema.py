@@ -59,7 +59,7 @@ class Decode:
 
 @dataclass
 class Run:
-    """What every verb shares."""
+    """The keys that eval.py and train.py share."""
 
     study: str = MISSING
     seed: int = 0
@@ -151,7 +151,7 @@ class Lora:
 
 @dataclass
 class MultiBudget:
-    """Selectors that an adapter is trained for, beside the run's own knobs: one of them at each step."""
+    """Selectors that an adapter is trained for, beside the run's own: one of them at each step."""
 
     budgets: list[Any] = field(default_factory=list)
     """One is drawn at each step; "pooled" is LaViDa's own tokens. Empty: the selector's own."""
@@ -195,7 +195,7 @@ class Train(Run):
     gate: dict[str, float] = field(default_factory=dict)
     """Least value of each figure that the stage must reach."""
     plan: bool = False
-    """Says what the run would train and need, and does nothing."""
+    """Prints what the run would train and need; trains and writes nothing."""
 
 
 def local_folder(path: str) -> Path | None:
@@ -208,12 +208,12 @@ def override_key(word: str) -> str:
     return word.partition("=")[0].lstrip("+~")
 
 
-def job_name(verb: str, override_dirname: str) -> str:
+def job_name(command: str, override_dirname: str) -> str:
     """The folder of a job, made of its overrides alone, so that the same run always lands in the same place.
 
     No `=` and no `,`: the path must be a plain value on a later command line (`adapter=outputs/...`).
     """
-    name = f"{verb}_" + (re.sub(r"[^\w.-]+", "-", override_dirname).strip("-.") or "defaults")
+    name = f"{command}_" + (re.sub(r"[^\w.-]+", "-", override_dirname).strip("-.") or "defaults")
     if len(name) > MAX_NAME:
         name = f"{name[:MAX_NAME]}-{hashlib.sha256(override_dirname.encode()).hexdigest()[:8]}"
     return name
@@ -224,10 +224,10 @@ def tasks_per_node(strategy: str, gpus_per_node: int | None) -> int:
     return 1 if strategy == Strategy.single or gpus_per_node is None else gpus_per_node
 
 
-def describe_groups(verb: str) -> str:
-    """The config groups of a verb and one line about each option, for `--help`: the second comment of each file."""
+def describe_groups(command: str) -> str:
+    """The config groups of a command and one line about each option, for `--help`: the second comment of each file."""
     lines = []
-    config = OmegaConf.load(CONF / f"{verb}.yaml")
+    config = OmegaConf.load(CONF / f"{command}.yaml")
     assert isinstance(config, DictConfig)
     for entry in config["defaults"]:
         group, default = next(iter(entry.items())) if not isinstance(entry, str) else (entry, None)
@@ -235,7 +235,7 @@ def describe_groups(verb: str) -> str:
             lines.append(f"{group} (default {default})")
             for path in sorted((CONF / group).glob("*.yaml")):
                 lines.append(f"  {path.stem:<18} {_description(path)}".rstrip())
-    sweeps = [path for path in sorted((CONF / "sweep").glob("*.yaml")) if f"\n{verb}:" in path.read_text()]
+    sweeps = [path for path in sorted((CONF / "sweep").glob("*.yaml")) if f"\n{command}:" in path.read_text()]
     lines += ["sweep (stands for several jobs)", *(f"  {path.stem:<18} {_description(path)}" for path in sweeps)]
     return "\n".join(lines)
 

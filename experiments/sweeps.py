@@ -1,7 +1,7 @@
-"""Words that stand for several overrides: `sweep=NAME` and `run=FOLDER`.
+"""Sweep expansion: `sweep=NAME` and `run=FOLDER` stand for several overrides.
 
-They are written out before Hydra reads the command line, so that a job's folder, its record and the command in its row
-say what was really asked for, and an override given by hand replaces the one that a sweep would bring.
+They are expanded before Hydra reads the command line, so that a job's folder, its record and the command in its row
+have the real overrides. An override given by hand replaces the sweep's own.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from experiments.errors import ConfigError
 from experiments.schema import CONF, override_key
 
 SWEEPS = CONF / "sweep"
-_OF_A_SYSTEM = frozenset({"model", "selector", "relevance", "budget", "ablation", "experiment", "dtype", "attention"})
-"""Overrides of a training that say how its result must be evaluated, too."""
+_REPEATED = frozenset({"model", "selector", "relevance", "budget", "ablation", "experiment", "dtype", "attention"})
+"""Overrides of a training that its evaluation must repeat."""
 
 
-def expand(verb: str, argv: Sequence[str]) -> list[list[str]]:
+def expand(command: str, argv: Sequence[str]) -> list[list[str]]:
     """The command lines that `argv` stands for: one for each product of a sweep, one for each run.
 
     Raises:
-        ConfigError: a sweep that does not exist or is for another verb; a folder without a finished adapter.
+        ConfigError: a sweep that does not exist or is for the other command; a folder without a finished adapter.
     """
     sweeps, runs = ([word.partition("=")[2] for word in argv if word.startswith(f"{key}=")] for key in ("sweep", "run"))
     given = [word for word in argv if not word.startswith(("sweep=", "run="))]
-    if len(sweeps) + len(runs) > 1 or (runs and verb != "eval"):
+    if len(sweeps) + len(runs) > 1 or (runs and command != "eval"):
         raise ConfigError(
             "sweep= and run= stand for whole command lines: give one of them, once; run= is for eval.py "
             "(several runs: run='outputs/STUDY/*')"
@@ -35,26 +35,26 @@ def expand(verb: str, argv: Sequence[str]) -> list[list[str]]:
     products: list[list[str]] = [[]]
     if sweeps:
         given = given if {"-m", "--multirun"} & set(given) else ["-m", *given]
-        products = sweep_overrides(verb, sweeps[0])
+        products = sweep_overrides(command, sweeps[0])
     elif runs:
         products = [run_overrides(folder) for folder in job_folders("run", runs[0], "train")]
     asked = {override_key(word) for word in given if "=" in word}
     return [[*given, *(word for word in product if override_key(word) not in asked)] for product in products]
 
 
-def sweep_overrides(verb: str, name: str) -> list[list[str]]:
-    """The overrides of each product in `conf/sweep/NAME.yaml`."""
+def sweep_overrides(command: str, name: str) -> list[list[str]]:
+    """The overrides of each product in `conf/sweep/NAME.yaml` for a command, "eval" or "train"."""
     known = _sweeps()
-    if verb not in known.get(name, {}):
-        fitting = ", ".join(stem for stem, verbs in known.items() if verb in verbs)
+    if command not in known.get(name, {}):
+        fitting = ", ".join(stem for stem, commands in known.items() if command in commands)
         why = f"is for {' and '.join(known[name])}.py" if name in known else "does not exist"
-        raise ConfigError(f"sweep={name} {why}; the sweeps of {verb}.py are {fitting}")
-    products = known[name][verb]
+        raise ConfigError(f"sweep={name} {why}; the sweeps of {command}.py are {fitting}")
+    products = known[name][command]
     return [[f"{key}={value}" for key, value in product.items()] for product in products]
 
 
 def run_overrides(folder: Path) -> list[str]:
-    """What evaluates the adapter of a training job: the system that it was trained in, and where it lies."""
+    """The overrides that evaluate the adapter of a training job: its model and selector, and the adapter's folder."""
     from experiments.jobs.results import read_result
 
     result = read_result(folder)
@@ -71,8 +71,8 @@ def run_overrides(folder: Path) -> list[str]:
 
 
 def system_of(overrides: Sequence[str]) -> list[str]:
-    """Those of a training's overrides that say how its result must be evaluated, a recipe's among them."""
-    kept = [word for word in overrides if override_key(word).partition(".")[0] in _OF_A_SYSTEM]
+    """The overrides of a training that its evaluation needs too, with those that a recipe brings."""
+    kept = [word for word in overrides if override_key(word).partition(".")[0] in _REPEATED]
     given = {override_key(word) for word in kept}
     recipes = [word.partition("=")[2] for word in overrides if override_key(word) == "recipe"]
     brought = [word for name in recipes for word in _recipe(name) if override_key(word) not in given]
@@ -80,29 +80,29 @@ def system_of(overrides: Sequence[str]) -> list[str]:
 
 
 def _recipe(name: str) -> list[str]:
-    """The system that `conf/recipe/NAME.yaml` trains for, as overrides."""
+    """The model, selector and so on that `conf/recipe/NAME.yaml` trains for, as overrides."""
     recipe = OmegaConf.to_container(OmegaConf.load(CONF / "recipe" / f"{name}.yaml")) or {}
     assert isinstance(recipe, dict)
     chosen = {
         key.removeprefix("override /"): value for entry in recipe.get("defaults", []) for key, value in entry.items()
     }
-    words = {group: value for group, value in chosen.items() if group in _OF_A_SYSTEM}
-    for group in (key for key in recipe if key in _OF_A_SYSTEM):
+    words = {group: value for group, value in chosen.items() if group in _REPEATED}
+    for group in (key for key in recipe if key in _REPEATED):
         words |= {f"{group}.{knob}": value for knob, value in recipe[group].items()}
     return [f"{key}={value}" for key, value in words.items()]
 
 
-def job_folders(word: str, pattern: str, verb: str) -> list[Path]:
-    """Folders that a path names, or those of the verb's jobs that a glob pattern does."""
+def job_folders(word: str, pattern: str, command: str) -> list[Path]:
+    """The folder that a path names, or the job folders of a command that match a glob pattern."""
     if not any(sign in pattern for sign in "*?["):
         return [Path(pattern)]
     root = Path(pattern)
     found = sorted(
         path.parent for path in Path(root.anchor or ".").glob(str(root.relative_to(root.anchor) / "result.json"))
     )
-    found = [folder for folder in found if folder.name.startswith(f"{verb}_")]
+    found = [folder for folder in found if folder.name.startswith(f"{command}_")]
     if not found:
-        raise ConfigError(f"{word}={pattern}: no folder of a job of {verb}.py matches")
+        raise ConfigError(f"{word}={pattern}: no folder of a job of {command}.py matches")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Accounting of tokens: where they sit in a picture, how many a selector kept, and whether that is what it owes."""
+"""Counts of tokens: where they are in a picture, how many a selector kept, and whether that is its budget."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class TokenPlaces:
 
 
 class TokenGeometry:
-    """Where a model puts its tokens, by picture size; remembered, because data sets repeat sizes."""
+    """Where a model puts its tokens, by picture size; cached, because datasets repeat sizes."""
 
     def __init__(self, config: "LavidaConfig", geometry: Geometry = "lavida_tiles") -> None:
         self.config, self.geometry = config, geometry
@@ -46,7 +46,7 @@ class TokenGeometry:
         return self._placed[size]
 
     def matched(self, size: tuple[int, int]) -> int:
-        """What the base model itself would feed for a picture of this size."""
+        """The number of tokens that the base model itself would use for a picture of this size."""
         from lavida_adapter.views import pooled_count
 
         return pooled_count(size, self.config)
@@ -92,18 +92,17 @@ def check_counts(
     size: tuple[int, int],
     sample: str,
 ) -> None:
-    """Raises when the model was fed another number of tokens than the selector's configuration says."""
+    """Raises RuntimeError when the model got another number of tokens than the selector's configuration says."""
     total = sum(sources.values())
     without_newlines = total - sources[Source.NEWLINE.name.lower()]
     if n_visual != total:
-        raise RuntimeError(f"{sample}: the selector gave {total} tokens, the prefix holds {n_visual}")
+        raise RuntimeError(f"{sample}: the selector gave {total} tokens, the prefix has {n_visual}")
     budget = selector.budget
     if budget is None:
         return
     if budget == "matched":
-        owed = geometry.matched(size)
-        counted = total
+        expected, counted = geometry.matched(size), total
     else:
-        owed, counted = budget, without_newlines
-    if counted > owed or (counted < owed and not selector.may_use_less):
-        raise RuntimeError(f"{sample}: {counted} tokens, but budget={budget} owes this picture {owed}")
+        expected, counted = budget, without_newlines
+    if counted > expected or (counted < expected and not selector.may_use_less):
+        raise RuntimeError(f"{sample}: kept {counted} tokens, expected {expected} (budget={budget})")

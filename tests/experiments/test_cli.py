@@ -1,4 +1,4 @@
-"""Command lines: one sentence and exit code 1 for bad input, a traceback for a bug, nothing heavy before it is needed."""
+"""Command lines: one sentence for bad input, a traceback for a bug, and no heavy imports before they are needed."""
 
 import re
 import subprocess

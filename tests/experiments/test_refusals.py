@@ -55,7 +55,7 @@ JOBS = {
     "metric": ("data.metrics=[entity_recall]", "scores no answers: text metric"),
     "headline": (
         "data.metrics=[cider_d]",
-        "data.metrics: cider_d depends on all answers; metric of single answers first",
+        "data.metrics: cider_d depends on all answers; single answers first",
     ),
     "relevance": ("relevance=external relevance.path=absent.safetensors", "absent.safetensors: no such file"),
     "shard": ("shards=2 shard=2", "numbered from 0 to shards - 1"),
