@@ -1,6 +1,5 @@
-"""Several processes, one job: who is who, one record, the loss curve of a single process."""
+"""The ranks of a process from the launcher's variables, and launchers that do not fit the config."""
 
-import sys
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.jobs.distributed import Ranks, detect_ranks, init_distributed
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 VARIABLES = (
     "TORCHELASTIC_RUN_ID",
     "RANK",
@@ -81,7 +79,50 @@ def test_a_launcher_that_does_not_fit_the_config(
         init_distributed(config(**trainer))
 
 
-def test_evaluation_refuses_company(monkeypatch: pytest.MonkeyPatch) -> None:
+ONE_TASK = OF_SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("variables", "num_nodes", "device", "gpus", "message"),
+    [
+        (
+            ONE_TASK,
+            1,
+            "auto",
+            8,
+            r"srun started 1 tasks on a node with 8 GPUs.*gpus_per_node=N.*ntasks-per-node.*\(N=8\)",
+        ),
+        (OF_SRUN, 2, "cuda", 4, r"srun started 2 tasks on a node with 4 GPUs"),
+        (
+            ONE_TASK,
+            1,
+            "auto",
+            1,
+            "needs several processes, and srun started one task; .*gpus_per_node.*trainer=default",
+        ),
+        (ONE_TASK, 1, "cpu", 8, "needs several processes, and srun started one task"),
+    ],
+)
+def test_one_task_of_srun_does_not_train_for_a_node(
+    strategy: str,
+    variables: dict[str, str],
+    num_nodes: int,
+    device: str,
+    gpus: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    cfg = config(strategy=strategy, num_nodes=num_nodes)
+    cfg.device = device
+    with pytest.raises(ValueError, match=message):
+        init_distributed(cfg)
+
+
+def test_evaluation_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in OF_TORCHRUN.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="this job runs in one"):
