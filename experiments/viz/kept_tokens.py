@@ -1,6 +1,5 @@
 """What a selector kept, drawn on the picture; `python -m experiments.report.overlay` draws one of your own."""
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,12 +81,6 @@ def _pixels(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, in
     y0, y1 = (int(np.clip(round(y * height), 0, height)) for y in (box[1], box[3]))
     x0, y0 = min(x0, width - 1), min(y0, height - 1)
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
-
-
-if __name__ == "__main__":
-    from experiments.report.overlay import main
-
-    main(sys.argv[1:])
 
 
 GAP, LINE, TEXT = 14, 17, 13
