@@ -17,6 +17,8 @@ from experiments.atomic_files import read_json, write_json
 from shirg import UserError
 
 if TYPE_CHECKING:
+    from torch.utils.benchmark import Measurement
+
     from lavida_adapter import Lavida, LladaConfig
 
 
@@ -71,52 +73,49 @@ def summarise_stages(timings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of every repetition."""
+    """Repeated runs of one call, in milliseconds."""
 
-    wall_ms: tuple[float, ...]
+    wall: "Measurement"
+    """Wall-clock time, with the device synchronised before and after each run."""
     cpu_ms: tuple[float, ...]
-    """Time of all threads of this process, which a busy machine disturbs less; empty on CUDA."""
+    """Time of all threads of this process, which other processes disturb less; empty on CUDA."""
 
     @property
     def median(self) -> float:
-        return statistics.median(self.wall_ms)
+        return 1000 * self.wall.median
 
     @property
     def least(self) -> float:
-        return min(self.wall_ms)
+        return 1000 * min(self.wall.times)
 
     def report(self) -> dict[str, Any]:
         return {
             "ms": self.median,
             "ms_min": self.least,
+            "ms_iqr": 1000 * self.wall.iqr,
             "cpu_ms": statistics.median(self.cpu_ms) if self.cpu_ms else None,
-            "ms_all": list(self.wall_ms),
+            "ms_all": [1000 * seconds for seconds in self.wall.times],
         }
 
 
 def time_call(call: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 2) -> Timing:
-    """Times `call`, after some calls that are not counted."""
+    """Times `call` with the clock of torch.utils.benchmark, which synchronises CUDA; `warm_up` calls are not counted.
+
+    Every repetition is one call: the calls that are timed take milliseconds to seconds.
+    """
+    from torch.utils.benchmark import Measurement, TaskSpec, timer  # a tenth of a second to import
+
     for _ in range(warm_up):
         call()
-    if device.type == "cuda":
-        return Timing(tuple(_event_ms(call, device) for _ in range(repeats)), ())
-    wall, cpu = [], []
+    wall_s, cpu_s = [], []
     for _ in range(repeats):
-        wall_began, cpu_began = time.perf_counter(), time.process_time()
+        cpu_began, wall_began = time.process_time(), timer()
         call()
-        wall.append(1000 * (time.perf_counter() - wall_began))
-        cpu.append(1000 * (time.process_time() - cpu_began))
-    return Timing(tuple(wall), tuple(cpu))
-
-
-def _event_ms(call: Callable[[], object], device: torch.device) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record(torch.cuda.current_stream(device))
-    call()
-    end.record(torch.cuda.current_stream(device))
-    torch.cuda.synchronize(device)
-    return float(start.elapsed_time(end))
+        wall_s.append(timer() - wall_began)
+        cpu_s.append(time.process_time() - cpu_began)
+    task = TaskSpec(stmt="call()", setup="", num_threads=torch.get_num_threads())
+    cpu_ms = () if device.type == "cuda" else tuple(1000 * seconds for seconds in cpu_s)
+    return Timing(Measurement(number_per_run=1, raw_times=wall_s, task_spec=task), cpu_ms)
 
 
 LIMITS = "limits.json"

@@ -1,10 +1,11 @@
 """`python -m experiments.bench PART [options]`: how long one part takes at true size, as a table and as JSON.
 
-A new part is a file `experiments/bench/<part>.py` with `run(*, device, <its options>) -> Measured`, and
-one line in PARTS. It is imported when it runs, so that `--help` answers at once.
+A new part is a module of experiments.bench with `run(*, device, <its options>) -> BenchResult`, and an entry in PARTS.
+It is imported when it runs, so that `--help` answers at once.
 """
 
 import argparse
+import io
 import re
 import shlex
 import sys
@@ -12,27 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from experiments.errors import fail, is_user_error
 
-
-class Measured(Protocol):
-    """What a part hands back."""
-
-    def lines(self) -> list[str]:
-        """The table, as text."""
-
-    def report(self) -> dict[str, Any]:
-        """Everything that was measured, for JSON."""
-
-
-@runtime_checkable
-class HasFigure(Protocol):
-    """What has a picture besides."""
-
-    def figure(self) -> str | None:
-        """A chart as SVG; None when there are too few points."""
+if TYPE_CHECKING:
+    from experiments.bench.common import BenchResult
 
 
 def positive(text: str) -> int:
@@ -63,6 +49,8 @@ def names(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Option:
+    """An option on the command line: its help, and the conversion of its text."""
+
     help: str
     read: Callable[[str], Any] = str
 
@@ -70,10 +58,10 @@ class Option:
 OPTIONS = {
     "dtype": Option("float32, bfloat16 or float16", dtype),
     "batch": Option("batch sizes, separated by commas", positives),
-    "only": Option("some of them, separated by commas, knobs after a space; all when not given", names),
+    "only": Option("some of them, separated by commas, options after a space; all when not given", names),
     "repeats": Option("timed calls; the table has their median", positive),
     "model": Option("an option of conf/model"),
-    "workers": Option("processes that draw batches ahead of time", whole),
+    "workers": Option("processes that prefetch batches", whole),
     "prompt": Option("tokens of the prompt, separated by commas", positives),
     "answer": Option("tokens of the answer", positive),
     "steps": Option("denoising steps; one for each token when not given", positive),
@@ -82,26 +70,32 @@ OPTIONS = {
     "selector": Option("an option of conf/selector"),
     "samples": Option("questions to answer", positive),
 }
-"""What parts may ask for; every part has --device, --threads and --out besides."""
+"""Options that a part may have; every part also has --device, --threads and --out."""
 
 
 @dataclass(frozen=True)
 class Part:
+    """One measurement."""
+
+    module: str
     about: str
     defaults: Mapping[str, str | None]
-    """Which of OPTIONS it takes, as one would type them; None for no value."""
+    """Its options (keys of OPTIONS) with their defaults as one would type them; None for no value."""
 
 
 PARTS = {
     "selectors": Part(
+        "selectors",
         "every selector, beside a naive twin of SHIRG-980 and the vision tower",
         {"dtype": "float32", "batch": "1,4", "repeats": "15", "only": None},
     ),
     "train": Part(
+        "training_step",
         "training steps with an adapter, and the share of data, forward, backward and optimiser",
         {"model": "tiny", "batch": "36", "workers": "0", "repeats": "20"},
     ),
     "decode": Part(
+        "decode",
         "prefill and denoising steps, beside a plain twin of the public reference and the physical floor",
         {
             "model": "bench_small",
@@ -115,6 +109,7 @@ PARTS = {
         },
     ),
     "prefill": Part(
+        "prefill",
         "selection, prefill and step over ever more vision tokens, with fitted exponents",
         {
             "model": "bench_small",
@@ -127,14 +122,17 @@ PARTS = {
         },
     ),
     "encode": Part(
+        "encoding",
         "cutting pictures into views, and the tower over one or several pictures",
         {"model": "bench_small", "batch": "1,4", "repeats": "5"},
     ),
     "cache": Part(
-        "prefix caches in fewer bits: bytes, milliseconds and how far logits move",
+        "cache_size",
+        "prefix caches in fewer bits: bytes, milliseconds and the change of logits",
         {"model": "bench_small", "prompt": "1050", "answer": "32", "batch": "1", "repeats": "7"},
     ),
     "end2end": Part(
+        "end2end",
         "from picture to answer: samples per second by batch size, and whether answers stay the same",
         {"model": "tiny", "batch": "1,16", "only": None, "samples": "96", "repeats": "5"},
     ),
@@ -158,7 +156,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         for key, default in part.defaults.items():
             shown = "" if default is None else f" (default {default})"
             own.add_argument(f"--{key}", type=OPTIONS[key].read, default=default, help=OPTIONS[key].help + shown)
-    # `model=tiny` is how the rest of the project spells `--model tiny`.
+    # `model=tiny`, as other commands write it, is read as `--model tiny`.
     return parser.parse_args([f"--{a}" if re.match(r"[a-z]+=", a) else a for a in arguments])
 
 
@@ -175,20 +173,22 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(given.threads)
     try:
         device = resolve_device(given.device)
-        run = import_module(f"experiments.bench.{given.part}").run
-        measured: Measured = run(device=device, **{key: getattr(given, key) for key in PARTS[given.part].defaults})
+        part = PARTS[given.part]
+        run = import_module(f"experiments.bench.{part.module}").run
+        result: BenchResult = run(device=device, **{key: getattr(given, key) for key in part.defaults})
     except ValueError as error:
         if not is_user_error(error):
             raise
         fail(str(error))
-    print("\n".join(measured.lines()))
+    print("\n".join(result.lines()))
     command = shlex.join(["python", "-m", "experiments.bench", *arguments])
     made_by = environment(device, getattr(given, "dtype", "float32"))
-    write_json(given.out, {"command": command, "environment": made_by, **measured.report()})
+    write_json(given.out, {"command": command, "environment": made_by, **result.report})
     print(f"written: {given.out}")
-    figure = measured.figure() if isinstance(measured, HasFigure) else None
-    if figure is not None:
-        write_atomic(given.out.with_suffix(".svg"), figure)
+    if result.figure is not None:
+        svg = io.BytesIO()
+        result.figure.savefig(svg, format="svg")
+        write_atomic(given.out.with_suffix(".svg"), svg.getvalue())
 
 
 if __name__ == "__main__":

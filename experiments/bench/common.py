@@ -1,65 +1,116 @@
-"""What the benches share: models, inputs, tables."""
+"""What the benches share: results and their tables, models, inputs, and the distance to the device's limits."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
-from omegaconf import DictConfig
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from experiments import build
-from experiments.profiling import Limits, Work, measure_limits
-from experiments.profiling import Timing as Timing
-from experiments.profiling import time_call as time_call
+from experiments.profiling import Limits, Work
 from lavida_adapter import LavidaConfig, VisionConfig
 from lavida_adapter.views import Views, cut, layout_on, patch_pixels
 from lavida_adapter.vision import VisionTower
-from shirg import Geometry, VisionFeatures
+from shirg import Geometry, UserError, VisionFeatures
 
 if TYPE_CHECKING:
-    from lavida_adapter import Lavida
+    from lavida_adapter import Lavida, Prefix
+
+Format = str | Callable[[Any], str]
+Columns = Mapping[str, tuple[str, Format]]
+"""Title of a column -> the value's key in a row of the report (inner keys after dots), and how it is shown."""
+
+BOX = (0.30, 0.40, 0.55, 0.45)
+"""A box of evidence for the oracle: a line of print, as fractions of the picture."""
 
 
-def config_of(*overrides: str) -> DictConfig:
-    """What eval would be given."""
-    return build.compose_eval(*overrides)
+@dataclass(frozen=True)
+class BenchResult:
+    """What a part measured."""
+
+    title: str
+    report: dict[str, Any]
+    """Everything, for JSON."""
+    table: pd.DataFrame
+    """The main numbers, as text."""
+    notes: tuple[str, ...] = ()
+    """Lines below the table."""
+    figure: Figure | None = None
+
+    def lines(self) -> list[str]:
+        """The result as text; the first column is aligned to the left, the others to the right."""
+        first = self.table.columns[0]
+        width = max(map(len, [first, *self.table[first]]))
+        names = self.table[first].str.ljust(width)
+        table = self.table.assign(**{first: names}).rename(columns={first: first.ljust(width)})
+        return [self.title, *table.to_string(index=False).splitlines(), *self.notes]
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], columns: Columns) -> pd.DataFrame:
+    """The rows of a report as a table of texts; "-" where a row has no value."""
+
+    def show(row: Mapping[str, Any], key: str, form: Format) -> str:
+        value: Any = row
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            return "-"
+        return form(value) if callable(form) else format(value, form)
+
+    return pd.DataFrame({title: [show(row, key, form) for row in rows] for title, (key, form) in columns.items()})
+
+
+def mib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**20:.2f}"
+
+
+def only_one(part: str, name: str, values: Sequence[int]) -> int:
+    """The value of an option that may be a list in other parts."""
+    if len(values) > 1:
+        raise UserError(f"bench {part} takes one value of --{name}: give it once, not {','.join(map(str, values))}")
+    return values[0]
+
+
+def sizes_of(model: "Lavida", **sizes: Any) -> dict[str, Any]:
+    """The sizes of a measurement, with the model's number format and the number of threads."""
+    return {**sizes, "dtype": str(model.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+
+
+def title_of(model: str, sizes: Mapping[str, Any]) -> str:
+    """The line above a table."""
+    return f"{model}: " + ", ".join(f"{name} {value}" for name, value in sizes.items())
+
+
+def times_floor(limits: Limits, ms: float, work: Work) -> dict[str, Any]:
+    """The least time that the device needs for the work, and how many times longer the measured time is."""
+    floor = limits.floor_ms(work)
+    return {"gflop": work.flops / 1e9, "mb": work.bytes / 1e6, "floor_ms": floor, "times_floor": ms / floor}
 
 
 def load_model(name: str, device: torch.device, attention: str = "sdpa") -> "Lavida":
     """Weights of a checkpoint, or random ones made on the device itself."""
-    return build.build_model(config_of(f"model={name}", f"attention={attention}"), device)
+    return build.build_model(build.compose_eval(f"model={name}", f"attention={attention}"), device)
 
 
 def prompt_embeds(model: "Lavida", batch: int, n: int) -> Tensor:
-    """Noise of the size of the model's own word embeddings [B, P, D]: every row different."""
+    """Noise with the scale of the model's own word embeddings [B, P, D]; every row differs."""
     weight = model.lm.wte.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     noise = torch.randn(batch, n, weight.shape[1], generator=generator, device=weight.device)
     return (noise * weight.float().std()).to(weight.dtype)
 
 
-@dataclass(frozen=True)
-class Floor:
-    """What the device cannot beat, and how far from it a time is."""
+def as_prefix(embeds_BPD: Tensor) -> "Prefix":
+    """A prefix without padding and without a picture."""
+    from lavida_adapter import Prefix
 
-    limits: Limits
-
-    @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> "Floor":
-        return cls(measure_limits(device, dtype))
-
-    def row(self, ms: float, work: Work) -> dict[str, Any]:
-        floor = self.limits.floor_ms(work)
-        return {"gflop": work.flops / 1e9, "mb": work.bytes / 1e6, "floor_ms": floor, "times_floor": ms / floor}
-
-
-BOX = (0.30, 0.40, 0.55, 0.45)
-"""Where an oracle finds the evidence: as fractions of the picture, a line of print."""
+    here = torch.ones(embeds_BPD.shape[:2], dtype=torch.bool, device=embeds_BPD.device)
+    return Prefix(embeds_BPD, here, ~here)
 
 
 def random_tower(config: LavidaConfig, device: torch.device, dtype: torch.dtype) -> VisionTower:
@@ -69,7 +120,7 @@ def random_tower(config: LavidaConfig, device: torch.device, dtype: torch.dtype)
 
 
 def noise_picture(config: LavidaConfig) -> Image.Image:
-    """Noise that fills the canvas with the most views, so that no token is padding."""
+    """Noise of the size of the largest canvas, so that no token is padding."""
     width, height = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1])
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
@@ -77,16 +128,16 @@ def noise_picture(config: LavidaConfig) -> Image.Image:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One picture on one geometry, behind the tower."""
+    """One picture on one geometry, after the vision tower."""
 
     views: Views
     states_ND: Tensor
     taps: dict[str, Tensor]
     encode: Callable[[], object]
-    """The tower's call without recordings, to be timed."""
+    """The call of the tower without recordings, to be timed."""
 
     def features(self, batch: int) -> VisionFeatures:
-        """The picture `batch` times, each time a little different."""
+        """The picture `batch` times, each with a little noise of its own."""
         states_ND, layout = self.states_ND, self.views.layout
         device = states_ND.device
         generator = torch.Generator(device).manual_seed(0)
@@ -109,7 +160,7 @@ class Encoded:
 
 
 def encode_noise(config: LavidaConfig, tower: VisionTower, geometry: Geometry, needs: Iterable[str]) -> Encoded:
-    """The noise picture with everything recorded that `needs` names; the recordings come from the tower itself."""
+    """The noise picture after the tower, with the recordings that `needs` names."""
     needs = frozenset(needs)
     weight = next(tower.parameters())
     views = cut(noise_picture(config), config, geometry)
@@ -122,7 +173,7 @@ def encode_noise(config: LavidaConfig, tower: VisionTower, geometry: Geometry, n
 
 
 def square_features(n: int, batch: int, width: int, device: torch.device, dtype: torch.dtype) -> VisionFeatures:
-    """Noise on one square view of about `n` tokens, with every recording that a scoring selector may want."""
+    """Noise on one square view of about `n` tokens, for selectors that need no recordings."""
     side = round(n**0.5)
     config = LavidaConfig(
         vision=VisionConfig(image_size=8 * side, patch_size=8), image_grid_pinpoints=((8 * side, 8 * side),)
@@ -141,57 +192,3 @@ def square_features(n: int, batch: int, width: int, device: torch.device, dtype:
         n_valid=(n_tokens,) * batch,
         relevance_BN=torch.randn(batch, n_tokens, device=device, generator=generator),
     )
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line a row: the first column to the left, the others, numbers, to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *numbers]))
-    return lines
-
-
-def table_title(model: str, shape: Mapping[str, Any]) -> str:
-    """The line above a table: what was measured, at which sizes."""
-    return f"{model}: " + ", ".join(f"{name} {value}" for name, value in shape.items())
-
-
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 400, 60, 44, 16, 170
-COLOURS = ("#1f6f8b", "#c8553d", "#6a994e", "#7b5ea7")
-
-
-def loglog_chart(xs: Sequence[float], series: Mapping[str, Sequence[float]], x_title: str, y_title: str) -> str:
-    """Lines named in a legend at the right; all values must be positive."""
-    values = [y for ys in series.values() for y in ys]
-    low_x, high_x = math.log10(min(xs)), math.log10(max(xs))
-    low_y, high_y = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (math.log10(x) - low_x) / (high_x - low_x)
-        up = (math.log10(y) - low_y) / (high_y - low_y)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for decade in range(low_y, high_y + 1):
-        (x0, y), (x1, _) = at(min(xs), 10.0**decade), at(max(xs), 1)
-        parts.append(f'<line x1="{x0:.1f}" y1="{y:.1f}" x2="{x1:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(_text(LEFT - 8, y + 4, f"{10.0**decade:g}", "end"))
-    for x in xs:
-        parts.append(_text(at(x, 1)[0], HEIGHT - BOTTOM + 16, f"{x:g}", "middle"))
-    for (name, ys), colour in zip(series.items(), COLOURS, strict=False):
-        points = [at(x, y) for x, y in zip(xs, ys, strict=True)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        parts.append(_text(points[-1][0] + 10, points[-1][1] + 4, name, "start", colour))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_title, "middle"))
-    parts.append(_text(8, TOP - 2, y_title, "start"))
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n' + "\n".join(parts) + "\n</svg>\n"
-
-
-def _text(x: float, y: float, text: str, anchor: str, colour: str = "#333") -> str:
-    style = f'text-anchor="{anchor}" fill="{colour}" font-family="sans-serif" font-size="12"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'

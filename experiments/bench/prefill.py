@@ -1,103 +1,44 @@
 """How the cost of a prompt grows with its vision tokens: selection, prefill, denoising step; with fitted exponents."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
+from experiments import build
 from experiments.bench import reference
 from experiments.bench.common import (
-    Floor,
-    Timing,
-    aligned,
-    config_of,
+    BenchResult,
+    Columns,
     load_model,
-    loglog_chart,
+    only_one,
     prompt_embeds,
-    table_title,
-    time_call,
+    sizes_of,
+    square_features,
+    table_of,
+    times_floor,
+    title_of,
 )
-from experiments.profiling import Work, cost_of, peak_memory_mib, reset_peak_memory
-from shirg import UserError
+from experiments.profiling import Timing, cost_of, measure_limits, peak_memory_mib, reset_peak_memory, time_call
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
 
 KEPT = 980
-"""What the selector keeps of every picture, whatever its size."""
-STAGES = ("select", "prefill", "step")
-
-
-@dataclass(frozen=True)
-class PrefillRow:
-    """One number of vision tokens."""
-
-    tokens: int
-    ms: dict[str, Timing]
-    """By stage; "plain prefill" is the twin's."""
-    floor: dict[str, dict[str, Any]]
-    peak_mib: float | None
-
-
-@dataclass(frozen=True)
-class PrefillBench:
-    model: str
-    shape: dict[str, Any]
-    rows: list[PrefillRow]
-    limits: dict[str, Any]
-
-    @property
-    def exponents(self) -> dict[str, float]:
-        """Slope of log(ms) over log(tokens), by least squares over all rows."""
-        tokens = [row.tokens for row in self.rows]
-        return {stage: exponent(tokens, [row.ms[stage].median for row in self.rows]) for stage in self.rows[0].ms}
-
-    def report(self) -> dict[str, Any]:
-        rows = [
-            {
-                "tokens": r.tokens,
-                **{f"{k}": t.report() for k, t in r.ms.items()},
-                "floor": r.floor,
-                "peak_mib": r.peak_mib,
-            }
-            for r in self.rows
-        ]
-        fitted = self.exponents if len(self.rows) > 1 else None
-        return {"model": self.model, **self.shape, "limits": self.limits, "exponents": fitted, "rows": rows}
-
-    def figure(self) -> str | None:
-        """Milliseconds over tokens, with the fitted exponents in the legend, as SVG."""
-        if len(self.rows) < 2:
-            return None
-        tokens = [row.tokens for row in self.rows]
-        series = {f"{s} ~ N^{self.exponents[s]:.2f}": [row.ms[s].median for row in self.rows] for s in STAGES}
-        return loglog_chart(tokens, series, "vision tokens N", "ms")
-
-    def lines(self) -> list[str]:
-        stages = list(self.rows[0].ms)
-        head = ("tokens", *(f"{stage} ms" for stage in stages), "prefill x floor", "step x floor", "peak MiB")
-        body = [
-            (
-                str(row.tokens),
-                *(f"{row.ms[stage].median:.2f}" for stage in stages),
-                *(f"{row.floor[stage]['times_floor']:.2f}" for stage in ("prefill", "step")),
-                "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-            )
-            for row in self.rows
-        ]
-        if len(self.rows) > 1:
-            body.append(("exponent", *(f"{value:.2f}" for value in self.exponents.values()), "", "", ""))
-        return [table_title(self.model, self.shape), *aligned([head, *body])]
-
-
-def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The slope of a straight line through (log x, log y)."""
-    log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    mean_x, mean_y = sum(log_x) / len(log_x), sum(log_y) / len(log_y)
-    moved = sum((x - mean_x) * (y - mean_y) for x, y in zip(log_x, log_y, strict=True))
-    return moved / sum((x - mean_x) ** 2 for x in log_x)
+"""Tokens that the selector keeps of every picture, whatever its size."""
+STAGES = ("select", "prefill", "plain prefill", "step")
+"""Stages that are timed; "plain prefill" is the plain twin's."""
+DRAWN = ("select", "prefill", "step")
+"""Stages of the figure."""
+COLUMNS: Columns = {
+    "tokens": ("tokens", "d"),
+    **{f"{stage} ms": (f"{stage}.ms", ".2f") for stage in STAGES},
+    "prefill x floor": ("floor.prefill.times_floor", ".2f"),
+    "step x floor": ("floor.step.times_floor", ".2f"),
+    "peak MiB": ("peak_mib", ".0f"),
+}
 
 
 def run(
@@ -110,53 +51,85 @@ def run(
     selector: str,
     attention: str,
     repeats: int,
-) -> PrefillBench:
-    if len(batch) > 1:
-        raise UserError("bench prefill takes one batch size: give --batch once")
-    return bench(model, load_model(model, device, attention), prompt, answer, batch[0], selector, repeats)
+) -> BenchResult:
+    size = only_one("prefill", "batch", batch)
+    return measure(model, load_model(model, device, attention), prompt, answer, size, selector, repeats)
 
 
 @torch.inference_mode()
-def bench(
+def measure(
     name: str, model: "Lavida", tokens: Sequence[int], n_answer: int, batch: int, selector: str, repeats: int
-) -> PrefillBench:
-    floor, cost = Floor.of(model.device, model.dtype), cost_of(model.config.lm, model.dtype)
-    rows = []
+) -> BenchResult:
+    limits, cost = measure_limits(model.device, model.dtype), cost_of(model.config.lm, model.dtype)
+    rows: list[dict[str, Any]] = []
     for n in tokens:
         reset_peak_memory(model.device)
-        ms = {"select": select_ms(model, selector, n, batch, repeats), **lm_ms(model, n, n_answer, batch, repeats)}
-        work: dict[str, Work] = {"prefill": cost.prefill(n, batch), "step": cost.step(n, n_answer, n_answer, batch)}
-        floors = {stage: floor.row(ms[stage].median, work[stage]) for stage in work}
-        rows.append(PrefillRow(n, ms, floors, peak_memory_mib(model.device)))
-    shape = {"batch": batch, "answer": n_answer, "selector": selector, "threads": torch.get_num_threads()}
-    shape["dtype"] = str(model.dtype).removeprefix("torch.")
-    return PrefillBench(name, shape, rows, floor.limits.report())
+        times = {
+            "select": time_select(model, selector, n, batch, repeats),
+            **time_lm(model, n, n_answer, batch, repeats),
+        }
+        work = {"prefill": cost.prefill(n, batch), "step": cost.step(n, n_answer, n_answer, batch)}
+        rows.append(
+            {
+                "tokens": n,
+                **{stage: timing.report() for stage, timing in times.items()},
+                "floor": {stage: times_floor(limits, times[stage].median, least) for stage, least in work.items()},
+                "peak_mib": peak_memory_mib(model.device),
+            }
+        )
+    sizes = sizes_of(model, batch=batch, answer=n_answer, selector=selector)
+    report: dict[str, Any] = {"model": name, **sizes, "limits": limits.report(), "exponents": None, "rows": rows}
+    notes: tuple[str, ...] = ()
+    figure = None
+    if len(tokens) > 1:
+        medians = {stage: [row[stage]["ms"] for row in rows] for stage in STAGES}
+        report["exponents"] = exponents = {stage: exponent(tokens, ms) for stage, ms in medians.items()}
+        notes = ("exponents: " + ", ".join(f"{stage} {value:.2f}" for stage, value in exponents.items()),)
+        figure = loglog_figure(tokens, {f"{s} ~ N^{exponents[s]:.2f}": medians[s] for s in DRAWN})
+    return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), notes, figure)
 
 
-def lm_ms(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> dict[str, Timing]:
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """The slope of a least-squares line through (log x, log y)."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def loglog_figure(tokens: Sequence[int], series: Mapping[str, Sequence[float]]) -> Figure:
+    """Milliseconds over vision tokens on logarithmic axes, one line for each series."""
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, ms in series.items():
+        axes.loglog(tokens, ms, marker="o", label=name)
+    axes.set_xticks(list(tokens), [str(n) for n in tokens])
+    axes.minorticks_off()
+    axes.set_xlabel("vision tokens N")
+    axes.set_ylabel("ms")
+    axes.grid(alpha=0.4)
+    axes.legend()
+    return figure
+
+
+def time_lm(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> dict[str, Timing]:
     """Prefill and one step over a prompt of `n` tokens, and the plain twin's prefill."""
     from lavida_adapter.engine import DecodeSteps
 
-    lm, embeds = model.lm, prompt_embeds(model, batch, n)
+    lm, embeds, device = model.lm, prompt_embeds(model, batch, n), model.device
     steps = DecodeSteps(lm, lm.prefill(embeds, n_answer=n_answer), n_answer)
-    ids = torch.full((batch, n_answer), lm.config.mask_token_id, device=embeds.device)
+    ids = torch.full((batch, n_answer), lm.config.mask_token_id, device=device)
     angles = reference.angles_of(lm, n)
     return {
-        "prefill": time_call(lambda: lm.prefill(embeds, n_answer=n_answer), embeds.device, repeats=repeats, warm_up=1),
+        "prefill": time_call(lambda: lm.prefill(embeds, n_answer=n_answer), device, repeats=repeats, warm_up=1),
         "plain prefill": time_call(
-            lambda: reference.plain_forward(lm, embeds, None, angles), embeds.device, repeats=repeats, warm_up=1
+            lambda: reference.plain_forward(lm, embeds, None, angles), device, repeats=repeats, warm_up=1
         ),
-        "step": time_call(lambda: steps(ids), embeds.device, repeats=max(repeats, 5)),
+        "step": time_call(lambda: steps(ids), device, repeats=max(repeats, 5)),
     }
 
 
-def select_ms(model: "Lavida", name: str, n: int, batch: int, repeats: int) -> Timing:
-    """Choosing among about `n` tokens: one square view of them with its own grid."""
-    from experiments import build
-    from experiments.bench.common import square_features
-
+def time_select(model: "Lavida", name: str, n: int, batch: int, repeats: int) -> Timing:
+    """Selection among about `n` tokens: one square view of them with its own grid."""
     budget = min(KEPT, n // 2)
-    cfg = config_of(f"selector={name}", f"budget={budget}")
+    cfg = build.compose_eval(f"selector={name}", f"budget={budget}")
     selector = build.build_selector(cfg, model.config.budgets).to(model.device).eval()
     features = square_features(n, batch, model.config.vision.hidden_size, model.device, model.dtype)
     return time_call(lambda: selector(features), model.device, repeats=max(repeats, 5))

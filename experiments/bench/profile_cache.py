@@ -1,59 +1,60 @@
-"""How many rows each layer's prefix cache may forget.
+"""How many rows each layer's prefix cache may drop.
 
 Run: `python -m experiments.bench.profile_cache forget=0.4 selector=full`.
 
-Reads prompts of `data=...` through the model, adds up what attention each row receives, and writes the share that each
-layer forgets for `cache=layer_retention cache.profile=FILE`. Keys are those of eval.py, and besides them forget= (the
-share of all rows), out= (the file) and limit= (prompts, 32).
+Reads prompts of `data=...` through the model, adds up the attention that each row receives, and writes the share of
+rows that each layer drops, for `cache=layer_retention cache.profile=FILE`.
 """
 
+import argparse
+import re
 import sys
 from pathlib import Path
 
 from experiments.errors import fail, is_user_error
 from shirg import UserError
 
-DEFAULTS = {"forget": "0.4", "out": "outputs/profile.json", "limit": "32"}
-
 
 def main(arguments: list[str]) -> None:
-    given = dict(DEFAULTS)
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in given:
-            given[key] = value
-        else:
-            overrides.append(argument)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench.profile_cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--forget", type=float, default=0.4, help="the share of all rows to drop (default 0.4)")
+    parser.add_argument("--limit", type=int, default=32, help="prompts to read (default 32)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/profile.json"), help="the file to write")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of eval.py")
+    # `forget=0.4`, as other commands write it, is read as `--forget 0.4`.
+    given = parser.parse_intermixed_args([re.sub(r"^(?=(forget|limit|out)=)", "--", word) for word in arguments])
     try:
-        shares = profile_data(overrides, float(given["forget"]), int(given["limit"]), Path(given["out"]))
+        shares = profile_data(given.overrides, given.forget, given.limit, given.out)
     except (ValueError, OSError) as error:
         if not is_user_error(error):
             raise
         fail(str(error))
-    print("forgets by layer: " + " ".join(f"{share:.2f}" for share in shares))
-    print(f"written: {given['out']}; use it with cache=layer_retention cache.profile={given['out']}")
+    print("share dropped by layer: " + " ".join(f"{share:.2f}" for share in shares))
+    print(f"written: {given.out}; use it with cache=layer_retention cache.profile={given.out}")
 
 
 def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> list[float]:
-    """The shares, which are also written to `out`.
+    """The share of rows that each layer drops; also written to `out`.
 
     Raises:
-        UserError: for a share that is not between 0 and 1, or bad overrides.
+        UserError: `forget` is not between 0 and 1, or an override is wrong.
     """
     import torch
 
     from experiments import build
     from experiments.atomic_files import write_json
-    from experiments.bench.common import config_of
     from experiments.data.image_io import load_pictures
     from experiments.evaluate import choose_samples
     from experiments.profiling import resolve_device
     from lavida_adapter.cache_compression.layer_retention import MassReceived, profile
 
     if not 0 < forget < 1:
-        raise UserError(f"forget={forget}: give the share of all rows to forget, above 0 and below 1")
-    cfg = config_of(*overrides)
+        raise UserError(f"forget={forget}: give the share of all rows to drop, above 0 and below 1")
+    cfg = build.compose_eval(*overrides)
     samples = choose_samples(build.build_dataset(cfg), limit, cfg.seed)
     model = build.build_model(cfg, resolve_device(cfg.device))
     selector = build.build_selector(cfg, model.config.budgets).to(model.device).eval()
@@ -70,9 +71,9 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
                 prompts=[sample.prompt],
                 boxes=[sample.boxes],
             )
-            seen = MassReceived(prefix.mask_BP)
-            model.prefill(prefix, hook=seen)
-            masses.append([mass_BP[0].cpu() for mass_BP in seen.masses])
+            received = MassReceived(prefix.mask_BP)
+            model.prefill(prefix, hook=received)
+            masses.append([mass_BP[0].cpu() for mass_BP in received.masses])
     shares = profile(masses, forget)
     write_json(out, {"forget": shares, "mean": forget, "prompts": len(samples), "overrides": overrides})
     return shares

@@ -1,98 +1,39 @@
-"""How long choosing takes: every selector of conf/selector, beside a naive twin of SHIRG-980 and the vision tower."""
+"""How long selection takes: every selector of conf/selector, beside a naive SHIRG-980 and the vision tower."""
 
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import build
 from experiments.bench import reference
-from experiments.bench.common import Encoded, Timing, aligned, encode_noise, random_tower, time_call
-from experiments.schema import CONF, VERSION_BASE
+from experiments.bench.common import BenchResult, Columns, Encoded, encode_noise, random_tower, table_of
+from experiments.profiling import Timing, time_call
+from experiments.schema import CONF
 from lavida_adapter import LavidaConfig
 from shirg import Geometry, Selector, UserError, VisionFeatures
 
 OWN: Geometry = "lavida_tiles"
+COLUMNS: Columns = {
+    "": ("selector", ""),
+    "tokens": ("tokens", lambda tokens: " > ".join(map(str, tokens))),
+    "batch": ("batch", "d"),
+    "ms": ("ms", ".2f"),
+    "min": ("ms_min", ".2f"),
+    "IQR": ("ms_iqr", ".2f"),
+    "cpu ms": ("cpu_ms", ".2f"),
+    "ms/picture": ("ms_per_picture", ".2f"),
+    "x naive": ("times_faster_than_naive", ".1f"),
+    "of encode": ("share_of_encode", ".3%"),
+}
 
 
-@dataclass(frozen=True)
-class SelectorRow:
-    """One selector at one batch size."""
-
-    selector: str
-    geometry: Geometry
-    batch: int
-    tokens: tuple[int, int]
-    """Source tokens and selected tokens of one picture."""
-    timing: Timing
-
-
-@dataclass(frozen=True)
-class SelectorBench:
-    """Everything that one run measured."""
-
-    rows: list[SelectorRow]
-    naive: Timing
-    encode: Mapping[Geometry, Timing]
-    """The tower over the views of one picture, on each geometry."""
-    width: int
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "width": self.width,
-            "naive": self.naive.report(),
-            "encode": {geometry: timing.report() for geometry, timing in self.encode.items()},
-            "selectors": [
-                {
-                    "selector": row.selector,
-                    "geometry": row.geometry,
-                    "batch": row.batch,
-                    "tokens": list(row.tokens),
-                    **row.timing.report(),
-                    **self.relative(row.geometry, row.batch, row.timing),
-                }
-                for row in self.rows
-            ],
-        }
-
-    def relative(self, geometry: Geometry, batch: int, timing: Timing) -> dict[str, float]:
-        """By picture: against the naive twin, and as a share of what the tower takes on the same geometry.
-
-        Against the tower's shortest run, because few fit in: one that was disturbed must not make choosing look cheap.
-        """
-        ms = timing.median / batch
-        return {
-            "ms_per_picture": ms,
-            "times_faster_than_naive": self.naive.median / ms,
-            "share_of_encode": ms / self.encode[geometry].least,
-        }
-
-    def lines(self) -> list[str]:
-        head = ("", "tokens", "batch", "ms", "min", "cpu ms", "ms/picture", "x naive", "% encode")
-        body = [self._line("naive shirg", OWN, "", 1, self.naive)]
-        body += [self._line(f"encode, {geometry}", geometry, "", 1, t) for geometry, t in self.encode.items()]
-        for row in self.rows:
-            tokens = f"{row.tokens[0]} > {row.tokens[1]}"
-            body.append(self._line(row.selector, row.geometry, tokens, row.batch, row.timing))
-        return aligned([head, *body])
-
-    def _line(self, name: str, geometry: Geometry, tokens: str, batch: int, timing: Timing) -> tuple[str, ...]:
-        relative = self.relative(geometry, batch, timing)
-        return (
-            name,
-            tokens,
-            str(batch),
-            f"{timing.median:.2f}",
-            f"{timing.least:.2f}",
-            f"{statistics.median(timing.cpu_ms):.2f}" if timing.cpu_ms else "-",
-            f"{relative['ms_per_picture']:.2f}",
-            f"{relative['times_faster_than_naive']:.1f}",
-            f"{100 * relative['share_of_encode']:.3f}",
-        )
+def run(
+    *, device: torch.device, dtype: str, batch: Sequence[int], repeats: int, only: Sequence[str] | None = None
+) -> BenchResult:
+    return measure(LavidaConfig(), only or everything(), device, getattr(torch, dtype), batch, repeats)
 
 
 def everything() -> list[str]:
@@ -103,35 +44,28 @@ def everything() -> list[str]:
 
 
 def build_selectors(wanted: Sequence[str], budgets: Mapping[str, int]) -> dict[str, Selector]:
-    """Selectors as eval builds them: "saint", or "saint scope=global rho=0.1" with knobs of its own."""
-    options = sorted(path.stem for path in (CONF / "selector").glob("*.yaml"))
+    """Selectors as eval builds them: "saint", or "saint scope=global rho=0.1" with options of its own."""
+    known = sorted(path.stem for path in (CONF / "selector").glob("*.yaml"))
     selectors = {}
     for entry in wanted:
-        name, *knobs = entry.split()
-        if name not in options:
-            raise UserError(f"selector={name}: there is no such option; choose from {', '.join(options)}")
-        with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-            cfg = compose("eval", overrides=[f"selector={name}", *(f"selector.{knob}" for knob in knobs)])
+        name, *options = entry.split()
+        if name not in known:
+            raise UserError(f"selector={name}: there is no such option; choose from {', '.join(known)}")
+        cfg = build.compose_eval(f"selector={name}", *(f"selector.{option}" for option in options))
         selectors[entry] = build.build_selector(cfg, budgets).eval()
     return selectors
 
 
-def run(
-    *, device: torch.device, dtype: str, batch: Sequence[int], repeats: int, only: Sequence[str] | None = None
-) -> SelectorBench:
-    return bench(LavidaConfig(), only or everything(), device, getattr(torch, dtype), batch, repeats)
-
-
 @torch.inference_mode()
-def bench(
+def measure(
     config: LavidaConfig,
     wanted: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     batches: Sequence[int],
     repeats: int,
-) -> SelectorBench:
-    """Times the selectors named, each on its own geometry."""
+) -> BenchResult:
+    """Times the selectors named, each on its own geometry; the naive SHIRG-980 runs on the CPU."""
     selectors = {name: selector.to(device) for name, selector in build_selectors(wanted, config.budgets).items()}
     tower = random_tower(config, device, dtype)
     few = 2 if device.type == "cpu" else repeats
@@ -144,24 +78,50 @@ def bench(
         tower_ms[geometry] = time_call(encoded[geometry].encode, device, repeats=few, warm_up=0)
     one = _on_cpu(encoded[OWN].features(1))
     budget, coarse = config.budgets["base"], min(8, config.pooled_side)
-    twin = time_call(lambda: reference.naive_shirg980(one, 0, budget, coarse), torch.device("cpu"), repeats=repeats)
+    naive = time_call(lambda: reference.naive_shirg980(one, 0, budget, coarse), torch.device("cpu"), repeats=repeats)
+
+    def timed(name: str, geometry: Geometry, batch: int, timing: Timing, **more: Any) -> dict[str, Any]:
+        """A row; the share of encode is taken of the tower's shortest run, because few runs fit in."""
+        ms = timing.median / batch
+        return {
+            "selector": name,
+            "geometry": geometry,
+            "batch": batch,
+            **more,
+            **timing.report(),
+            "ms_per_picture": ms,
+            "times_faster_than_naive": naive.median / ms,
+            "share_of_encode": ms / tower_ms[geometry].least,
+        }
+
     rows = []
     for size in batches:
         features = {geometry: picture.features(size) for geometry, picture in encoded.items()}
         for name, selector in selectors.items():
-            rows.append(time_selector(name, selector, features[selector.geometry], config.lm.d_model, device, repeats))
-    return SelectorBench(rows, twin, tower_ms, config.vision.hidden_size)
+            timing, tokens = time_selector(selector, features[selector.geometry], config.lm.d_model, repeats)
+            rows.append(timed(name, selector.geometry, size, timing, tokens=tokens))
+    beside = [timed("naive shirg", OWN, 1, naive)]
+    beside += [timed(f"encode, {geometry}", geometry, 1, timing) for geometry, timing in tower_ms.items()]
+    report = {
+        "width": config.vision.hidden_size,
+        "naive": naive.report(),
+        "encode": {geometry: timing.report() for geometry, timing in tower_ms.items()},
+        "selectors": rows,
+    }
+    title = f"selectors on {device}, {str(dtype).removeprefix('torch.')}, {torch.get_num_threads()} threads"
+    return BenchResult(title, report, table_of([*beside, *rows], COLUMNS))
 
 
 def time_selector(
-    name: str, selector: Selector, features: VisionFeatures, width: int, device: torch.device, repeats: int
-) -> SelectorRow:
+    selector: Selector, features: VisionFeatures, width: int, repeats: int
+) -> tuple[Timing, tuple[int, int]]:
+    """The time of one call, and the source and selected tokens of one picture."""
+    tokens_BND = features.tokens_BND
     if selector.stage == "post":
-        projected = torch.randn(*features.tokens_BND.shape[:2], width, device=device, dtype=features.tokens_BND.dtype)
+        projected = torch.randn(*tokens_BND.shape[:2], width, device=tokens_BND.device, dtype=tokens_BND.dtype)
         features = replace(features, tokens_BND=projected)
-    timing = time_call(lambda: selector(features), device, repeats=repeats)
-    tokens = (features.layout.n_tokens, selector(features).tokens_BTD.shape[1])
-    return SelectorRow(name, selector.geometry, len(features.ids), tokens, timing)
+    timing = time_call(lambda: selector(features), tokens_BND.device, repeats=repeats)
+    return timing, (features.layout.n_tokens, selector(features).tokens_BTD.shape[1])
 
 
 def _on_cpu(features: VisionFeatures) -> VisionFeatures:

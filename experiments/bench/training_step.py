@@ -3,31 +3,35 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from hydra import compose, initialize_config_dir
 from lightning.pytorch.callbacks import Callback
 
 from experiments import build
-from experiments.bench.common import aligned
+from experiments.bench.common import BenchResult, Columns, table_of
 from experiments.data.train_data import TrainData
 from experiments.jobs.distributed import Ranks
-from experiments.schema import CONF, VERSION_BASE
 from experiments.training.stages import build_stage
 from experiments.training.trainer import build_trainer
 from lavida_adapter.lightning_module import Trainable
 
 WARM_UP = 2
 PHASES = ("data", "forward", "backward", "optimiser")
+COLUMNS: Columns = {
+    "batch": ("batch", "d"),
+    "step ms": ("step_ms", ".1f"),
+    "samples/s": ("samples_per_s", ".1f"),
+    "tokens/s": ("tokens_per_s", ",.0f"),
+    **{phase: (f"shares.{phase}", ".1%") for phase in PHASES},
+}
 
 
 class Phases(Callback):
-    """Milliseconds of every step by phase; an accelerator is waited for at every border."""
+    """Milliseconds of every step by phase; the accelerator is synchronised at the end of each phase."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -59,58 +63,47 @@ class Phases(Callback):
         self.tokens.append(0 if tally is None else tally.tokens)
 
 
-@dataclass(frozen=True)
-class TrainRow:
-    """One batch size."""
-
-    batch: int
-    steps: list[dict[str, float]]
-    """Milliseconds by phase."""
-    tokens: int
-    """Positions that the language model reads in all steps."""
-
-    def report(self) -> dict[str, Any]:
-        total_ms = sum(sum(step.values()) for step in self.steps)
-        spent = {phase: sum(step[phase] for step in self.steps) for phase in PHASES}
-        return {
-            "batch": self.batch,
-            "step_ms": statistics.median(sum(step.values()) for step in self.steps),
-            "samples_per_s": 1000 * self.batch * len(self.steps) / total_ms,
-            "tokens_per_s": 1000 * self.tokens / total_ms,
-            "shares": {phase: ms / total_ms for phase, ms in spent.items()},
-            "ms_all": self.steps,
-        }
+def run(*, device: torch.device, model: str, batch: Sequence[int], workers: int, repeats: int) -> BenchResult:
+    rows = []
+    for size in batch:
+        steps, tokens = time_training(model, device, size, workers, repeats)
+        rows.append(summarise(size, steps, tokens))
+    title = f"{model}, {workers} workers, {torch.get_num_threads()} threads"
+    return BenchResult(title, {"model": model, "workers": workers, "train": rows}, table_of(rows, COLUMNS))
 
 
-@dataclass(frozen=True)
-class TrainBench:
-    model: str
-    workers: int
-    rows: list[TrainRow]
+def summarise(batch: int, steps: Sequence[Mapping[str, float]], tokens: int) -> dict[str, Any]:
+    """A row of the report.
 
-    def report(self) -> dict[str, Any]:
-        return {"model": self.model, "workers": self.workers, "train": [row.report() for row in self.rows]}
-
-    def lines(self) -> list[str]:
-        table = [("batch", "step ms", "samples/s", "tokens/s", *(f"% {phase}" for phase in PHASES))]
-        for found in (row.report() for row in self.rows):
-            shares = (f"{100 * found['shares'][phase]:.1f}" for phase in PHASES)
-            rates = (f"{found['step_ms']:.1f}", f"{found['samples_per_s']:.1f}", f"{found['tokens_per_s']:,.0f}")
-            table.append((str(found["batch"]), *rates, *shares))
-        return aligned(table)
-
-
-def run(*, device: torch.device, model: str, batch: Sequence[int], workers: int, repeats: int) -> TrainBench:
-    return TrainBench(model, workers, [time_training(model, device, size, workers, repeats) for size in batch])
+    Args:
+        batch: samples of a step.
+        steps: milliseconds by phase.
+        tokens: positions that the language model reads in all steps.
+    """
+    total_ms = sum(sum(step.values()) for step in steps)
+    spent = {phase: sum(step[phase] for step in steps) for phase in PHASES}
+    return {
+        "batch": batch,
+        "step_ms": statistics.median(sum(step.values()) for step in steps),
+        "samples_per_s": 1000 * batch * len(steps) / total_ms,
+        "tokens_per_s": 1000 * tokens / total_ms,
+        "shares": {phase: ms / total_ms for phase, ms in spent.items()},
+        "ms_all": list(steps),
+    }
 
 
-def time_training(model: str, device: torch.device, batch: int, workers: int, repeats: int) -> TrainRow:
-    """Trains as train.py does, with the adapter and the objective of the model's own recipe, on glyph pictures."""
+def time_training(
+    model: str, device: torch.device, batch: int, workers: int, repeats: int
+) -> tuple[list[dict[str, float]], int]:
+    """Milliseconds of each step by phase, and the tokens of all steps.
+
+    Trains as train.py does, with the adapter and the objective of the model's own recipe, on glyph pictures.
+    """
     recipe = [] if model.startswith("tiny") else ["lora=shirg_980", "objective=lavida"]
-    steps = WARM_UP + repeats + 1  # workers end in the last one
+    steps = WARM_UP + repeats + 1  # the last one is not counted: workers end in it
     words = [f"model={model}", *recipe, f"batch_size={batch}", f"optim.steps={steps}", "optim.warmup=0"]
-    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="train"):
-        cfg = compose("train", [*words, f"device={device}", f"trainer.checkpoint_every={2 * steps}", "study=bench"])
+    words += [f"device={device}", f"trainer.checkpoint_every={2 * steps}", "study=bench"]
+    cfg, _ = build.compose_command("train", words)
     torch.manual_seed(cfg.seed)
     lavida = build.build_model(cfg, device)
     stage = build_stage(cfg, lavida, Ranks())
@@ -120,4 +113,4 @@ def time_training(model: str, device: torch.device, batch: int, workers: int, re
         trainer, _ = build_trainer(cfg, Ranks(), device, Path(folder), Path(folder) / "checkpoints")
         trainer.callbacks.append(phases)  # type: ignore[attr-defined]  # Lightning sets it
         trainer.fit(stage.module, datamodule=TrainData(stage.draw, steps, workers))
-    return TrainRow(batch, phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1]))
+    return phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1])

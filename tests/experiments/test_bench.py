@@ -1,21 +1,39 @@
-"""The bench at a toy size: everything that is not a duration; and that the naive twin does what the gate does."""
+"""The benches at toy sizes: everything but the durations, and that what is compared computes the same."""
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from experiments import compare
 from experiments.bench import __main__ as command
-from experiments.bench import reference, selectors
-from experiments.bench.common import time_call
+from experiments.bench import (
+    cache_size,
+    decode,
+    encoding,
+    end2end,
+    prefill,
+    profile_cache,
+    reference,
+    selectors,
+    training_step,
+)
+from experiments.bench.common import table_of
+from experiments.profiling import time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
 from shirg import ShirgSelector
-from tests.experiments.conftest import ROOT
+from tests.experiments.conftest import ROOT, result_of
 from tests.features import SIZES, make_features
+from tests.lavida_adapter.tiny import tiny_model
+
+Eval = Callable[..., Path]
 
 CPU = torch.device("cpu")
 TOY = LavidaConfig(
@@ -28,7 +46,7 @@ TOY = LavidaConfig(
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
-def test_the_naive_twin_equals_the_gate(grid: tuple[int, int]) -> None:
+def test_the_naive_twin_equals_the_selector(grid: tuple[int, int]) -> None:
     features = make_features(grid, side=9, sizes=SIZES[grid][:2], seed=4)
     chosen = ShirgSelector(budget=70, scaffold={"size": 5})(features)
     for sample in range(2):
@@ -37,31 +55,146 @@ def test_the_naive_twin_equals_the_gate(grid: tuple[int, int]) -> None:
         assert torch.allclose(tokens, chosen.tokens_BTD[sample], atol=1e-5)
 
 
+def test_the_clock_counts_the_calls_and_reports_milliseconds() -> None:
+    calls: list[int] = []
+    timing = time_call(lambda: calls.append(1), CPU, repeats=5, warm_up=2)
+    report = timing.report()
+    assert len(calls) == 7 and len(report["ms_all"]) == len(timing.cpu_ms) == 5
+    assert report["ms"] == timing.median == sorted(report["ms_all"])[2]
+    assert report["ms_min"] == timing.least == min(report["ms_all"])
+    assert 0 <= report["ms_iqr"] <= max(report["ms_all"]) - min(report["ms_all"])
+
+
+def test_a_table_shows_the_rows_of_the_report() -> None:
+    rows = [{"name": "a", "n": 3, "pack": None}, {"name": "b", "n": None, "pack": {"ms": 1.25}}]
+    table = table_of(rows, {"name": ("name", ""), "n": ("n", "d"), "ms": ("pack.ms", ".1f"), "x": ("none", ".1f")})
+    assert table.to_dict("list") == {"name": ["a", "b"], "n": ["3", "-"], "ms": ["-", "1.2"], "x": ["-", "-"]}
+
+
 def test_every_selector_is_timed_beside_the_twin_and_the_tower() -> None:
     names = selectors.everything()
     assert {path.stem for path in (CONF / "selector").glob("*.yaml")} < set(names) and "topv scope=global" in names
-    measured = selectors.bench(TOY, names, CPU, torch.float32, [1, 2], repeats=3)
-    assert [(row.selector, row.batch) for row in measured.rows] == [(name, b) for b in (1, 2) for name in names]
-    tokens = {row.selector: row.tokens for row in measured.rows}
+    measured = selectors.measure(TOY, names, CPU, torch.float32, [1, 2], repeats=3)
+    report = measured.report
+    rows = report["selectors"]
+    assert [(row["selector"], row["batch"]) for row in rows] == [(name, b) for b in (1, 2) for name in names]
+    tokens = {row["selector"]: row["tokens"] for row in rows}
     assert tokens["shirg"] == tokens["saint"] == (320, TOY.budgets["base"])
     # A canvas of 7/4 of a view in one view, and two views of 7/6 of it.
     assert (tokens["shirg_672"][0], tokens["shirg_fovea"][0]) == (14**2, 2 * 9**2)
-    report = measured.report()
     assert set(report["encode"]) == {"lavida_tiles", "single_672", "fovea"}
-    for row in report["selectors"]:
+    for row in rows:
         assert len(row["ms_all"]) == 3 and row["ms"] == sorted(row["ms_all"])[1] and row["ms_min"] == min(row["ms_all"])
         assert row["ms_per_picture"] == row["ms"] / row["batch"]
         assert row["times_faster_than_naive"] == report["naive"]["ms"] / row["ms_per_picture"]
         assert row["share_of_encode"] == row["ms_per_picture"] / report["encode"][row["geometry"]]["ms_min"]
-    lines = measured.lines()
-    assert len(lines) == 1 + 1 + 3 + len(measured.rows) and len({len(line) for line in lines}) == 1
+    title, *table = measured.lines()
+    assert "float32" in title and len(table) == 1 + 1 + 3 + len(rows) and len({len(line) for line in table}) == 1
 
 
-def test_the_clock_counts_what_it_says() -> None:
-    calls: list[int] = []
-    timing = time_call(lambda: calls.append(1), CPU, repeats=5, warm_up=2)
-    assert len(calls) == 7 and len(timing.wall_ms) == len(timing.cpu_ms) == 5
-    assert timing.least <= timing.median
+def test_decode_has_the_twin_first_and_says_when_ids_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(lm={"n_layers": 3})
+    measured = decode.measure("bench_small", model, 40, 8, 4, 2, ["eager"], repeats=2)
+    report = measured.report
+    assert [(row["name"], row["same_ids"]) for row in report["rows"]] == [("plain twin", True), ("engine=eager", True)]
+    assert (report["prompt"], report["answer"], report["steps"], report["batch"]) == (40, 8, 4, 2)
+    assert report["attention"].startswith("sdpa (") and report["reference_elsewhere_s"] == 0.46
+    for row in report["rows"]:
+        assert row["times_faster"] == report["rows"][0]["whole"]["ms"] / row["whole"]["ms"]
+        assert row["step_ms"] == (row["whole"]["ms"] - row["prefill"]["ms"]) / 4
+        for stage in ("prefill", "step"):
+            assert row["floor"][stage]["times_floor"] > 1, "nothing is faster than the device"
+    assert "on one thread of another machine" in measured.lines()[-1]
+    monkeypatch.setattr(decode.reference, "plain_generate", lambda *_: torch.zeros(2, 8, dtype=torch.int64))
+    wrong = decode.measure("tiny", model, 40, 8, 4, 2, ["eager"], repeats=1)
+    assert not wrong.report["rows"][1]["same_ids"] and any("NO" in line for line in wrong.lines())
+
+
+def test_prefill_fits_exponents_and_draws_them() -> None:
+    measured = prefill.measure("toy", tiny_model(), [100, 196], 4, 1, "norm_topk", repeats=1)
+    report = measured.report
+    assert [row["tokens"] for row in report["rows"]] == [100, 196]
+    assert set(report["exponents"]) == {"select", "prefill", "plain prefill", "step"}
+    assert measured.lines()[-1].startswith("exponents: select ")
+    assert measured.figure is not None
+    (axes,) = measured.figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    for line, stage in zip(axes.lines, prefill.DRAWN, strict=True):
+        assert list(line.get_ydata()) == [row[stage]["ms"] for row in report["rows"]]
+        assert line.get_label() == f"{stage} ~ N^{report['exponents'][stage]:.2f}"
+    assert prefill.exponent([1, 10, 100], [5, 500, 50_000]) == pytest.approx(2)
+    alone = prefill.measure("toy", tiny_model(), [100], 4, 1, "norm_topk", repeats=1)
+    assert alone.figure is None and alone.report["exponents"] is None and not alone.notes
+
+
+def test_smaller_caches_save_bytes_and_the_whole_one_does_not_drift() -> None:
+    rows = {row["cache"]: row for row in cache_size.measure("toy", tiny_model(), 30, 4, 2, repeats=1).report["rows"]}
+    assert rows["none"]["saved"] == 0 and rows["cast"]["saved"] == 0.5
+    assert rows["fp8"]["saved"] == pytest.approx(0.75, abs=0.01)
+    assert rows["none"]["max_logit_drift"] == 0 and rows["none"]["same_top1"] == 1 and rows["none"]["pack"] is None
+    assert rows["int8"]["max_logit_drift"] > 0
+
+
+def test_the_work_of_the_tower_grows_with_the_pictures() -> None:
+    one, two = encoding.measure("toy", tiny_model(), [1, 2], repeats=1).report["rows"]
+    assert (one["pictures"], two["pictures"]) == (1, 2)
+    assert two["floor"]["gflop"] == 2 * one["floor"]["gflop"]
+    assert two["tower_ms_per_picture"] == two["tower"]["ms"] / 2
+
+
+def test_a_batch_size_does_not_change_answers() -> None:
+    measured = end2end.run(device=CPU, model="tiny", batch=[1, 4], only=["shirg", "B0"], samples=8, repeats=2)
+    rows = measured.report["rows"]
+    assert [(row["system"], row["batch"]) for row in rows] == [("shirg", 1), ("shirg", 4), ("B0", 1), ("B0", 4)]
+    assert all(row["same_answers"] == 8 and len(row["seconds_all"]) == 2 for row in rows)
+    for row in rows:
+        assert row["samples_per_s"] == pytest.approx(8 / min(row["seconds_all"])), "the lower median of two"
+
+
+def test_shares_and_rates_of_training_follow_from_the_steps() -> None:
+    steps = [
+        {"data": 10.0, "forward": 40.0, "backward": 40.0, "optimiser": 10.0},
+        {"data": 0.0, "forward": 60.0, "backward": 30.0, "optimiser": 10.0},
+        {"data": 20.0, "forward": 100.0, "backward": 60.0, "optimiser": 20.0},
+    ]
+    found = training_step.summarise(8, steps, tokens=2000)
+    assert found["step_ms"] == 100
+    assert found["samples_per_s"] == pytest.approx(3 * 8 / 0.4)
+    assert found["tokens_per_s"] == pytest.approx(2000 / 0.4)
+    assert found["shares"] == pytest.approx({"data": 0.075, "forward": 0.5, "backward": 0.325, "optimiser": 0.1})
+
+
+def test_training_steps_are_timed_by_phase() -> None:
+    steps, tokens = training_step.time_training("tiny", CPU, batch=3, workers=0, repeats=2)
+    assert len(steps) == 2
+    for step in steps:
+        assert step.keys() == set(training_step.PHASES) and step["forward"] > 0 and step["backward"] > 0
+    # 80 picture tokens, the prompt and the three slots of the answer: the same for every glyph question.
+    assert tokens % (2 * 3) == 0 and tokens > 2 * 3 * 83
+
+
+@pytest.mark.parametrize("name", command.PARTS)
+def test_every_part_takes_the_options_that_it_offers(name: str) -> None:
+    run = importlib.import_module(f"experiments.bench.{command.PARTS[name].module}").run
+    assert set(inspect.signature(run).parameters) == {"device", *command.PARTS[name].defaults}
+
+
+def test_options_may_be_spelt_like_overrides() -> None:
+    given = command.parse(["decode", "model=bench_tiny", "--prompt", "64", "repeats=2"])
+    assert (given.model, given.prompt, given.repeats, given.answer) == ("bench_tiny", [64], 2, 32)
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "prefill.json"
+    command.main(["prefill", "model=bench_tiny", "prompt=64,96", "answer=4", "repeats=1", f"out={out}", "threads=1"])
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("python -m experiments.bench prefill model=bench_tiny")
+    assert written["environment"]["threads"] == 1 and written["environment"]["device"] == "cpu"
+    assert {"git", "torch", "python", "dtype"} <= written["environment"].keys()
+    assert [row["tokens"] for row in written["rows"]] == [64, 96]
+    assert "vision tokens N" in out.with_suffix(".svg").read_text()
+    printed = capsys.readouterr().out
+    assert f"written: {out}" in printed and f"{written['rows'][1]['prefill']['ms']:.2f}" in printed
 
 
 @pytest.mark.parametrize(
@@ -72,6 +205,8 @@ def test_the_clock_counts_what_it_says() -> None:
         (["selectors", "--threads", "0"], "argument --threads: '0' is not a whole number from 1 on"),
         (["selectors", "--dtype", "int8"], "argument --dtype: 'int8' is not float32, bfloat16 or float16"),
         (["selectors", "--device", "abacus"], "device=abacus: give auto, cpu"),
+        (["decode", "model=none_such"], "model=none_such: there is no such option; choose one of bench_small"),
+        (["decode", "prompt=8,9"], "bench decode takes one value of --prompt: give it once, not 8,9"),
         (["decoders"], "invalid choice: 'decoders'"),
         ([], "the following arguments are required: PART"),
     ],
@@ -84,20 +219,44 @@ def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, capfd: p
     assert line.startswith("error: ") and sentence in line
 
 
-def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selectors, "LavidaConfig", lambda: TOY)
-    given = ["--only", "random,shirg", "--batch", "1", "--threads", "1", "--out", str(tmp_path / "b.json")]
-    command.main(["selectors", *given])
-    written = json.loads((tmp_path / "b.json").read_text())
-    assert written["command"].startswith("python -m experiments.bench selectors --only random,shirg")
-    assert written["environment"]["threads"] == 1 and written["environment"]["device"] == "cpu"
-    assert {"git", "torch", "python", "dtype"} <= written["environment"].keys()
-    assert [row["selector"] for row in written["selectors"]] == ["random", "shirg"]
+def test_help_imports_no_torch() -> None:
+    """And lists every part and the options of each."""
+    code = (
+        "import sys\nfrom experiments.bench import __main__ as command\n"
+        "for part in ([], *([name] for name in command.PARTS)):\n"
+        "    try:\n        command.main([*part, '--help'])\n"
+        "    except SystemExit as stop:\n        assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("--threads") >= len(command.PARTS) and all(name in done.stdout for name in command.PARTS)
 
 
-@pytest.mark.parametrize("part", [[], *([name] for name in command.PARTS)])
-def test_help_is_quick(part: list[str]) -> None:
-    line = [sys.executable, "-X", "importtime", "-m", "experiments.bench", *part, "--help"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and ("--threads" if part else "selectors") in done.stdout
-    assert "torch" not in {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+def test_from_a_profile_to_a_row(
+    eval_here: Eval, tiny_weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.json"
+    profile_cache.main(["forget=0.3", "limit=2", f"out={out}", f"model.path={tiny_weights}", "selector=full"])
+    (share,) = json.loads(out.read_text())["forget"]
+    assert share == pytest.approx(0.3, abs=0.01)
+    few = ("limit=4", "selector=full")
+    whole = result_of(eval_here(*few))["decoding"]
+    cut = eval_here(*few, "cache=layer_retention", f"cache.profile={out}")
+    packed = eval_here(*few, "cache=int8")
+    assert whole["drift"] is None and whole["same_top1"] is None
+    assert result_of(cut)["decoding"]["cache_bytes"] == pytest.approx((1 - share) * whole["cache_bytes"], rel=0.01)
+    assert 0 < result_of(packed)["decoding"]["drift"] < result_of(cut)["decoding"]["drift"]
+    assert result_of(packed)["cache"] == {"class": "Int8", "after": "prefill", "budget": None}
+    lines = compare.table(cut.parent, "cache", "none")
+    assert [line.split(" | ")[1] for line in lines[2:]] == ["none", "int8", "layer_retention"]
+    assert lines[0].split(" | ")[4:6] == ["fine", "fine, against none"]
+    assert lines[2].split(" | ")[5] == "-" and "[" in lines[3]
+    with pytest.raises(ValueError, match="no finished evaluation has cache=fp8"):
+        compare.table(cut.parent, "cache", "fp8")
+    with pytest.raises(FileNotFoundError, match="there are no finished evaluations"):
+        compare.table(tmp_path / "nowhere", "cache", "none")
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        profile_cache.main(["forget=1.5", "selector=full"])
+    assert "forget=1.5: give the share of all rows to drop" in capfd.readouterr().err
