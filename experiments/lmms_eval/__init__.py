@@ -1,1 +1,1 @@
-"""Other people's harnesses, run on our systems."""
+"""lmms-eval: its tasks answered by our pipelines, and our results in its file format (docs/report.md)."""

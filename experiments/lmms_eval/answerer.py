@@ -1,6 +1,6 @@
-"""Requests of lmms-eval, answered by one of our systems; docs/report.md, "lmms-eval".
+"""Requests of lmms-eval, answered by one of our pipelines; docs/report.md, "lmms-eval".
 
-Needs nothing of lmms-eval; `lmms_model` is the class that lmms-eval finds.
+Does not import lmms-eval; `lmms_model` has the class that lmms-eval loads.
 """
 
 import os
@@ -22,7 +22,7 @@ from experiments.progress import Progress
 from shirg import UserError
 
 _GREEDY = {"num_beams": (None, 1), "top_k": (None, 0), "top_p": (None, 0, 1)}
-"""Values of the arguments of other models' sampling that ask for nothing."""
+"""Values of sampling arguments of other models that have no effect."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class LmmsRequest:
 
 @dataclass(frozen=True)
 class Answer:
+    """The answer to one request."""
+
     text: str
     n_prefix: int
-    """Tokens of the prompt, the kept vision tokens among them."""
+    """Tokens of the prompt, including the selected vision tokens."""
 
 
 class Answerer:
-    """A system that answers requests in batches, in their order.
+    """A pipeline that answers requests in batches, in their order.
 
     Args:
         overrides: eval.py's, for example `{"selector": "shirg", "budget": "base"}`. `decode.max_new_tokens` replaces
@@ -62,8 +64,8 @@ class Answerer:
         # lmms-eval's own launchers start one process for each device.
         self.device = profiling.resolve_device(self.cfg.device, int(os.environ.get("LOCAL_RANK", 0)))
         model = build.build_model(self.cfg, self.device)
-        # Answers are as long as the task says, which is not known yet.
-        self._system = build.build_pipeline(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
+        # The length of answers is set by the task of each request.
+        self._pipeline = build.build_pipeline(self.cfg, model, build.build_decode(self.cfg, 1), {}, adapter=adapter)
 
     def answer(self, requests: Sequence[LmmsRequest]) -> list[Answer]:
         size: int = self.cfg.batch_size
@@ -71,7 +73,7 @@ class Answerer:
         with Progress("lmms-eval", len(requests)) as progress:
             while len(answers) < len(requests):
                 batch = self._alike(requests[len(answers) : len(answers) + size])
-                rows = self._with(batch[0]).answer([_sample(request) for request in batch]).rows
+                rows = self._pipeline_for(batch[0]).answer([_sample(request) for request in batch]).rows
                 answers += [
                     Answer(_until(row["prediction"], request.options.get("until")), row["n_prefix"])
                     for request, row in zip(batch, rows, strict=True)
@@ -81,12 +83,12 @@ class Answerer:
 
     @staticmethod
     def _alike(requests: Sequence[LmmsRequest]) -> Sequence[LmmsRequest]:
-        """The first of them that ask for the same kind of answer."""
+        """The first requests that have the same options."""
         other = next((i for i, r in enumerate(requests) if r.options != requests[0].options), len(requests))
         return requests[:other]
 
-    def _with(self, request: LmmsRequest) -> EvalPipeline:
-        """The system, with answers of the length and the temperature that the task asks for."""
+    def _pipeline_for(self, request: LmmsRequest) -> EvalPipeline:
+        """The pipeline, with the answer length and the temperature of the request's task."""
         options = request.options
         length = self.cfg.decode.max_new_tokens or options.get("max_new_tokens")
         if length is None:
@@ -94,14 +96,14 @@ class Answerer:
                 f"{request.id}: its task names no max_new_tokens; add decode.max_new_tokens=N to --model_args"
             )
         if not options.get("do_sample"):
-            return replace(self._system, decode=build.build_decode(self.cfg, int(length)))
-        if unknown := [key for key, nothing in _GREEDY.items() if options.get(key) not in nothing]:
+            return replace(self._pipeline, decode=build.build_decode(self.cfg, int(length)))
+        if unknown := [key for key, ignored in _GREEDY.items() if options.get(key) not in ignored]:
             raise UserError(
-                f"{request.id}: its task samples with {unknown[0]}={options[unknown[0]]}, and a masked diffusion model "
-                "has a temperature alone; --gen_kwargs do_sample=False asks for the likeliest answer"
+                f"{request.id}: its task samples with {unknown[0]}={options[unknown[0]]}, but a masked diffusion model "
+                "has only a temperature; add --gen_kwargs do_sample=False for the likeliest answer"
             )
         decode = build.build_decode(self.cfg, int(length))
-        return replace(self._system, decode=replace(decode, temperature=float(options.get("temperature", 1.0))))
+        return replace(self._pipeline, decode=replace(decode, temperature=float(options.get("temperature", 1.0))))
 
 
 def _config(overrides: Sequence[str]) -> tuple[DictConfig, str]:
@@ -130,7 +132,7 @@ def _sample(request: LmmsRequest) -> Sample:
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:
-    """The text before the first of the stops."""
+    """The text before the first stop string."""
     for stop in [stops] if isinstance(stops, str) else stops or ():
         text = text.partition(stop)[0] if stop else text
     return text

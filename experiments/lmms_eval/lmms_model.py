@@ -16,14 +16,14 @@ from shirg import UserError
 
 
 class Shirg(lmms):
-    """One of our systems as a model of lmms-eval.
+    """One of our pipelines as a model of lmms-eval.
 
     Args:
-        question: column of a task's documents with the question alone, by which tokens are ranked; without it they
-            are ranked by the whole prompt.
-        batch_size: of `--batch_size`.
-        device: of `--device`.
-        overrides: eval.py's, each `key=value` of `--model_args`.
+        question: column of a task's documents that holds the question alone, by which tokens are ranked; without it
+            they are ranked by the whole prompt.
+        batch_size: the value of `--batch_size`.
+        device: the value of `--device`.
+        overrides: overrides of eval.py, each a `key=value` of `--model_args`.
     """
 
     is_simple = True

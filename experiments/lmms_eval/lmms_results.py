@@ -1,7 +1,7 @@
-"""Finished jobs in the files that lmms-eval 0.7 writes, for whoever reads those: comparisons, leaderboards, viewers.
+"""Finished jobs in the file format of lmms-eval 0.7, for tools that read it: comparisons, leaderboards, viewers.
 
-`STUDY/lmms/JOB/DATE_results.json` and `DATE_samples_TASK.jsonl`, as from `--output_path STUDY/lmms --log_samples`. The
-task is the dataset, the model's name the job's; what lmms-eval knows and we do not is null.
+Writes `STUDY/lmms/JOB/DATE_results.json` and `DATE_samples_TASK.jsonl`, as `--output_path STUDY/lmms --log_samples`
+does. The task is the dataset and the model's name is the job's; fields that have no counterpart here are null.
 """
 
 import hashlib
@@ -16,22 +16,21 @@ from typing import Any
 
 from experiments.atomic_files import encode_json, write_together
 from experiments.jobs.results import RESULT, SAMPLES, read_result, read_rows
+from experiments.metrics import metric
 from shirg import UserError
 
 FOLDER = "lmms"
 NAME = "shirg"
-"""What lmms-eval calls the model: the name under which `experiments.lmms_eval.lmms_model` is registered."""
+"""The model's name in lmms-eval, under which `experiments.lmms_eval.lmms_model` is registered."""
 UNKNOWN = "N/A"
-"""lmms-eval's word for an error that cannot be estimated."""
-
-Row = Mapping[str, Any]
+"""lmms-eval's value for a standard error that cannot be estimated."""
 
 
 def export(study: Path) -> list[Path]:
     """Writes both files of every finished evaluation of a study, and returns their paths.
 
     Raises:
-        UserError: nothing in the study was evaluated to its end.
+        UserError: the study has no finished evaluation.
     """
     written: list[Path] = []
     for path in sorted(study.glob(f"*/{RESULT}")):
@@ -46,7 +45,7 @@ def export(study: Path) -> list[Path]:
     return written
 
 
-def files_of(result: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]:
+def files_of(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """A job's samples and results, by their names in `FOLDER`."""
     task = result["data"]["name"]
     stem = f"{sanitise(result['job'])}/{_date(result)}"
@@ -57,10 +56,10 @@ def files_of(result: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, bytes]
     }
 
 
-def results(result: Mapping[str, Any], rows: Sequence[Row], hashes: Sequence[str]) -> dict[str, Any]:
+def results(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], hashes: Sequence[str]) -> dict[str, Any]:
     """The object of `DATE_results.json`."""
     task, config, times = result["data"]["name"], result["config"], result["times"]
-    metrics = list(result["quality"]["metrics"])
+    metrics = {name: metric(name).higher_is_better for name in result["quality"]["metrics"]}
     length = config["decode"]["max_new_tokens"] or config["data"]["max_new_tokens"]
     began, ended = (datetime.fromisoformat(times[key]).timestamp() for key in ("started", "finished"))
     return {
@@ -73,14 +72,16 @@ def results(result: Mapping[str, Any], rows: Sequence[Row], hashes: Sequence[str
                 "test_split": result["data"]["split"],
                 "output_type": "generate_until",
                 "generation_kwargs": {"max_new_tokens": length, "do_sample": bool(config["decode"]["temperature"])},
-                "metric_list": [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in metrics],
+                "metric_list": [
+                    {"metric": n, "aggregation": "mean", "higher_is_better": h} for n, h in metrics.items()
+                ],
                 "num_fewshot": 0,
                 "metadata": {key: result["data"].get(key) for key in ("ids", "prompt", "cleaner", "scorer")},
             }
         },
         "versions": {task: result["data"].get("scorer")},
         "n-shot": {task: 0},
-        "higher_is_better": {task: dict.fromkeys(metrics, True)},
+        "higher_is_better": {task: metrics},
         "n-samples": {task: {"original": result["data"]["of"], "effective": result["data"]["n"]}},
         "config": {
             "model": NAME,
@@ -115,8 +116,8 @@ def results(result: Mapping[str, Any], rows: Sequence[Row], hashes: Sequence[str
     }
 
 
-def sample(number: int, row: Row) -> dict[str, Any]:
-    """A line of `DATE_samples_TASK.jsonl`; a metric that had nothing to compare with is left out."""
+def sample(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of `DATE_samples_TASK.jsonl`; metrics without a score are left out."""
     document = {key: row[key] for key in ("id", "picture", "question", "answers")}
     answers = row["answers"]
     return {
@@ -130,9 +131,9 @@ def sample(number: int, row: Row) -> dict[str, Any]:
     }
 
 
-def aggregate(rows: Sequence[Row], metric: str) -> dict[str, float | str]:
+def aggregate(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | str]:
     """A metric's mean with its standard errors, of independent samples and of pictures as clusters."""
-    scored = [(row["scores"][metric], row["picture"]) for row in rows if row["scores"][metric] is not None]
+    scored = [(row["scores"][name], row["picture"]) for row in rows if row["scores"][name] is not None]
     if not scored:
         return {}
     scores = [score for score, _ in scored]
@@ -145,12 +146,12 @@ def aggregate(rows: Sequence[Row], metric: str) -> dict[str, float | str]:
         for score, picture in scored:
             pictures[picture].append(score - mean)
         if len(pictures) > 1:
-            # Miller (2024), equation 4: what two answers about one picture share is added to the plain variance.
+            # Miller (2024), equation 4: the covariance of answers about one picture is added to the plain variance.
             shared = math.fsum(math.fsum(part) ** 2 - math.fsum(x * x for x in part) for part in pictures.values())
             clustered = math.sqrt(max(0.0, variance + shared / len(scores) ** 2))
     errors = {"stderr": alone, "stderr_clt": alone, "stderr_clustered": clustered}
-    named = {f"{metric}_{kind},none": UNKNOWN if error is None else error for kind, error in errors.items()}
-    return {f"{metric},none": mean, **named}
+    named = {f"{name}_{kind},none": UNKNOWN if error is None else error for kind, error in errors.items()}
+    return {f"{name},none": mean, **named}
 
 
 def sanitise(name: str) -> str:
