@@ -1,102 +1,38 @@
-"""The curves of a run: what was logged, averaged between points, in metrics.csv."""
+"""Callbacks of a training: its throughput, its curve in metrics.csv, and what SIGTERM does."""
 
 import csv
 import io
+import signal
+import time
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from experiments.atomic_files import write_atomic
-from shirg import UserError
-
-if TYPE_CHECKING:
-    from experiments.training.run_logger import RunLogger
-
-    pass
-import time
-
 from experiments import profiling
+from experiments.atomic_files import write_atomic
 from experiments.progress import Progress
+from experiments.training.run_logger import RunLogger
 from lavida_adapter.lightning_module import Trainable
+from shirg import UserError
 
 METRICS = "metrics.csv"
 _LAST = "lr"
-"""Learning rates are shown as they are at the point; everything else is the mean since the point before."""
+"""Metrics with this prefix, the learning rates, are recorded as they are at the point; all others as means."""
 
 Point = dict[str, float]
 
 
-class History(Callback):
-    """Writes a point every so many steps, and after the last one.
-
-    The points are part of the checkpoint, so that the curve of a resumed run is that of an undisturbed one. A mirror
-    gets each of them, with the pace and the memory of this session.
-    """
-
-    def __init__(self, path: Path, every: int, mirror: "RunLogger | None", pace: "Throughput") -> None:
-        if every < 1:
-            raise UserError(f"trainer.log_every={every}: give at least 1")
-        self.path, self.every, self.mirror, self.pace = path, every, mirror, pace
-        self.points: list[Point] = []
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = defaultdict(int)
-
-    def on_train_start(self, *_: Any) -> None:
-        if self.mirror is not None:
-            self.mirror.catch_up(self.points)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        for name, value in trainer.callback_metrics.items():
-            # Sums stay on the device: reading them at every step would make it wait.
-            last = name.startswith(_LAST)
-            before = 0 if last else self._sums.get(name, 0)
-            self._sums[name] = before + value.detach().double()
-            self._counts[name] = 1 if last else self._counts[name] + 1
-        step = trainer.global_step
-        if step % self.every == 0 or step == trainer.max_steps:
-            self.points.append({"step": step} | {n: float(s) / self._counts[n] for n, s in self._sums.items()})
-            self._sums.clear()
-            self._counts.clear()
-            if trainer.is_global_zero:
-                write_atomic(self.path, _csv(self.points))
-            if self.mirror is not None:
-                self.mirror.point(self.points[-1] | self.pace.now(module.device))
-
-    def state_dict(self) -> dict[str, Any]:
-        sums = {name: float(value) for name, value in self._sums.items()}
-        return {"points": list(self.points), "sums": sums, "counts": dict(self._counts)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.points = list(state_dict["points"])
-        self._sums = {n: torch.tensor(s, dtype=torch.float64) for n, s in state_dict["sums"].items()}
-        self._counts = defaultdict(int, state_dict["counts"])
-
-
-def read_points(path: Path) -> list[Point]:
-    """The points of a metrics.csv; a name that a point lacks is left out of it."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def _csv(points: list[Point]) -> str:
-    names = list(dict.fromkeys(name for point in points for name in point))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({n: int(v) if n == "step" else repr(v) for n, v in point.items()} for point in points)
-    return out.getvalue()
-
-
 class Throughput(Callback):
-    """Shows progress on the first process, and keeps the rates of this session.
+    """Samples and tokens per second of this session, and progress on rank 0.
 
-    Tokens are positions that the language model reads, pictures included, on all processes. The first step warms up
-    and does not count.
+    Tokens are positions that the language model reads, pictures included, in all processes. The first step warms up
+    and does not count. Lightning's own Throughput gives a mean over a window, and nothing before the window is full;
+    this is the mean over all steps but the first.
     """
 
     def __init__(self, title: str, every: int, batch_size: int) -> None:
@@ -120,7 +56,7 @@ class Throughput(Callback):
             if isinstance(module, Trainable) and module.tally is not None:
                 self.tokens += trainer.world_size * module.tally.tokens
         if self._progress is not None:
-            # Reading the loss waits for the device, so not at every step.
+            # Reading the loss synchronises with the device, so not at every step.
             shown = trainer.global_step % self.every == 0
             self._progress.advance(1, self._note(trainer, module) if shown else "")
 
@@ -143,12 +79,87 @@ class Throughput(Callback):
         return "  ".join([*parts, f"{profiling.peak_mib(module.device) / 1024:.2f} GiB"])
 
     def now(self, device: torch.device) -> dict[str, float]:
-        """The rates so far and the peak of the memory, which no two runs share."""
+        """The rates so far and the peak memory in MiB: the values that differ between two runs of one job."""
         return self.rates() | {"peak_mib": profiling.peak_mib(device)}
 
     def rates(self) -> dict[str, float]:
-        """Samples and tokens per second of this session; nothing after a single step."""
+        """Samples and tokens per second; empty before the second step has ended."""
         if not self.seconds:
             return {}
         rates = {"samples_per_s": self.steps * self.batch_size / self.seconds}
         return rates | ({"tokens_per_s": self.tokens / self.seconds} if self.tokens else {})
+
+
+class History(Callback):
+    """Records the training curve: a point every `every` steps and after the last one.
+
+    A point holds the mean of each metric since the point before, and the current learning rates. The run logger gets
+    every point, with the throughput and the memory of this session.
+
+    The points, and the sums of the next one, are part of the checkpoint: a resumed run writes the metrics.csv of an
+    undisturbed one, byte for byte. Lightning's CSVLogger logs single steps instead of means, and when a run is resumed
+    it deletes the file or adds steps a second time; so this callback writes the file.
+    """
+
+    def __init__(self, path: Path, every: int, run_logger: RunLogger | None, throughput: Throughput) -> None:
+        if every < 1:
+            raise UserError(f"trainer.log_every={every}: give at least 1")
+        self.path, self.every, self.run_logger, self.throughput = path, every, run_logger, throughput
+        self.points: list[Point] = []
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def on_train_start(self, *_: Any) -> None:
+        if self.run_logger is not None:
+            self.run_logger.replay_history(self.points)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        for name, value in trainer.callback_metrics.items():
+            # Sums stay on the device: reading them at every step would synchronise with it.
+            last = name.startswith(_LAST)
+            before = 0 if last else self._sums.get(name, 0)
+            self._sums[name] = before + value.detach().double()
+            self._counts[name] = 1 if last else self._counts[name] + 1
+        step = trainer.global_step
+        if step % self.every == 0 or step == trainer.max_steps:
+            self.points.append({"step": step} | {n: float(s) / self._counts[n] for n, s in self._sums.items()})
+            self._sums.clear()
+            self._counts.clear()
+            if trainer.is_global_zero:
+                write_atomic(self.path, _csv(self.points))
+            if self.run_logger is not None:
+                self.run_logger.log_metrics(self.points[-1] | self.throughput.now(module.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {"points": list(self.points), "sums": sums, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.points = list(state_dict["points"])
+        self._sums = {n: torch.tensor(s, dtype=torch.float64) for n, s in state_dict["sums"].items()}
+        self._counts = defaultdict(int, state_dict["counts"])
+
+
+def read_points(path: Path) -> list[Point]:
+    """The points of a metrics.csv; a point has no entry for an empty cell."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def _csv(points: list[Point]) -> str:
+    names = list(dict.fromkeys(name for point in points for name in point))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({n: int(v) if n == "step" else repr(v) for n, v in point.items()} for point in points)
+    return out.getvalue()
+
+
+class SigtermHandler(Callback):
+    """Sets the SIGTERM handler. Lightning's own sends messages to the other ranks in the middle of a step."""
+
+    def __init__(self, handler: Any) -> None:
+        self.handler = handler
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self.handler)

@@ -1,6 +1,6 @@
-"""Copies of a job for a Lightning logger: the curve of a training, numbers at the end, samples and overlays for wandb.
+"""Sends a job to a Lightning logger: training curve, results, and for wandb samples and overlays.
 
-The job's own files are the record. A logger that fails is named on standard error and takes no result with it.
+The job's own files are the record. A logger that fails prints a warning; the job goes on.
 """
 
 import io
@@ -24,37 +24,40 @@ from experiments.viz.examples import load_examples
 from shirg import UserError
 
 RUN_ID = "wandb-id"
-"""File in a job's folder: the id of its run, which the job keeps when it is resumed."""
+"""File in a job's folder with the id of its wandb run. A resumed job continues that run."""
 _SECTIONS = ("training", "quality", "tokens", "times")
 
 
 class Terminated(BaseException):
-    """SIGTERM, for as long as it takes to close the run."""
+    """Raised by SIGTERM while a wandb run is open, so that the run can be closed."""
 
 
 class RunLogger:
-    """What a job sends to its logger; without a logger, and in processes other than the first, nothing.
+    """The logger of one job. It does nothing without a logger, and in processes other than rank 0.
 
-    A context: a wandb run is closed at its end, so that the next job of a sweep gets its own. Whatever ends the job
-    early, Ctrl+C and SIGTERM among it, marks the run as failed.
+    Use it as a context manager: at its end the wandb run is closed, so that the next job of a sweep gets its own. The
+    run is marked as failed when anything ends the job early, Ctrl+C and SIGTERM included.
+
+    `Trainer(logger=)` would not do: it logs single steps and not the points of metrics.csv, a logger that fails would
+    end the training, and Lightning's WandbLogger gives wandb no exit code.
     """
 
     def __init__(self, logger: Any, job: Job) -> None:
         self.logger, self.job = logger, job
         self._in_wandb = type(logger).__name__ == "WandbLogger"
         self.sigterm: Callable[[int, FrameType | None], Any] | signal.Handlers = signal.SIG_DFL
-        """What SIGTERM does meanwhile."""
+        """The handler of SIGTERM while the run is open."""
 
     @classmethod
     def of(cls, cfg: DictConfig, job: Job) -> Self:
-        """The mirror of `logger=...`.
+        """The logger of `logger=...` for this job.
 
         Raises:
-            UserError: wandb is to be online and has no key.
+            UserError: wandb is online and has no key.
         """
         if not job.ranks.is_main:
             return cls(None, job)
-        if not shows_pictures(cfg):
+        if not logs_images(cfg):
             return cls(build.build_logger(cfg), job)
         if not cfg.logger.get("offline"):
             import wandb
@@ -82,13 +85,13 @@ class RunLogger:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def begin(self) -> None:
-        """Opens the run and says what the job is."""
+        """Opens the run and logs the job's config."""
         identity = self.job.identity
         about = {"command": identity.command, "choices": identity.choices}
         self._send(lambda: self.logger.log_hyperparams(identity.config | about))
 
-    def catch_up(self, points: Sequence[Mapping[str, float]]) -> None:
-        """Sends the points of a resumed curve again, unless they are there: a run that is offline starts empty."""
+    def replay_history(self, points: Sequence[Mapping[str, float]]) -> None:
+        """Logs the points of a resumed training again, unless the run has them: an offline run starts empty."""
 
         def send() -> None:
             if not (self._in_wandb and self.logger.experiment.resumed):
@@ -97,12 +100,12 @@ class RunLogger:
 
         self._send(send)
 
-    def point(self, point: Mapping[str, float]) -> None:
-        """Sends one point of a curve, at its "step"."""
+    def log_metrics(self, point: Mapping[str, float]) -> None:
+        """Logs one point of a curve, at its "step"."""
         self._send(lambda: self._log(point))
 
     def end(self, sections: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends the job's numbers, and to wandb what it answered and the overlays in its folder."""
+        """Logs the numbers of result.json, and to wandb the samples and the overlays in the job's folder."""
         self._send(lambda: self.logger.log_metrics(numbers(sections)))
         if self._in_wandb and rows:
             columns = ["id", "question", "answers", "prediction", "n_visual", "recall"]
@@ -122,7 +125,7 @@ class RunLogger:
             return
         try:
             send()
-        except Exception as error:  # whatever a remote service can raise
+        except Exception as error:  # a remote service can raise anything
             self._warn(error)
             self._close(failed=True)
 
@@ -143,13 +146,13 @@ class RunLogger:
         print(f"warning: the logger failed ({error}); {self.job.folder} has everything", file=sys.stderr)
 
 
-def shows_pictures(cfg: DictConfig) -> bool:
-    """Whether the logger of a config is wandb, which all processes of a job can tell."""
+def logs_images(cfg: DictConfig) -> bool:
+    """Whether the logger of a config is wandb. This is the same in all processes of a job."""
     return str(cfg.logger.get("_target_", "")).endswith(".WandbLogger")
 
 
 def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
     raise Terminated
 
 
@@ -161,7 +164,7 @@ def _run_id(folder: Path, resume: bool) -> str:
 
 
 def numbers(sections: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """All numbers of the sections that hold results, by dotted name."""
+    """All numbers of the sections of result.json that hold results, by dotted name."""
     found: dict[str, float] = {}
     for key, value in sections.items():
         if not prefix and key not in _SECTIONS:
