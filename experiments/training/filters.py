@@ -1,4 +1,4 @@
-"""Which training examples leave room for their answer in the model's context."""
+"""Drops training examples whose prompt fills the model's context and leaves no room for the answer."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,9 +15,9 @@ NO_ROOM = "whose prompt leaves no room for the answer"
 
 
 class LengthFilter:
-    """True for a sample of which at least one answer token stays when picture, prompt and answer are cut to length.
+    """True for a sample whose picture and prompt leave room for at least one token of the answer.
 
-    The picture counts with the most tokens that the stage's selector gives to any canvas.
+    A picture counts with the most tokens that the stage's selector gives for any canvas.
     """
 
     def __init__(self, stage: LavidaModule) -> None:
@@ -26,7 +26,7 @@ class LengthFilter:
 
     def __call__(self, sample: Sample) -> bool:
         turns = [*sample.history, sample.prompt]
-        # A token is a byte at least, so that few texts need to be tokenised.
+        # A token is at least one byte, so few texts have to be tokenised.
         longest = len((self.template + "".join(turns)).encode()) + len(turns) * len(EOT + header("assistant"))
         limit = self.config.tokenizer_model_max_length
         if longest + self.most_visual < limit:
@@ -37,6 +37,7 @@ class LengthFilter:
     @cached_property
     @torch.no_grad()
     def most_visual(self) -> int:
+        """The largest number of picture tokens over all canvases."""
         blanks = [Image.new("RGB", size) for size in self.config.image_grid_pinpoints]
         stage, n = self.stage, len(blanks)
         prefix = stage.model.encode(
@@ -46,16 +47,16 @@ class LengthFilter:
 
 
 def drop_too_long(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:
-    """Drops what the model could not learn from, and says how much is left of each dataset.
+    """Filters every dataset that holds a list, and prints how many examples each has.
 
     Raises:
-        UserError: when nothing is left of one.
+        UserError: a dataset of which no example is left.
     """
-    room = LengthFilter(stage)
+    length_filter = LengthFilter(stage)
     for part in parts.values():
         if isinstance(part, Listed):
             before = len(part)
-            part.keep(room, NO_ROOM)
+            part.keep(length_filter, NO_ROOM)
             dropped = ", ".join(f"{count} {reason}" for reason, count in part.dropped.items())
             if not len(part):
                 raise UserError(

@@ -1,46 +1,43 @@
-"""One adapter for several budgets or resolutions: the selectors that a run trains with (docs/method.md, "Recipes")."""
+"""Training one adapter for several budgets or resolutions: the selectors of a run (docs/method.md, "Recipes")."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from baselines import Pooled
 from experiments import build
+from lavida_adapter import Lavida
 from lavida_adapter.lightning_module import SelectorSchedule
 from lavida_adapter.views import geometry_layout
 from shirg import Selector, ShirgSelector, UserError
 
-if TYPE_CHECKING:
-    from lavida_adapter import Lavida
-
-
 POOLED = "pooled"
-"""A budget of `mix.budgets`: LaViDa's own tokens."""
+"""The value of `mix.budgets` that means LaViDa's own pooled tokens."""
 
 
-def build_schedule(cfg: DictConfig, model: "Lavida", selector: Selector) -> SelectorSchedule | None:
-    """The selectors of `mix`, which share the layers of the run's own; None where it trains with that one alone.
+def build_schedule(cfg: DictConfig, model: Lavida, selector: Selector) -> SelectorSchedule | None:
+    """The selectors of `mix`, which share the trained layers of the run's own; None without `mix`.
 
-    A gate with a head trains at each of its levels.
+    A SHIRG selector whose budget is predicted by a head trains at each of the head's levels instead.
 
     Raises:
-        UserError: for a mix beside such a head, or one that the selector cannot follow.
+        UserError: `mix` together with such a head, or a value of `mix` that the selector does not support.
     """
     budgets, geometries = list(cfg.mix.budgets), list(cfg.mix.geometries)
     if isinstance(selector, ShirgSelector) and selector.head is not None:
         if budgets or geometries:
-            raise UserError("selector.adaptive.mode=head draws its own levels in training: leave mix. empty")
+            raise UserError("selector.adaptive.mode=head trains at its own levels: leave mix. empty")
         if not cfg.objective.adaptive_k:
-            raise UserError("selector.adaptive.mode=head has to be trained: give objective.adaptive_k (0.1)")
+            raise UserError("selector.adaptive.mode=head has to be trained: give objective.adaptive_k, for example 0.1")
         return SelectorSchedule((tuple(selector.at_level(i) for i in range(len(selector.options.adaptive.levels))),))
     if not budgets and not geometries:
         return None
     if geometries and "geometry" not in cfg.selector:
-        raise UserError("mix.geometries: this selector has one way of cutting pictures; choose one with a geometry")
+        raise UserError("mix.geometries: this selector supports one geometry only; choose one with a geometry option")
     if budgets and "budget" not in cfg.selector:
-        raise UserError("mix.budgets: this selector has no budget; choose one that has")
+        raise UserError("mix.budgets: this selector has no budget; choose one with a budget option")
     if POOLED in budgets and any(True for _ in selector.parameters()):
-        raise UserError(f"mix.budgets: {POOLED} would leave the selector's own layers without a gradient: take it out")
+        raise UserError(f"mix.budgets: {POOLED} gives the selector's own layers no gradient: take it out")
     turns = []
     for geometry in geometries or [None]:
         turn = [_variant(cfg, model, selector, budget, geometry) for budget in budgets or [None]]
@@ -48,7 +45,8 @@ def build_schedule(cfg: DictConfig, model: "Lavida", selector: Selector) -> Sele
     return SelectorSchedule(tuple(turns))
 
 
-def _variant(cfg: DictConfig, model: "Lavida", selector: Selector, budget: Any, geometry: str | None) -> Selector:
+def _variant(cfg: DictConfig, model: Lavida, selector: Selector, budget: Any, geometry: str | None) -> Selector:
+    """The selector at another budget and geometry (None: its own). On another geometry the kept fraction stays."""
     if budget == POOLED:
         return Pooled()
     changed = cfg.copy()
@@ -67,8 +65,8 @@ def _variant(cfg: DictConfig, model: "Lavida", selector: Selector, budget: Any, 
     return variant
 
 
-def tokens_of(model: "Lavida", geometry: Any) -> int:
-    """How many tokens a picture has on a geometry; on LaViDa's own, on its largest canvas."""
+def tokens_of(model: Lavida, geometry: Any) -> int:
+    """The number of tokens of a picture on a geometry; on LaViDa's own, that of its largest canvas."""
     return (
         model.config.budgets["full"] if geometry == "lavida_tiles" else geometry_layout(model.config, geometry).n_tokens
     )

@@ -1,7 +1,7 @@
-"""`train.py ... plan=true`: what a run would train, how many steps it has and how much memory it needs.
+"""`train.py ... plan=true`: prints what a run would train, its steps and its memory (docs/method.md, "Planning a run").
 
-docs/method.md, "Planning a run". The model is built without weights, so that the plan of the published checkpoint
-needs neither its files nor a GPU. Nothing is trained and nothing is written.
+The model is built without weights, so the plan of the published checkpoint needs neither its files nor a GPU. Nothing
+is trained and no file is written.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -24,6 +24,8 @@ from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
 from experiments.training.stages import make_trainable, objective_config, optim_config
 from experiments.training.trainer import frozen_linears
+from lavida_adapter import Lavida, LavidaConfig
+from lavida_adapter.checkpoint import load_tokenizer, n_rows, read_config
 from lavida_adapter.lightning_module import LavidaModule
 from lavida_adapter.lora import part_of
 from lavida_adapter.memory_estimate import Shape, footprint
@@ -32,30 +34,27 @@ from lavida_adapter.prompt import training_example
 from lavida_adapter.views import geometry_layout, pooled_count
 from shirg import MissingFileError, Selector, UserError
 
-if TYPE_CHECKING:
-    from lavida_adapter import Lavida
-
-
 PUBLISHED = "jacklishufan/lavida-llada-v1.0-instruct"
-"""The checkpoint whose sizes are the defaults of `LavidaConfig`."""
+"""The published checkpoint. Its sizes are the defaults of `LavidaConfig`."""
 ROWS = 126349
-"""What is left of its embedding when it is loaded: the tokenizer's length (docs/lavida.md, "Constants")."""
+"""Rows of its embedding after loading: the tokenizer's length (docs/lavida.md, "Constants")."""
 OPTIMISER = 4 + 4 + 8
-"""Bytes of a trained parameter: itself, its gradient, and AdamW's two moments, all float32."""
+"""Bytes per trained parameter: the parameter, its gradient and AdamW's two moments, all float32."""
 SAMPLES = 8
+"""How many samples are looked at for the longest text."""
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
 class FourCharacters:
-    """Stands in for a tokenizer that is not here: a token for every four characters."""
+    """A substitute for a tokenizer whose files are not here: one token for every four characters."""
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [0] * math.ceil(len(text) / 4)}
 
 
 def show(cfg: DictConfig) -> None:
-    """Prints the plan, or one sentence for bad input, and takes away the empty folder that Hydra made for the job."""
+    """Prints the plan, or one sentence for bad input, and removes the empty folder that Hydra made for the job."""
     try:
         plan(cfg)
     except (ValueError, OSError) as error:
@@ -73,7 +72,7 @@ def plan(cfg: DictConfig) -> None:
     """Prints the plan of a run.
 
     Raises:
-        UserError: for a stage that has no plan.
+        UserError: a stage that has no plan, or input that the run itself would refuse.
         MissingFileError: a checkpoint that is neither here nor the published one.
     """
     if cfg.stage not in ("adapt", "base"):
@@ -87,7 +86,7 @@ def plan(cfg: DictConfig) -> None:
         print("trained")
         make_trainable(cfg, model, selector)
     mix = build_schedule(cfg, model, selector)
-    # What a run would refuse, its plan refuses too.
+    # This raises for options that the run would refuse.
     LavidaModule(model, selector, None, objective_config(cfg), optim_config(cfg), cfg.seed).configure_optimizers()
     selectors = [selector] if mix is None else [s for turn in mix.turns for s in turn]
     samples = [batches.stream(place) for place in range(SAMPLES)]
@@ -99,11 +98,8 @@ def plan(cfg: DictConfig) -> None:
         print(line)
 
 
-def skeleton(cfg: DictConfig) -> "Lavida":
+def skeleton(cfg: DictConfig) -> Lavida:
     """The model of `model=...` on the meta device: names, shapes and dtypes without numbers."""
-    from lavida_adapter import Lavida, LavidaConfig
-    from lavida_adapter.checkpoint import load_tokenizer, n_rows, read_config
-
     path = cfg.model.get("path")
     if path is None:
         return build.build_model(cfg, torch.device("meta"))
@@ -120,7 +116,8 @@ def skeleton(cfg: DictConfig) -> "Lavida":
     return model.to(getattr(torch, str(cfg.dtype))).eval().requires_grad_(False)
 
 
-def parameters(model: "Lavida", selector: Selector) -> Iterator[str]:
+def parameters(model: Lavida, selector: Selector) -> Iterator[str]:
+    """Trained parameters in total, and frozen ones part by part."""
     named = [*model.model.named_parameters(), *((f"selector.{n}", p) for n, p in selector.named_parameters())]
     trained = sum(p.numel() for _, p in named if p.requires_grad)
     total = sum(p.numel() for _, p in named)
@@ -132,6 +129,7 @@ def parameters(model: "Lavida", selector: Selector) -> Iterator[str]:
 
 
 def schedule(cfg: DictConfig, parts: Mapping[str, Dataset]) -> Iterator[str]:
+    """Steps and samples; epochs for a single dataset."""
     samples = cfg.optim.steps * cfg.batch_size
     held = ", ".join(f"{len(part):,} in {part.name}" for part in parts.values())
     if len(parts) == 1:
@@ -142,9 +140,9 @@ def schedule(cfg: DictConfig, parts: Mapping[str, Dataset]) -> Iterator[str]:
 
 
 def memory(
-    cfg: DictConfig, model: "Lavida", selector: Selector, selectors: list[Selector], samples: Sequence[Sample]
+    cfg: DictConfig, model: Lavida, selector: Selector, selectors: list[Selector], samples: Sequence[Sample]
 ) -> Iterator[str]:
-    """The estimate, one line for each number of GPUs that divides the batch."""
+    """The memory estimate: one line for each number of GPUs that divides the batch."""
     objective = objective_config(cfg)
     shape = largest_row(model, objective, selectors, samples)
     narrow = str(cfg.dtype) == "bfloat16" or str(cfg.trainer.precision).startswith("bf16")
@@ -172,7 +170,7 @@ def memory(
     for gpus in (n for n in GPUS if not cfg.batch_size % n):
         rows = cfg.batch_size // gpus
         cells = [base, trained, rows * row[0], rows * row[1]]
-        # In shards, and one layer at a time whole.
+        # Under fsdp linear layers are in shards, and one at a time is gathered.
         shards = base if gpus == 1 else base - sum(linears) + sum(linears) / gpus + max(linears, default=0)
         cells += [x + trained + rows * kept for x in (base, shards) for kept in row]
         b, t, plain, again, total, less, sharded, least = (f"{x / unit:,.2f}" for x in cells)
@@ -191,9 +189,9 @@ def memory(
 
 
 def largest_row(
-    model: "Lavida", objective: ObjectiveConfig, selectors: Sequence[Selector], samples: Sequence[Sample]
+    model: Lavida, objective: ObjectiveConfig, selectors: Sequence[Selector], samples: Sequence[Sample]
 ) -> Shape:
-    """One row as large as the selectors and these samples can make it."""
+    """The largest row that the selectors and these samples give."""
     config = model.config
     prompt, answer = text_tokens(model, samples)
     selector = max(selectors, key=lambda s: picture_tokens(s, model))
@@ -213,8 +211,8 @@ def largest_row(
     )
 
 
-def picture_tokens(selector: Selector, model: "Lavida") -> int:
-    """The most tokens that a picture can put into a prompt."""
+def picture_tokens(selector: Selector, model: Lavida) -> int:
+    """The largest number of tokens that a picture can have in a prompt."""
     config, geometry = model.config, selector.geometry
     canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ()
     pooled = max((pooled_count(canvas, config) for canvas in canvases), default=config.budgets["full"])
@@ -229,7 +227,7 @@ def picture_tokens(selector: Selector, model: "Lavida") -> int:
     return tokens_of(model, geometry) + rows
 
 
-def text_tokens(model: "Lavida", samples: Sequence[Sample]) -> tuple[int, int]:
+def text_tokens(model: Lavida, samples: Sequence[Sample]) -> tuple[int, int]:
     """The longest prompt, without its picture, and the longest answer."""
     examples = [
         training_example(model.tokenizer, s.prompt, s.target or s.answers[0], model.config, history=s.history)

@@ -1,10 +1,10 @@
-"""The stages that train.py knows: what each trains, on which batches, and how it proves itself."""
+"""The stages of `train`: what each trains, on which batches, and what is measured at its end."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -20,35 +20,37 @@ from experiments.metrics.answers import text_metrics
 from experiments.token_stats import TokenGeometry
 from experiments.training.filters import drop_too_long
 from experiments.training.multi_budget import build_schedule
+from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
+from experiments.training.pretrain.text_stage import Curriculum
 from experiments.viz.examples import save_example
-from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
+from lavida_adapter import DecodeConfig, Lavida, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig, Trainable
 from lavida_adapter.lora import rank_growth
 from lavida_adapter.views import Views, cut
 from shirg import Geometry, Selector, UserError
 
-if TYPE_CHECKING:
-    from lavida_adapter import Lavida
-
 Gate = Callable[[], dict[str, float]]
 Show = Callable[[Path], list[SampleRow]]
 SHOWN = 4
-"""Training examples whose pictures a logger gets."""
+"""How many training examples are drawn for the logger."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained, the batch of each step, what is measured at the end, and what result.json says of the data."""
+    """A module to train, and what belongs to it."""
 
     module: Trainable
     draw: Draw
+    """The batch of a step."""
     gate: Gate
+    """Measures the trained stage; train.py compares with the thresholds in the config's `gate`."""
     show: Show = lambda _: []
-    """Rows of a few training examples, and into a folder what was kept of them; every process must ask."""
+    """Answers a few training examples and draws their kept tokens into a folder. Every rank must call it."""
     data: dict[str, Any] = field(default_factory=dict)
+    """The section "data" of result.json."""
 
 
-def build_stage(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
+def build_stage(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     if cfg.stage in _WITH_SELECTOR:
         return _through_selector(cfg, model, ranks)
     if ranks.world > 1:
@@ -57,33 +59,33 @@ def build_stage(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
 
 
 def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str, float]:
-    """Share of right answers in each group of the dataset, through the stage's own selector."""
+    """Share of right answers in each group of the dataset, with the stage's own selector."""
     right: dict[str, list[bool]] = defaultdict(list)
-    system = _system(stage, dataset)
+    pipeline = _pipeline(stage, dataset)
     for begin in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))]
         with stage.precision():
-            rows = system.answer(samples).rows
+            rows = pipeline.answer(samples).rows
         for row in rows:
             right[row["group"] or "all"].append(row["prediction"] in row["answers"])
     return {group: sum(hits) / len(hits) for group, hits in right.items()}
 
 
-def draw_shots(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[SampleRow]:
-    """Answers the first few examples and draws into the folder, if there is one, what was kept of them."""
-    system = _system(stage, dataset)
+def draw_examples(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[SampleRow]:
+    """Answers the first few examples; draws their kept tokens into the folder, if one is given."""
+    pipeline = _pipeline(stage, dataset)
     samples = [dataset[i] for i in range(min(SHOWN, len(dataset)))]
     with stage.precision():
-        found = system.answer(samples)
+        found = pipeline.answer(samples)
     if folder is not None:
         for i, sample in enumerate(samples):
             save_example(
-                folder, i, sample.load_image(), found.selections[i], found.rows[i], sample.boxes, system.geometry
+                folder, i, sample.load_image(), found.selections[i], found.rows[i], sample.boxes, pipeline.geometry
             )
     return found.rows
 
 
-def _system(stage: LavidaModule, dataset: Dataset) -> EvalPipeline:
+def _pipeline(stage: LavidaModule, dataset: Dataset) -> EvalPipeline:
     return EvalPipeline(
         model=stage.model,
         selector=stage.selector,
@@ -117,17 +119,12 @@ def _fields(node: DictConfig) -> dict[str, Any]:
     return {str(k): tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _vision(cfg: DictConfig, model: "Lavida") -> Stage:
-    from experiments.training.pretrain import VisionPretraining
-
+def _vision(cfg: DictConfig, model: Lavida) -> Stage:
     stage = VisionPretraining(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
-def _text(cfg: DictConfig, model: "Lavida") -> Stage:
-    from experiments.training.pretrain import TextPretraining
-    from experiments.training.pretrain.text_stage import Curriculum
-
+def _text(cfg: DictConfig, model: Lavida) -> Stage:
     options = {str(k): v for k, v in cfg.text.items()}
     attention, noise = options.pop("prefix_attention"), options.pop("noise")
     stage = TextPretraining(
@@ -142,34 +139,32 @@ def _text(cfg: DictConfig, model: "Lavida") -> Stage:
     return Stage(stage, stage.draw, stage.gate)
 
 
-def _align(cfg: DictConfig, model: "Lavida") -> Stage:
-    from experiments.training.pretrain import Align
-
+def _align(cfg: DictConfig, model: Lavida) -> Stage:
     stage = Align(model, optim_config(cfg), cfg.seed, cfg.pictures)
     return Stage(stage, stage.draw, stage.gate)
 
 
-def _base(cfg: DictConfig, model: "Lavida", selector: Selector) -> None:
-    """Everything but the vision tower, through the selector of the config: pooled, for LaViDa's own base."""
+def _base(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
+    """Trains all but the vision tower, with the selector of the config: `pooled` for LaViDa's own base."""
     if any(True for _ in selector.parameters()):
-        raise UserError("stage=base writes the model alone: choose a selector without layers of its own")
+        raise UserError("stage=base saves the model alone: choose a selector without layers of its own")
     model.requires_grad_(False)
     for part in (model.lm, model.model.mm_projector):
         part.requires_grad_(True)
     model.model.image_newline.requires_grad_(True)
 
 
-def _adapt(cfg: DictConfig, model: "Lavida", selector: Selector) -> None:
+def _adapt(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
     for part in add_lora(model, lora_config(cfg), selector):
         print(f"  {part}")
 
 
-def make_trainable(cfg: DictConfig, model: "Lavida", selector: Selector) -> None:
-    """Freezes what this stage leaves alone, and says what it trains."""
+def make_trainable(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
+    """Sets which parameters this stage trains, and prints them."""
     _WITH_SELECTOR[cfg.stage](cfg, model, selector)
 
 
-def _through_selector(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
+def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     parts = build.build_parts(cfg)
     selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device)
     relevance = build.build_relevance(cfg, selector)
@@ -192,7 +187,7 @@ def _through_selector(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
         return accuracy(stage, build.build_dataset(cfg, "check"), cfg.batch_size)
 
     def show(folder: Path) -> list[SampleRow]:
-        return draw_shots(stage, next(iter(parts.values())), folder if ranks.is_main else None)
+        return draw_examples(stage, next(iter(parts.values())), folder if ranks.is_main else None)
 
     drop_too_long(parts, stage)
     batches = Batches(
@@ -203,14 +198,14 @@ def _through_selector(cfg: DictConfig, model: "Lavida", ranks: Ranks) -> Stage:
 
 @dataclass(frozen=True)
 class Cutter:
-    """Cuts pictures for the selector of their step, away from the step itself."""
+    """Cuts a picture into views for the selector of its step. Data workers call it, so it holds no model."""
 
     config: LavidaConfig
     turns: tuple[Geometry, ...]
 
     @classmethod
     def of(cls, stage: LavidaModule) -> "Cutter | None":
-        """None where the selectors of a turn differ in geometry; pictures are then cut in the step."""
+        """None when the selectors of one turn differ in geometry: pictures are then cut in the training step."""
         turns = ((stage.selector,),) if stage.mix is None else stage.mix.turns
         geometries = [{selector.geometry for selector in turn} for turn in turns]
         if any(len(found) > 1 for found in geometries):
@@ -226,5 +221,5 @@ def _facts(dataset: Dataset) -> dict[str, Any]:
     return {"name": dataset.name, "split": dataset.split, "n": len(dataset), "dropped": dropped}
 
 
-_WITH_SELECTOR: dict[str, Callable[[DictConfig, "Lavida", Selector], None]] = {"base": _base, "adapt": _adapt}
-_ALONE: dict[str, Callable[[DictConfig, "Lavida"], Stage]] = {"vision": _vision, "text": _text, "align": _align}
+_WITH_SELECTOR: dict[str, Callable[[DictConfig, Lavida, Selector], None]] = {"base": _base, "adapt": _adapt}
+_ALONE: dict[str, Callable[[DictConfig, Lavida], Stage]] = {"vision": _vision, "text": _text, "align": _align}

@@ -1,7 +1,6 @@
 """How the tiny model gets its base: a vision tower, a language model and their alignment.
 
-docs/method.md, "The tiny testbed". Stand-ins for SigLIP's and LLaDA's own pretraining, which the published checkpoint
-has behind it.
+These stages replace SigLIP's and LLaDA's own pretraining for the tiny model (docs/method.md, "The tiny testbed").
 """
 
 from experiments.training.pretrain.text_stage import TextPretraining

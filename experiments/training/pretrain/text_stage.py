@@ -1,8 +1,9 @@
-"""Stage "text": the language model learns to look things up, from word bags instead of picture tokens.
+"""Stage "text": the language model learns look-ups. In place of a picture token it reads a bag of words.
 
-The stand-in for LLaDA's pretraining. Contexts grow from 6 to 64 cells; without that curriculum, or with a prompt that
-is one bidirectional block, letters are not learned (docs/method.md, "The tiny testbed"). So this stage alone uses
-image-first attention, and settles on the attention of the model as shipped in its last steps; the gate uses that one.
+It replaces LLaDA's pretraining for the tiny model. Contexts grow from 6 to 64 cells. Without that curriculum, or with
+bidirectional attention over the whole prompt, the look-up of letters is not learned (docs/method.md, "The tiny
+testbed"). So this stage trains with image-first attention, and with the attention of the shipped model in its last
+steps; the gate uses the latter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,21 +36,22 @@ ANSWER = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """Contexts of `first` cells, then a ramp, then `last` cells; about `tokens` cells per step at the first."""
+    """Contexts have `first` cells for a share `hold` of the steps, then more along a ramp, then `last` cells."""
 
     first: int = 6
     last: int = 64
     hold: float = 0.5
     ramp: float = 0.2
     settle: float = 0.15
-    """Share of the steps, at the end, under the attention of the model as shipped."""
+    """Share of the steps, at the end, with the attention of the shipped model."""
     tokens: int = 2500
+    """Cells per step, about, while contexts have `first` cells."""
     growth: float = 1.6
-    """Cells per step at the last over those at the first: there are far fewer questions in long contexts."""
+    """Cells per step at the end, divided by those at the start: long contexts have far fewer questions per cell."""
     alone: float = 0.2
-    """Share of the steps, at the start, with glyph contexts alone: the look-up is found sooner in one thing."""
+    """Share of the steps, at the start, with glyph contexts alone: one task is learned sooner than several."""
     glyphs: float = 0.5
-    """Share of the later contexts that are of glyph pictures; the families share the rest."""
+    """Share of glyph contexts after that; the families share the rest."""
     families: Mapping[str, int] = field(default_factory=lambda: {"chart": 1, "shapes": 1})
 
     def __post_init__(self) -> None:
@@ -59,12 +61,12 @@ class Curriculum:
             )
 
     def cells(self, done: float) -> int:
-        """Context length when a share `done` of the steps is behind us."""
+        """Context length after a share `done` of the steps."""
         along = min(1.0, max(0.0, (done - self.hold) / self.ramp))
         return round(self.first + (self.last - self.first) * along)
 
     def counts(self, done: float) -> dict[str, int]:
-        """Contexts in a step, by family, when a share `done` of the steps is behind us."""
+        """Contexts per step, by family, after a share `done` of the steps."""
         cells = self.cells(done)
         along = (cells - self.first) / (self.last - self.first)
         total = max(1, int(self.tokens * (1 + (self.growth - 1) * along)) // (cells + 5))
@@ -75,15 +77,17 @@ class Curriculum:
 
 @dataclass(frozen=True)
 class Bags:
-    """Contexts of word bags and what is asked about each."""
+    """Contexts as word bags, with a question about each."""
 
     word_BNW: Tensor
-    """int64 token ids of the words in each cell; -1 where there are fewer."""
+    """int64 token ids of the words in each cell; padded with -1."""
     asked: Sequence[tuple[str, str]]
     """Question and answer."""
 
 
 class TextPretraining(Trainable):
+    """Trains the language model alone; `noise` is the standard deviation added to the word bags."""
+
     def __init__(
         self,
         model: Lavida,
@@ -141,13 +145,13 @@ class TextPretraining(Trainable):
         return (self.model.lm.wte(word_BNW.clamp_min(0)) * there).sum(dim=2)
 
     def glyph_bags(self, lookups: Lookups) -> Bags:
-        """A char and a colour, a grey char alone, or a blank."""
+        """The char and the colour in each cell, a grey char alone, or a blank."""
         char_BN, colour_BN = torch.from_numpy(lookups.char_BN), torch.from_numpy(lookups.colour_BN)
         colours = torch.tensor([-1, *self.words.colour[1:]])[colour_BN]
         return Bags(torch.stack([torch.tensor(self.words.char)[char_BN], colours], dim=-1), questions(lookups))
 
     def family_bags(self, contexts: Sequence[TextContext]) -> Bags:
-        """The words of a stamp, or a blank."""
+        """The words of the stamp in each cell, or a blank."""
         width = max(1, *(len(bag) for context in contexts for bag in context.bags))
         rows = [[[self.ids[word] for word in bag] or [self.words.blank] for bag in c.bags] for c in contexts]
         padded = [[bag + [-1] * (width - len(bag)) for bag in row] for row in rows]
@@ -155,7 +159,7 @@ class TextPretraining(Trainable):
 
     @torch.no_grad()
     def gate(self, contexts: int = 256) -> dict[str, float]:
-        """Exact match of each sort of look-up at full length, under the attention of the shipped model."""
+        """Exact match of each kind of look-up at full length, with the attention of the shipped model."""
         cells = self.curriculum.last
         scores = {}
         for task in ("digit", "letter"):
@@ -176,7 +180,7 @@ class TextPretraining(Trainable):
 
 
 def questions(lookups: Lookups) -> list[tuple[str, str]]:
-    """Question and answer of each context, in the words of the picture task."""
+    """Question and answer of each context, worded as in the picture task."""
     triples = zip(lookups.task_BG[:, 0], lookups.argument_BG[:, 0], lookups.answer_BG[:, 0], strict=True)
     return [
         (f"digit {COLOURS[argument]}", CHARS[answer])

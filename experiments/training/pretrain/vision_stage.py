@@ -1,4 +1,7 @@
-"""Patchwork pictures and what every vision token of theirs shows."""
+"""Stages "vision" and "align": the tower learns which words a token shows, the projector to give their embeddings.
+
+Both train on patchwork pictures, of which it is known what every vision token shows.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,19 +39,19 @@ GLYPHS = "glyphs"
 
 @dataclass(frozen=True)
 class Regions:
-    """Views of B pictures and the share of each class in the cells that a token sees."""
+    """Views of B pictures, and what their tokens show. A tile token sees one cell, a global token a square of them."""
 
     pixels: Tensor
     """float32 [B*V, 3, S, S]."""
     share_BNC: Tensor
-    """float32: share of a token's cells that show a class; a tile token sees one cell, a global token a square."""
+    """float32: share of a token's cells that show a class."""
     filled_BN: Tensor
     """float32: share of a token's cells that show any class."""
     is_tile_N: Tensor
 
 
 def draw_regions(model: Lavida, seed: int, step: int, pictures: Mapping[str, int]) -> Regions:
-    """The pictures of a training step, so many of each family; the same in every run."""
+    """The pictures of a training step, `pictures[family]` of each family; the same in every run."""
     pixels, shares = [], []
     for family, number in pictures.items():
         for index in range(step * number, (step + 1) * number):
@@ -98,6 +101,8 @@ def class_shares(shown_RCC: Tensor, cell_N2: Tensor, role_N: Tensor) -> Tensor:
 
 
 class VisionPretraining(Trainable):
+    """Trains the vision tower: each token's state must score the words that the token shows above all others."""
+
     def __init__(self, model: Lavida, optim: OptimConfig, seed: int, pictures: Mapping[str, int]) -> None:
         super().__init__(model, optim, seed)
         self.pictures = dict(pictures)
@@ -124,7 +129,7 @@ class VisionPretraining(Trainable):
 
     @torch.no_grad()
     def gate(self, pictures: int = 64) -> dict[str, float]:
-        """Share of words that are named right, by tile tokens of each family and by global tokens, on fresh pictures.
+        """Share of words that tokens name right on new pictures: tile tokens of each family, and global tokens.
 
         A word is right when it scores best in its group; words of one group exclude each other.
         """
@@ -150,6 +155,8 @@ def share_right(logits_BNC: Tensor, share_BNC: Tensor) -> float:
 
 
 class Align(Trainable):
+    """Trains the projector: a token becomes the sum of the embeddings of the words that it shows."""
+
     def __init__(self, model: Lavida, optim: OptimConfig, seed: int, pictures: Mapping[str, int]) -> None:
         super().__init__(model, optim, seed)
         self.pictures = dict(pictures)
@@ -166,7 +173,7 @@ class Align(Trainable):
         return F.mse_loss(self._projected(batch), self.target(batch.share_BNC, batch.filled_BN))
 
     def target(self, share_BNC: Tensor, filled_BN: Tensor) -> Tensor:
-        """Word sums [B, N, D]; cells without any class count as blanks, global tokens are the mean over their cells."""
+        """Sums of word embeddings [B, N, D]. Empty cells count as blanks; a global token has their mean."""
         return share_BNC @ self.class_CD + (1 - filled_BN)[..., None] * self.blank_D
 
     def _projected(self, batch: Regions) -> Tensor:
@@ -177,7 +184,7 @@ class Align(Trainable):
 
     @torch.no_grad()
     def gate(self) -> dict[str, float]:
-        """Share of the target's variance that the projector explains, on fresh pictures of each family."""
+        """Share of the target's variance that the projector explains, on new pictures of each family."""
         figures = {}
         for family in self.pictures:
             regions = draw_regions(self.model, self.seed + 1, 0, {family: 16})

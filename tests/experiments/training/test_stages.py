@@ -233,16 +233,16 @@ def test_variants_share_the_layers_that_are_trained() -> None:
     ("overrides", "sentence"),
     [
         (["selector=pooled", "mix.budgets=[40]"], "mix.budgets: this selector has no budget"),
-        (["selector=saint", "mix.geometries=[single_512]"], "mix.geometries: this selector has one way of cutting"),
+        (["selector=saint", "mix.geometries=[single_512]"], "mix.geometries: this selector supports one geometry"),
         (
             ["selector=shirg", "mix.geometries=[single_511]"],
             "selector.geometry='single_511' is not one of lavida_tiles",
         ),
-        (["recipe=shirg_x", "mix.budgets=[pooled]"], "mix.budgets: pooled would leave the selector's own layers"),
+        (["recipe=shirg_x", "mix.budgets=[pooled]"], "mix.budgets: pooled gives the selector's own layers"),
         (["selector.adaptive.mode=head", "lora.train_whole=[selector.head]"], "has to be trained: give objective.adap"),
         (["selector.adaptive.mode=head", "mix.budgets=[40]", "lora.train_whole=[selector.head]"], "leave mix. empty"),
         (["selector.adaptive.mode=head", "objective.adaptive_k=0.1"], "a layer of its own .* selector.head.linear"),
-        (["stage=base", "selector.coord_embed=sincos_linear", "selector.coord_width=auto"], "stage=base writes the"),
+        (["stage=base", "selector.coord_embed=sincos_linear", "selector.coord_width=auto"], "stage=base saves the"),
     ],
 )
 def test_mixes_that_cannot_be(overrides: list[str], sentence: str) -> None:
