@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep, ShortenedCache
+from lavida_adapter.cache_compression.compressor import AttentionMean, CacheSelector, FirstStep, ShortenedCache
 from lavida_adapter.generate import LogitsFn
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
-from lavida_adapter.llada import AttentionHook, Llada, attention_mask, attention_weights
+from lavida_adapter.llada import AttentionHook, Llada, attention_mask
 from lavida_adapter.prefix import Prefix
 from lavida_adapter.timing import Timer
 from shirg import UserError
@@ -190,25 +190,6 @@ class CachedSteps:
             cut: ShortenedCache = self._pending(self.lm, self.cache, self.prefix, first)
         self.cache, self._kept_BP, self._pending, self._seen = cut.cache, cut.kept_BP, None, None
         self._steps = None
-
-
-class AttentionMean:
-    """An `AttentionHook` that averages the attention of all queries to the first P keys over heads and layers."""
-
-    def __init__(self, n_prefix: int) -> None:
-        self._n_prefix = n_prefix
-        self._n_layers = 0
-        self._sum_BAP: Tensor | None = None
-
-    def __call__(self, q_BHAD: Tensor, k_BHKD: Tensor, mask: Tensor | None) -> None:
-        layer_BAP = attention_weights(q_BHAD, k_BHKD, mask).mean(1)[..., : self._n_prefix]
-        self._sum_BAP = layer_BAP if self._sum_BAP is None else self._sum_BAP + layer_BAP
-        self._n_layers += 1
-
-    @property
-    def mean_BAP(self) -> Tensor:
-        assert self._sum_BAP is not None
-        return self._sum_BAP / self._n_layers
 
 
 class CompiledEngine:

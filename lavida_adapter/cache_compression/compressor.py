@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lavida_adapter.generate import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
-from lavida_adapter.llada import AttentionHook, Llada, cos_signed_sin, rotary_phase, rotate
+from lavida_adapter.llada import AttentionHook, Llada, attention_weights, cos_signed_sin, rotary_phase, rotate
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, UserError, assert_finite, stable_topk
 
@@ -33,6 +33,25 @@ class FirstStep:
     """bool: slots that are still masked after the step."""
     logits_BAW: Tensor
     """The step's predictions for each answer slot."""
+
+
+class AttentionMean:
+    """An `AttentionHook` that averages the attention of all queries to the first P keys over heads and layers."""
+
+    def __init__(self, n_prefix: int) -> None:
+        self._n_prefix = n_prefix
+        self._n_layers = 0
+        self._sum_BAP: Tensor | None = None
+
+    def __call__(self, q_BHAD: Tensor, k_BHKD: Tensor, mask: Tensor | None) -> None:
+        layer_BAP = attention_weights(q_BHAD, k_BHKD, mask).mean(1)[..., : self._n_prefix]
+        self._sum_BAP = layer_BAP if self._sum_BAP is None else self._sum_BAP + layer_BAP
+        self._n_layers += 1
+
+    @property
+    def mean_BAP(self) -> Tensor:
+        assert self._sum_BAP is not None
+        return self._sum_BAP / self._n_layers
 
 
 @dataclass(frozen=True)

@@ -144,36 +144,3 @@ def test_one_error_lists_everything_that_is_refused() -> None:
     for name, value in wrong.items():
         assert f"{name}={value!r}" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("image_aspect_ratio", "square"),
-        ("mm_patch_merge_type", "spatial"),
-        ("mm_spatial_pool_mode", "cubic"),
-        ("prefix_attention", "causal"),
-    ],
-)
-def test_choices(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"config: {name}={value!r}; choose one of "):
-        LavidaConfig.from_dict(PUBLISHED | {name: value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"n_heads": 48, "n_kv_heads": 48}, "divisible by the number of heads"),
-        ({"n_kv_heads": 5}, "n_heads=32 is not a multiple of n_kv_heads=5"),
-        ({"image_grid_pinpoints": [[384, 700]]}, r"canvas \(384, 700\) is not made of whole 384-pixel views"),
-        ({"image_grid_pinpoints": []}, "image_grid_pinpoints is empty"),
-        ({"image_grid_pinpoints": [[384]]}, r"image_grid_pinpoints=\[\[384\]\] is not a list"),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "is not a list of"),
-        ({"mm_hidden_size": 768}, "mm_hidden_size=768 but the tower is 1152 wide"),
-        ({"vision_config": {"num_hidden_layers": 1}}, "at least 2 layers"),
-        ({"vision_config": {"hidden_size": 100}, "mm_hidden_size": 100}, "divisible by the number of heads"),
-    ],
-)
-def test_impossible_sizes(changes: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        LavidaConfig.from_dict(PUBLISHED | changes)

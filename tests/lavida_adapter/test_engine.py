@@ -1,13 +1,25 @@
-"""Steps in place: the same logits as the differentiable decoder, for every slot or some, from recordings too."""
+"""Steps in place give the logits of the differentiable decoder: eager, as graphs, compiled."""
 
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from experiments.bench import reference
 from lavida_adapter import DecodeConfig, Lavida, Prefix
-from lavida_adapter.engine import MAX_GRAPHS, DecodeSteps, GraphCache, ReplayedSteps, pick
+from lavida_adapter.engine import (
+    MAX_GRAPHS,
+    CompiledEngine,
+    CompiledSteps,
+    DecodeSteps,
+    GraphCache,
+    ReplayedSteps,
+    check_compiler,
+    pick,
+    step_logits,
+    store_by_column,
+)
 from lavida_adapter.generate import denoise, start
 from tests.lavida_adapter.tiny import noise, tiny_model
 
@@ -49,31 +61,29 @@ def test_steps_equal_the_differentiable_decoder(model: Lavida, mask: torch.Tenso
 @torch.inference_mode()
 @pytest.mark.parametrize("knobs", [{}, {"block_length": 3}, {"step_ratio": 0.5, "schedule": "shift"}])
 @pytest.mark.parametrize("n_prompt", [5, 64, 70])
-def test_a_recording_answers_like_single_kernels(model: Lavida, n_prompt: int, knobs: dict[str, Any]) -> None:
-    """The recorded function, without a recording: what a GPU replays. Buckets, masks and buffers are all there."""
-    recorder = GraphCache(model.lm)
+def test_a_graph_answers_like_single_kernels(model: Lavida, n_prompt: int, knobs: dict[str, Any]) -> None:
+    """The function that a GPU captures, run without a graph: buckets, masks and buffers are all used."""
+    graphs = GraphCache(model.lm)
     decode = DecodeConfig(max_new_tokens=A, **knobs)
     mask_id = model.config.lm.mask_token_id
     for seed in range(2):
         prompt = prefix(n_prompt, MASK if n_prompt == 5 else None, seed)
         cache, ids = model.prefill(prompt), answers(model)
-        logits = ReplayedSteps(recorder, cache)(ids).clone()
+        logits = ReplayedSteps(graphs, cache)(ids).clone()
         torch.testing.assert_close(logits, DecodeSteps(model.lm, cache, A)(ids), rtol=0, atol=1e-5)
         blank = start(2, decode, mask_id, (), torch.device("cpu"))
-        found, forwards, _, _ = denoise(
-            ReplayedSteps(recorder, cache), blank, decode, mask_id, least_slots=decode.block
-        )
+        found, forwards, _, _ = denoise(ReplayedSteps(graphs, cache), blank, decode, mask_id, least_slots=decode.block)
         expected = model.generate(prompt, decode)
         assert torch.equal(found, expected.ids_BA) and forwards == expected.forwards
-    assert len(recorder._kept) == (2 if "block_length" in knobs else 1), "one for each shape, whatever the prompt"
+    assert len(graphs._kept) == (2 if "block_length" in knobs else 1), "one for each shape, whatever the prompt"
 
 
 @torch.inference_mode()
-def test_few_recordings_are_kept(model: Lavida) -> None:
-    recorder, ids = GraphCache(model.lm), answers(model)
+def test_few_graphs_are_kept(model: Lavida) -> None:
+    graphs, ids = GraphCache(model.lm), answers(model)
     for n in range(1, MAX_GRAPHS + 3):
-        ReplayedSteps(recorder, model.prefill(prefix(64 * n)))(ids)
-    assert [key[3] for key in recorder._kept] == [64 * n for n in range(3, MAX_GRAPHS + 3)]
+        ReplayedSteps(graphs, model.prefill(prefix(64 * n)))(ids)
+    assert [key[3] for key in graphs._kept] == [64 * n for n in range(3, MAX_GRAPHS + 3)]
 
 
 @pytest.mark.gpu
@@ -96,11 +106,6 @@ def test_graphs_give_the_same_ids(model: Lavida, engine: Any, knobs: dict[str, A
         assert torch.equal(*ids)
 
 
-def test_graphs_need_a_gpu(model: Lavida) -> None:
-    with pytest.raises(ValueError, match="decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager"):
-        model.generate(prefix(), DecodeConfig(max_new_tokens=A, engine="graph"))
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("knobs", [{}, {"step_per_block": 4}, {"step_ratio": 0.5, "schedule": "shift"}])
 def test_the_plain_twin_gives_the_same_ids(model: Lavida, knobs: dict[str, Any]) -> None:
@@ -108,3 +113,99 @@ def test_the_plain_twin_gives_the_same_ids(model: Lavida, knobs: dict[str, Any])
     decode, prompt = DecodeConfig(max_new_tokens=12, **knobs), prefix(40)
     twin = reference.plain_generate(model.lm, prompt.embeds_BPD, decode, model.config.lm.mask_token_id)
     assert torch.equal(twin, model.generate(prompt, decode).ids_BA)
+
+
+def padded(n: int, by: int = 0) -> Prefix:
+    mask = torch.ones(2, n, dtype=torch.bool)
+    mask[0, n - by :] = False
+    return prefix(n, mask, seed=n)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("by", [0, 3])
+def test_one_graph_serves_every_length(by: int) -> None:
+    """Captured as a compiler captures it, without generating code."""
+    model = tiny_model(lm={"n_kv_heads": 2})
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    prefill, step = (
+        torch.compile(f, fullgraph=True, dynamic=True, backend=count) for f in (model.lm.prefill, step_logits)
+    )
+    for n, m in ((9, 4), (17, 3), (40, 2)):
+        prompt, ids = padded(n, by), torch.full((2, A), model.config.lm.mask_token_id)
+        want = torch.arange(m).expand(2, -1)
+        given = (prompt.embeds_BPD, prompt.padding, None, A)
+        cache = prefill(*given, None, model.lm.angles(torch.arange(n)[None]))
+        expected = model.lm.prefill(*given)
+        for found, eager in zip((*cache.keys, *cache.values), (*expected.keys, *expected.values), strict=True):
+            torch.testing.assert_close(found, eager, rtol=0, atol=1e-5)
+        logits = DecodeSteps(model.lm, cache, A, step)(ids, want)
+        torch.testing.assert_close(logits, DecodeSteps(model.lm, expected, A)(ids, want), rtol=0, atol=1e-5)
+    assert len(graphs) == 2
+
+
+@torch.inference_mode()
+def test_all_slots_are_asked_for_by_number(model: Lavida) -> None:
+    cache, ids = model.prefill(padded(9), A), torch.full((2, A), model.config.lm.mask_token_id)
+    eager, asked = DecodeSteps(model.lm, cache, A), []
+
+    def step(lm: Any, ids: Any, want: Any, *rest: Any) -> torch.Tensor:
+        asked.append(want)
+        return step_logits(lm, ids, want, *rest)
+
+    steps = CompiledSteps(DecodeSteps(model.lm, cache, A, step))
+    torch.testing.assert_close(steps(ids), eager(ids), rtol=0, atol=1e-6)
+    want = torch.tensor([[0, 2], [5, 1]])
+    assert torch.equal(steps(ids, want), eager(ids, want))
+    assert asked[0].tolist() == [list(range(A))] * 2 and asked[1] is want
+
+
+def test_weights_are_stored_by_column_and_stay_what_they_are(model: Lavida) -> None:
+    prompt = padded(9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whole = model.lm(prompt.embeds_BPD)
+    with torch.inference_mode():
+        store_by_column(model.lm)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for layer in model.lm.modules():
+        if isinstance(layer, nn.Linear):
+            assert layer.weight.stride() == (1, layer.out_features)
+    states = model.lm(prompt.embeds_BPD)
+    torch.testing.assert_close(states, whole, rtol=0, atol=1e-5)
+    model.lm.logits(states).sum().backward()  # they can still be trained
+    assert model.lm.layers[0].q_proj.weight.grad is not None
+
+
+def test_other_types_stay_as_they_are() -> None:
+    layer = nn.Linear(4, 3).to(torch.bfloat16)
+    store_by_column(layer)
+    assert layer.weight.stride() == (4, 1)
+
+
+def test_a_cpu_without_a_compiler(model: Lavida, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    sentence = (
+        "needs a C.. compiler on a CPU, and there is no 'no-such-compiler' on the path: install one, name another"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        check_compiler()
+    with pytest.raises(ValueError, match=sentence):
+        model.generate(padded(9), DecodeConfig(max_new_tokens=A, engine="compile"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [{}, {"block_length": 3}, {"step_ratio": 0.5, "schedule": "shift"}])
+def test_compiled_answers_are_the_same(model: Lavida, knobs: dict[str, Any]) -> None:
+    for prompt in (padded(9), padded(9, 3), padded(70)):
+        ids = [
+            model.generate(prompt, DecodeConfig(max_new_tokens=A, engine=engine, **knobs)).ids_BA
+            for engine in ("eager", "compile")
+        ]
+        assert torch.equal(*ids)
+    assert isinstance(model._engines["compile", "cpu"], CompiledEngine)

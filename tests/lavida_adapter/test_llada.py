@@ -1,14 +1,63 @@
-"""The language model: a second, dense computation of every way it is run; masks; grouped heads."""
+"""The language model: attention calls and masks; every way it runs against a dense computation; recomputation."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lavida_adapter.llada import Llada, RMSNorm, rotary_angles, rotate
-from tests.lavida_adapter.tiny import noise, tiny_config, tiny_model
+from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
+from lavida_adapter.llada import Llada, RMSNorm, attend, attention_mask, rotary_angles, rotate
+from lavida_adapter.relevance import LmEmbed
+from shirg import ShirgSelector
+from tests.lavida_adapter.dense import dense, may_see
+from tests.lavida_adapter.tiny import noise, picture, tiny_model
+
+PADDED_KEYS = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+PICTURE_KEYS = torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0]], dtype=torch.bool)
+
+
+def qkv(kv_heads: int, keys: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    return noise(2, 4, 6, 8, seed=1), noise(2, kv_heads, keys, 8, seed=2), noise(2, kv_heads, keys, 8, seed=3)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", [None, attention_mask(PADDED_KEYS, None), attention_mask(PADDED_KEYS, PICTURE_KEYS)])
+def test_sdpa_equals_math(kv_heads: int, mask: Tensor | None) -> None:
+    q, k, v = qkv(kv_heads)
+    torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, mask, "math"), rtol=0, atol=1e-5)
+
+
+def test_math_is_softmax_attention_over_the_keys_that_may_be_seen() -> None:
+    q, k, v = qkv(2)
+    out = attend(q, k, v, attention_mask(PADDED_KEYS, None), "math")
+    for b, head, row in ((0, 0, 0), (0, 3, 5), (1, 2, 1)):
+        n = int(PADDED_KEYS[b].sum())
+        weight = torch.softmax(k[b, head // 2, :n] @ q[b, head, row] / 8**0.5, dim=0)
+        torch.testing.assert_close(out[b, head, row], weight @ v[b, head // 2, :n], rtol=0, atol=1e-5)
+
+
+def test_attention_mask_without_pictures_is_the_padding_of_the_keys() -> None:
+    assert attention_mask(None, None) is None
+    mask = attention_mask(PADDED_KEYS, None)
+    assert mask is not None
+    assert torch.equal(mask, PADDED_KEYS[:, None, None, :])
+
+
+@pytest.mark.parametrize("padding", [None, PADDED_KEYS])
+def test_image_first_mask_position_by_position(padding: Tensor | None) -> None:
+    mask = attention_mask(padding, PICTURE_KEYS)
+    assert mask is not None
+    assert mask.shape == (2, 1, 6, 6)
+    for b in range(2):
+        for query in range(6):
+            for key in range(6):
+                real = padding is None or bool(padding[b, key])
+                picture_only = bool(PICTURE_KEYS[b, query])
+                expected = query == key or (real and (bool(PICTURE_KEYS[b, key]) or not picture_only))
+                assert bool(mask[b, 0, query, key]) == expected, (b, query, key)
+
 
 P, A, D = 9, 4, 32
 VISUAL = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 0, 0]], dtype=torch.bool)
@@ -21,50 +70,6 @@ def lm() -> Llada:
 
 
 @torch.no_grad()
-def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-    """The transformer over one row [L, D] with an explicit mask [L, L]; heads and rotation written out.
-
-    `maps` collects the attention [H, L, L] of every layer.
-    """
-    x, dh = embeds, lm.config.head_dim
-    freq = lm.config.rope_theta ** (-torch.arange(0, dh, 2) / dh)
-    turn = torch.polar(torch.ones(len(x), dh // 2), positions[:, None] * freq)
-
-    def heads(y: Tensor) -> Tensor:
-        return y.view(len(x), -1, dh).transpose(0, 1)
-
-    def spin(y: Tensor) -> Tensor:
-        z = torch.complex(y[..., : dh // 2], y[..., dh // 2 :]) * turn
-        return torch.cat([z.real, z.imag], dim=-1)
-
-    def norm(y: Tensor, weight: Tensor) -> Tensor:
-        return y / (y.pow(2).mean(-1, keepdim=True) + lm.config.rms_norm_eps).sqrt() * weight
-
-    for block in lm.layers:
-        u = norm(x, block.attn_norm.weight)
-        q, k, v = spin(heads(block.q_proj(u))), spin(heads(block.k_proj(u))), heads(block.v_proj(u))
-        groups = len(q) // len(k)
-        scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) / dh**0.5
-        weights = scores.masked_fill(~may_see, -torch.inf).softmax(-1)
-        if maps is not None:
-            maps.append(weights)
-        x = x + block.attn_out((weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1))
-        u = norm(x, block.ff_norm.weight)
-        x = x + block.ff_out(F.silu(block.ff_proj(u)) * block.up_proj(u))
-    return norm(x, lm.ln_f.weight)
-
-
-def may_see(prompt: int, answer: int, visual: Tensor | None, *, prompt_sees_answer: bool) -> Tensor:
-    allowed = torch.ones(prompt + answer, prompt + answer, dtype=torch.bool)
-    if not prompt_sees_answer:
-        allowed[:prompt, prompt:] = False
-    if visual is not None:
-        picture = F.pad(visual[:prompt], (0, answer))
-        allowed[picture] = picture
-    return allowed
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_forward_against_a_second_computation(kv_heads: int) -> None:
     lm = tiny_model(lm={"n_kv_heads": kv_heads}).lm
@@ -74,6 +79,7 @@ def test_forward_against_a_second_computation(kv_heads: int) -> None:
     torch.testing.assert_close(lm(x), expected, rtol=0, atol=2e-5)
     lm.backend = "math"
     torch.testing.assert_close(lm(x), expected, rtol=0, atol=2e-5)
+    assert lm.prefill(x).n_bytes == 2 * 2 * 2 * P * kv_heads * 8 * 4
 
 
 @torch.no_grad()
@@ -148,20 +154,6 @@ def test_image_first_keys_and_values_do_not_depend_on_the_question(lm: Llada) ->
 
 
 @torch.no_grad()
-def test_grouped_heads_equal_repeated_heads() -> None:
-    grouped = tiny_model(lm={"n_kv_heads": 2}).lm
-    whole = Llada(replace(tiny_config().lm, n_kv_heads=4))
-    state = grouped.state_dict()
-    for name in state:
-        if "k_proj" in name or "v_proj" in name:
-            state[name] = state[name].view(2, 8, D).repeat_interleave(2, 0).flatten(0, 1)
-    whole.load_state_dict(state)
-    x = noise(1, P, D)
-    torch.testing.assert_close(grouped(x), whole(x), rtol=0, atol=1e-5)
-    assert grouped.prefill(x).n_bytes * 2 == whole.prefill(x).n_bytes
-
-
-@torch.no_grad()
 def test_hidden_states_on_request(lm: Llada) -> None:
     hidden: list[Tensor] = []
     x = noise(1, P, D)
@@ -202,3 +194,68 @@ def test_the_norm_casts_back_before_its_weight() -> None:
     expected = (wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).to(torch.bfloat16) * norm.weight
     assert norm(x).dtype == torch.bfloat16
     torch.testing.assert_close(norm(x), expected)
+
+
+LAYERS = "vision_tower.vision_tower.vision_model.encoder.layers"
+LORA = LoraConfig(
+    rank=3,
+    dropout=0.3,
+    targets=("mm_projector.0", LAYERS + ".0.self_attn.q_proj", "transformer.blocks.*.{q_proj,v_proj}"),
+    train_whole=("image_newline",),
+)
+
+
+def adapted(recompute: bool) -> Lavida:
+    with torch.random.fork_rng():
+        found = tiny_model()
+        torch.manual_seed(0)
+        add_lora(found, LORA)
+        with torch.no_grad():
+            for name, parameter in found.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+    found.checkpoint_gradients(recompute)
+    return found.train()
+
+
+def loss(found: Lavida, **objective: Any) -> Tensor:
+    batch = TrainBatch([picture((40, 40)), picture((100, 26))], ["digit red", "hm?"], ["7", "blue"], ["a", "b"])
+    settings = ObjectiveConfig(extra_padding=0, **objective)
+    selector = ShirgSelector(budget=10, scaffold={"size": 2}, newline="row")
+    torch.manual_seed(1)  # for dropout
+    return found.loss(batch, selector, settings, torch.Generator().manual_seed(0), relevance=LmEmbed())
+
+
+def saved_bytes(compute: Callable[[], Tensor]) -> int:
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("prefix_mask", [False, True])
+def test_gradients_are_the_same(prefix_mask: bool) -> None:
+    found = []
+    for recompute in (False, True):
+        model = adapted(recompute)
+        value = loss(model, prefix_mask=prefix_mask)
+        value.backward()
+        found.append((value, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
+    (plain, gradients), (again, recomputed) = found
+    assert torch.equal(plain, again)
+    assert len(gradients) == 13 and gradients.keys() == recomputed.keys()
+    for name, gradient in gradients.items():
+        assert gradient is not None and gradient.abs().max() > 0, name
+        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=1e-7)
+
+
+def test_less_is_kept_and_nothing_without_a_gradient_to_come() -> None:
+    assert saved_bytes(lambda: loss(adapted(True))) < 0.7 * saved_bytes(lambda: loss(adapted(False)))
+    with torch.no_grad():
+        assert saved_bytes(lambda: loss(adapted(True))) == 0

@@ -1,12 +1,19 @@
-"""The parts of the objective: noise levels, masks, padding, cross entropy."""
+"""The parts of the objective, and a step shared by several processes: same draws, padding and mean as one process."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baselines import Pooled
+from lavida_adapter import LoraConfig, ObjectiveConfig, TrainBatch, add_lora
 from lavida_adapter.objective import (
-    ObjectiveConfig,
+    Shard,
     extra_padding,
     mask_probability,
     masked_cross_entropy,
@@ -15,7 +22,7 @@ from lavida_adapter.objective import (
     sample_times,
 )
 from lavida_adapter.prompt import IGNORE
-from tests.lavida_adapter.tiny import noise
+from tests.lavida_adapter.tiny import noise, picture, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -120,15 +127,84 @@ def test_a_draw_without_masks_has_no_loss_but_a_gradient_of_zero() -> None:
     assert logits.grad.abs().sum() == 0
 
 
+WORLD = 2
+
+
+@dataclass
+class Table:
+    """Where threads that stand for processes lay down their numbers."""
+
+    numbers: list[float] = field(default_factory=lambda: [0.0] * WORLD)
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(WORLD, timeout=60))
+
+    def exchange(self, rank: int, number: float) -> list[float]:
+        self.numbers[rank] = number
+        self.barrier.wait()
+        found = list(self.numbers)
+        self.barrier.wait()
+        return found
+
+
+@dataclass(frozen=True)
+class Threaded(Shard):
+    table: Table = field(default_factory=Table)
+
+    def largest(self, n: int) -> int:
+        return int(max(self.table.exchange(self.rank, n)))
+
+    def mean(self, n: int) -> float:
+        return sum(self.table.exchange(self.rank, n)) / self.world
+
+
+def batch(rows: range) -> TrainBatch:
+    """Rows that differ in every length: of question, answer and picture."""
+    sizes = [(40, 40), (38, 16), (12, 30), (40, 20)]
+    return TrainBatch(
+        images=[picture(sizes[i], seed=i) for i in rows],
+        questions=[("digit red", "letter K", "shape kind shape kind", "digit blue")[i] for i in rows],
+        answers=[("7", "blue red green", "square", "1 2 3 4 5")[i] for i in rows],
+        ids=[str(i) for i in rows],
+    )
+
+
+def step(rows: range, objective: ObjectiveConfig, share: Shard) -> tuple[float, dict[str, torch.Tensor]]:
+    with LOCK, torch.random.fork_rng():  # threads share the random state
+        model = tiny_model()
+        torch.manual_seed(0)
+        add_lora(model, LoraConfig(rank=2, targets=("mm_projector.0",), train_whole=("image_newline",)))
+    loss = model.loss(batch(rows), Pooled(), objective, torch.Generator().manual_seed(3), shard=share)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+LOCK = threading.Lock()
+
+
 @pytest.mark.parametrize(
-    ("knobs", "sentence"),
-    [
-        ({"time": "cosine"}, "objective.time='cosine': choose one of uniform, logit_normal, mode"),
-        ({"weighting": "1/t"}, "objective.weighting='1/t': choose one of none, inverse_time"),
-        ({"extra_padding": -1}, "objective.extra_padding=-1: give 0 or more"),
-        ({"answer_tokens": 0}, "objective.answer_tokens=0: give at least 1, or null"),
-    ],
+    "knobs", [{}, {"complementary": False}, {"weighting": "inverse_time"}, {"prefix_mask": True}], ids=str
 )
-def test_bad_knobs(knobs: dict[str, object], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        ObjectiveConfig(**knobs)  # type: ignore[arg-type]  # what is tested
+def test_the_mean_over_processes_is_the_global_batch(knobs: dict[str, Any]) -> None:
+    objective = ObjectiveConfig(**({"extra_padding": 6} | knobs))
+    whole, gradients = step(range(4), objective, Shard())
+    table = Table()
+    with ThreadPoolExecutor(WORLD) as pool:
+        work = [
+            pool.submit(step, range(2 * rank, 2 * rank + 2), objective, Threaded(rank, WORLD, table))
+            for rank in range(WORLD)
+        ]
+        parts = [part.result() for part in work]
+    assert sum(loss for loss, _ in parts) / WORLD == pytest.approx(whole, abs=1e-5)
+    assert parts[0][0] != pytest.approx(parts[1][0], abs=1e-3)
+    for name, gradient in gradients.items():
+        mean = sum(found[name] for _, found in parts) / WORLD
+        torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_cut_from_what_all_draw() -> None:
+    drawn = torch.arange(6)
+    assert [Shard(r, 3).rows(drawn).tolist() for r in range(3)] == [[0, 1], [2, 3], [4, 5]]
+    assert Shard().rows(drawn).tolist() == list(range(6))
+
+
+def test_one_process_agrees_with_itself() -> None:
+    assert (Shard.here(), Shard().largest(5), Shard().mean(7)) == (Shard(0, 1), 5, 7)

@@ -41,14 +41,3 @@ def test_an_empty_picture_leaves_the_text(wte: nn.Embedding) -> None:
     prefix, _ = splice([[1, IMAGE, 2]], [torch.zeros(0, D)], wte, max_length=5)
     assert torch.equal(prefix.embeds_BPD[0], wte.weight[1:3])
     assert prefix.n_visual == (0,)
-
-
-@pytest.mark.parametrize(("row", "found"), [([1, 2], 0), ([IMAGE, 1, IMAGE], 2)])
-def test_one_picture_per_prompt(wte: nn.Embedding, row: list[int], found: int) -> None:
-    with pytest.raises(ValueError, match=f"prompt 1 holds {found} pictures, expected exactly one"):
-        splice([ROWS[0], row], BLOCKS, wte, max_length=5)
-
-
-def test_nothing_is_cut_off(wte: nn.Embedding) -> None:
-    with pytest.raises(ValueError, match="prompt 0 has 5 tokens, 2 of them for the picture, more than the model's 4"):
-        splice(ROWS, BLOCKS, wte, max_length=4)

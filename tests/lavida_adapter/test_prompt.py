@@ -135,9 +135,3 @@ def test_spans_of_a_training_example(words: PreTrainedTokenizerFast) -> None:
     assert example.prompt == prompt_ids(words, "digit red", tiny_config(), training=True)
     assert words.decode(example.prompt[example.prompt.index(IMAGE) + 1 :]).endswith(ASSISTANT)
     assert words.decode(example.answer) == "7<|eot_id|>"
-
-
-@pytest.mark.parametrize("answer", ["", " \n"])
-def test_an_empty_answer(words: PreTrainedTokenizerFast, answer: str) -> None:
-    with pytest.raises(ValueError, match="the training example 'digit red' has an empty answer"):
-        training_example(words, "digit red", answer, CONFIG)

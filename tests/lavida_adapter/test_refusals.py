@@ -1,4 +1,4 @@
-"""Wrong use of the model and of its training: each case raises UserError with a sentence that has these words."""
+"""Wrong options, inputs and training: each case raises UserError with a sentence that has these words."""
 
 import math
 from collections.abc import Callable
@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 
 from baselines import Pooled
-from lavida_adapter import LoraConfig, add_lora
+from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
+from lavida_adapter.generate import denoise, start, tokens_per_step
 from lavida_adapter.lightning_module import OptimConfig
+from lavida_adapter.llada import attend
 from lavida_adapter.lora import Growth, check_parts, expand
+from lavida_adapter.loss import rows_loss
+from lavida_adapter.prefix import splice
+from lavida_adapter.prompt import IGNORE, IMAGE, training_example
+from lavida_adapter.relevance import External, LmEmbed, RelevanceContext, SiglipText
+from lavida_adapter.views import cut, make_views, ready
 from shirg import ShirgSelector, UserError
-from tests.lavida_adapter.tiny import tiny_model
+from tests.features import make_features
+from tests.lavida_adapter.cache_compression.prompts import made_prefix, small
+from tests.lavida_adapter.tiny import VIEW, noise, picture, tiny_config, tiny_model, tokenizer
 from tests.lavida_adapter.training_runs import stage
 
 TARGETS = ("mm_projector.{0,2}", "transformer.blocks.*.q_proj")
@@ -153,7 +164,219 @@ TRAINING: dict[str, Case] = {
         ["dtype=float16 loses small gradients in training: choose dtype=bfloat16"],
     ),
 }
-CASES = PATTERNS | LORA | TRAINING
+
+
+def config(**fields: Any) -> Callable[[], object]:
+    return lambda: LavidaConfig.from_dict(fields)
+
+
+CONFIG: dict[str, Case] = {
+    **{
+        f"{name}={value}": (config(**{name: value}), [f"config: {name}={value!r}; choose one of "])
+        for name, value in (
+            ("image_aspect_ratio", "square"),
+            ("mm_patch_merge_type", "spatial"),
+            ("mm_spatial_pool_mode", "cubic"),
+            ("prefix_attention", "causal"),
+        )
+    },
+    "heads that do not divide": (config(n_heads=48, n_kv_heads=48), ["divisible by the number of heads"]),
+    "groups that do not divide": (config(n_kv_heads=5), ["n_heads=32 is not a multiple of n_kv_heads=5"]),
+    "half a view": (
+        config(image_grid_pinpoints=[[384, 700]]),
+        ["canvas (384, 700) is not made of whole 384-pixel views"],
+    ),
+    "no canvas": (config(image_grid_pinpoints=[]), ["image_grid_pinpoints is empty"]),
+    "a canvas of one number": (config(image_grid_pinpoints=[[384]]), ["image_grid_pinpoints=[[384]] is not a list"]),
+    "canvases in short": (config(image_grid_pinpoints="(1x1),...,(6x6)"), ["is not a list of"]),
+    "another tower": (config(mm_hidden_size=768), ["mm_hidden_size=768 but the tower is 1152 wide"]),
+    "a tower of one layer": (config(vision_config={"num_hidden_layers": 1}), ["at least 2 layers"]),
+    "tower heads": (
+        config(vision_config={"hidden_size": 100}, mm_hidden_size=100),
+        ["divisible by the number of heads"],
+    ),
+}
+
+
+def decode(**options: Any) -> Callable[[], object]:
+    return lambda: DecodeConfig(**options)
+
+
+STEPS = ["leave no step for a block of 16 tokens"]
+DECODING: dict[str, Case] = {
+    "no tokens": (decode(max_new_tokens=0), ["decode.max_new_tokens=0: give at least 1"]),
+    **{
+        f"blocks of {n}": (decode(block_length=n), [f"decode.block_length={n} does not divide", "max_new_tokens=16"])
+        for n in (3, 128, 0, -4)
+    },
+    "steps given twice": (decode(step_ratio=0.5, step_per_block=4), ["both set the number of steps: give one of them"]),
+    "too small a ratio": (decode(step_ratio=0.05), ["step_ratio=0.05, step_per_block=None", *STEPS]),
+    "no steps": (decode(step_per_block=0), STEPS),
+    "steps below 0": (decode(step_per_block=-1), STEPS),
+    **{
+        f"step_ratio={ratio}": (decode(step_ratio=ratio), [f"decode.step_ratio={ratio}: give a share of the block"])
+        for ratio in (1.5, 0.0, math.nan)
+    },
+    "no such schedule": (decode(schedule="fast"), ["decode.schedule='fast': choose one of none, shift"]),
+    "threshold 0": (decode(threshold=0.0), ["decode.threshold=0.0: give a probability, above 0 and at most 1"]),
+    "threshold and steps": (
+        decode(threshold=0.9, step_ratio=0.5),
+        ["decode.threshold", "leave out step_ratio, step_per_block and schedule"],
+    ),
+    "threshold of no probability": (
+        decode(threshold=0.9, remasking="margin"),
+        ["decode.remasking=margin does not rank by it: choose low_confidence"],
+    ),
+    "no such engine": (decode(engine="fast"), ["decode.engine='fast': choose one of eager, compile, graph"]),
+    "compiled without a cache": (
+        decode(engine="compile", prefix_cache=False),
+        ["decode.engine=compile", "decode.prefix_cache=false has none"],
+    ),
+    "shift 0": (decode(shift=0.0), ["decode.shift=0.0: give a positive number"]),
+    "no such rule": (decode(remasking="entrophy"), ["decode.remasking='entrophy': choose one of low_confidence"]),
+    **{f"temperature {t}": (decode(temperature=t), [f"decode.temperature={t}: give 0"]) for t in (-0.1, math.inf)},
+    "a schedule of no steps": (lambda: tokens_per_step(4, 0), ["0 denoising steps per block; raise step_ratio"]),
+    "a schedule by no name": (lambda: tokens_per_step(4, 2, "sine"), ["decode.schedule='sine': choose one of none"]),
+    **{
+        f"a schedule of shift {s}": (lambda s=s: tokens_per_step(4, 2, "shift", s), [f"decode.shift={s}: give"])
+        for s in (0.0, -1.0, math.nan, math.inf)
+    },
+    "a draft that is too long": (
+        lambda: start(1, DecodeConfig(max_new_tokens=4), 5, (1,) * 5, torch.device("cpu")),
+        ["the draft has 5 tokens, the answer only 4: raise max_new_tokens"],
+    ),
+    "early stop without an eos": (
+        lambda: denoise(lambda ids, _: ids, torch.zeros(1, 16), DecodeConfig(early_stop=True), 5),
+        ["decode.early_stop=true needs the model's eos token"],
+    ),
+    "graphs on a CPU": (
+        lambda: small().generate(made_prefix(), DecodeConfig(max_new_tokens=4, engine="graph")),
+        ["decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager"],
+    ),
+    "a mask for flash": (
+        lambda: attend(noise(1, 2, 3, 8), noise(1, 2, 3, 8), noise(1, 2, 3, 8), torch.ones(1, 1, 1, 3).bool(), "flash"),
+        ["the flash backend takes no mask"],
+    ),
+    "no such backend": (
+        lambda: attend(*[noise(1, 2, 3, 8)] * 3, None, "cudnn"),  # type: ignore[arg-type]  # what is tested
+        ["attention backend 'cudnn': choose sdpa, math or flash"],
+    ),
+}
+
+
+def cut_twice() -> None:
+    image = Image.new("RGB", (40, 30))
+    ready(cut(image, tiny_config(), "fovea"), tiny_config(), "single_672")
+
+
+def splicing(row: list[int], max_length: int = 5) -> Callable[[], object]:
+    return lambda: splice([[IMAGE, 4], row], [noise(1, 4)] * 2, nn.Embedding(6, 4), max_length=max_length)
+
+
+def encoding(n: int, questions: list[str], model: Any = None, **more: Any) -> Callable[[], object]:
+    return lambda: tiny_model(**(model or {})).encode([picture((40, 40))] * n, questions, Pooled(), **more)
+
+
+def scoring(provider: Callable[[], Any], **context: Any) -> Callable[[], object]:
+    """A provider's scores of two pictures with 45 tokens each."""
+    features = make_features((2, 2), side=3, sizes=((60, 40), (40, 40)), tokens=noise(2, 45, 8))
+    given = {"projected": lambda: noise(2, 45, 4), "questions": [torch.arange(2)] * 2, "embedding": nn.Embedding(5, 4)}
+    return lambda: provider()(features, RelevanceContext(**given | context))
+
+
+INPUTS: dict[str, Case] = {
+    **{
+        f"mode {mode}": (
+            lambda mode=mode: make_views(Image.new(mode, (10, 10)), LavidaConfig()),
+            [f"needs an RGB picture, got mode {mode}: convert it first"],
+        )
+        for mode in ("L", "RGBA", "P", "CMYK", "1")
+    },
+    "an empty picture": (
+        lambda: make_views(Image.new("RGB", (0, 5)), LavidaConfig()),
+        ["empty picture of 0 x 5 pixels"],
+    ),
+    "another geometry": (cut_twice, ["a picture was cut for another geometry than single_672"]),
+    **{
+        f"tap {tap!r}": (
+            lambda tap=tap: tiny_model().model.vision_tower(noise(1, 3, VIEW, VIEW), [tap]),
+            [f"has no tap {tap!r}: use one of keys, attention", "with @layer in 0..1"],
+        )
+        for tap in ("keys", "keys@", "keys@2", "keys@-3", "values@0", "keys@first", "@0", "", "keys@1.0", "keys@-0.5")
+    },
+    "no picture": (encoding(0, []), ["encode got 0 pictures, 0 questions, 0 ids, 0 prompts: give one of each"]),
+    "too few questions": (encoding(2, ["a"]), ["encode got 2 pictures, 1 questions, 2 ids, 1 prompts"]),
+    "too few ids": (encoding(1, ["a"], ids=[]), ["encode got 1 pictures, 1 questions, 0 ids, 1 prompts"]),
+    "too many prompts": (encoding(1, ["a"], prompts=["a", "b"]), ["encode got 1 pictures, 1 questions, 1 ids, 2"]),
+    "a prompt that is too long": (
+        encoding(1, ["digit red"], {"tokenizer_model_max_length": 40}),
+        ["prompt 0 has ", " of them for the picture, more than the model's 40: lower the budget"],
+    ),
+    "a row without a picture": (splicing([1, 2]), ["prompt 1 holds 0 pictures, expected exactly one"]),
+    "a row with two pictures": (splicing([IMAGE, 1, IMAGE]), ["prompt 1 holds 2 pictures, expected exactly one"]),
+    "a row that is too long": (
+        splicing([IMAGE, 1, 2, 3], 3),
+        ["prompt 1 has 4 tokens, 1 of them for the picture, more than the model's 3"],
+    ),
+    **{
+        f"answer {answer!r}": (
+            lambda answer=answer: training_example(tokenizer(), "digit red", answer, tiny_config()),
+            ["the training example 'digit red' has an empty answer: drop it"],
+        )
+        for answer in ("", " \n")
+    },
+    "no such aggregation": (lambda: LmEmbed(agg="sum"), ["relevance.agg='sum': choose mean, max or pooled"]),  # type: ignore[arg-type]
+    "an empty question": (
+        scoring(LmEmbed, questions=[torch.arange(2), torch.arange(0)]),
+        ["relevance=lm_embed needs a question", "use relevance=none"],
+    ),
+    "a sample without scores": (
+        scoring(lambda: External(scores={"picture-0": noise(45)})),
+        ["relevance=external has no scores for sample 'picture-1'"],
+    ),
+    "scores of another canvas": (
+        scoring(lambda: External(scores={"picture-0": noise(45), "picture-1": noise(44)})),
+        ["the scores of sample 'picture-1' have shape (44,), its canvas has 45 tokens"],
+    ),
+    "scores from nowhere": (External, ["relevance=external needs relevance.path"]),
+    "scores given twice": (lambda: External(path="here", scores={}), ["relevance=external needs relevance.path"]),
+    "scores that are not there": (
+        lambda: External(path="absent.safetensors"),
+        ["relevance.path=absent"],
+    ),
+    "scores in no file of tensors": (lambda: External(path=__file__), ["is not a readable safetensors file"]),
+    "a SigLIP that is not there": (
+        lambda: SiglipText(path="./absent"),
+        ["no SigLIP checkpoint"],
+    ),
+    "a tolerance below 0": (lambda: SiglipText(path="x", tolerance=-1), ["relevance.tolerance=-1: give a number >= 0"]),
+}
+
+
+def objective(**options: Any) -> Callable[[], object]:
+    return lambda: ObjectiveConfig(**options)
+
+
+def row_without_target() -> None:
+    model, draws = tiny_model(), torch.Generator().manual_seed(0)
+    rows_loss(model, [[1, IMAGE, 2]], [[IGNORE] * 3], [noise(3, 32)], ObjectiveConfig(), draws)
+
+
+OBJECTIVE: dict[str, Case] = {
+    "time": (objective(time="cosine"), ["objective.time='cosine': choose one of uniform, logit_normal, mode"]),
+    "weighting": (objective(weighting="1/t"), ["objective.weighting='1/t': choose one of none, inverse_time"]),
+    "padding below 0": (objective(extra_padding=-1), ["objective.extra_padding=-1: give 0 or more"]),
+    "answers of no token": (objective(answer_tokens=0), ["objective.answer_tokens=0: give at least 1, or null"]),
+    **{
+        f"weight {name}={weight}": (objective(**{name: weight}), [f"objective.{name}={weight}: give a weight >= 0"])
+        for name, weight in (("alignment", -0.1), ("alignment", math.nan), ("adaptive_k", math.inf))
+    },
+    "a row without a target": (
+        row_without_target,
+        ["training row 0 has no target token: its answer was empty or cut away"],
+    ),
+}
+CASES = PATTERNS | LORA | TRAINING | CONFIG | DECODING | INPUTS | OBJECTIVE
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -161,4 +384,5 @@ def test_refusals(case: str) -> None:
     wrong, words = CASES[case]
     with pytest.raises(UserError) as error:
         wrong()
+    assert "\n" not in str(error.value)
     assert [word for word in words if word not in str(error.value)] == []

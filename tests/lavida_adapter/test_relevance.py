@@ -1,4 +1,4 @@
-"""Relevance against a loop over tokens and words; what it must not depend on."""
+"""Relevance against a loop over tokens and words, what it must not depend on; and by a whole tiny random SigLIP."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
-from lavida_adapter.relevance import External, LmEmbed, NoRelevance, RelevanceContext
-from shirg import VisionFeatures
+from lavida_adapter import Lavida
+from lavida_adapter.relevance import External, LmEmbed, NoRelevance, RelevanceContext, SiglipText
+from shirg import ShirgSelector, VisionFeatures
 from tests.features import make_features
-from tests.lavida_adapter.tiny import noise
+from tests.lavida_adapter.tiny import noise, picture, tiny_model, tokenizer
 
 N, D, WIDE = 45, 8, 12
 QUESTIONS = [torch.tensor([3, 1, 4, 1]), torch.tensor([5])]
@@ -101,14 +103,6 @@ def test_lm_embed_is_float32_whatever_the_model_is(features: VisionFeatures, emb
     torch.testing.assert_close(found, LmEmbed()(features, context(embedding)), rtol=0, atol=0.02)
 
 
-def test_lm_embed_needs_a_question(features: VisionFeatures, embedding: nn.Embedding) -> None:
-    empty = [QUESTIONS[0], torch.tensor([], dtype=torch.int64)]
-    with pytest.raises(ValueError, match="relevance=lm_embed needs a question.*use relevance=none"):
-        LmEmbed()(features, context(embedding, questions=empty))
-    with pytest.raises(ValueError, match="relevance.agg='sum': choose mean, max or pooled"):
-        LmEmbed(agg="sum")  # type: ignore[arg-type]  # what is tested
-
-
 def test_no_relevance_is_distance_from_the_mean(features: VisionFeatures, embedding: nn.Embedding) -> None:
     found = NoRelevance()(features, context(embedding, questions=[]))
     for b in range(2):
@@ -124,23 +118,6 @@ def test_external_reads_a_file_and_a_mapping(features: VisionFeatures, embedding
     expected = torch.stack([scores[i] for i in features.ids]).float()
     for provider in (External(path=tmp_path / "scores.safetensors"), External(scores=scores)):
         assert torch.equal(provider(features, context(embedding)), expected)
-
-
-def test_external_errors(features: VisionFeatures, embedding: nn.Embedding, tmp_path: Path) -> None:
-    given = context(embedding)
-    first, second = features.ids
-    with pytest.raises(ValueError, match=f"no scores for sample '{second}'"):
-        External(scores={first: noise(N)})(features, given)
-    with pytest.raises(ValueError, match=rf"scores of sample '{second}' have shape \(44,\), its canvas has 45 tokens"):
-        External(scores={first: noise(N), second: noise(44)})(features, given)
-    for wrong in ({}, {"path": tmp_path, "scores": {}}):
-        with pytest.raises(ValueError, match="relevance=external needs relevance.path"):
-            External(**wrong)
-    with pytest.raises(FileNotFoundError, match="relevance.path=.*: no such file"):
-        External(path=tmp_path / "absent.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(ValueError, match="is not a readable safetensors file"):
-        External(path=tmp_path / "broken.safetensors")
 
 
 def test_spaces_are_named() -> None:
@@ -160,3 +137,95 @@ def test_lm_embed_looks_at_a_picture_once(features: VisionFeatures, embedding: n
     found = LmEmbed()(many, context(embedding, table[rows], asked))
     assert torch.equal(found, LmEmbed()(replace(many, picture_at=None), context(embedding, table[rows], asked)))
     assert not torch.equal(found[0], found[2]), "the question decides"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP of the tiny model's sizes, with its last layer, head and text tower."""
+    place = tmp_path_factory.mktemp("siglip")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = SiglipVisionConfig(**sizes, image_size=20, patch_size=6)
+    text = SiglipTextConfig(
+        **sizes, vocab_size=len(tokenizer()), max_position_embeddings=8, projection_size=16, pad_token_id=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        siglip = SiglipModel(SiglipConfig(vision_config=vision.to_dict(), text_config=text.to_dict()))
+        for weight in siglip.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+    siglip.save_pretrained(place)
+    words = tokenizer()
+    words.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def provider(folder: Path) -> SiglipText:
+    return SiglipText(path=folder)
+
+
+def model_of(provider: SiglipText) -> Lavida:
+    """The tiny model with SigLIP's own tower, without the last layer."""
+    model = tiny_model()
+    given = provider.siglip.vision_model.state_dict()
+    tower = model.model.vision_tower.vision_tower.vision_model
+    tower.load_state_dict({name: given[name] for name in tower.state_dict()})
+    return model
+
+
+def asking(model: Lavida, *texts: str) -> RelevanceContext:
+    return RelevanceContext(lambda: torch.empty(0), [], model.lm.wte, texts, model.model.vision_tower)
+
+
+def test_of_one_token_it_is_siglips_own_similarity(provider: SiglipText) -> None:
+    """With one patch a view, the head has nothing to average: the token's value is the pooled picture feature."""
+    model = model_of(provider)
+    features = make_features((1, 2), side=1, sizes=[(40, 20)], tokens=noise(1, 3, 16))
+    found = provider(features, asking(model, "digit red"))
+    assert found.shape == (1, 3) and found.dtype == torch.float32
+    vision = provider.siglip.vision_model
+    ids = tokenizer()(["digit red"], padding="max_length", max_length=8, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        text = provider.siglip.get_text_features(input_ids=ids).pooler_output
+        for i in range(3):
+            state = vision.encoder.layers[-1](features.tokens_BND[:, i : i + 1], attention_mask=None)
+            pooled = vision.head(vision.post_layernorm(state))
+            assert float(found[0, i]) == pytest.approx(float(torch.cosine_similarity(pooled, text)), abs=1e-5)
+
+
+def test_views_are_strangers_and_questions_matter(provider: SiglipText) -> None:
+    model = model_of(provider)
+    features = make_features((1, 2), side=3, sizes=[(40, 20)], tokens=noise(1, 27, 16))
+    here = provider(features, asking(model, "digit red"))
+    assert not torch.allclose(here, provider(features, asking(model, "letter K")))
+    tokens = features.tokens_BND.clone()
+    tokens[0, 20, :8] += 1  # not all channels: a norm would not see that
+    there = provider(replace(features, tokens_BND=tokens), asking(model, "digit red"))
+    assert torch.equal(here[:, :18], there[:, :18]) and not torch.allclose(here[:, 18:], there[:, 18:])
+
+
+def test_the_model_hands_over_questions_and_tower(provider: SiglipText) -> None:
+    model = model_of(provider)
+    gate = ShirgSelector(budget=12, scaffold={"size": 0})
+    image = picture((40, 40))
+    first, second = (
+        model.encode([image], [question], gate, relevance=provider).selections[0].scores_BN
+        for question in ("digit red", "letter K")
+    )
+    assert first is not None and second is not None and not torch.equal(first, second)
+
+
+def test_a_tower_that_is_not_siglips_is_refused(provider: SiglipText, folder: Path) -> None:
+    features = make_features((1, 2), side=3, sizes=[(40, 20)], tokens=noise(1, 27, 16))
+    with pytest.raises(ValueError, match=r"patch_embedding.weight of the model's tower is .* away .*tolerance=0.1"):
+        provider(features, asking(tiny_model(), "digit red"))
+    with pytest.raises(ValueError, match="tower has num_hidden_layers=4, the SigLIP at relevance.path has 3"):
+        provider(features, asking(tiny_model(vision={"num_hidden_layers": 4}), "digit red"))
+    moved = model_of(provider)
+    with torch.no_grad():
+        moved.model.vision_tower.vision_tower.vision_model.embeddings.patch_embedding.weight.mul_(1.05)
+    assert provider(features, asking(moved, "digit red")).isfinite().all()
+    with pytest.raises(ValueError, match="tolerance=0.01"):
+        SiglipText(path=folder, tolerance=0.01)(features, asking(moved, "digit red"))
+    with pytest.raises(ValueError, match=r"Context\.tower is None"):
+        provider(features, RelevanceContext(lambda: torch.empty(0), [], moved.lm.wte, ("digit red",)))

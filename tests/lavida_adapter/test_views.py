@@ -1,5 +1,6 @@
-"""Views and layouts at true geometry: 384 pixels, 27 x 27 tokens, five canvases."""
+"""Views and layouts: LaViDa's own at true geometry, then the other geometries and what of them reaches the prefix."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,21 @@ from PIL import Image
 from torch import Tensor
 
 from lavida_adapter import LavidaConfig
-from lavida_adapter.views import Views, choose_canvas, letterbox_box, make_views
-from shirg import Role, VisionFeatures
+from lavida_adapter.views import (
+    SINGLE_VIEW,
+    Views,
+    cells_of,
+    choose_canvas,
+    cut,
+    geometry_layout,
+    letterbox_box,
+    make_views,
+    patch_pixels,
+    pooled_count,
+    ready,
+)
+from shirg import Geometry, Role, VisionFeatures
+from tests.lavida_adapter.tiny import PATCH, picture, tiny_config
 
 CONFIG = LavidaConfig()
 CANVASES = {  # picture -> canvas (w, h), views
@@ -117,12 +131,6 @@ def test_valid_tile_tokens(size: tuple[int, int], n_tiles: int) -> None:
     assert views.valid_N.sum() == 729 + n_tiles
 
 
-def test_a_long_picture_on_the_square_canvas_has_few_valid_tokens() -> None:
-    views = make_views(Image.new("RGB", (2000, 500)), replace(CONFIG, image_grid_pinpoints=((768, 768),)))
-    # The picture lies between rows 288 and 480: cells 21 to 26 of the upper tiles and 0 to 6 of the lower ones.
-    assert views.valid_N.sum() == 729 + (6 + 7) * 54
-
-
 @pytest.mark.parametrize(("side", "first", "last"), [(378, 195, 573), (362, 203, 565)])
 @pytest.mark.parametrize("upright", [True, False])
 def test_a_centre_on_the_border_counts_on_the_left_and_top_alone(
@@ -213,12 +221,78 @@ def test_extreme_pictures(size: tuple[int, int]) -> None:
     assert views.valid_N.sum() >= 729
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_other_colour_modes_raise(mode: str) -> None:
-    with pytest.raises(ValueError, match=f"needs an RGB picture, got mode {mode}"):
-        make_views(Image.new(mode, (10, 10)), CONFIG)
+GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "single_512", "fovea")
 
 
-def test_empty_pictures_raise() -> None:
-    with pytest.raises(ValueError, match="empty picture of 0 x 5 pixels"):
-        make_views(Image.new("RGB", (0, 5)), CONFIG)
+def test_true_sizes() -> None:
+    config = LavidaConfig()
+    assert (cells_of(config.vision, (7, 4)), cells_of(config.vision, (7, 6))) == (48, 32)
+    counts = {g: (geometry_layout(config, g).n_tokens, geometry_layout(config, g).canvas_px) for g in GEOMETRIES}
+    assert counts == {
+        "seed_canvas48": (3645, (672, 672)),
+        "single_672": (2304, (672, 672)),
+        "single_512": (1296, (504, 504)),
+        "fovea": (2048, (448, 448)),
+    }
+    assert geometry_layout(config, "fovea").pooling.most == 1008
+
+
+@pytest.mark.parametrize("size", [(384, 384), (640, 480), (1600, 900), (300, 1200)])
+def test_views_at_true_size(size: tuple[int, int]) -> None:
+    config, image = LavidaConfig(), picture(size)
+    views = {geometry: cut(image, config, geometry) for geometry in GEOMETRIES}
+    shapes = [tuple(v.pixels_V3SS.shape) for v in views.values()]
+    assert shapes == [(5, 3, 384, 384), (1, 3, 672, 672), (1, 3, 504, 504), (2, 3, 448, 448)]
+    assert all(bool(views[single].valid_N.all()) for single in SINGLE_VIEW)
+    for v in views.values():
+        assert v.size == size and v.base_count == pooled_count(size, config)
+        px = v.layout.canvas_px[0]
+        centre = (v.layout.centre_N2[v.layout.role_N != 0].double() * px).round(decimals=3)
+        x0, y0, x1, y1 = (round(edge * px, 3) for edge in v.picture_4)
+        inside = (centre[:, 0] >= x0) & (centre[:, 0] < x1) & (centre[:, 1] >= y0) & (centre[:, 1] < y1)
+        assert torch.equal(inside, v.valid_N[v.layout.role_N != 0])
+
+
+def test_tokens_of_one_cell_see_the_same_pixels() -> None:
+    views = cut(picture((60, 44)), tiny_config(), "seed_canvas48")
+    patches = patch_pixels(views.pixels_V3SS, views.layout)
+    assert patches.shape == (45, 3, PATCH, PATCH)
+    seen: dict[tuple[int, ...], torch.Tensor] = {}
+    shared = 0
+    for cell, patch in zip(views.layout.cell_N2.tolist(), patches, strict=True):
+        if tuple(cell) in seen:
+            shared += 1
+            assert torch.equal(seen[tuple(cell)], patch)
+        seen[tuple(cell)] = patch
+    assert shared == 45 - 25
+
+
+def test_padding_is_black_and_invalid() -> None:
+    views = cut(Image.new("RGB", (60, 20), (255, 255, 255)), tiny_config(), "seed_canvas48")
+    patches = patch_pixels(views.pixels_V3SS, views.layout)
+    row = views.layout.cell_N2[:, 0]
+    assert bool((patches[row == 0] == -1).all()) and not bool(views.valid_N[row == 0].any())
+    assert bool((patches[row == 2] == 1).all()) and bool(views.valid_N[row == 2].all())
+
+
+def test_the_fovea_is_the_middle_of_the_picture() -> None:
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 256, 0).repeat(3, 2)
+    config = LavidaConfig()
+    views = cut(Image.fromarray(ramp), config, "fovea")
+    whole, middle = (views.pixels_V3SS[i, 0, 224] for i in (0, 1))
+    assert whole[0] < -0.99 and whole[-1] > 0.99
+    third = 2 * 256 / 6 / 255 - 1
+    assert middle[0] == pytest.approx(third, abs=0.02) and middle[-1] == pytest.approx(-third, abs=0.02)
+    assert views.picture_4 == pytest.approx((-0.25, -0.25, 1.25, 1.25))
+
+
+def test_views_cut_ahead_of_time_are_those_cut_now_and_fit_their_geometry_alone() -> None:
+    config, image = tiny_config(), picture((40, 30))
+    for geometry in ("lavida_tiles", "single_672"):
+        now = ready(image, config, geometry)
+        for ahead in (cut(image, config, geometry), pickle.loads(pickle.dumps(now))):
+            views = ready(ahead, config, geometry)
+            assert views.layout is now.layout and torch.equal(views.pixels_V3SS, now.pixels_V3SS)
+    for views in (cut(image, config, "fovea"), pickle.loads(pickle.dumps(cut(image, config, "fovea")))):
+        with pytest.raises(ValueError, match="cut for another geometry than single_672"):
+            ready(views, config, "single_672")

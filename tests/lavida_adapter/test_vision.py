@@ -120,15 +120,6 @@ def test_a_layer_may_be_a_share_of_the_depth(tower: VisionTower, layers: int, sh
     assert tower._parse(f"keys@{share}") == ("keys", index)
 
 
-@pytest.mark.parametrize(
-    "tap",
-    ["keys", "keys@", "keys@2", "keys@-3", "values@0", "keys@first", "@0", "", "keys@1.0", "keys@-0.5", "keys@0.x"],
-)
-def test_taps_that_do_not_exist(tower: VisionTower, pixels: Tensor, tap: str) -> None:
-    with pytest.raises(ValueError, match=f"has no tap {tap!r}: use one of keys, attention, .* with @layer in 0..1"):
-        tower(pixels, [tap])
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 2, 9, 100])
 def test_attention_received_is_a_mean_over_heads_and_queries(tower: VisionTower, pixels: Tensor, chunk: int) -> None:
@@ -158,3 +149,20 @@ def test_sdpa_runs_and_agrees_with_eager(tower: VisionTower, pixels: Tensor, mon
 def test_views_do_not_see_one_another(tower: VisionTower, pixels: Tensor) -> None:
     alone = torch.cat([tower(pixels[i : i + 1])[0] for i in range(3)])
     torch.testing.assert_close(tower(pixels)[0], alone, rtol=0, atol=1e-5)
+
+
+def test_position_embeddings_are_interpolated_and_never_written_back() -> None:
+    model = tiny_model()
+    tower = model.model.vision_tower
+    table = tower.vision_tower.vision_model.embeddings.position_embedding.weight
+    before = table.detach().clone()
+    small, large = torch.zeros(1, 3, 20, 20), torch.zeros(1, 3, 30, 30)
+    with torch.no_grad():
+        own = tower(small)[0]
+        assert tower(large)[0].shape == (1, 25, 16)
+        assert torch.equal(tower(small)[0], own) and torch.equal(table, before)
+        embeddings = tower.vision_tower.vision_model.embeddings
+        grid = before.T.view(1, 16, 3, 3)
+        wanted = torch.nn.functional.interpolate(grid, (5, 5), mode="bicubic", align_corners=False).flatten(2).mT
+        bias = embeddings.patch_embedding.bias
+        assert torch.allclose(embeddings(large, interpolate_pos_encoding=True), wanted + bias, atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 
 from lavida_adapter import CacheSelector, DecodeConfig, FastV, RedVTP
 from lavida_adapter.timing import NoTimer, Pausing
-from tests.lavida_adapter.test_cache_select import made_prefix, small
+from tests.lavida_adapter.cache_compression.prompts import made_prefix, small
 
 
 class Recorder:

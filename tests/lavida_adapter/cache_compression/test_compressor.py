@@ -1,4 +1,4 @@
-"""Cache selectors against a dense second computation: what they rank by, what is left, what the answer then sees."""
+"""Cache selectors: what is left equals a dense mask over the rest, positions, batches; every option matters."""
 
 import inspect
 from collections.abc import Callable
@@ -10,80 +10,33 @@ import torch
 from torch import Tensor
 
 from baselines import Full, Pooled
-from lavida_adapter import AdaptiveK, CacheSelector, DecodeConfig, FastV, Lavida, Prefix, RedVTP
-from lavida_adapter.cache_compression.compressor import FirstStep, reindex
-from lavida_adapter.cache_compression.fastv import prompt_attention
-from lavida_adapter.engine import DecodeSteps, pick
-from lavida_adapter.generate import denoise, start
+from lavida_adapter import AdaptiveK, CacheSelector, FastV, Lavida, RedVTP
+from lavida_adapter.cache_compression.compressor import reindex
+from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import PrefixCache
 from lavida_adapter.llada import rotary_angles, rotate
-from shirg import Selection, Source
-from tests.lavida_adapter.test_llada import dense, may_see
+from tests.lavida_adapter.cache_compression.prompts import (
+    DECODE,
+    MASK,
+    N_TOKENS,
+    VISUAL,
+    A,
+    D,
+    P,
+    alone,
+    first_step,
+    kept_slots,
+    made_prefix,
+    row_and_mask,
+    small,
+)
+from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import SIZES, noise, picture, tiny_model
-
-P, A, D = 14, 4, 32
-N_VISUAL, N_TOKENS = (7, 5), (14, 11)
-MASK = torch.arange(P) < torch.tensor(N_TOKENS)[:, None]
-VISUAL = (torch.arange(P) >= 3) & (torch.arange(P) < 3 + torch.tensor(N_VISUAL)[:, None])
-DECODE = DecodeConfig(max_new_tokens=A)
-
-
-def small(**changes: Any) -> Lavida:
-    return tiny_model(**{"lm": {"n_layers": 3, "n_kv_heads": 2}, **changes})
 
 
 @pytest.fixture
 def model() -> Lavida:
     return small()
-
-
-def made_prefix(seed: int = 0) -> Prefix:
-    """Two prompts of different lengths, with seven and five picture rows, of which the last is synthesised."""
-    embeds = noise(2, P, D, seed=seed) * MASK[..., None]
-    chosen = tuple(selection(n, noise(1, 9, seed=seed + b)) for b, n in enumerate(N_VISUAL))
-    return Prefix(embeds, MASK, VISUAL, selections=chosen, n_matched=N_VISUAL)
-
-
-def selection(n: int, scores: Tensor) -> Selection:
-    index = torch.tensor([[*range(n - 1), -1, -1]])
-    source = torch.where(index < 0, int(Source.SUMMARY), int(Source.KEPT))
-    mask = torch.arange(n + 1)[None] < n
-    return Selection(torch.zeros(1, n + 1, D), index, source, torch.zeros(1, n + 1, 4), mask, scores)
-
-
-def alone(prefix: Prefix, b: int) -> Prefix:
-    n, one = N_TOKENS[b], slice(b, b + 1)
-    return Prefix(
-        prefix.embeds_BPD[one, :n],
-        MASK[one, :n],
-        VISUAL[one, :n],
-        selections=prefix.selections[one],
-        n_matched=N_VISUAL[one],
-    )
-
-
-def first_step(seed: int = 7) -> FirstStep:
-    attention_BAP = noise(2, A, P, seed=seed).softmax(-1)
-    open_BA = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    return FirstStep(attention_BAP, open_BA, torch.zeros(2, A, 10))
-
-
-def best(scores: list[float], b: int, k: int) -> list[int]:
-    """The k best picture slots of a row, the first one where scores are equal, in reading order."""
-    slots = [p for p in range(P) if VISUAL[b, p]]
-    return sorted(sorted(slots, key=lambda p: (-scores[p], p))[:k])
-
-
-def kept_slots(kept_BP: Tensor, b: int) -> list[int]:
-    return [p for p in range(P) if kept_BP[b, p] and VISUAL[b, p]]
-
-
-def row_and_mask(prefix: Prefix, b: int, answer: Tensor, image_first: bool, hidden: list[int]) -> tuple[Tensor, Tensor]:
-    """One prompt with its answer, and what may see what: the answer everything but `hidden`."""
-    n = N_TOKENS[b]
-    allowed = may_see(n, len(answer), VISUAL[b] if image_first else None, prompt_sees_answer=False)
-    allowed[n:, hidden] = False
-    return torch.cat([prefix.embeds_BPD[b, :n], answer]), allowed
 
 
 KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
@@ -177,80 +130,6 @@ def test_reindexing_a_padded_batch_closes_every_gap(model: Lavida) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["full", "image_first"])
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_rows_of_the_prompt_s_attention(attention: str, layer: int) -> None:
-    """Single rows run again against the cache equal the rows of the whole map."""
-    model, prefix = small(prefix_attention=attention), made_prefix()
-    slots = torch.tensor([[0, 2, 11, 13], [1, 8, 9, 10]])
-    got = prompt_attention(model.lm, model.prefill(prefix), prefix.embeds_BPD, slots, layer)
-    for b, n in enumerate(N_TOKENS):
-        maps: list[Tensor] = []
-        row, allowed = row_and_mask(prefix, b, noise(0, D), attention == "image_first", [])
-        dense(model.lm, row, allowed, torch.arange(n), maps)
-        expected = maps[layer].mean(0)[slots[b]]
-        torch.testing.assert_close(got[b, :, :n], expected, rtol=0, atol=1e-6)
-        assert bool((got[b, :, n:] == 0).all())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("queries", ["last", "text"])
-@pytest.mark.parametrize("layer", [0, 1, 2])
-def test_fastv_keeps_what_the_prompt_looks_at(model: Lavida, queries: str, layer: int) -> None:
-    prefix = made_prefix()
-    selector = FastV(budget=3, layer=layer, queries=queries)
-    short = selector(model.lm, model.prefill(prefix), prefix)
-    for b, n in enumerate(N_TOKENS):
-        maps: list[Tensor] = []
-        dense(model.lm, *row_and_mask(prefix, b, noise(0, D), False, []), torch.arange(n), maps)
-        asking = [n - 1] if queries == "last" else [p for p in range(n) if not VISUAL[b, p]]
-        scores = [float(maps[layer][:, asking, p].mean()) if p < n else 0.0 for p in range(P)]
-        assert kept_slots(short.kept_BP, b) == best(scores, b, 3)
-        assert short.kept_BP[b].sum() == 3 + n - N_VISUAL[b]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("attention", ["full", "image_first"])
-def test_redvtp_from_the_first_mask_to_the_last(attention: str) -> None:
-    """Step by step with a dense network: rank by what the first step leaves masked, hide the rest from then on."""
-    model, prefix = small(prefix_attention=attention), made_prefix()
-    lm, mask_id = model.lm, model.config.lm.mask_token_id
-    got = model.generate(
-        prefix, replace(DECODE, keep_history=True), cache_selector=RedVTP(budget=2, positions="retain")
-    )
-    hidden: list[list[int]] = [[], []]
-    seen: list[list[Tensor]] = [[], []]
-    steps = []
-
-    def logits_of(ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
-        if len(steps) == 1:
-            for b, n in enumerate(N_TOKENS):
-                left = [n + a for a in range(A) if ids_BA[b, a] == mask_id]
-                scores = [
-                    sum(float(m[:, q, p].mean()) for m in seen[b] for q in left) if p < n else 0.0 for p in range(P)
-                ]
-                hidden[b] = [p for p in range(n) if VISUAL[b, p] and p not in best(scores, b, 2)]
-        states = []
-        for b, n in enumerate(N_TOKENS):
-            maps: list[Tensor] = []
-            row, allowed = row_and_mask(prefix, b, lm.wte(ids_BA[b]), attention == "image_first", hidden[b])
-            states.append(dense(lm, row, allowed, torch.arange(n + A), maps)[n:])
-            seen[b] = seen[b] or maps
-        steps.append(lm.logits(torch.stack(states)))
-        return steps[-1] if want_BM is None else pick(steps[-1], want_BM)
-
-    expected, forwards, _, history = denoise(
-        logits_of, start(2, DECODE, mask_id, (), lm.wte.weight.device), replace(DECODE, keep_history=True), mask_id
-    )
-    assert forwards == got.forwards == A
-    assert got.cached_BP is not None
-    for b in range(2):
-        assert kept_slots(~got.cached_BP & MASK, b) == hidden[b] != []
-    assert all(torch.equal(x, y) for x, y in zip(history, got.history, strict=True))
-    assert torch.equal(expected, got.ids_BA)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("build", CASES)
 def test_the_cache_is_written_once_and_cut_once(
     build: Callable[..., CacheSelector], model: Lavida, monkeypatch: pytest.MonkeyPatch
@@ -328,40 +207,6 @@ def test_every_knob_changes_the_cache(build: Callable[..., CacheSelector], knob:
     before, after = (build(**knobs) for knobs in (base, {**base, knob: KNOBS[build][knob]}))
     one, other = (s(model.lm, cache, prefix, first_step()).cache for s in (before, after))
     assert one.digest() != other.digest()
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ({"budget": 0}, "budget=0: give a positive number of tokens or 'matched'"),
-        ({"budget": True}, "budget=True"),
-        ({"budget": None}, "budget=None"),
-        ({"positions": "shift"}, "positions='shift': choose retain or reindex"),
-        ({"layer": -1}, "layer=-1: give the number of a layer"),
-        ({"queries": "all"}, "queries='all': choose last or text"),
-    ],
-)
-def test_knobs_that_cannot_be(wrong: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        FastV(**{"budget": 2, **wrong})
-    with pytest.raises(TypeError, match="rate"):
-        RedVTP(budget=2, rate=0.5)  # type: ignore[call-arg]
-
-
-def test_runs_that_cannot_be(model: Lavida) -> None:
-    prefix = made_prefix()
-
-    def refuses(selector: CacheSelector, sentence: str, prefix: Prefix = prefix, **decode: Any) -> None:
-        with pytest.raises(ValueError, match=sentence):
-            model.generate(prefix, replace(DECODE, **decode), cache_selector=selector)
-
-    refuses(FastV(budget=6), "FastV: budget 6 is larger than the 5 picture tokens in the prefix of prompt 1")
-    refuses(FastV(budget=2), "decode.prefix_cache=false has none: choose cache=none", prefix_cache=False)
-    refuses(RedVTP(budget=2), "after the first denoising step, and this decoding has only one", step_per_block=1)
-    refuses(FastV(budget=2, layer=3), "layer=3: the language model has layers 0 to 2")
-    refuses(FastV(budget="matched"), "budget=matched needs a prefix made by encode", replace(prefix, n_matched=()))
-    with pytest.raises(ValueError, match="RedVTP ranks by the first denoising step"):
-        RedVTP(budget=2)(model.lm, model.prefill(prefix), prefix)
 
 
 @torch.no_grad()

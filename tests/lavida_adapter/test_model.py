@@ -83,19 +83,6 @@ def test_without_a_cache_image_first_still_keeps_the_picture_to_itself() -> None
         assert (one - other).abs().max() > 1e-2
 
 
-def test_questions_about_one_picture_encode_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    seen: list[int] = []
-    tower = model.model.vision_tower.forward
-    monkeypatch.setattr(model.model.vision_tower, "forward", lambda x, t: (seen.append(len(x)), tower(x, t))[1])
-    shared, other = picture((40, 40)), picture((100, 26))
-    prefix = model.encode([shared, other, shared], ["digit red", "x", "letter K"], Pooled())
-    assert seen == [5 + 4]
-    alone = model.encode([picture((40, 40))], ["letter K"], Pooled())
-    n = alone.n_tokens[0]
-    torch.testing.assert_close(prefix.embeds_BPD[2, :n], alone.embeds_BPD[0], rtol=0, atol=1e-5)
-
-
 def test_another_question_keeps_other_tokens_only_where_relevance_reads_it() -> None:
     model = tiny_model()
     gate = ShirgSelector(budget=40, scaffold={"size": 0})
@@ -119,17 +106,6 @@ def test_prompts_answer_and_questions_rank() -> None:
     assert suffixed.n_visual == plain.n_visual
 
 
-@pytest.mark.parametrize(
-    ("pictures", "questions", "ids", "prompts"),
-    [(0, [], None, None), (2, ["a"], None, None), (1, ["a"], [], None), (1, ["a"], None, ["a", "b"])],
-)
-def test_unequal_counts(pictures: int, questions: list[str], ids: list[str] | None, prompts: list[str] | None) -> None:
-    counts = [len(questions), pictures if ids is None else len(ids), len(questions if prompts is None else prompts)]
-    sentence = "encode got {} pictures, {} questions, {} ids, {} prompts: give one of each".format(pictures, *counts)
-    with pytest.raises(ValueError, match=sentence):
-        tiny_model().encode([picture((40, 40))] * pictures, questions, Pooled(), ids=ids, prompts=prompts)
-
-
 def test_a_context_that_is_too_short() -> None:
     model = tiny_model(lm={"max_sequence_length": 90})
     prefix = prefixes(model, Pooled(), [0])
@@ -137,10 +113,3 @@ def test_a_context_that_is_too_short() -> None:
     assert model.generate(prefix, DecodeConfig(max_new_tokens=90 - length)).ids_BA.shape[1] == 90 - length
     with pytest.raises(ValueError, match="prompt and answer need 91 positions, the model has 90"):
         model.generate(prefix, DecodeConfig(max_new_tokens=91 - length))
-
-
-def test_a_prompt_that_is_too_long() -> None:
-    model = tiny_model(tokenizer_model_max_length=40)
-    sentence = r"prompt 0 has \d+ tokens, \d+ of them for the picture, more than the model's 40: lower the budget"
-    with pytest.raises(ValueError, match=sentence):
-        prefixes(model, Pooled(), [0])

@@ -4,14 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from baselines import Pooled
-from lavida_adapter import Lavida, Prefix
+from baselines import Full, Pooled, Random
+from lavida_adapter import DecodeConfig, Lavida, LoraConfig, Prefix, add_lora
 from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import LmEmbed, NoRelevance, RelevanceContext
-from lavida_adapter.views import make_views
-from shirg import Selection, Selector, Source, VisionFeatures
+from lavida_adapter.views import SINGLE_VIEW, cut, make_views
+from shirg import Geometry, Selection, Selector, ShirgSelector, Source, VisionFeatures
+from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
 
 
@@ -104,12 +106,16 @@ class Counting(Pooled):
     ],
 )
 def test_questions_about_one_picture_share_its_selection(
-    selector: Counting, relevance: Any, chosen_for: tuple[str, ...]
+    selector: Counting, relevance: Any, chosen_for: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, one, other = tiny_model(), picture((40, 40)), picture((40, 40), seed=1)
+    encoded: list[int] = []
+    tower = model.model.vision_tower.forward
+    monkeypatch.setattr(model.model.vision_tower, "forward", lambda x, t: (encoded.append(len(x)), tower(x, t))[1])
     questions = ["digit red", "letter K", "digit blue", "x"]
     together = model.encode([one, one, other, one], questions, selector, relevance=relevance, ids=["a", "b", "c", "d"])
     assert selector.seen == [chosen_for]
+    assert encoded == [5 + 5], "views of two pictures"
     for i, image in enumerate([one, one, other, one]):
         alone = model.encode([image], questions[i : i + 1], Pooled(), ids=["z"])
         n = alone.n_tokens[0]
@@ -183,13 +189,92 @@ def test_newlines_are_the_models_own_vector() -> None:
         assert not (block_TD[~newline] == model.model.image_newline).all(-1).any()
 
 
-def test_selections_come_back_in_the_order_of_the_prompts() -> None:
+GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "single_512", "fovea")
+
+
+def gate(geometry: Geometry, **knobs: Any) -> ShirgSelector:
+    coarse = {"size": 1, "source": "global" if geometry in ("fovea", "lavida_tiles") else "canvas"}
+    return ShirgSelector(**{"budget": 10, "geometry": geometry, "scaffold": coarse, **knobs})
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
     model = tiny_model()
+    images, questions = [picture((40, 40)), picture((100, 26))], ["what is it", "which one"]
+    selectors: list[Selector] = [gate(geometry), Random(budget=10, geometry=geometry)]
+    for selector in selectors:
+        prefix = model.encode(images, questions, selector, relevance=LmEmbed())
+        for selection, count in zip(prefix.selections, prefix.n_visual, strict=True):
+            used = int(selection.mask_BT.sum())
+            assert count == used and (used == 10 or selector.may_use_less)
+            assert selection.source_BT[0, selection.mask_BT[0]].unique().tolist() in ([0, 1], [0])
+    base = model.encode(images, questions, Pooled()).n_visual
+    short = {} if geometry in SINGLE_VIEW else {"underflow": "mask"}  # a view without padding is never short of tokens
+    matched = model.encode(images, questions, gate(geometry, budget="matched", **short), relevance=LmEmbed())
+    assert all(n <= b for n, b in zip(matched.n_visual, base, strict=True))
+    if geometry in SINGLE_VIEW:
+        cells = {"single_672": 25, "single_512": 16}[geometry]
+        assert matched.n_visual[0] == min(base[0], cells)
+        assert model.encode(images[:1], questions[:1], Full(newline="none", geometry=geometry)).n_visual == (cells,)
+
+
+def test_edges_of_pixels_reach_the_selector() -> None:
+    model = tiny_model()
+    selector = ShirgSelector(
+        budget=5, weights={"similarity": 0, "neighbor": 0, "edge": 1}, edge_space="pixels", scaffold={"size": 0}
+    )
+    image = Image.new("RGB", (40, 40), (90, 90, 90))
+    image.paste(picture((6, 6)), (26, 20))  # the second patch of the first row of the last tile
+    selection = model.encode([image], ["what"], selector).selections[0]
+    assert selector.needs == {"pixels"} and not selector.uses_relevance
+    assert selection.scores_BN is not None and int(selection.scores_BN[0].argmax()) == 9 * 4 + 1
+
+
+@pytest.mark.parametrize("geometry", ["lavida_tiles", *GEOMETRIES])
+@pytest.mark.parametrize("knobs", [{}, {"merge": {"mode": "tome"}, "summary": True, "underflow": "mask"}])
+def test_the_prefix_cache_is_exact(geometry: Geometry, knobs: dict[str, Any]) -> None:
+    """Answer states behind the cache equal those of one pass in which the prompt does not see the answer."""
+    model = tiny_model()
+    knobs = {name: value for name, value in knobs.items() if name != "underflow" or geometry not in SINGLE_VIEW}
+    prefix = model.encode([picture((30, 22))], ["which one"], gate(geometry, **knobs), relevance=LmEmbed())
+    answer = model.lm.wte(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():
-        together = encode(model, Pooled(), None).selections
-    assert all(isinstance(s, Selection) and len(s.mask_BT) == 1 for s in together)
-    for i, size in enumerate(SIZES):
-        with torch.no_grad():
-            (alone,) = encode(model, Pooled(), None, sizes=[size]).selections
-        assert torch.equal(together[i].mask_BT, alone.mask_BT)
-        torch.testing.assert_close(together[i].tokens_BTD, alone.tokens_BTD, rtol=0, atol=1e-5)
+        cache = model.prefill(prefix)
+        written = [k.clone() for k in cache.keys]
+        cached = model.lm.decode(answer, cache)
+        p = prefix.embeds_BPD.shape[1]
+        sees = torch.ones(p + 3, p + 3, dtype=torch.bool)
+        sees[:p, p:] = False
+        row = torch.cat([prefix.embeds_BPD[0], answer[0]])
+        assert torch.allclose(cached[0], dense(model.lm, row, sees, torch.arange(p + 3))[p:], atol=1e-4)
+        model.generate(prefix, DecodeConfig(max_new_tokens=4))
+    assert all(torch.equal(a, b) for a, b in zip(written, cache.keys, strict=True))
+
+
+@pytest.mark.parametrize("geometry", ["lavida_tiles", *GEOMETRIES])
+def test_lora_learns_through_the_gate(geometry: Geometry) -> None:
+    model = tiny_model()
+    layer = "vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    add_lora(model, LoraConfig(rank=2, targets=("mm_projector.{0,2}", layer)))
+    wide = {"size": 2, "source": "global" if geometry in ("fovea", "lavida_tiles") else "canvas"}
+    selector = gate(geometry, scaffold=wide, budget=12)
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(adapters) == 6 and all(p.requires_grad == (n in adapters) for n, p in model.named_parameters())
+    optimiser = torch.optim.SGD(adapters.values(), lr=1.0)
+    for step in range(2):
+        optimiser.zero_grad()
+        prefix = model.encode([picture((40, 40))], ["which one"], selector, relevance=LmEmbed())
+        model.lm.decode(model.lm.wte(torch.tensor([[5, 6]])), model.prefill(prefix)).square().mean().backward()
+        for name, weight in adapters.items():
+            assert weight.grad is not None
+            assert bool(weight.grad.any()) == ("lora_B" in name or step > 0), name
+        optimiser.step()
+
+
+def test_kept_tokens_are_the_towers_own() -> None:
+    model = tiny_model()
+    image = picture((40, 40))
+    selection = model.encode([image], ["which"], gate("single_672"), relevance=LmEmbed()).selections[0]
+    states = model.model.vision_tower(cut(image, model.config, "single_672").pixels_V3SS)[0][0]
+    used = selection.source_BT[0] == int(Source.KEPT)
+    assert torch.allclose(selection.tokens_BTD[0, used], states[selection.index_BT[0, used]], atol=1e-6)

@@ -1,15 +1,13 @@
 """AdaptiveK: how many rows the first step's entropy leaves, and which."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from lavida_adapter import AdaptiveK, Lavida
 from lavida_adapter.cache_compression.adaptive_k import uncertainty
-from tests.lavida_adapter.test_cache_select import (
-    DECODE,
+from tests.lavida_adapter.cache_compression.prompts import (
     N_TOKENS,
     N_VISUAL,
     A,
@@ -20,7 +18,7 @@ from tests.lavida_adapter.test_cache_select import (
     row_and_mask,
     small,
 )
-from tests.lavida_adapter.test_llada import dense
+from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import noise
 
 
@@ -67,28 +65,3 @@ def test_masked_slots_are_as_good_as_gone(model: Lavida) -> None:
         row, allowed = row_and_mask(prefix, b, answer[b], False, gone)
         expected = dense(model.lm, row, allowed, torch.arange(n + A))[n:]
         torch.testing.assert_close(model.lm.decode(answer, short.cache)[b], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        ({"levels": (0.5, 0.9)}, r"levels=\[0.5, 0.9\]: give rising shares of the budget that end with 1"),
-        ({"levels": (0.75, 0.5, 1.0)}, "levels="),
-        ({"levels": ()}, "levels="),
-        ({"candidates": (3.0,)}, r"candidates=\[3.0\]: give rising numbers above 1, one fewer than levels"),
-        ({"candidates": (1.0, 3.0)}, "candidates="),
-        ({"candidates": (3.0, 2.0)}, "candidates="),
-    ],
-)
-def test_levels_that_cannot_be(wrong: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        AdaptiveK(**{"budget": 4, **wrong})
-
-
-def test_a_selector_without_scores_is_refused(model: Lavida) -> None:
-    prefix = made_prefix()
-    blind = replace(prefix, selections=tuple(replace(s, scores_BN=None) for s in prefix.selections))
-    with pytest.raises(ValueError, match="ranks by the token selector's scores, and prompt 0"):
-        model.generate(blind, DECODE, cache_selector=AdaptiveK(budget=4))
-    with pytest.raises(ValueError, match="AdaptiveK decides by the first denoising step"):
-        AdaptiveK(budget=4)(model.lm, model.prefill(prefix), prefix)

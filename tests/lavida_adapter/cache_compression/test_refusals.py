@@ -1,0 +1,122 @@
+"""Cache methods that cannot work: each case raises UserError with a sentence that has these words."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lavida_adapter import AdaptiveK, CacheSelector, Cast, FastV, Int8, LayerRetention, Prefix, RedVTP
+from shirg import MissingFileError, UserError
+from tests.lavida_adapter.cache_compression.prompts import DECODE, made_prefix, small
+
+Case = tuple[Callable[[], object], list[str]]
+
+
+def generating(prefix: Prefix | None = None, options: Any = None, **methods: Any) -> Callable[[], object]:
+    """Answers to two made prompts of seven and five picture rows, with three layers."""
+    return lambda: small().generate(prefix or made_prefix(), replace(DECODE, **(options or {})), **methods)
+
+
+def shortening(selector: CacheSelector) -> Callable[[], object]:
+    """The cache method without a first step."""
+    model, prefix = small(), made_prefix()
+    return lambda: selector(model.lm, model.prefill(prefix), prefix)
+
+
+def unscored() -> Prefix:
+    prefix = made_prefix()
+    return replace(prefix, selections=tuple(replace(s, scores_BN=None) for s in prefix.selections))
+
+
+CASES: dict[str, Case] = {
+    **{
+        f"budget {b}": (lambda b=b: FastV(budget=b), [f"budget={b!r}: give a positive number of tokens or 'matched'"])
+        for b in (0, True, None)
+    },
+    "positions": (lambda: FastV(budget=2, positions="shift"), ["positions='shift': choose retain or reindex"]),  # type: ignore[arg-type]
+    "a layer below 0": (lambda: FastV(budget=2, layer=-1), ["layer=-1: give the number of a layer"]),
+    "queries": (lambda: FastV(budget=2, queries="all"), ["queries='all': choose last or text"]),  # type: ignore[arg-type]
+    "a layer too many": (
+        generating(cache_selector=FastV(budget=2, layer=3)),
+        ["layer=3: the language model has layers 0 to 2"],
+    ),
+    "a budget above the picture": (
+        generating(cache_selector=FastV(budget=6)),
+        ["FastV: budget 6 is larger than the 5 picture tokens in the prefix of prompt 1"],
+    ),
+    "no cache to shorten": (
+        generating(options={"prefix_cache": False}, cache_selector=FastV(budget=2)),
+        ["FastV shortens the prefix cache, and decode.prefix_cache=false has none: choose cache=none"],
+    ),
+    "no later step": (
+        generating(options={"step_per_block": 1}, cache_selector=RedVTP(budget=2)),
+        ["RedVTP decides after the first denoising step, and this decoding has only one"],
+    ),
+    "matched to nothing": (
+        generating(replace(made_prefix(), n_matched=()), cache_selector=FastV(budget="matched")),
+        ["FastV: budget=matched needs a prefix made by encode"],
+    ),
+    "RedVTP at once": (shortening(RedVTP(budget=2)), ["RedVTP ranks by the first denoising step"]),
+    "AdaptiveK at once": (shortening(AdaptiveK(budget=4)), ["AdaptiveK decides by the first denoising step"]),
+    "AdaptiveK without scores": (
+        generating(unscored(), cache_selector=AdaptiveK(budget=4)),
+        ["AdaptiveK ranks by the token selector's scores, and prompt 0 of the batch has none"],
+    ),
+    **{
+        f"levels {levels}": (
+            lambda levels=levels: AdaptiveK(budget=4, levels=levels),
+            [f"levels={list(levels)}: give rising shares of the budget that end with 1"],
+        )
+        for levels in ((0.5, 0.9), (0.75, 0.5, 1.0), ())
+    },
+    **{
+        f"candidates {bounds}": (
+            lambda bounds=bounds: AdaptiveK(budget=4, candidates=bounds),
+            [f"candidates={list(bounds)}: give rising numbers above 1, one fewer than levels"],
+        )
+        for bounds in ((3.0,), (1.0, 3.0), (3.0, 2.0))
+    },
+    "two cache methods": (
+        generating(cache_selector=FastV(budget=2), cache_packer=Int8()),
+        ["give cache_selector or cache_packer, not both"],
+    ),
+    "no cache to pack": (
+        generating(options={"prefix_cache": False}, cache_packer=Int8()),
+        ["Int8 packs the prefix cache, and decode.prefix_cache=false has none: choose cache=none"],
+    ),
+    "packed and compiled": (
+        generating(options={"engine": "compile"}, cache_packer=Int8()),
+        ["Int8 is unpacked at every step: choose decode.engine=eager"],
+    ),
+    "int4": (lambda: Cast(dtype="int4"), ["dtype='int4': choose bfloat16 or float16"]),
+    "groups of 0": (lambda: Int8(group=0), ["group=0: give how many numbers share a scale"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refusals(case: str) -> None:
+    wrong, words = CASES[case]
+    with pytest.raises(UserError) as error:
+        wrong()
+    assert "\n" not in str(error.value)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_unknown_options() -> None:
+    with pytest.raises(TypeError, match="rate"):
+        RedVTP(budget=2, rate=0.5)  # type: ignore[call-arg]  # what is tested
+
+
+def test_profiles(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    with pytest.raises(MissingFileError, match="profile_cache` writes one"):
+        LayerRetention(profile=str(path))
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is not a profile"):
+        LayerRetention(profile=str(path))
+    path.write_text(json.dumps({"forget": [0.1, 0.2]}))
+    with pytest.raises(UserError, match="for a model with 2 layers, this one has 3: profile this model"):
+        generating(cache_packer=LayerRetention(profile=str(path)))()
