@@ -53,20 +53,16 @@ def run(main: Callable[[], Any], command: str) -> None:
 
 def update_report(study: Path) -> None:
     """Writes the table and the page of a study again, after one of its jobs has ended."""
-    from experiments.analysis.table import refresh
-    from experiments.report.page import write_report
+    from experiments.report.page import refresh_report
 
-    if rows := refresh(study):
-        write_report(study, rows)
+    refresh_report(study)
 
 
 def _publish(studies: Sequence[Path] | dict[Path, None]) -> None:
-    from experiments.analysis.table import print_table
     from experiments.report.publish import publish
 
     for study in studies:
-        publish(study)
-        print_table(study)
+        publish(study, show=True)
 
 
 def _run_once(main: Callable[[], Any], jobs: Session) -> None:

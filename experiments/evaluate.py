@@ -27,7 +27,7 @@ from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.progress import Progress
 from experiments.training.run_logger import RunLogger
 from experiments.viz.examples import pick_examples, save_example
-from experiments.viz.token_map import MAPS, TokenWatch, save_map
+from experiments.viz.token_map import MAPS, TokenCapture, save_map
 from lavida_adapter.llada import kernel_of
 from shirg import UserError
 
@@ -140,7 +140,7 @@ class Examples:
         self._mapped = {i: pictures[i] for i in list(self.numbers)[:MAPS] if i in pictures}
         wanted = set(self._mapped.values())
         asked = {i: picture for i, picture in pictures.items() if picture in wanted}
-        self.watch = TokenWatch(self.pipeline.selector, asked)
+        self.watch = TokenCapture(self.pipeline.selector, asked)
 
     def draw(self, batch: Sequence[Sample], answers: Answers) -> None:
         """Draws the chosen samples of a batch, and maps the tokens of the first few."""

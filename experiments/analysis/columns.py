@@ -1,25 +1,142 @@
-"""What stands in one cell of a table: a row's figures in words, and the numbers that they are sorted by."""
+"""The table that people read, column by column: each cell's text in parts, and the numbers behind it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from experiments.analysis.paired import BASELINE
-from experiments.analysis.rows import Row
+from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import stars
 from experiments.metrics import CLEAN
+
+EMPTY = "-"
+_STAGES = ("select", "prefill", "cache", "denoise", "total")
+
+Kind = Literal["text", "count", "score", "difference", "cost"]
+Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in the table, and what it is sorted by and drawn from."""
+    """One cell of the table. Its text is `main spread [low, high]tail`; every output takes the parts that it shows."""
 
-    text: str = "-"
+    main: str = EMPTY
     value: float | None = None
+    """What the cell is sorted by and drawn from; scores and differences are in points, from 0 to 100."""
     low: float | None = None
     high: float | None = None
-    aside: str = ""
-    """A remark that has no place in the cell itself."""
+    signed: bool = False
+    """Whether the interval's numbers have a sign, as those of a difference."""
+    spread: str = ""
+    """The standard deviation of the seeds' means."""
+    tail: str = ""
+    """What follows the interval: a star for significance, or the best possible score."""
+    hint: str = ""
+    """A remark that the page shows at the pointer."""
+
+    @property
+    def interval(self) -> tuple[str, str] | None:
+        """Both ends of the 95 % interval as texts; None for a cell without one."""
+        if self.low is None or self.high is None:
+            return None
+        places = "+.1f" if self.signed else ".1f"
+        return format(self.low, places), format(self.high, places)
+
+    @property
+    def brief(self) -> str:
+        """The text without the interval and what follows it."""
+        return f"{self.main} {self.spread}" if self.spread else self.main
+
+    @property
+    def text(self) -> str:
+        ends = self.interval
+        return self.brief + (f" [{ends[0]}, {ends[1]}]" if ends else "") + self.tail
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table, one cell for each row."""
+
+    title: str
+    kind: Kind
+    cells: list[Cell] = field(default_factory=list)
+    better: Better | None = None
+    """Which values are the better ones; None where neither is, for example a token count."""
+    secondary: bool = False
+    """Whether the page shows it on request only and a paper's table leaves it out: the figures have it too."""
+
+    @property
+    def texts(self) -> list[str]:
+        return [cell.text for cell in self.cells]
+
+    @property
+    def numeric(self) -> bool:
+        return self.kind != "text"
+
+    @property
+    def sign(self) -> int:
+        """1 where higher is better, -1 where lower is, 0 where neither is."""
+        return {"higher": 1, "lower": -1, None: 0}[self.better]
+
+    def best(self, among: Sequence[bool]) -> set[int]:
+        """Numbers of the rows with the best value; nothing is best among fewer than two.
+
+        Args:
+            among: for each row, whether it takes part.
+        """
+        values = {
+            i: self.sign * cell.value
+            for i, cell in enumerate(self.cells)
+            if self.better is not None and among[i] and cell.value is not None
+        }
+        return {i for i, value in values.items() if value == max(values.values())} if len(values) > 1 else set()
+
+
+def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Column]:
+    """What table.md, the terminal, the page and LaTeX show.
+
+    Left out are empty columns, and data and notes that all rows share: the legend says those once.
+
+    Args:
+        among: the rows of the legend, where `rows` are a part of them.
+    """
+    common = shared(rows if among is None else among)
+    in_legend = set(common["changes"].split())
+    changes = [" ".join(word for word in row["changes"].split() if word not in in_legend) for row in rows]
+    notes = ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]
+    shown = [
+        Column("selector", "text", [Cell(str(row["selector"])) for row in rows]),
+        Column("data", "text", [Cell(_data(row)) for row in rows]),
+        Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
+        Column("changes", "text", [Cell(text) for text in changes]),
+        Column("n", "count", [n_cell(row) for row in rows]),
+        Column("seeds", "count", [seeds_cell(row) for row in rows]),
+        *(Column(title, "score", [score_cell(r, key) for r in part], "higher") for title, key, part in qualities(rows)),
+        *(Column(name, "difference", [effect_cell(row, name) for row in rows]) for name in ("disc1", "disc2")),
+        *(Column(name, "difference", [delta_cell(r, name) for r in rows], "higher") for name in differences(rows)),
+        Column("recall", "score", [percent_cell(row.get("recall mean")) for row in rows], "higher"),
+    ]
+    for name in ("visual tokens", "cache tokens", "prefix tokens"):
+        cells = [tokens_cell(row, name) for row in rows]
+        shown.append(Column(name, "cost", cells, secondary=name == "prefix tokens"))
+    if len({row.get("steps mean") for row in rows}) > 1:
+        shown.append(Column("steps", "cost", [range_cell(row, "steps") for row in rows]))
+    if any(row.get("drift") is not None for row in rows):
+        shown.append(Column("cache KiB", "cost", [kib_cell(row.get("cache bytes")) for row in rows]))
+        shown.append(Column("max logit drift", "cost", [drift_cell(row.get("drift")) for row in rows]))
+        shown.append(Column("same top-1", "count", [percent_cell(row.get("same top1")) for row in rows]))
+    for stage in _STAGES:
+        cells = [cost_cell(row, f"{stage} ms", fine=True) for row in rows]
+        shown.append(Column(f"{stage} ms", "cost", cells, "lower", secondary=stage != "total"))
+    shown += [
+        Column("peak MiB", "cost", [cost_cell(row, "peak memory MiB") for row in rows], "lower"),
+        Column("trained parameters", "count", [count_cell(row.get("trainable parameters") or None) for row in rows]),
+        Column("flags", "text", [Cell(row["flags"]) for row in rows]),
+        Column("status", "text", [Cell(row["status"]) for row in rows]),
+        Column("note", "text", [Cell(note) for note in notes]),
+    ]
+    failed = any(row["reason"] or row["flags"] for row in rows)
+    idle = {title for title in ("data", "note") if common[title] and not (title == "note" and failed)}
+    return [c for c in shown if c.title not in idle and any(text not in ("", EMPTY) for text in c.texts)]
 
 
 def seeds_cell(row: Row) -> Cell:
@@ -28,46 +145,40 @@ def seeds_cell(row: Row) -> Cell:
 
 
 def n_cell(row: Row) -> Cell:
-    """The number of questions, and of how many where they are a part."""
+    """The number of questions; of a part also the number that there are."""
     cell = count_cell(row["n"])
-    return replace(cell, text=f"{cell.text} of {row['of']}") if row["limited"] and row["of"] else cell
+    return replace(cell, main=f"{cell.main} of {row['of']}") if row["limited"] and row["of"] else cell
 
 
 def score_cell(row: Row, name: str) -> Cell:
-    """A score; of cleaned answers the mean is enough, since they stand beside the raw ones and move with them."""
-    cell = percent_cell(row.get(f"{name} mean")) if name.endswith(CLEAN) else _interval(row, name)
+    """A score. Scores of cleaned answers have no interval: it is that of the raw answers beside them."""
+    cell = percent_cell(row.get(f"{name} mean")) if name.endswith(CLEAN) else _interval_cell(row, name)
     top = row.get(f"{name} ceiling")
-    return cell if top is None else replace(cell, text=f"{cell.text} of {percent_cell(top).text}")
+    return cell if top is None else replace(cell, tail=f" of {percent_cell(top).main}")
 
 
 def effect_cell(row: Row, name: str) -> Cell:
     """A difference within one system, between two kinds of question."""
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    mean, low, high = _points(row, name)
-    return Cell(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", mean, low, high)
+    return replace(_interval_cell(row, name, signed=True), spread="", hint="")
 
 
-def _interval(row: Mapping[str, float], name: str) -> Cell:
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    mean, low, high = _points(row, name)
-    between = row.get(f"{name} between")
-    aside = "" if between is None else f"± {100 * between:.1f}"
-    return Cell(" ".join(filter(None, (f"{mean:.1f}", aside, f"[{low:.1f}, {high:.1f}]"))), mean, low, high, aside)
-
-
-def difference_cell(row: Row, name: str) -> Cell:
-    if row.get(f"delta {name} mean") is None:
-        return Cell()
-    mean, low, high = _points(row, f"delta {name}")
+def delta_cell(row: Row, name: str) -> Cell:
+    """A paired difference to another row, with a star where it is significant."""
+    cell = _interval_cell(row, f"delta {name}", signed=True)
+    if cell.value is None:
+        return cell
     p = row[f"delta {name} p holm"]
-    return Cell(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]{stars(p)}", mean, low, high, p_value(p))
+    return replace(cell, spread="", tail=stars(p), hint=p_value(p))
 
 
-def _points(row: Mapping[str, float], name: str) -> tuple[float, float, float]:
-    """Mean and interval of a share, from 0 to 100."""
-    return 100 * row[f"{name} mean"], 100 * row[f"{name} low"], 100 * row[f"{name} high"]
+def _interval_cell(row: Mapping[str, float], name: str, *, signed: bool = False) -> Cell:
+    """A mean with its 95 % interval, in points from shares."""
+    if row.get(f"{name} mean") is None:
+        return Cell()
+    mean, low, high = (100 * row[f"{name} {key}"] for key in ("mean", "low", "high"))
+    between = row.get(f"{name} between")
+    spread = "" if between is None else f"± {100 * between:.1f}"
+    return Cell(format(mean, "+.1f" if signed else ".1f"), mean, low, high, signed, spread, hint=spread)
 
 
 def p_value(p: float) -> str:
@@ -79,13 +190,12 @@ def percent_cell(value: float | None) -> Cell:
 
 
 def tokens_cell(row: Row, name: str) -> Cell:
-    """A mean and its range; what decides the budget says how many times the baseline's it is, where that is not 1."""
-    if row.get(f"{name} mean") is None:
-        return Cell()
-    text = range_cell(row, name).text
+    """A mean and its range. Where the budget is not the baseline's, the count that decides it has the ratio to it."""
+    cell = range_cell(row, name)
     decides = "visual tokens" if row.get("cache tokens mean") is None else "cache tokens"
-    marked = f"{text} ({row['budget ratio']:.2g}x)" if unequal(row) and name == decides else text
-    return Cell(marked, row[f"{name} mean"])
+    if cell.value is None or not unequal(row) or name != decides:
+        return cell
+    return replace(cell, main=f"{cell.main} ({row['budget ratio']:.2g}x)")
 
 
 def range_cell(row: Row, name: str) -> Cell:
@@ -103,90 +213,19 @@ def drift_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value:.2g}", value)
 
 
-def cost_cell(row: Row, name: str) -> Cell:
+def cost_cell(row: Row, name: str, *, fine: bool = False) -> Cell:
+    """A time or a memory; with `fine`, small values have decimals."""
     value = row.get(name)
     if name in flags(row):
-        return Cell("impossible", None, aside=flags(row)[name])
+        return Cell("impossible", hint=flags(row)[name])
     if value is None:
         return Cell()
-    fine = name.endswith(" ms")
-    text = f"{value:.2f}" if fine and value < 10 else f"{value:.1f}" if fine and value < 100 else f"{value:.0f}"
-    return Cell(text, value)
+    places = 2 if fine and value < 10 else 1 if fine and value < 100 else 0
+    return Cell(f"{value:.{places}f}", value)
 
 
 def count_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value:.0f}", value)
-
-
-def unequal(row: Row) -> bool:
-    """Whether a row has another token budget than what it is compared to."""
-    return row.get("budget ratio") not in (None, 1.0)
-
-
-def flags(row: Row) -> dict[str, str]:
-    """Columns of a row whose figure cannot be, and why (experiments.profiling)."""
-    return dict(flag.split(": ", 1) for flag in row["flags"].split("; ") if flag)
-
-
-Kind = Literal["text", "count", "score", "difference", "cost"]
-_STAGES = ("select", "prefill", "cache", "denoise", "total")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table that people read; scores and differences are in points, from 0 to 100."""
-
-    title: str
-    kind: Kind
-    cells: list[Cell] = field(default_factory=list)
-
-    @property
-    def texts(self) -> list[str]:
-        return [cell.text for cell in self.cells]
-
-    @property
-    def numeric(self) -> bool:
-        return self.kind != "text"
-
-
-def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Column]:
-    """What table.md and the terminal show; a column that says nothing is left out, and so is what all rows share:
-    the legend says it once. `among`: the rows of the legend, where this table has a part of them."""
-    common = shared(rows if among is None else among)
-    said = set(common["changes"].split())
-    changes = [" ".join(word for word in row["changes"].split() if word not in said) for row in rows]
-    shown = [
-        Column("selector", "text", [Cell(str(row["selector"])) for row in rows]),
-        Column("data", "text", [Cell(_data(row)) for row in rows]),
-        Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
-        Column("changes", "text", [Cell(text) for text in changes]),
-        Column("n", "count", [n_cell(row) for row in rows]),
-        Column("seeds", "count", [seeds_cell(row) for row in rows]),
-    ]
-    shown += [Column(title, "score", [score_cell(row, key) for row in part]) for title, key, part in qualities(rows)]
-    shown += [Column(name, "difference", [effect_cell(row, name) for row in rows]) for name in ("disc1", "disc2")]
-    shown += [Column(name, "difference", [difference_cell(row, name) for row in rows]) for name in differences(rows)]
-    shown.append(Column("recall", "score", [percent_cell(row.get("recall mean")) for row in rows]))
-    for name in ("visual tokens", "cache tokens", "prefix tokens"):
-        shown.append(Column(name, "cost", [tokens_cell(row, name) for row in rows]))
-    if len({row.get("steps mean") for row in rows}) > 1:
-        shown.append(Column("steps", "cost", [range_cell(row, "steps") for row in rows]))
-    if any(row.get("drift") is not None for row in rows):
-        shown.append(Column("cache KiB", "cost", [kib_cell(row.get("cache bytes")) for row in rows]))
-        shown.append(Column("max logit drift", "cost", [drift_cell(row.get("drift")) for row in rows]))
-        shown.append(Column("same top-1", "count", [percent_cell(row.get("same top1")) for row in rows]))
-    shown += [Column(f"{stage} ms", "cost", [cost_cell(row, f"{stage} ms") for row in rows]) for stage in _STAGES]
-    shown.append(Column("peak MiB", "cost", [cost_cell(row, "peak memory MiB") for row in rows]))
-    shown.append(
-        Column("trained parameters", "count", [count_cell(row["trainable parameters"] or None) for row in rows])
-    )
-    shown.append(Column("flags", "text", [Cell(row["flags"]) for row in rows]))
-    shown.append(Column("status", "text", [Cell(row["status"]) for row in rows]))
-    notes = ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]
-    shown.append(Column("note", "text", [Cell(note) for note in notes]))
-    failed = any(row["reason"] or row["flags"] for row in rows)
-    idle = {title for title in ("data", "note") if common[title] and not (title == "note" and failed)}
-    return [c for c in shown if c.title not in idle and any(text not in ("", "-") for text in c.texts)]
 
 
 def shared(rows: Sequence[Row]) -> dict[str, str]:
@@ -202,15 +241,28 @@ def _data(row: Row) -> str:
     return str(row["dataset"] or row["data"])
 
 
+def names(rows: Iterable[Row], start: str, end: str) -> list[str]:
+    """What stands between `start` and `end` in the keys that have a value in some row, in the rows' order."""
+    return list(
+        dict.fromkeys(
+            key[len(start) : -len(end)]
+            for row in rows
+            for key, value in row.items()
+            if value is not None and key.startswith(start) and key.endswith(end)
+        )
+    )
+
+
 def qualities(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     """Title, row key and rows of each score: by subset where a dataset has some, the metrics where it has none."""
-    subsets = [k[:-5] for row in rows for k in row if k.startswith("subset ") and k.endswith(" mean")]
-    found = [(name.removeprefix("subset "), name, list(rows)) for name in dict.fromkeys(subsets)]
-    whole = [{} if any(f"{name} mean" in row for name in subsets) else row for row in rows]
+    subsets = names(rows, "subset ", " mean")
+    whole = [{} if any(row.get(f"subset {name} mean") is not None for name in subsets) else row for row in rows]
     metrics = dict.fromkeys(metric for row in whole for metric in row.get("metrics", "").split())
-    subtasks = dict.fromkeys(k[:-5] for row in whole for k in row if k.startswith("subtask ") and k.endswith(" mean"))
-    found += [(metric, metric, whole) for metric in metrics]
-    return [*found, *((name.removeprefix("subtask "), name, whole) for name in subtasks)]
+    return [
+        *((name, f"subset {name}", list(rows)) for name in subsets),
+        *((metric, metric, whole) for metric in metrics),
+        *((name, f"subtask {name}", whole) for name in names(whole, "subtask ", " mean")),
+    ]
 
 
 def headlines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
@@ -227,10 +279,10 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
-    """Differences by group where there are groups: over all samples they would mix what should be told apart."""
-    names = dict.fromkeys(k[6:-5] for row in rows for k in row if k.startswith("delta ") and k.endswith(" mean"))
-    by_group = [name for name in names if not name.startswith("vs ")]
-    return by_group or list(names)
+    """Differences by group where there are groups; otherwise those over all samples, which would mix the groups."""
+    found = names(rows, "delta ", " mean")
+    by_group = [name for name in found if not name.startswith("vs ")]
+    return by_group or found
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
@@ -238,7 +290,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
     budgets: dict[str, set[str]] = {}
     for row in rows:
         budgets.setdefault(row["selector"], set()).add(row["budget"])
-    said = set(shared(rows)["changes"].split())
+    in_legend = set(shared(rows)["changes"].split())
     many_sets = len({row["dataset"] for row in rows}) > 1
     return [
         " ".join(
@@ -247,7 +299,7 @@ def labels(rows: Sequence[Row]) -> list[str]:
                 (
                     row["selector"],
                     row["budget"] if len(budgets[row["selector"]]) > 1 else "",
-                    *(short(change) for change in row["changes"].split() if change not in said),
+                    *(short(change) for change in row["changes"].split() if change not in in_legend),
                     row["dataset"] if many_sets else "",
                 ),
             )
@@ -257,90 +309,8 @@ def labels(rows: Sequence[Row]) -> list[str]:
 
 
 def short(change: str) -> str:
-    """An override without what everybody knows: `adapted` of adapter=own, the last folder of a path."""
+    """A short form of an override: `adapted` for adapter=own, the last folder of a path, an ablation's name alone."""
     key, _, value = change.partition("=")
     if key == "adapter":
         return "adapted" if value == "own" else f"adapter {value.rsplit('/', 1)[-1]}"
     return value if key in ("experiment", "ablation") else change
-
-
-def parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows over whole datasets, then those over a part, which are never in one table with them; each with its title."""
-    whole, limited = ([row for row in rows if row["limited"] is part] for part in (False, True))
-    title = "Limited to a part of the samples, not comparable with whole sets:"
-    return [(heading, part) for heading, part in (("", whole), (title if whole else "", limited)) if part]
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The tables for a README or an issue."""
-    tables = [f"{title}\n\n{_markdown(part, rows)}" if title else _markdown(part, rows) for title, part in parts(rows)]
-    return "\n".join(tables) + f"\n{legend(rows)}\n"
-
-
-def _markdown(rows: Sequence[Row], among: Sequence[Row]) -> str:
-    shown = columns(rows, among)
-    lines = [
-        " | ".join(column.title for column in shown),
-        " | ".join("---:" if column.numeric else "---" for column in shown),
-        *(" | ".join(_escape(column.texts[i]) for column in shown) for i in range(len(rows))),
-    ]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
-def legend(rows: Sequence[Row]) -> str:
-    """What all rows share, and what the cells mean."""
-    metrics = ", ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
-    among_all = shared(rows)
-    common = "; ".join(among_all[title] for title in ("data", "changes", "note") if among_all[title])
-    sentences = [
-        f"All rows: {common}." if common else "",
-        f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "
-        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample.",
-        _tests(rows),
-        "Several seeds: mean of their trainings, the interval for a new seed and a new picture, ± the spread of seeds."
-        if any(len(row["seeds"].split()) > 1 for row in rows)
-        else "",
-        f"(n x): times the visual tokens of {BASELINE}, not an equal budget."
-        if any(unequal(row) for row in rows)
-        else "",
-        _corpus_note(rows),
-    ]
-    return " ".join(filter(None, sentences))
-
-
-def _corpus_note(rows: Sequence[Row]) -> str:
-    """What a corpus metric's numbers are, where there is one."""
-    named = dict.fromkeys(key.removesuffix(" ceiling") for row in rows for key in row if key.endswith(" ceiling"))
-    if not named:
-        return ""
-    return f"{', '.join(named)}: times 100, as captioning papers print it, of a perfect predictor's."
-
-
-def comparable(rows: Sequence[Row]) -> list[bool]:
-    """Which rows may be called the best: those at the common budget and, where there are any, over whole datasets."""
-    whole = any(not row["limited"] for row in rows)
-    return [not unequal(row) and not (whole and row["limited"]) for row in rows]
-
-
-def _tests(rows: Sequence[Row]) -> str:
-    compared = differences(rows)
-    smallest = [row[f"delta {name} detectable"] for name in compared for row in rows if f"delta {name} mean" in row]
-    if not smallest:
-        return ""
-    low, high = (f"{100 * edge(smallest):.1f}" for edge in (min, max))
-    size = low if low == high else f"{low} to {high}"
-    return (
-        f"*: p < 0.05, exact sign test by picture (McNemar's where none is shared), Holm over the systems. Detectable "
-        f"at this n with 80 % power: {size} points."
-    )
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-
-
-def our_row(rows: Sequence[Row]) -> Row | None:
-    """The whole method with the highest score, at an equal budget where there is one."""
-    family = [row for row in rows if row["status"] == "ok" and row["selector"].startswith("shirg")]
-    whole = [row for row in family if row.get("ablation") in (None, "none")]
-    return max(whole, key=lambda row: (not unequal(row), row.get(f"{row['metric']} mean") or 0.0), default=None)

@@ -1,4 +1,4 @@
-"""Which system a system is compared to, on the same samples, and whether they differ."""
+"""Paired comparisons: which system a system is compared to, on the same samples, and whether they differ."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis.aggregate import RunGroup, base_config
+from experiments.analysis.rows import Row
 from experiments.analysis.stats import detectable, holm, over_seeds, paired_delta
 from experiments.jobs.results import Score
 
@@ -13,8 +14,6 @@ BASELINE = "pooled"
 UNABLATED = "unablated"
 EQUAL = 0.02
 """Budgets that differ by less than this share count as equal: pictures of odd shapes round differently."""
-
-Row = dict[str, Any]
 
 
 def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
@@ -30,7 +29,7 @@ def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
                 row[f"compared to {name}"] = other.result["job"]
         row["budget ratio"] = budget_ratio(row, rows)
     for name in dict.fromkeys(key for row in rows for key in row if key.startswith("delta ") and key.endswith(" p")):
-        against = f"compared to {name.removesuffix(' p').rpartition('vs ')[2]}"
+        against = f"compared to {other_name(name.removesuffix(' p'))}"
         for other in {row[against] for row in rows if name in row}:
             family = [row for row in rows if name in row and row[against] == other]
             for row, p in zip(family, holm([row[name] for row in family]), strict=True):
@@ -91,6 +90,11 @@ def column(group: str, name: str) -> str:
     return " ".join(filter(None, ("delta", group, "vs", name)))
 
 
+def other_name(difference: str) -> str:
+    """The name of the system that a difference is taken to: `pooled` of "fine vs pooled"."""
+    return difference.rpartition("vs ")[2]
+
+
 def _difference(parts: Sequence[tuple[Mapping[str, Score], Mapping[str, float]]]) -> Row:
     """One seed: the paired bootstrap and the sign test. Several: pictures and seeds are both random."""
     ours, theirs = parts[0]
@@ -134,8 +138,8 @@ def _comparable(system: RunGroup, systems: Sequence[RunGroup]) -> list[RunGroup]
 def budget_ratio(row: Row, rows: Sequence[Row]) -> float | None:
     """How many times the baseline's tokens this row uses; 1 within `EQUAL`, None without a baseline.
 
-    Counted with and without newline tokens, since some selectors have none, and the nearer one taken. A cache selector
-    is charged with the rows that stay in the cache.
+    Counted with and without newline tokens, since some selectors have none, and the nearer one taken. For a cache
+    selector the rows that stay in the cache are counted.
     """
     job = row.get(f"compared to {BASELINE}", row["job"] if row["selector"] == BASELINE else None)
     other = next((r for r in rows if r["job"] == job and r.get("visual tokens mean")), None)

@@ -1,14 +1,13 @@
-"""The rows of a study: one flat, versioned row for each system, read from the result.json of its jobs."""
+"""A study's row: one flat, versioned record for each evaluated system, read from the result.json of its jobs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments.analysis.aggregate import RunGroup, group_runs, seed_columns, without_seed
-from experiments.analysis.paired import BASELINE, compare_all
-from experiments.jobs.results import LOCK, RESULT, read_result
+from experiments.analysis.aggregate import RunGroup, seed_columns, without_seed
+from experiments.jobs.results import LOCK
 
 ROW_VERSION = 2
 _SHOWN_ELSEWHERE = frozenset(
@@ -16,53 +15,24 @@ _SHOWN_ELSEWHERE = frozenset(
 )
 _NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
 _GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")
-_FIRST = {BASELINE: 0, "full": 1}
 
 Row = dict[str, Any]
+"""identity | quality | cost | environment of one system: the columns of table.csv by name. A column that a system has
+no value for is absent or None."""
 
 
-def collect(study: Path) -> list[Row]:
-    """One flat row for each evaluated system: the baselines first, then by name."""
-    systems = run_groups(study)
-    rows = [_row(system) for system in systems]
-    compare_all(systems, rows)
-    return sorted(rows, key=_order)
-
-
-def run_groups(study: Path) -> list[RunGroup]:
-    """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
-    folders = sorted(path.parent for path in study.glob(f"*/{RESULT}"))
-    results = {folder: result for folder in folders if (result := read_result(folder))}
-    results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
-    merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
-    return group_runs({folder: result for folder, result in results.items() if folder.name not in merged_shards})
-
-
-def _order(row: Row) -> tuple[Any, ...]:
-    """Selectors together, the plain one first, small budgets before large ones."""
-    tokens = row.get("visual tokens mean") or float("inf")
-    return (
-        row["limited"],
-        row["data"],
-        _FIRST.get(row["selector"], 2),
-        row["selector"],
-        row["changes"],
-        tokens,
-        row["job"],
-    )
-
-
-def _row(system: RunGroup) -> Row:
-    row = flatten(system.result) | seed_columns(system)
-    row["seeds"] = " ".join(system.seeds)
-    row["jobs"] = " ".join(result["job"] for result in system.results)
-    row["config_hash"] = " ".join(result["config_hash"] for result in system.results)
-    row["command"] = "\n".join(result["command"] for result in system.results)
-    # What cannot be is no result, wherever it would be shown.
-    row |= {column: None for result in system.results for column in impossible(result)}
-    if len(system.results) > 1:
+def group_row(group: RunGroup) -> Row:
+    """The row of one job, or of the jobs of one config with several seeds."""
+    row = flatten(group.result) | seed_columns(group)
+    row["seeds"] = " ".join(group.seeds)
+    row["jobs"] = " ".join(result["job"] for result in group.results)
+    row["config_hash"] = " ".join(result["config_hash"] for result in group.results)
+    row["command"] = "\n".join(result["command"] for result in group.results)
+    # Physically impossible timings are dropped from every output.
+    row |= {column: None for result in group.results for column in impossible(result)}
+    if len(group.results) > 1:
         row["changes"] = without_seed(row["changes"])
-    if row["status"] == "running" and not _is_alive(system.folders[0]):
+    if row["status"] == "running" and not _is_alive(group.folders[0]):
         row["status"] = "stopped"
     return row
 
@@ -116,11 +86,28 @@ def flatten(result: Mapping[str, Any]) -> Row:
 
 
 def impossible(result: Mapping[str, Any]) -> dict[str, str]:
-    """Columns whose figure beats the device, and why; with a stage, the sum of the stages."""
+    """Columns whose value is physically impossible on the device, and why; with a stage, the sum of the stages."""
     found: dict[str, str] = dict(result.get("times", {}).get("flags", {}))
     if any(column.endswith(" ms") for column in found):
-        found["total ms"] = "one of its stages cannot be"
+        found["total ms"] = "one of its stages is impossible"
     return found
+
+
+def flags(row: Row) -> dict[str, str]:
+    """Columns of a row whose value is physically impossible, and why (experiments.profiling)."""
+    return dict(flag.split(": ", 1) for flag in row["flags"].split("; ") if flag)
+
+
+def unequal(row: Row) -> bool:
+    """Whether a row has another token budget than the row it is compared to."""
+    return row.get("budget ratio") not in (None, 1.0)
+
+
+def our_row(rows: Sequence[Row]) -> Row | None:
+    """The whole method with the highest score, at an equal budget where there is one."""
+    family = [row for row in rows if row["status"] == "ok" and row["selector"].startswith("shirg")]
+    whole = [row for row in family if row.get("ablation") in (None, "none")]
+    return max(whole, key=lambda row: (not unequal(row), row.get(f"{row['metric']} mean") or 0.0), default=None)
 
 
 def _weights_mib(result: Mapping[str, Any]) -> float | None:
@@ -151,7 +138,7 @@ def _note(result: Mapping[str, Any]) -> str:
 
 
 def _limits(result: Mapping[str, Any]) -> list[int]:
-    """The limits that a job was given; its scores are then those of a part and stand apart from whole ones."""
+    """The limits of a job; scores over a part of the samples are shown apart from scores over all."""
     data, limits = result.get("data", {}), [result["config"]["data"].get("limit")]
     if not data or data["n"] < data["of"]:
         limits.append(result["config"].get("limit"))
@@ -159,7 +146,7 @@ def _limits(result: Mapping[str, Any]) -> list[int]:
 
 
 def _budget(result: Mapping[str, Any]) -> str:
-    """The number behind the budget's name, the selector's first, then the cache's; empty where neither has one."""
+    """The budget's name and number, the selector's first, then the cache's; empty where neither has one."""
     shown = []
     for kind in ("selector", "cache"):
         asked, given = result["config"].get(kind, {}).get("budget"), (result.get(kind) or {}).get("budget")

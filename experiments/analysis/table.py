@@ -1,46 +1,137 @@
-"""The study's table files, rebuilt from every result.json whenever a job ends, and the table on the terminal.
+"""The table of a study: one DataFrame, read once from every result.json, and the files and the print made of it.
 
-table.csv and table.parquet hold the flat rows, table.md and the terminal the columns that people compare.
+table.csv and table.parquet hold the DataFrame as it is, table.md and the terminal the columns that people compare.
 """
 
-import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 from filelock import FileLock
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.analysis.aggregate import merge_shards
-from experiments.analysis.columns import columns, legend, markdown, parts
-from experiments.analysis.rows import Row, collect
+from experiments.analysis.aggregate import RunGroup, group_runs, merge_shards
+from experiments.analysis.columns import columns, differences, names, shared
+from experiments.analysis.paired import BASELINE, compare_all
+from experiments.analysis.rows import Row, group_row, unequal
 from experiments.atomic_files import write_atomic
+from experiments.jobs.results import RESULT, read_result
 
 NAME = "table"
+_MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "\n": " ", "<": "&lt;"})
+_FIRST = {BASELINE: 0, "full": 1}
 
 
-def refresh(study: Path) -> list[Row]:
-    """Reads every job of the study and rewrites its table; one process at a time."""
+def refresh(study: Path) -> pd.DataFrame:
+    """Reads every job of the study and rewrites its table files; one process at a time.
+
+    Returns:
+        One row for each system, the baselines first, then by name; a value that a system lacks is None. No columns
+        where nothing was evaluated.
+    """
     study.mkdir(parents=True, exist_ok=True)
     with FileLock(study / f".{NAME}.lock"):
         merge_shards(study)
-        rows = collect(study)
-        if not rows:
-            return rows
-        write_atomic(study / f"{NAME}.csv", _csv(rows))
-        write_atomic(study / f"{NAME}.parquet", _parquet(rows))
-        write_atomic(study / f"{NAME}.md", markdown(rows))
-    return rows
+        frame = read_table(study)
+        if not frame.empty:
+            write_atomic(study / f"{NAME}.csv", frame.to_csv(index=False, lineterminator="\n"))
+            write_atomic(study / f"{NAME}.parquet", _parquet(frame))
+            write_atomic(study / f"{NAME}.md", markdown(records(frame)))
+    return frame
 
 
-def print_table(study: Path) -> None:
-    """The table on the terminal, and where it lies."""
+def read_table(study: Path) -> pd.DataFrame:
+    """The DataFrame of a study as its jobs' files are now."""
     rows = collect(study)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return pd.DataFrame([[row.get(key) for key in keys] for row in rows], columns=keys, dtype=object)
+
+
+def records(frame: pd.DataFrame) -> list[Row]:
+    """The rows of the DataFrame, for what goes through them one by one."""
+    return [dict(zip(frame.columns, values, strict=True)) for values in frame.to_numpy()]
+
+
+def collect(study: Path) -> list[Row]:
+    """One flat row for each evaluated system."""
+    groups = run_groups(study)
+    rows = [group_row(group) for group in groups]
+    compare_all(groups, rows)
+    return sorted(rows, key=_order)
+
+
+def run_groups(study: Path) -> list[RunGroup]:
+    """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
+    folders = sorted(path.parent for path in study.glob(f"*/{RESULT}"))
+    results = {folder: result for folder in folders if (result := read_result(folder))}
+    results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
+    merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
+    return group_runs({folder: result for folder, result in results.items() if folder.name not in merged_shards})
+
+
+def _order(row: Row) -> tuple[object, ...]:
+    """Selectors together, the plain one first, small budgets before large ones."""
+    tokens = row.get("visual tokens mean") or float("inf")
+    return (
+        row["limited"],
+        row["data"],
+        _FIRST.get(row["selector"], 2),
+        row["selector"],
+        row["changes"],
+        tokens,
+        row["job"],
+    )
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    plain = frame.copy()
+    for name in frame.columns:
+        if not all(isinstance(value, int | float) for value in frame[name].dropna()):
+            plain[name] = [None if value is None else str(value) for value in frame[name]]
+    buffer = io.BytesIO()
+    plain.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Rows over whole datasets, then those over a part, which are never in one table with them; each with its title."""
+    whole, limited = ([row for row in rows if row["limited"] is part] for part in (False, True))
+    title = "Limited to a part of the samples, not comparable with whole sets:"
+    return [(heading, part) for heading, part in (("", whole), (title if whole else "", limited)) if part]
+
+
+def comparable(rows: Sequence[Row]) -> list[bool]:
+    """Which rows may be called the best: those at the common budget and, where there are any, over whole datasets."""
+    whole = any(not row["limited"] for row in rows)
+    return [not unequal(row) and not (whole and row["limited"]) for row in rows]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The tables for a README or an issue."""
+    tables = [f"{title}\n\n{_markdown(part, rows)}" if title else _markdown(part, rows) for title, part in parts(rows)]
+    return "\n\n".join([*tables, legend(rows)]) + "\n"
+
+
+def _markdown(rows: Sequence[Row], among: Sequence[Row]) -> str:
+    shown = columns(rows, among)
+    texts = zip(*(column.texts for column in shown), strict=True)
+    return to_markdown(pd.DataFrame(texts, columns=[c.title for c in shown]), [c.numeric for c in shown])
+
+
+def to_markdown(frame: pd.DataFrame, right: Sequence[bool]) -> str:
+    """A Markdown table of texts; `right`: which columns are aligned to the right."""
+    plain = frame.map(lambda text: text.translate(_MARKDOWN))
+    align = ["right" if numeric else "left" for numeric in right]
+    return str(plain.to_markdown(index=False, disable_numparse=True, colalign=align))
+
+
+def print_table(frame: pd.DataFrame, study: Path) -> None:
+    """The table on the terminal, and where its files are."""
+    rows = records(frame)
     if not rows:
         return
     for title, part in parts(rows):
@@ -64,25 +155,44 @@ def _print(rows: Sequence[Row], among: Sequence[Row]) -> None:
     (console if console.is_terminal else wide).print(table)
 
 
-def _csv(rows: Sequence[Row]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=_keys(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
-def _parquet(rows: Sequence[Row]) -> bytes:
-    keys = _keys(rows)
-    texts = [{key: None if row.get(key) is None else row[key] for key in keys} for row in rows]
-    mixed = {key for key in keys if len({type(row[key]) for row in texts if row[key] is not None} - {int, float}) > 0}
-    plain = [
-        {key: str(row[key]) if key in mixed and row[key] is not None else row[key] for key in keys} for row in texts
+def legend(rows: Sequence[Row]) -> str:
+    """What all rows share, and what the cells mean."""
+    metrics = ", ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
+    among_all = shared(rows)
+    common = "; ".join(among_all[title] for title in ("data", "changes", "note") if among_all[title])
+    sentences = [
+        f"All rows: {common}." if common else "",
+        f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "
+        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample.",
+        _tests(rows),
+        "Several seeds: mean of their trainings, the interval for a new seed and a new picture, ± the standard "
+        "deviation of the seeds' means."
+        if any(len(row["seeds"].split()) > 1 for row in rows)
+        else "",
+        f"(n x): n times the visual tokens of {BASELINE}, not an equal budget."
+        if any(unequal(row) for row in rows)
+        else "",
+        _corpus_note(rows),
     ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(plain), buffer)
-    return buffer.getvalue()
+    return " ".join(filter(None, sentences))
 
 
-def _keys(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
+def _corpus_note(rows: Sequence[Row]) -> str:
+    """What a corpus metric's numbers are, where there is one."""
+    named = names(rows, "", " ceiling")
+    if not named:
+        return ""
+    return f"{', '.join(named)}: times 100, as captioning papers print it, of a perfect predictor's."
+
+
+def _tests(rows: Sequence[Row]) -> str:
+    found = (row.get(f"delta {name} detectable") for name in differences(rows) for row in rows)
+    smallest = [size for size in found if size is not None]
+    if not smallest:
+        return ""
+    low, high = (f"{100 * edge(smallest):.1f}" for edge in (min, max))
+    size = low if low == high else f"{low} to {high}"
+    return (
+        f"*: p < 0.05, exact sign test by picture (McNemar's where none is shared), Holm over the systems. Detectable "
+        f"at this n with 80 % power: {size} points."
+    )

@@ -1,30 +1,30 @@
-"""python -m experiments.report outputs/STUDY [...] [--lmms]
-
-Rebuilds everything that a study shows from what its jobs left behind: table.{csv,parquet,md,tex}, report.html, figures/
+"""Rebuilds everything that a study shows from the files of its jobs: table.{csv,parquet,md,tex}, report.html, figures/
 and deck.pptx. With --lmms instead: lmms/, every finished job in the JSON files that lmms-eval writes.
 """
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.analysis.table import print_table
 from experiments.errors import fail, is_user_error
 from experiments.jobs.results import RESULT
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print(__doc__)
-        return
-    to_lmms = "--lmms" in arguments
-    for argument in (word for word in arguments if word != "--lmms"):
-        study = Path(argument)
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.add_argument(
+        "studies", nargs="+", type=Path, metavar="STUDY", help="a study's folder, for example outputs/demo"
+    )
+    parser.add_argument("--lmms", action="store_true", help="write the jobs in the form of lmms-eval's results")
+    parsed = parser.parse_args(arguments)
+    for study in parsed.studies:
         if not study.is_dir():
             fail(f"{study}: no such folder; give the folder of a study, for example outputs/demo")
         if not any(study.glob(f"*/{RESULT}")):
             fail(f"{study} holds no job with a {RESULT}: evaluate something first, python eval.py study={study.name}")
         try:
-            written = _export(study) if to_lmms else _publish(study)
+            written = _export(study) if parsed.lmms else _publish(study)
         except (ValueError, OSError) as error:
             if not is_user_error(error):
                 raise
@@ -35,9 +35,7 @@ def main(arguments: list[str]) -> None:
 def _publish(study: Path) -> list[Path]:
     from experiments.report.publish import publish
 
-    written = publish(study, files=True)
-    print_table(study)
-    return written
+    return publish(study, files=True, show=True)
 
 
 def _export(study: Path) -> list[Path]:

@@ -1,17 +1,19 @@
-"""python -m experiments.report.dashboard outputs/STUDY entity=NAME [project=shirg]
+"""Saves a workspace on Weights & Biases that shows the study's runs: scores, cost, quality against cost, kept tokens.
 
-Saves a workspace on Weights & Biases that shows the study's runs: scores, cost, quality against cost, what was kept. It
-needs a key (`wandb login`) and runs that were logged there: `python eval.py logger=wandb logger.offline=false ...`
+It needs a key (`wandb login`) and runs that were logged there: `python eval.py logger=wandb logger.offline=false ...`
 """
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.analysis.columns import headlines
-from experiments.analysis.rows import Row, collect
+import pandas as pd
+
+from experiments.analysis.columns import headlines, names
+from experiments.analysis.table import read_table, records
 from experiments.errors import fail
 
 if TYPE_CHECKING:
@@ -21,13 +23,14 @@ PROJECT = "shirg"
 """The project of conf/logger/wandb.yaml."""
 
 
-def workspace(study: str, rows: Sequence[Row], entity: str, project: str = PROJECT) -> "workspaces.Workspace":
-    """The workspace of a study, not saved: it asks the network for nothing."""
+def workspace(study: str, frame: pd.DataFrame, entity: str, project: str = PROJECT) -> "workspaces.Workspace":
+    """The workspace of a study, not saved: nothing is sent or requested."""
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports import v2 as panels
 
+    rows = records(frame)
     quality = list(dict.fromkeys(f"quality.{_metric(key)}.mean" for _, key, _ in headlines(rows)))
-    stages = [key.removesuffix(" ms") for row in rows for key in row if key.endswith(" ms") and key != "total ms"]
+    stages = [stage for stage in names(rows, "", " ms") if stage != "total"]
     total, tokens = "times.ms_per_sample.total", "tokens.visual.mean"
     summary = panels.SummaryMetric
     bars = [panels.BarPlot(title=name.removesuffix(".mean"), metrics=[summary(name)]) for name in quality]
@@ -47,7 +50,7 @@ def workspace(study: str, rows: Sequence[Row], entity: str, project: str = PROJE
             panels=[
                 *(
                     panels.BarPlot(title=f"{stage}, ms per sample", metrics=[summary(f"times.ms_per_sample.{stage}")])
-                    for stage in dict.fromkeys(stages)
+                    for stage in stages
                 ),
                 panels.BarPlot(title="peak memory, MiB", metrics=[summary("times.peak_memory_mib")]),
             ],
@@ -70,23 +73,23 @@ def _metric(key: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print(__doc__)
-        return
-    study, *rest = arguments
-    given = dict(word.partition("=")[::2] for word in rest)
-    rows = collect(Path(study))
-    if not rows:
-        fail(f"{study}: there is no evaluated job in it; give the folder of a study, for example outputs/demo")
-    if not given.get("entity") or given.keys() - {"entity", "project"}:
+    parser = argparse.ArgumentParser(prog="python -m experiments.report.dashboard", description=__doc__)
+    parser.add_argument("study", type=Path, help="a study's folder, for example outputs/demo")
+    parser.add_argument("words", nargs="*", metavar="entity=NAME project=NAME", help="a user or a team; the project")
+    parsed = parser.parse_args(arguments)
+    options = dict(word.partition("=")[::2] for word in parsed.words)
+    if not options.get("entity") or options.keys() - {"entity", "project"}:
         fail("give entity=NAME, a user or a team, and nothing else but project=NAME")
+    frame = read_table(parsed.study)
+    if frame.empty:
+        fail(f"{parsed.study}: there is no evaluated job in it; give the folder of a study, for example outputs/demo")
     if importlib.util.find_spec("wandb_workspaces") is None:
         fail("wandb-workspaces is not installed: pip install -c constraints.txt -e '.[viz]'")
     import wandb
 
     if not wandb.login(prompt=False):
         fail("there is no key for Weights & Biases: wandb login")
-    made = workspace(Path(study).name, rows, given["entity"], given.get("project", PROJECT))
+    made = workspace(parsed.study.name, frame, options["entity"], options.get("project", PROJECT))
     made.save()
     print(made.url)
 

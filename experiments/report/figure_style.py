@@ -1,4 +1,4 @@
-"""How every figure looks: paper width, small type, one accent; and how it becomes a file or a part of the page."""
+"""The style of every figure, and how a figure becomes a file or a part of the page."""
 
 import io
 import re
@@ -24,7 +24,7 @@ THEMED = {
     PALE: "var(--pale)",
     PAPER: "var(--card)",
 }
-"""What the page puts in the place of these colours, so that figures follow its light and dark themes."""
+"""The page replaces these colours, so that figures follow its light and dark themes."""
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -62,7 +62,7 @@ LETTERS = 92
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure with what stands above and below it."""
+    """A figure with its title and its caption."""
 
     name: str
     title: str
@@ -70,7 +70,7 @@ class ReportFigure:
     figure: Figure
 
     def __post_init__(self) -> None:
-        # The layout is settled once: every format would settle it again.
+        # The layout is computed once: otherwise every format would compute it again.
         with matplotlib.rc_context(STYLE):
             self.figure.draw_without_rendering()
         self.figure.set_layout_engine("none")
@@ -92,7 +92,7 @@ class ReportFigure:
 
     @property
     def element(self) -> str:
-        """The figure as a part of the page: in the page's colours and type, as wide as its place."""
+        """The figure as a part of the page: in the page's colours and font, as wide as its panel."""
         text = self.svg[self.svg.index("<svg") :]
         for colour, variable in THEMED.items():
             text = text.replace(colour, variable)

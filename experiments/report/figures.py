@@ -1,4 +1,4 @@
-"""Figures of what a system costs: time by stage, memory."""
+"""The figures of a study: quality against cost and budget, paired differences, time, memory, tokens, training."""
 
 import re
 from collections import Counter
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.analysis.columns import differences, flags, headlines, labels, parts, short, unequal
-from experiments.analysis.paired import BASELINE, UNABLATED
-from experiments.analysis.rows import Row
+from experiments.analysis.columns import differences, headlines, labels, short
+from experiments.analysis.paired import BASELINE, UNABLATED, other_name
+from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import ALPHA
+from experiments.analysis.table import parts, records
 from experiments.jobs.results import RESULT, SHOTS, read_result
 from experiments.report.figure_style import (
     ACCENT,
@@ -28,11 +30,17 @@ from experiments.report.figure_style import (
     log_axis,
     panels,
 )
-from experiments.report.page import printable
 from experiments.training.callbacks import METRICS, read_points
-from experiments.viz.examples import load_examples
+from experiments.viz.examples import load_examples, printable
 from experiments.viz.token_map import MAP, TokenMap, load_map, plane
 
+MOST_PANELS = 6
+MOST_MAPS = 4
+MAP_WIDTH = 1.35
+"""Inches, of the panel of one token map."""
+TRAINED = "adapter=own"
+LINES = ("-", "--", ":", "-.")
+MARKERS = "os^DvPX<>*ph"
 STAGES = {
     "views": GRID,
     "tower": PALE,
@@ -43,7 +51,204 @@ STAGES = {
     "cache": "#738496",
     "denoise": INK,
 }
-"""Stages in the order in which they happen: the encoder pale, the choice in the accent, the language model strong."""
+"""Stages in the order in which they run, each with its colour."""
+CURVES = ("loss", "accuracy")
+"""What is drawn of a training."""
+MOST_NAMED = 12
+"""Trainings that a legend names at most."""
+
+
+def draw(study: Path, frame: pd.DataFrame) -> list[ReportFigure]:
+    """All figures that the study's table allows; rows over a part of the samples only where there are no others."""
+    done = [] if frame.empty else records(frame[frame["status"] == "ok"])
+    done = parts(done)[0][1] if done else []
+    with matplotlib.rc_context(STYLE):
+        found = [
+            pareto(done, "total ms", "milliseconds per sample", "pareto_latency"),
+            pareto(done, "visual tokens mean", "vision tokens in the prefix", "pareto_tokens"),
+            forest(done, BASELINE),
+            forest(done, UNABLATED),
+            budget_curve(done),
+            stages(done),
+            memory(done),
+            token_maps(study, done),
+            training(study),
+        ]
+    return [drawn for drawn in found if drawn is not None]
+
+
+def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure | None:
+    """Quality against a cost: every system with its interval, and the line of those that no other beats on both."""
+    known = [row for row in rows if row.get(cost) is not None]
+    scores = headlines(known)[:MOST_PANELS]
+    if not scores or len(known) < 2:
+        return None
+    figure, axes = panels(len(scores), 2, 1.75, share_y=True)
+    entries = {label: row for _, _, part in scores for row, label in zip(part, labels(part), strict=True)}
+    marks = dict(zip(entries, styles(list(entries.values())), strict=True))
+    for panel, (title, key, part) in zip(axes, scores, strict=True):
+        placed = [
+            (row, marks[label])
+            for row, label in zip(part, labels(part), strict=True)
+            if row.get(f"{key} mean") is not None
+        ]
+        points = [(row[cost], 100 * row[f"{key} mean"]) for row, _ in placed]
+        panel.plot(*zip(*frontier(points), strict=True), color=PALE, linewidth=1, zorder=1, drawstyle="steps-post")
+        log_axis(panel, [x for x, _ in points])
+        for (row, mark), (_, y), x in zip(placed, points, side_by_side(panel, [x for x, _ in points]), strict=True):
+            low, high = (100 * row[f"{key} {edge}"] for edge in ("low", "high"))
+            panel.plot([x, x], [low, high], color=mark["color"], linewidth=0.8, alpha=0.5, zorder=2)
+            panel.plot([x], [y], linestyle="none", markersize=4.5, zorder=3, **mark)
+        panel.set_title(title, loc="left")
+    lows = (row.get(f"{key} low") for _, key, part in scores for row in part)
+    lowest = min(100 * low for low in lows if low is not None)
+    axes[0].set_ylim(max(-3.0, lowest - 5), 104)
+    figure.supxlabel(axis, fontsize=7.5)
+    figure.supylabel("score, %", fontsize=7.5)
+    handles = [Line2D([], [], linestyle="none", markersize=4.5, **mark) for mark in marks.values()]
+    figure.legend(
+        handles,
+        list(entries),
+        loc="outside upper left",
+        ncols=legend_columns(list(entries)),
+        columnspacing=1.2,
+        handletextpad=0.2,
+    )
+    caption = (
+        f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both. "
+        f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
+        "Systems with the same cost are drawn side by side."
+    )
+    return ReportFigure(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
+
+
+def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Each system's marker: colour by family, shape by number within it, hollow for another budget."""
+    seen: Counter[str] = Counter()
+    marks = []
+    for row in rows:
+        tone = colour(row)
+        marks.append(
+            {
+                "color": tone,
+                "marker": MARKERS[seen[tone] % len(MARKERS)],
+                "markerfacecolor": PAPER if unequal(row) else tone,
+                "label": None,
+            }
+        )
+        seen[tone] += 1
+    return marks
+
+
+def side_by_side(panel: Axes, values: Sequence[float]) -> list[float]:
+    """x positions; equal ones are moved apart by 1 to 2 % of the axis, together by at most 6 %."""
+    axis = panel.get_xaxis_transform()
+    places = [float(axis.transform((value, 0))[0]) for value in values]
+    width = panel.bbox.width
+    groups: dict[int, list[int]] = {}
+    for i, place in enumerate(places):
+        groups.setdefault(round(place / (0.005 * width)), []).append(i)
+    for members in groups.values():
+        step = min(0.022, 0.06 / max(1, len(members) - 1)) * width
+        for number, i in enumerate(members):
+            places[i] += (number - (len(members) - 1) / 2) * step
+    inverse = axis.inverted()
+    return [float(inverse.transform((place, 0))[0]) for place in places]
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that are better than every cheaper one, from cheap to expensive."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
+    """Quality over the number of tokens, one line for each selector that was evaluated at several budgets."""
+    scores = [(title, key, part, curves) for title, key, part in headlines(rows) if (curves := _curves(part, key))]
+    scores = scores[:MOST_PANELS]
+    if not scores:
+        return None
+    figure, axes = panels(len(scores), 2, 1.9)
+    entries: dict[str, Any] = {}
+    names = dict.fromkeys(name for *_, curves in scores for name in curves)
+    tones = {name: ACCENT if name.startswith("shirg") else SOFT for name in names}
+    selectors, variants = (list(dict.fromkeys(name.partition(" ")[i] for name in names)) for i in (0, 2))
+    for panel, (title, key, part, curves) in zip(axes, scores, strict=True):
+        base = next((row for row in part if row["selector"] == BASELINE and row.get(f"{key} mean") is not None), None)
+        if base is not None:
+            low, mean, high = (100 * base[f"{key} {edge}"] for edge in ("low", "mean", "high"))
+            panel.axhline(mean, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+            panel.axhspan(low, high, color=GRID, alpha=0.5, linewidth=0)
+        for name, line in curves.items():
+            x = [row["visual tokens mean"] for row in line]
+            lows, means, highs = ([100 * row[f"{key} {edge}"] for row in line] for edge in ("low", "mean", "high"))
+            selector, _, variant = name.partition(" ")
+            style, shape = (
+                LINES[variants.index(variant) % len(LINES)],
+                MARKERS[selectors.index(selector) % len(MARKERS)],
+            )
+            (entries[name],) = panel.plot(
+                x, means, color=tones[name], linestyle=style, marker=shape, markersize=3, linewidth=1.2
+            )
+            panel.vlines(x, lows, highs, color=tones[name], linewidth=0.9, alpha=0.5)
+        panel.set_title(title, loc="left")
+        log_axis(panel, [row["visual tokens mean"] for line in curves.values() for row in line])
+    figure.supylabel("score, %", fontsize=7.5)
+    figure.supxlabel("vision tokens in the prefix", fontsize=7.5)
+    figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=legend_columns(list(entries)))
+    caption = (
+        f"Score over the token budget with 95 % intervals; a marker for each selector, a line style for each adapter "
+        f"or other change; black and dashed: {BASELINE}, with its interval."
+    )
+    return ReportFigure("budget_curve", "Quality over the token budget", caption, figure)
+
+
+def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    """Rows that differ in nothing but the budget, and in the adapter trained for it, from few tokens to many."""
+    lines: dict[str, list[Row]] = {}
+    shared = set.intersection(*(set(row["changes"].split()) for row in rows))
+    for row in rows:
+        changes = (change for change in row["changes"].split() if change not in shared)
+        changes = (TRAINED if re.match(r"adapter=.*/", change) else change for change in changes)
+        if row.get(f"{key} mean") is not None:
+            lines.setdefault(" ".join((row["selector"], *map(short, changes))), []).append(row)
+    return {
+        name: sorted(line, key=lambda row: row["visual tokens mean"])
+        for name, line in lines.items()
+        if len({row["visual tokens mean"] for row in line}) > 1
+    }
+
+
+def forest(rows: Sequence[Row], against: str) -> ReportFigure | None:
+    """Paired differences with their intervals, one line for each system."""
+    names = [name for name in differences(rows) if other_name(name) == against]
+    shown = [row for row in rows if any(row.get(f"delta {name} mean") is not None for name in names)]
+    if not shown:
+        return None
+    figure, axes = panels(len(names), 3, 0.65 + 0.2 * len(shown), share_y=True)
+    for panel, name in zip(axes, names, strict=True):
+        panel.axvline(0, color=SOFT, linewidth=0.9)
+        for i, row in enumerate(shown):
+            if row.get(f"delta {name} mean") is None:
+                continue
+            low, mean, high = (100 * row[f"delta {name} {key}"] for key in ("low", "mean", "high"))
+            panel.plot([low, high], [i, i], color=colour(row), linewidth=1.3)
+            sure = row[f"delta {name} p holm"] < ALPHA
+            panel.plot(
+                [mean], [i], "o", markersize=4.5, color=colour(row), markerfacecolor=colour(row) if sure else PAPER
+            )
+        panel.set_title(name, loc="left")
+        panel.set_xlabel("points")
+    name_bars(axes[0], shown)
+    caption = (
+        f"Differences to {'the whole method' if against == UNABLATED else against} on the same "
+        "samples, in points, with 95 % intervals. Filled: p < 0.05 after Holm's correction over the systems."
+    )
+    title = "Ablations" if against == UNABLATED else f"Differences to {against}"
+    return ReportFigure("ablations" if against == UNABLATED else "differences", title, caption, figure)
 
 
 def stages(rows: Sequence[Row]) -> ReportFigure | None:
@@ -61,7 +266,7 @@ def stages(rows: Sequence[Row]) -> ReportFigure | None:
     for i, total in enumerate(left):
         panel.text(total, i, f" {total:.3g}", va="center", color=SOFT, fontsize=7)
     name_bars(panel, shown)
-    panel.set_xlabel("milliseconds per sample (medians of the stages, one on the other)")
+    panel.set_xlabel("milliseconds per sample (medians of the stages, stacked)")
     figure.legend(loc="outside upper left", ncols=len(names), columnspacing=1.0, handlelength=1.0)
     caption = "Where a sample's time goes, stage by stage: medians over batches after warm-up."
     return ReportFigure("latency", "Latency by stage", caption, figure)
@@ -94,19 +299,56 @@ def name_bars(panel: Axes, rows: Sequence[Row]) -> None:
     panel.grid(axis="y", visible=False)
 
 
-SHOWN = ("loss", "accuracy")
-STYLES = ("-", "--", ":", "-.")
-MOST_NAMED = 12
+def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
+    """The tokens of a few pictures in two dimensions: those that each system kept and those that it dropped."""
+    maps: dict[tuple[str, int], dict[str, TokenMap]] = {}
+    questions: dict[tuple[str, int], str] = {}
+    # Equal budgets first: a larger budget keeps more tokens whatever it prefers.
+    for row, label in sorted(zip(rows, labels(rows), strict=True), key=lambda pair: unequal(pair[0])):
+        for example in load_examples(study / row["job"] / SHOTS):
+            path = study / row["job"] / SHOTS / MAP.format(example.number)
+            if path.exists() and row.get("kept tokens") and row["selector"] != "full":
+                tokens = load_map(path)
+                # Another geometry makes other tokens of the same picture.
+                picture = (example.record["id"], len(tokens.kept_N))
+                maps.setdefault(picture, {})[label] = tokens
+                questions[picture] = example.record["question"]
+    shown = {picture: list(of_row.items())[:MOST_MAPS] for picture, of_row in maps.items() if len(of_row) > 1}
+    if not shown:
+        return None
+    across = max(map(len, shown.values()))
+    figure, axes = panels(across * len(shown), across, MAP_WIDTH)
+    method = ""
+    for number, views in enumerate(shown.values()):
+        # One plane for all: the vision tower is the same, only the selection differs.
+        places_N2, method = plane(views[0][1])
+        row_axes = axes[number * across : (number + 1) * across]
+        row_axes[0].set_ylabel(f"picture {number + 1}", fontsize=7)
+        for panel, (label, tokens) in zip(row_axes, views, strict=False):
+            for kept, tone, size in ((False, PALE, 2), (True, ACCENT, 5)):
+                part_K2 = places_N2[tokens.kept_N == kept]
+                panel.scatter(part_K2[:, 0], part_K2[:, 1], s=size, color=tone, linewidths=0)
+            panel.set_title(label, fontsize=7)
+            panel.set_xticks([])
+            panel.set_yticks([])
+        for unused in row_axes[len(views) :]:
+            unused.remove()
+    asked = "; ".join(f"{n}: {printable(questions[picture])}" for n, picture in enumerate(shown, 1))
+    caption = (
+        f"Each dot is a vision token of one picture ({method}); blue: kept, grey: dropped. All panels of a row have "
+        f"the same positions: those of the first system's tower. Questions: {asked}."
+    )
+    return ReportFigure("tokens", "Kept and dropped tokens", caption, figure)
 
 
 def training(study: Path) -> ReportFigure | None:
-    """One line for each training that left points, unfinished ones among them."""
+    """One line for each training with points in metrics.csv, also unfinished ones."""
     runs = {}
     for path in sorted(study.glob(f"*/{RESULT}")):
         result, metrics = read_result(path.parent), path.parent / METRICS
         if result is not None and result["verb"] == "train" and metrics.exists() and (points := read_points(metrics)):
             runs[path.parent.name.removeprefix("train_")] = (result["choices"]["selector"], points)
-    names = [name for name in SHOWN if any(name in point for _, points in runs.values() for point in points)]
+    names = [name for name in CURVES if any(name in point for _, points in runs.values() for point in points)]
     if not names:
         return None
     figure, axes = panels(len(names), 2, 2.1)
@@ -117,256 +359,16 @@ def training(study: Path) -> ReportFigure | None:
             used[tone] = used.get(tone, -1) + 1
             known = [(point["step"], point[name]) for point in points if name in point]
             x, y = ([pair[i] for pair in known] for i in (0, 1))
-            panel.plot(x, y, color=tone, linestyle=STYLES[used[tone] % len(STYLES)], linewidth=1.1, label=run)
+            panel.plot(x, y, color=tone, linestyle=LINES[used[tone] % len(LINES)], linewidth=1.1, label=run)
         panel.set_title(name, loc="left")
         panel.set_xlabel("step")
         panel.set_ylim(bottom=0)
-    handles, told = axes[0].get_legend_handles_labels()
-    if len(told) <= MOST_NAMED:
-        figure.legend(handles, told, loc="outside upper left", ncols=legend_columns(told))
-    caption = "Each point is the mean since the one before. Blue: SHIRG and its variants; black: pooled."
+    handles, entries = axes[0].get_legend_handles_labels()
+    if len(entries) <= MOST_NAMED:
+        figure.legend(handles, entries, loc="outside upper left", ncols=legend_columns(entries))
+    caption = "Each point is the mean since the point before. Blue: SHIRG and its variants; black: pooled."
     return ReportFigure("training", "Training", caption, figure)
-
-
-MOST_PANELS = 6
-MOST_MAPS = 4
-WIDTH_OF_MAP = 1.35
-TRAINED = "adapter=own"
-LINES = ("-", "--", ":", "-.")
-SHAPES = "os^DvPX<>*ph"
-
-
-def draw(study: Path, rows: Sequence[Row]) -> list[ReportFigure]:
-    """All figures that the study allows; rows over a part of the samples only where there are no others."""
-    done = [row for row in rows if row["status"] == "ok"]
-    done = parts(done)[0][1] if done else []
-    with matplotlib.rc_context(STYLE):
-        found = [
-            pareto(done, "total ms", "milliseconds per sample", "pareto_latency"),
-            pareto(done, "visual tokens mean", "vision tokens in the prefix", "pareto_tokens"),
-            forest(done, BASELINE),
-            forest(done, UNABLATED),
-            budget_curve(done),
-            stages(done),
-            memory(done),
-            token_maps(study, done),
-            training(study),
-        ]
-    return [drawn for drawn in found if drawn is not None]
-
-
-def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure | None:
-    """Quality against a cost: every system with its interval, and the line that nobody beats on both."""
-    known = [row for row in rows if row.get(cost) is not None]
-    scores = headlines(known)[:MOST_PANELS]
-    if not scores or len(known) < 2:
-        return None
-    figure, axes = panels(len(scores), 2, 1.75, share_y=True)
-    told = {label: row for _, _, part in scores for row, label in zip(part, labels(part), strict=True)}
-    marks = dict(zip(told, styles(list(told.values())), strict=True))
-    for panel, (title, key, part) in zip(axes, scores, strict=True):
-        placed = [
-            (row, marks[label])
-            for row, label in zip(part, labels(part), strict=True)
-            if row.get(f"{key} mean") is not None
-        ]
-        points = [(row[cost], 100 * row[f"{key} mean"]) for row, _ in placed]
-        panel.plot(*zip(*frontier(points), strict=True), color=PALE, linewidth=1, zorder=1, drawstyle="steps-post")
-        log_axis(panel, [x for x, _ in points])
-        for (row, mark), (_, y), x in zip(placed, points, side_by_side(panel, [x for x, _ in points]), strict=True):
-            low, high = (100 * row[f"{key} {edge}"] for edge in ("low", "high"))
-            panel.plot([x, x], [low, high], color=mark["color"], linewidth=0.8, alpha=0.5, zorder=2)
-            panel.plot([x], [y], linestyle="none", markersize=4.5, zorder=3, **mark)
-        panel.set_title(title, loc="left")
-    lows = (row.get(f"{key} low") for _, key, part in scores for row in part)
-    lowest = min(100 * low for low in lows if low is not None)
-    axes[0].set_ylim(max(-3.0, lowest - 5), 104)
-    figure.supxlabel(axis, fontsize=7.5)
-    figure.supylabel("score, %", fontsize=7.5)
-    handles = [Line2D([], [], linestyle="none", markersize=4.5, **mark) for mark in marks.values()]
-    figure.legend(
-        handles,
-        list(told),
-        loc="outside upper left",
-        ncols=legend_columns(list(told)),
-        columnspacing=1.2,
-        handletextpad=0.2,
-    )
-    caption = (
-        f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both. "
-        f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
-        "Systems at the same place stand side by side."
-    )
-    return ReportFigure(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
-
-
-def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each system's mark: colour by family, shape by number within it, hollow where the budget is another."""
-    seen: Counter[str] = Counter()
-    marks = []
-    for row in rows:
-        tone = colour(row)
-        marks.append(
-            {
-                "color": tone,
-                "marker": SHAPES[seen[tone] % len(SHAPES)],
-                "markerfacecolor": PAPER if unequal(row) else tone,
-                "label": None,
-            }
-        )
-        seen[tone] += 1
-    return marks
-
-
-def side_by_side(panel: Axes, values: Sequence[float]) -> list[float]:
-    """Points at the same place on the x axis, moved apart by a hundredth or two of its length, six at most in all."""
-    axis = panel.get_xaxis_transform()
-    places = [float(axis.transform((value, 0))[0]) for value in values]
-    width = panel.bbox.width
-    groups: dict[int, list[int]] = {}
-    for i, place in enumerate(places):
-        groups.setdefault(round(place / (0.005 * width)), []).append(i)
-    for members in groups.values():
-        step = min(0.022, 0.06 / max(1, len(members) - 1)) * width
-        for number, i in enumerate(members):
-            places[i] += (number - (len(members) - 1) / 2) * step
-    inverse = axis.inverted()
-    return [float(inverse.transform((place, 0))[0]) for place in places]
-
-
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that are better than every cheaper one, from cheap to dear."""
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not best or y > best[-1][1]:
-            best.append((x, y))
-    return best
-
-
-def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
-    """Quality over the number of tokens, one line for each selector that was run at several budgets."""
-    scores = [(title, key, part, curves) for title, key, part in headlines(rows) if (curves := _curves(part, key))]
-    scores = scores[:MOST_PANELS]
-    if not scores:
-        return None
-    figure, axes = panels(len(scores), 2, 1.9)
-    told: dict[str, Any] = {}
-    names = dict.fromkeys(name for *_, curves in scores for name in curves)
-    tones = {name: ACCENT if name.startswith("shirg") else SOFT for name in names}
-    selectors, variants = (list(dict.fromkeys(name.partition(" ")[i] for name in names)) for i in (0, 2))
-    for panel, (title, key, part, curves) in zip(axes, scores, strict=True):
-        base = next((row for row in part if row["selector"] == BASELINE and row.get(f"{key} mean") is not None), None)
-        if base is not None:
-            low, mean, high = (100 * base[f"{key} {edge}"] for edge in ("low", "mean", "high"))
-            panel.axhline(mean, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-            panel.axhspan(low, high, color=GRID, alpha=0.5, linewidth=0)
-        for name, line in curves.items():
-            x = [row["visual tokens mean"] for row in line]
-            lows, means, highs = ([100 * row[f"{key} {edge}"] for row in line] for edge in ("low", "mean", "high"))
-            selector, _, variant = name.partition(" ")
-            style, shape = LINES[variants.index(variant) % len(LINES)], SHAPES[selectors.index(selector) % len(SHAPES)]
-            (told[name],) = panel.plot(
-                x, means, color=tones[name], linestyle=style, marker=shape, markersize=3, linewidth=1.2
-            )
-            panel.vlines(x, lows, highs, color=tones[name], linewidth=0.9, alpha=0.5)
-        panel.set_title(title, loc="left")
-        log_axis(panel, [row["visual tokens mean"] for line in curves.values() for row in line])
-    figure.supylabel("score, %", fontsize=7.5)
-    figure.supxlabel("vision tokens in the prefix", fontsize=7.5)
-    figure.legend(list(told.values()), list(told), loc="outside upper left", ncols=legend_columns(list(told)))
-    caption = (
-        f"Score over the token budget with 95 % intervals; a mark for each selector, a kind of line for each adapter "
-        f"or other change; black and dashed: {BASELINE}, its interval shaded."
-    )
-    return ReportFigure("budget_curve", "Quality over the token budget", caption, figure)
-
-
-def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but the budget, and in the adapter trained for it, from few tokens to many."""
-    lines: dict[str, list[Row]] = {}
-    shared = set.intersection(*(set(row["changes"].split()) for row in rows))
-    for row in rows:
-        changes = (change for change in row["changes"].split() if change not in shared)
-        changes = (TRAINED if re.match(r"adapter=.*/", change) else change for change in changes)
-        if row.get(f"{key} mean") is not None:
-            lines.setdefault(" ".join((row["selector"], *map(short, changes))), []).append(row)
-    return {
-        name: sorted(line, key=lambda row: row["visual tokens mean"])
-        for name, line in lines.items()
-        if len({row["visual tokens mean"] for row in line}) > 1
-    }
-
-
-def forest(rows: Sequence[Row], against: str) -> ReportFigure | None:
-    """Paired differences with their intervals, one line for each system."""
-    names = [name for name in differences(rows) if name.rpartition("vs ")[2] == against]
-    shown = [row for row in rows if any(f"delta {name} mean" in row for name in names)]
-    if not shown:
-        return None
-    figure, axes = panels(len(names), 3, 0.65 + 0.2 * len(shown), share_y=True)
-    for panel, name in zip(axes, names, strict=True):
-        panel.axvline(0, color=SOFT, linewidth=0.9)
-        for i, row in enumerate(shown):
-            if f"delta {name} mean" not in row:
-                continue
-            low, mean, high = (100 * row[f"delta {name} {key}"] for key in ("low", "mean", "high"))
-            panel.plot([low, high], [i, i], color=colour(row), linewidth=1.3)
-            sure = row[f"delta {name} p holm"] < ALPHA
-            panel.plot(
-                [mean], [i], "o", markersize=4.5, color=colour(row), markerfacecolor=colour(row) if sure else PAPER
-            )
-        panel.set_title(name, loc="left")
-        panel.set_xlabel("points")
-    name_bars(axes[0], shown)
-    caption = (
-        f"Differences to {'the method with nothing taken away' if against == UNABLATED else against} on the same "
-        "samples, in points, with 95 % intervals. Filled: p < 0.05 after Holm's correction over the systems."
-    )
-    title = "Ablations" if against == UNABLATED else f"Differences to {against}"
-    return ReportFigure("ablations" if against == UNABLATED else "differences", title, caption, figure)
 
 
 def colour(row: Row) -> str:
     return ACCENT if row["selector"].startswith("shirg") else INK if row["selector"] == BASELINE else SOFT
-
-
-def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
-    """The tokens of a few pictures on a plane: what each system kept of them, and what it dropped."""
-    found: dict[tuple[str, int], dict[str, TokenMap]] = {}
-    questions: dict[tuple[str, int], str] = {}
-    # Equal budgets first: what a larger one keeps more of says little.
-    for row, label in sorted(zip(rows, labels(rows), strict=True), key=lambda pair: unequal(pair[0])):
-        for shot in load_examples(study / row["job"] / SHOTS):
-            path = study / row["job"] / SHOTS / MAP.format(shot.number)
-            if path.exists() and row.get("kept tokens") and row["selector"] != "full":
-                tokens = load_map(path)
-                # Another way of cutting the picture makes other tokens of it.
-                picture = (shot.record["id"], len(tokens.kept_N))
-                found.setdefault(picture, {})[label] = tokens
-                questions[picture] = shot.record["question"]
-    shown = {picture: list(seen.items())[:MOST_MAPS] for picture, seen in found.items() if len(seen) > 1}
-    if not shown:
-        return None
-    across = max(map(len, shown.values()))
-    figure, axes = panels(across * len(shown), across, WIDTH_OF_MAP)
-    method = ""
-    for number, seen in enumerate(shown.values()):
-        # One plane for all: the tower is the same, only the choice differs.
-        places_N2, method = plane(seen[0][1])
-        row_axes = axes[number * across : (number + 1) * across]
-        row_axes[0].set_ylabel(f"picture {number + 1}", fontsize=7)
-        for panel, (label, tokens) in zip(row_axes, seen, strict=False):
-            for kept, tone, size in ((False, PALE, 2), (True, ACCENT, 5)):
-                part_K2 = places_N2[tokens.kept_N == kept]
-                panel.scatter(part_K2[:, 0], part_K2[:, 1], s=size, color=tone, linewidths=0)
-            panel.set_title(label, fontsize=7)
-            panel.set_xticks([])
-            panel.set_yticks([])
-        for unused in row_axes[len(seen) :]:
-            unused.remove()
-    asked = "; ".join(f"{n}: {printable(questions[picture])}" for n, picture in enumerate(shown, 1))
-    caption = (
-        f"Each dot is a vision token of one picture ({method}); blue: kept, grey: dropped. All panels of a row have "
-        f"the same places: those of the first system's tower. Questions: {asked}."
-    )
-    return ReportFigure("tokens", "Kept and dropped tokens", caption, figure)

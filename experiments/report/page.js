@@ -2,7 +2,7 @@
 document.documentElement.classList.add("scripted");
 const $ = (id) => document.getElementById(id);
 
-// The table: sort by a heading, filter by text and budget, mark the best of what is shown. Each part of it for itself.
+// The table: sort by a heading, filter by text and budget, mark the best of the rows shown; each part separately.
 if ($("table") !== null) {
   const table = $("table"), heads = [...table.tHead.rows[0].cells];
   const parts = [...table.tBodies].map((body) => ({ body, rows: [...body.rows].filter((row) => row.className !== "part") }));
@@ -37,7 +37,7 @@ if ($("table") !== null) {
     const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
     const equal = $("equal") !== null && $("equal").checked;
     for (const row of all) {
-      // What names the row is searched, not what was measured: "40" is a budget, not 0.40 ms.
+      // Only names and counts are searched, not measurements: "40" is a budget, not 0.40 ms.
       const named = [...row.cells].filter((_, column) => /^(text|count)$/.test(heads[column]?.dataset.kind));
       const text = named.map((cell) => cell.textContent).join(" ").toLowerCase();
       const keep = words.every((word) => text.includes(word)) && !(equal && row.dataset.equal === "0");
@@ -46,7 +46,7 @@ if ($("table") !== null) {
     $("count").textContent = `${shown(all).length} of ${all.length} rows`;
     heads.forEach((head, column) => {
       const sign = Number(head.dataset.direction);
-      // Rows over a part of the samples, below those over all of them, are not the best of anything.
+      // Rows over a part of the samples stand in a second part and are never marked as best.
       for (const { rows } of sign ? parts.slice(0, 1) : []) {
         const values = shown(rows).map((row) => value(row, column)).filter((v) => v !== null);
         const top = Math.max(...values.map((v) => sign * v));
@@ -65,7 +65,7 @@ if ($("table") !== null) {
   filter();
 }
 
-// Commands: to the clipboard, or selected where a page from disk may not write to it.
+// Commands: copied to the clipboard, or selected where a page from disk may not write there.
 for (const button of document.querySelectorAll(".copy")) {
   button.addEventListener("click", async () => {
     try {
@@ -81,7 +81,7 @@ for (const button of document.querySelectorAll(".copy")) {
   });
 }
 
-// The samples: two systems side by side.
+// The predictions browser: two systems side by side.
 if ($("data") !== null) {
   const data = JSON.parse($("data").textContent), right = data.right, step = 50;
   const tests = {
@@ -132,14 +132,14 @@ if ($("data") !== null) {
     const counts = Object.fromEntries(Object.keys(tests).map((name) => [name, 0]));
     const rows = [];
     data.samples.forEach((sample, i) => {
-      const [said, then] = [a.said[i], b.said[i]];
-      if (said[1] === null || then[1] === null) return;
-      const text = [sample.question, ...sample.answers, said[0], then[0], sample.kind].join(" ").toLowerCase();
+      const [before, after] = [a.predictions[i], b.predictions[i]];
+      if (before[1] === null || after[1] === null) return;
+      const text = [sample.question, ...sample.answers, before[0], after[0], sample.kind].join(" ").toLowerCase();
       if (!words.every((word) => text.includes(word))) return;
       for (const [name, test] of Object.entries(tests)) {
-        if (!test(said[1] >= right, then[1] >= right)) continue;
+        if (!test(before[1] >= right, after[1] >= right)) continue;
         counts[name] += 1;
-        if (name === verdict) rows.push([sample, said, then]);
+        if (name === verdict) rows.push([sample, before, after]);
       }
     });
     for (const chip of document.querySelectorAll(".chip")) {
@@ -149,12 +149,12 @@ if ($("data") !== null) {
     const head = make("tr");
     head.append(...["question", "expected", a.label, b.label, "kind", "sample"].map((title) => make("th", title)));
     $("browser").tHead.replaceChildren(head);
-    $("browser").tBodies[0].replaceChildren(...rows.slice(0, limit).map(([sample, said, then]) => {
+    $("browser").tBodies[0].replaceChildren(...rows.slice(0, limit).map(([sample, before, after]) => {
       const row = make("tr"), id = make("td");
       if (sample.card === null) id.append(make("code", sample.id));
       else { const link = make("a", sample.id); link.href = `#card-${sample.card}`; id.append(link); }
       row.append(make("td", sample.question, "wrap"), make("td", sample.answers.join(" | "), "wrap"),
-        answer(said), answer(then), make("td", sample.kind, "soft"), id);
+        answer(before), answer(after), make("td", sample.kind, "soft"), id);
       return row;
     }));
     $("more").classList.toggle("hidden", rows.length <= limit);

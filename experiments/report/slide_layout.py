@@ -1,4 +1,4 @@
-"""Slides of one kind: a title, at most three points, one graphic. The layout that `deck` fills."""
+"""The layout of a slide: a title, at most three points, one graphic. `slides.py` fills it."""
 
 import io
 import re
@@ -27,21 +27,21 @@ FONT = "Arial"
 
 
 class Slides:
-    """A deck in the making; lengths are inches."""
+    """A presentation to which slides are added; lengths are in inches."""
 
     def __init__(self, footer: str) -> None:
-        self._deck: Any = Presentation()
-        self._deck.slide_width, self._deck.slide_height = Inches(WIDTH), Inches(HEIGHT)
+        self._presentation: Any = Presentation()
+        self._presentation.slide_width, self._presentation.slide_height = Inches(WIDTH), Inches(HEIGHT)
         self._footer = footer
 
     def add(self, title: str, points: Sequence[str], notes: str = "") -> "Slide":
         if len(points) > MOST_POINTS:
             raise UserError(f"slide {title!r} has {len(points)} points; {MOST_POINTS} is the limit")
-        page = self._deck.slides.add_slide(self._deck.slide_layouts[5])
+        page = self._presentation.slides.add_slide(self._presentation.slide_layouts[5])
         slide = Slide(page)
         slide.heading(title)
         slide.text("\n".join(points), (MARGIN, TOP + 0.1, POINTS_WIDE, HEIGHT - TOP - 1), size=18, apart=14)
-        number = len(self._deck.slides)
+        number = len(self._presentation.slides)
         slide.text(self._footer, (MARGIN, HEIGHT - 0.5, WIDTH - 2, 0.35), size=10, colour=SOFT)
         slide.text(str(number), (WIDTH - 1.2, HEIGHT - 0.5, 0.6, 0.35), size=10, colour=SOFT, align=PP_ALIGN.RIGHT)
         if notes:
@@ -50,15 +50,15 @@ class Slides:
 
     def save(self, path: Path) -> Path:
         buffer = io.BytesIO()
-        self._deck.save(buffer)
+        self._presentation.save(buffer)
         write_atomic(path, buffer.getvalue())
         return path
 
 
 class Slide:
-    """One slide; its graphic goes to the right of the points."""
+    """One slide; its graphic is to the right of the points."""
 
-    place = (MARGIN + POINTS_WIDE + 0.4, TOP + 0.1, WIDTH - 2 * MARGIN - POINTS_WIDE - 0.4, HEIGHT - TOP - 0.75)
+    area = (MARGIN + POINTS_WIDE + 0.4, TOP + 0.1, WIDTH - 2 * MARGIN - POINTS_WIDE - 0.4, HEIGHT - TOP - 0.75)
     """Left, top, width and height of the graphic."""
 
     def __init__(self, page: Any) -> None:
@@ -75,7 +75,7 @@ class Slide:
     def text(
         self,
         text: str,
-        place: tuple[float, float, float, float],
+        area: tuple[float, float, float, float],
         *,
         size: float,
         colour: str = INK,
@@ -84,7 +84,7 @@ class Slide:
         apart: float = 0,
     ) -> None:
         """Each line is a paragraph, `apart` points from the next."""
-        frame = self._page.shapes.add_textbox(*(Inches(x) for x in place)).text_frame
+        frame = self._page.shapes.add_textbox(*(Inches(x) for x in area)).text_frame
         frame.word_wrap = True
         frame.margin_left = frame.margin_right = 0
         self._write(frame, text, size, colour, bold=bold, align=align)
@@ -92,34 +92,34 @@ class Slide:
             paragraph.space_after = Pt(apart)
 
     def remark(self, text: str) -> None:
-        """Says in the graphic's place why there is none."""
-        self.text(text, self.place, size=14, colour=SOFT)
+        """A sentence instead of the graphic: why there is none."""
+        self.text(text, self.area, size=14, colour=SOFT)
 
     def stack(self, images: Sequence[bytes]) -> None:
         """Pictures one above the other."""
-        left, top, width, height = self.place
+        left, top, width, height = self.area
         each = height / len(images)
         for i, image in enumerate(images):
             self._picture(image, (left, top + i * each, width, each - 0.1))
 
     def pictures(self, captioned: Sequence[tuple[bytes, str]]) -> None:
         """Pictures side by side, each with a caption below."""
-        left, top, width, height = self.place
+        left, top, width, height = self.area
         each, tall = width / len(captioned), min(height - 1.3, width / len(captioned))
         for i, (image, caption) in enumerate(captioned):
             self._picture(image, (left + i * each, top, each - 0.15, tall))
             self.text(caption, (left + i * each, top + tall + 0.05, each - 0.15, 1.2), size=12)
 
-    def _picture(self, image: bytes, place: tuple[float, float, float, float]) -> None:
-        """As large as fits, where its place begins: beside the first point, above its caption."""
-        left, top, width, height = place
+    def _picture(self, image: bytes, area: tuple[float, float, float, float]) -> None:
+        """As large as fits, at the top left of the area: beside the first point, above its caption."""
+        left, top, width, height = area
         shape = self._page.shapes.add_picture(io.BytesIO(image), Inches(left), Inches(top))
         scale = min(Inches(width) / shape.width, Inches(height) / shape.height)
         shape.width, shape.height = Emu(int(shape.width * scale)), Emu(int(shape.height * scale))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
         """A plain table; the first column is wider, and the rows numbered in `bold` stand out."""
-        left, top, width, height = self.place
+        left, top, width, height = self.area
         row_height = min(TALLEST_ROW, height / (len(rows) + 1))
         # Headings may break between words, cells may not.
         longest = [
@@ -151,7 +151,7 @@ class Slide:
 
     def flow(self, steps: Sequence[tuple[str, str]], accent: int) -> None:
         """Boxes from top to bottom, each with a remark on its right; the box numbered `accent` stands out."""
-        left, top, width, height = self.place
+        left, top, width, height = self.area
         each = height / len(steps)
         for i, (name, remark) in enumerate(steps):
             y = top + i * each

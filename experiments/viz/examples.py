@@ -1,4 +1,4 @@
-"""The samples that the report shows: chosen once for a dataset, drawn while a job answers them."""
+"""Examples: the samples that the report shows, chosen once for a dataset, drawn while a job answers them."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,13 @@ from shirg import Selection
 JPEG_QUALITY = 82
 LONGEST = 448
 ENLARGE = 2
-"""How much a small picture is scaled up at most; the browser does the rest."""
+"""The largest factor by which a small picture is scaled up; the browser does the rest."""
+LONGEST_TEXT = 40
 
 
 @dataclass(frozen=True)
 class ExampleRecord:
-    """One sample as one job saw it."""
+    """One example of one job, with its pictures as JPEG files."""
 
     number: int
     record: dict[str, Any]
@@ -62,7 +63,7 @@ def save_example(
     boxes: Sequence[Box],
     geometry: TokenGeometry,
 ) -> None:
-    """Writes NN.json, NN.jpg (the picture), NN_kept.jpg (what was kept) and, of a ranking, NN_heat.jpg (its scores)."""
+    """Writes NN.json, NN.jpg (the picture), NN_kept.jpg (kept tokens) and, for a selector that ranks, NN_heat.jpg."""
     longest = min(LONGEST, ENLARGE * max(image.size))
     plain = overlay(image, [(0, 0, 1, 1)], [0], targets=boxes, longest=longest)
     write_atomic(folder / f"{number:02d}_kept.jpg", _jpeg(kept_map(image, selection, geometry, boxes, longest)))
@@ -87,18 +88,24 @@ def save_example(
 
 
 def load_examples(folder: Path) -> list[ExampleRecord]:
-    """What `save_shot` wrote, in order."""
-    shots = []
+    """What `save_example` wrote, in order."""
+    examples = []
     for path in sorted(folder.glob("*.json")):
         pictures = [path.with_suffix(".jpg"), path.with_name(f"{path.stem}_kept.jpg")]
         record = read_json(path)
         if record is not None and all(picture.exists() for picture in pictures):
             heat = path.with_name(f"{path.stem}_heat.jpg")
             plain, kept = (picture.read_bytes() for picture in pictures)
-            shots.append(
+            examples.append(
                 ExampleRecord(int(path.stem), record, plain, kept, heat.read_bytes() if heat.exists() else None)
             )
-    return shots
+    return examples
+
+
+def printable(text: str, longest: int = LONGEST_TEXT) -> str:
+    """The text, shortened, with control characters as escapes, so that everything in an answer is visible."""
+    escaped = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return escaped if len(escaped) <= longest else escaped[:longest] + "..."
 
 
 def _jpeg(image: Image.Image) -> bytes:

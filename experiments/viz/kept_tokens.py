@@ -1,4 +1,4 @@
-"""What a selector kept, drawn on the picture; `python -m experiments.report.overlay` draws one of your own."""
+"""Draws what a selector kept on the picture: one overlay, a heat map of scores, or panels for several selectors."""
 
 import textwrap
 from collections.abc import Sequence
@@ -18,6 +18,16 @@ COARSE = 0.3
 EDGE_COLOUR = (86, 150, 255)
 SCAFFOLD_COLOUR = (255, 176, 32)
 TARGET_COLOUR = (64, 224, 120)
+GAP, LINE, TEXT = 14, 17, 13
+MOST_PER_ROW = 5
+PAPER, INK = (18, 18, 22), (226, 226, 230)
+COLD_TO_HOT = np.array([(18, 10, 60), (110, 30, 130), (200, 60, 80), (250, 150, 40), (252, 250, 170)], dtype=np.float32)
+HEAT = 0.75
+"""How much of a heat map is colour; the rest is the picture in grey."""
+LEGEND = (
+    "Bright: kept tokens, coarse ones darker; dark: dropped tokens. Amber frames: scaffold and summary tokens. Green "
+    "frames: where the answer is. Scores: by rank, from violet, low, to yellow, high."
+)
 
 BoxArray = Sequence[Sequence[float]]
 
@@ -33,8 +43,9 @@ def overlay(
 ) -> Image.Image:
     """The picture, bright where tokens were kept and dark where they were dropped.
 
-    A token coarser than the finest one is lit the less, the more of the picture it covers: it saw fewer pixels.
-    Scaffold and summary tokens are outlined, not lit, since they cover everything; newlines have no place.
+    A token that is coarser than the finest one is darker, the more of the picture it covers: it has fewer pixels for
+    the same area. Scaffold and summary tokens are only outlined, since they cover everything; newline tokens cover
+    nothing.
 
     Args:
         image: RGB.
@@ -58,7 +69,7 @@ def overlay(
         x0, y0, x1, y1 = _pixels(box, width, height)
         np.maximum(light[y0:y1, x0:x1], level, out=light[y0:y1, x0:x1])
     pixels *= light[..., None]
-    # A dark picture hides what is bright: where kept meets dropped, a thin line says so.
+    # In a dark picture brightness is hard to see: a thin line marks the border between kept and dropped.
     kept = light > DARK
     edge = np.zeros_like(kept)
     edge[:, 1:] |= kept[:, 1:] != kept[:, :-1]
@@ -83,24 +94,13 @@ def _pixels(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, in
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 
 
-GAP, LINE, TEXT = 14, 17, 13
-MOST_PER_ROW = 5
-PAPER, INK = (18, 18, 22), (226, 226, 230)
-COLD_TO_HOT = np.array([(18, 10, 60), (110, 30, 130), (200, 60, 80), (250, 150, 40), (252, 250, 170)], dtype=np.float32)
-HEAT = 0.75
-"""How much of a heat map is colour; the rest is the picture in grey."""
-LEGEND = (
-    "Bright: kept, the darker the coarser; dark: dropped. Amber frames: scaffold and summaries. Green frames: where "
-    "the answer is. Scores: by rank, from violet, low, to yellow, high."
-)
-
 Panel = tuple[str, Image.Image | None]
-"""A caption and what stands under it."""
+"""A caption and the picture under it."""
 
 
 @dataclass(frozen=True)
 class PanelChoice:
-    """What one selector chose."""
+    """A selector's name and its selection."""
 
     selector: str
     selection: Selection
@@ -123,7 +123,7 @@ def draw_panels(
         kept = kept_map(image, choice.selection, geometry, boxes, longest)
         scores_BN = choice.selection.scores_BN
         heat = None if scores_BN is None else heat_map(image, scores_BN[0], geometry, longest=longest)
-        below: Panel = ("scores of the tiles", heat) if heat is not None else ("no scores: it ranks nothing", None)
+        below: Panel = ("scores of the tiles", heat) if heat is not None else ("no scores: it does not rank", None)
         columns.append([(describe(choice, geometry, image.size, boxes), kept), below])
     return _compose(title, columns)
 
@@ -166,9 +166,9 @@ def heat_map(image: Image.Image, score_N: Tensor, geometry: TokenGeometry, *, lo
     grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None]
     pixels = np.repeat(grey, 3, axis=2)
     values = score_N[shown_N].numpy()
-    # By rank: a few outliers would turn everything else dark. Equal scores share a colour.
-    places = np.searchsorted(np.sort(values), values, side="left") / max(len(values) - 1, 1)
-    colours = np.stack([np.interp(places * 4, range(5), COLD_TO_HOT[:, c]) for c in range(3)], axis=1)
+    # By rank: a few outliers would make everything else dark. Equal scores have the same colour.
+    ranks = np.searchsorted(np.sort(values), values, side="left") / max(len(values) - 1, 1)
+    colours = np.stack([np.interp(ranks * 4, range(5), COLD_TO_HOT[:, c]) for c in range(3)], axis=1)
     edges = np.array([width, height, width, height])
     corners = np.clip(np.rint(placed.box_N4[shown_N].numpy() * edges), 0, edges).astype(int)
     for (x0, y0, x1, y1), colour in zip(corners, colours, strict=True):
@@ -204,6 +204,6 @@ def _compose(title: str, columns: Sequence[Sequence[Panel]]) -> Image.Image:
 
 
 def _across(columns: int) -> int:
-    """Columns to a row: at most MOST_PER_ROW, with as few places left empty as possible, then in as few rows."""
+    """Columns in a row: at most MOST_PER_ROW; the fewest empty panels first, then the fewest rows."""
     fewest = min(columns, 3)
     return min(range(fewest, min(columns, MOST_PER_ROW) + 1), key=lambda across: (-columns % across, -across))

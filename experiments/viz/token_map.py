@@ -1,8 +1,8 @@
-"""A picture's vision tokens on a plane, those that each system kept apart from those that it dropped.
+"""A picture's vision tokens in two dimensions: those that a system kept and those that it dropped.
 
-While a job runs, the tokens of its first shots are reduced to their principal components and kept beside the shots. The
-report draws the plane: t-SNE where scikit-learn is installed (`pip install -e '.[viz]'`), otherwise the first two
-components, and it says which. van der Maaten and Hinton (2008), "Visualizing data using t-SNE".
+While a job runs, the tokens of its first examples are reduced to their principal components and stored beside the
+examples. The report draws them with t-SNE where scikit-learn is installed (`pip install -e '.[viz]'`), otherwise with
+the first two components; the caption says which. van der Maaten and Hinton (2008), "Visualizing data using t-SNE".
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from shirg import Selector, VisionFeatures
 
 MAP = "{:02d}_tokens.npz"
 MAPS = 2
-"""Shots of a job whose tokens are kept."""
+"""Examples of a job whose tokens are stored."""
 COMPONENTS = 30
 PERPLEXITY, ITERATIONS = 30, 500
 
@@ -33,29 +33,29 @@ class TokenMap:
     components_NC: np.ndarray
     """Principal components, largest first."""
     share: float
-    """Share of the variance that the first two have."""
+    """Share of the variance in the first two components."""
     kept_N: np.ndarray
 
 
-class TokenWatch:
-    """Copies what a selector is shown of some pictures, while it is open.
+class TokenCapture:
+    """Copies the tokens that a selector receives for some pictures, while it is open.
 
-    It knows them by the samples that ask about them: of several, a selector may be shown the first alone.
+    Pictures are found by the samples that ask about them: of several samples, a selector may get the first alone.
     """
 
     def __init__(self, selector: Selector, pictures: Mapping[str, str]) -> None:
-        """`pictures`: the picture's name by sample id, for what is to be copied."""
+        """`pictures`: the picture's name by sample id, for the pictures to copy."""
         self.tokens: dict[str, Tensor] = {}
         self._pictures = dict(pictures)
-        self._handle = selector.register_forward_pre_hook(self._look)
+        self._handle = selector.register_forward_pre_hook(self._copy)
 
-    def _look(self, _: Selector, arguments: tuple[VisionFeatures, ...]) -> None:
+    def _copy(self, _: Selector, arguments: tuple[VisionFeatures, ...]) -> None:
         features = arguments[0]
         for row, name in enumerate(features.ids):
             if name in self._pictures:
                 self.tokens[self._pictures[name]] = features.tokens_BND[row].float().cpu()
 
-    def __enter__(self) -> "TokenWatch":
+    def __enter__(self) -> "TokenCapture":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +63,7 @@ class TokenWatch:
 
 
 def save_map(folder: Path, number: int, tokens_ND: Tensor, eligible_N: Tensor, kept: Sequence[int]) -> None:
-    """Writes NN_tokens.npz beside the shot: the eligible tokens' components, and which of them were kept."""
+    """Writes NN_tokens.npz beside the example: the eligible tokens' components, and which of them were kept."""
     used_N = eligible_N.cpu()
     components_NC, share = principal(tokens_ND[used_N])
     kept_N = torch.zeros(len(used_N), dtype=torch.bool)
@@ -92,7 +92,7 @@ def principal(tokens_ND: Tensor) -> tuple[Tensor, float]:
 
 
 def plane(tokens: TokenMap) -> tuple[np.ndarray, str]:
-    """Places [N, 2] and the name of the method."""
+    """Positions [N, 2] and the name of the method."""
     if importlib.util.find_spec("sklearn") is None:
         return tokens.components_NC[:, :2], f"PCA, {tokens.share:.0%} of the variance"
     from sklearn.manifold import TSNE

@@ -8,9 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.analysis.columns import markdown
-from experiments.analysis.rows import collect
-from experiments.analysis.table import print_table
+from experiments.analysis.table import collect, markdown, print_table
 from experiments.data.synthetic.entitygrid.__main__ import main as export
 from tests.data import official
 from tests.experiments.conftest import result_of

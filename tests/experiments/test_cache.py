@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.analysis.columns import columns
-from experiments.analysis.rows import collect
+from experiments.analysis.table import collect
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.analysis.rows import collect
+from experiments.analysis.table import collect
 from experiments.profiling import is_out_of_memory
 from lavida_adapter import Lavida
 from shirg import Selector

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from experiments import rescore as module
-from experiments.analysis.rows import collect
+from experiments.analysis.table import collect
 from experiments.jobs.results import LOCK
 from experiments.metrics.answers import scorer_version
 from experiments.metrics.text import ExactMatch

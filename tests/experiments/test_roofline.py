@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experiments.analysis.columns import columns
-from experiments.analysis.rows import collect
+from experiments.analysis.table import collect
 from experiments.profiling import Limits, LmCost, Work, cost_of, flags, known_limits
 from lavida_adapter import LavidaConfig
 from tests.experiments.conftest import result_of

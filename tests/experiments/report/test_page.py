@@ -16,7 +16,7 @@ from PIL import Image
 from pptx import Presentation
 from pptx.enum.shapes import MSO_SHAPE_TYPE
 
-from experiments.analysis.rows import collect
+from experiments.analysis.table import collect
 from experiments.data.sample import Sample
 from experiments.report.__main__ import main as rewrite
 from experiments.report.figures import budget_curve, token_maps

@@ -1,57 +1,75 @@
-"""Trainings of one system: one row, its interval, its differences; and what is not the same system."""
+"""From samples to a job's numbers, and from jobs that differ in the seed alone to one row."""
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from scipy.special import stdtrit
 
-from experiments.analysis.aggregate import seed_of
-from experiments.analysis.columns import columns, markdown
-from experiments.analysis.rows import collect
-from experiments.analysis.stats import over_seeds
-from experiments.jobs.results import read_rows, write_samples
-from tests.experiments.conftest import result_of
+from experiments.analysis.aggregate import seed_of, summarise
+from experiments.analysis.columns import columns
+from experiments.analysis.table import collect, markdown
+from experiments.jobs.results import Score, read_scores, write_samples
+from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]
 
 
-def test_without_spread_between_seeds_it_is_students_interval_over_pictures() -> None:
-    scores = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
-    got = over_seeds(np.stack([scores, scores, scores]), list("abcdef"))
-    half = float(stdtrit(5, 0.975)) * scores.std(ddof=1) / math.sqrt(6)
-    assert (got.mean, got.seeds, got.n, got.between) == (pytest.approx(4 / 6), 3, 6, 0.0)
-    assert got.high == 1.0 and got.low == pytest.approx(4 / 6 - half)
+def row(i: int, score: float, **fields: Any) -> dict[str, Any]:
+    base = {
+        "id": f"s{i}",
+        "picture": f"p{i // 2}",
+        "question": "?",
+        "prompt": "?",
+        "answers": ["a"],
+        "prediction": "a",
+        "scores": {"exact_match": score},
+        "subtask": "digit",
+        "group": "fine",
+        "density": "sparse",
+        "n_visual": 80,
+        "n_prefix": 100,
+        "n_cache": None,
+        "n_steps": 3,
+        "cache_bytes": 2048.0,
+        "drift": None,
+        "same_top1": None,
+        "kept": [1, 2],
+        "sources": {"kept": 64, "scaffold": 16},
+        "recall": None,
+        "batch": 0,
+        "ms": {"select": 0.5},
+    }
+    return base | fields
 
 
-def test_without_spread_between_pictures_it_is_students_interval_over_seeds() -> None:
-    means = np.array([0.2, 0.4, 0.3])
-    got = over_seeds(np.repeat(means[:, None], 8, axis=1), list("abcdefgh"))
-    half = float(stdtrit(2, 0.975)) * means.std(ddof=1) / math.sqrt(3)
-    assert got.mean == pytest.approx(0.3) and got.between == pytest.approx(0.1)
-    assert (got.low, got.high) == (pytest.approx(0.3 - half), pytest.approx(0.3 + half))
-    # t = 0.3 / (0.1 / sqrt 3) = 5.196 with 2 degrees of freedom: p = 1 - t / sqrt(t^2 + 2)
-    assert got.p == pytest.approx(1 - 5.19615 / math.sqrt(29), abs=1e-5)
+def test_summary_counts_by_group_and_density() -> None:
+    rows = [
+        *(row(i, 1.0, density="dense", recall=0.5) for i in range(4)),
+        *(row(i, i % 2, recall=1.0) for i in range(4, 8)),
+        *(row(i, 0.0, group="guard", subtask="shape", n_visual=90) for i in range(8, 10)),
+    ]
+    got = summarise(rows, ("exact_match",))
+    assert list(got["quality"]["subsets"]) == ["fine dense", "fine sparse", "guard sparse"]
+    assert [v["mean"] for v in got["quality"]["subsets"].values()] == [1.0, 0.5, 0.0]
+    assert [v["n"] for v in got["quality"]["subsets"].values()] == [4, 4, 2]
+    assert got["quality"]["metrics"]["exact_match"]["mean"] == 0.6
+    assert got["quality"]["subtasks"]["shape"]["n"] == 2
+    assert got["quality"]["recall"]["mean"] == 0.75 and got["quality"]["recall"]["n"] == 8
+    assert got["quality"]["recall_subsets"]["guard sparse"] is None
+    assert got["tokens"]["visual"] == {"mean": 82.0, "min": 80, "max": 90}
+    assert got["tokens"]["by_source"] == {"kept": 64.0, "scaffold": 16.0}
 
 
-def test_questions_about_one_picture_are_one_observation() -> None:
-    generator = np.random.default_rng(0)
-    pictures = generator.normal(size=(4, 1, 30)) + 0.1 * generator.normal(size=(4, 3, 30))
-    alone = over_seeds(pictures.mean(axis=1), list(range(30)), -9.0)
-    repeated = over_seeds(pictures.reshape(4, -1), list(range(30)) * 3, -9.0)
-    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
-
-
-def test_where_nothing_varies_it_is_not_certain() -> None:
-    got = over_seeds(np.ones((3, 40)), list(range(40)), 0.0)
-    assert (got.mean, got.high, got.p) == (1.0, 1.0, 0.0)
-    assert got.low == pytest.approx(1 - 3.8414588 / 43.8414588)
-    with pytest.raises(ValueError, match="1 seeds on 4 pictures"):
-        over_seeds(np.ones((1, 4)), list(range(4)))
+def test_samples_without_a_score_are_left_out_and_kept_in_the_file(tmp_path: Path) -> None:
+    rows = [row(0, 1.0), row(1, 0.0) | {"scores": {"exact_match": None}}]
+    assert summarise(rows, ("exact_match",))["quality"]["metrics"]["exact_match"]["n"] == 1
+    write_samples(tmp_path / "samples.parquet", rows)
+    assert read_scores(tmp_path / "samples.parquet", "exact_match") == {"s0": Score(1.0, "p0", "fine", "sparse")}
+    stored = pq.read_table(tmp_path / "samples.parquet").to_pylist()
+    assert [r["score_exact_match"] for r in stored] == [1.0, None]
+    assert stored[0]["kept"] == [1, 2] and stored[0]["n_scaffold"] == 16 and stored[0]["ms_select"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -65,15 +83,6 @@ def test_where_nothing_varies_it_is_not_certain() -> None:
 )
 def test_the_seed_of_a_job_is_that_of_its_training(path: str, adapter: str | None, seed: str) -> None:
     assert seed_of({"config": {"seed": 7, "model": {"path": path}, "adapter": adapter}}) == seed
-
-
-def plant(job: Path, right: Callable[[int], bool], **changes: Any) -> None:
-    """Scores of our own making in a finished job; a random model is wrong everywhere."""
-    rows = read_rows(job / "samples.parquet")
-    for i, row in enumerate(rows):
-        row["scores"] = {"exact_match": float(right(i))}
-    write_samples(job / "samples.parquet", rows)
-    (job / "result.json").write_text(json.dumps(result_of(job) | changes))
 
 
 def test_jobs_that_differ_in_the_seed_alone_are_one_row(eval_here: Eval) -> None:

@@ -1,0 +1,89 @@
+"""What a row is compared to, over which family of tests, and whether at an equal budget."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from experiments.analysis.columns import columns
+from experiments.analysis.paired import budget_ratio
+from experiments.analysis.rows import unequal
+from experiments.analysis.stats import holm, paired_delta
+from experiments.analysis.table import collect, markdown
+from experiments.jobs.results import read_rows
+from tests.experiments.planting import plant
+
+Eval = Callable[..., Path]
+
+
+def test_rows_are_paired_with_the_pooled_job_on_the_same_samples(eval_here: Eval) -> None:
+    jobs = {name: eval_here(f"selector={name}", "limit=30") for name in ("pooled", "shirg", "random")}
+    other = eval_here("selector=shirg", "limit=20")
+    for name, job in jobs.items():
+        plant(job, lambda i, every=3 if name == "pooled" else 2: i % every == 0)
+    study = jobs["pooled"].parent
+    got = {r["job"]: r for r in collect(study)}
+    want = paired_delta({str(i): float(i % 2 == 0) for i in range(30)}, {str(i): float(i % 3 == 0) for i in range(30)})
+    assert want is not None
+    assert got[jobs["shirg"].name]["delta vs pooled mean"] == pytest.approx(want.mean) == pytest.approx(5 / 30)
+    assert not any(key.startswith("delta") for key in got[jobs["pooled"].name])
+    assert not any(key.startswith("delta") for key in got[other.name]), "other samples are no pair"
+    titles = [c.title for c in columns(collect(study))]
+    assert "fine vs pooled" in titles and "guard vs pooled" in titles and "vs pooled" not in titles
+    rows = read_rows(jobs["pooled"] / "samples.parquet")
+    fine = [i for i, sample in enumerate(rows) if sample["group"] == "fine"]
+    mean = sum((i % 2 == 0) - (i % 3 == 0) for i in fine) / len(fine)
+    assert got[jobs["random"].name]["delta fine vs pooled mean"] == pytest.approx(mean)
+    assert [r["selector"] for r in collect(study)][0] == "pooled"
+
+
+def test_p_values_are_adjusted_over_the_systems_of_one_comparison(eval_here: Eval) -> None:
+    right = {"pooled": 2, "random": 3, "full": 5, "uniform_grid": 2}
+    for selector, eighths in right.items():
+        job = eval_here(f"selector={selector}", "data.n=48")
+        plant(job, lambda i, eighths=eighths: i % 8 < eighths)
+    rows = {row["selector"]: row for row in collect(job.parent)}
+    assert "delta vs pooled p" not in rows["pooled"]
+    names = ["random", "full", "uniform_grid"]
+    wanted = holm([rows[name]["delta vs pooled p"] for name in names])
+    assert [rows[name]["delta vs pooled p holm"] for name in names] == wanted
+    assert rows["full"]["delta vs pooled wins"] == 18 and rows["full"]["delta vs pooled losses"] == 0
+    assert rows["uniform_grid"]["delta vs pooled p"] == 1.0
+    assert rows["full"]["delta vs pooled p holm"] > rows["full"]["delta vs pooled p"]
+    text = markdown(list(rows.values()))
+    assert "Detectable at this n with 80 % power" in text and "]* |" in text
+
+
+def test_an_ablation_is_compared_to_the_whole_method(eval_here: Eval) -> None:
+    whole = eval_here("selector=shirg", "data.n=24")
+    less = eval_here("selector=shirg", "data.n=24", "ablation=sign_flip")
+    eval_here("selector=pooled", "data.n=24")
+    plant(whole, lambda i: i % 2 == 0)
+    plant(less, lambda i: i % 4 == 0)
+    rows = {row["job"]: row for row in collect(whole.parent)}
+    assert rows[less.name]["compared to unablated"] == whole.name
+    assert rows[less.name]["delta vs unablated mean"] == pytest.approx(-0.25)
+    assert not any("unablated" in key for key in rows[whole.name])
+    assert rows[less.name]["changes"].endswith(" ablation=sign_flip")
+    titles = [column.title for column in columns(list(rows.values()))]
+    assert "fine vs unablated" in titles and "fine vs pooled" in titles
+
+
+@pytest.mark.parametrize(
+    ("fields", "ratio"),
+    [
+        ({"visual tokens mean": 80.0}, 1.0),  # as many as pooled has without newlines
+        ({"visual tokens mean": 88.0}, 1.0),  # as many as pooled has with them
+        ({"visual tokens mean": 336.0, "newline tokens": 16.0}, 336 / 88),
+        ({"visual tokens mean": 336.0, "cache tokens mean": 80.0}, 1.0),
+        ({"visual tokens mean": 336.0, "cache tokens mean": 40.0}, 40 / 80),
+        ({}, None),
+    ],
+)
+def test_a_budget_is_equal_with_or_without_newlines(fields: dict[str, float], ratio: float | None) -> None:
+    pooled = {"selector": "pooled", "job": "p", "visual tokens mean": 88.0, "newline tokens": 8.0}
+    row = {"selector": "shirg", "job": "s", "compared to pooled": "p", **fields}
+    got = budget_ratio(row, [pooled, row])
+    assert got == (None if ratio is None else pytest.approx(ratio, abs=0.1 * abs(ratio - 1)))
+    assert unequal(row | {"budget ratio": got}) is (ratio not in (None, 1.0))
+    assert budget_ratio({**row, "compared to pooled": "absent"}, [pooled]) is None
