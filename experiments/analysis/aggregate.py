@@ -1,11 +1,11 @@
-"""From rows of samples to the sections `quality`, `tokens` and `decoding` of result.json."""
+"""Aggregation: rows of samples to the sections of result.json, shards to one job, seeds to one run group."""
 
 import json
 import re
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,10 +36,14 @@ from experiments.jobs.results import (
 from experiments.metrics.answers import score_together, text_metrics
 from shirg import UserError
 
-Row = Mapping[str, Any]
+Result = Mapping[str, Any]
+"""A result.json."""
+
+_SEED = re.compile(r"(?<![a-zA-Z])(seed[-_=]?)(\d+)")
+"""The seed of a training, in the path of its checkpoint or adapter."""
 
 
-def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
+def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, Any]:
     """Every metric over all rows, the headline metric over subsets, recall, token counts, steps and the prefix cache.
 
     Metrics that depend on all rows are computed here, and their scores put into the rows. `drift` is the largest
@@ -75,22 +79,22 @@ def summarise(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def subset(row: Row) -> str:
-    """The column of the table that a sample counts in, "" when its dataset names no groups."""
+def subset(row: SampleRow) -> str:
+    """The subset that a sample belongs to, "" when its dataset names no groups."""
     return subset_name(row["group"], row["density"])
 
 
-def partition(rows: Sequence[Row], key: Any) -> dict[str, list[Row]]:
+def partition(rows: Sequence[SampleRow], key: Callable[[SampleRow], str]) -> dict[str, list[SampleRow]]:
     """Rows by key, in the order in which the data brings groups and densities; rows with an empty key are left out."""
-    groups, densities = (list(dict.fromkeys(row[name] for row in rows)) for name in ("group", "density"))
-    parts: dict[str, list[Row]] = {}
+    groups, densities = list(dict.fromkeys(r["group"] for r in rows)), list(dict.fromkeys(r["density"] for r in rows))
+    parts: dict[str, list[SampleRow]] = {}
     for row in sorted(rows, key=lambda row: (groups.index(row["group"]), densities.index(row["density"]))):
         if name := key(row):
             parts.setdefault(name, []).append(row)
     return parts
 
 
-def _score(rows: Sequence[Row], metric: str, top: float = 1.0) -> dict[str, float] | None:
+def _score(rows: Sequence[SampleRow], metric: str, top: float = 1.0) -> dict[str, float] | None:
     """The mean in the metric's own unit; intervals are made for scores in [0, 1]."""
     scored = [(row["scores"][metric] / top, row["picture"]) for row in rows if row["scores"][metric] is not None]
     if not scored:
@@ -99,7 +103,7 @@ def _score(rows: Sequence[Row], metric: str, top: float = 1.0) -> dict[str, floa
     return {key: value if key == "n" else value * top for key, value in found.items()}
 
 
-def _mean_recall(rows: Sequence[Row]) -> dict[str, float] | None:
+def _mean_recall(rows: Sequence[SampleRow]) -> dict[str, float] | None:
     known = [(row["recall"], row["picture"]) for row in rows if row["recall"] is not None]
     return asdict(estimate(*zip(*known, strict=True))) if known else None
 
@@ -113,13 +117,6 @@ def _count_spread(counts: Sequence[int]) -> dict[str, float]:
     return {"mean": sum(counts) / len(counts), "min": min(counts), "max": max(counts)}
 
 
-Result = Mapping[str, Any]
-"""A result.json."""
-
-_SEED = re.compile(r"(?<![a-zA-Z])(seed[-_=]?)(\d+)")
-"""In the path of a checkpoint or an adapter: which training it came from."""
-
-
 @dataclass(frozen=True)
 class RunGroup:
     """One job, or the finished jobs of one config with several seeds."""
@@ -129,7 +126,7 @@ class RunGroup:
 
     @property
     def result(self) -> Result:
-        """What stands for all of them where they agree."""
+        """The first one, for all that they have in common."""
         return self.results[0]
 
     @property
@@ -146,7 +143,7 @@ class RunGroup:
 
 
 def group_runs(results: Mapping[Path, Result]) -> list[RunGroup]:
-    """All jobs, in their order; a job that is not finished stands alone, so that its failure stays in sight."""
+    """All jobs, in their order; a job that is not finished stands alone, so that its failure stays visible."""
     groups: dict[str, list[Path]] = {}
     for folder, result in results.items():
         groups.setdefault(_key(result) if result["status"] == "ok" else folder.name, []).append(folder)
@@ -154,7 +151,7 @@ def group_runs(results: Mapping[Path, Result]) -> list[RunGroup]:
     for members in groups.values():
         seeds = {folder: seed_of(results[folder]) for folder in members}
         folders = sorted(members, key=lambda folder: (len(seeds[folder]), seeds[folder], folder.name))
-        # The same seed twice is no second training: the same job under another name.
+        # The same seed twice is not a second training but the same job under another name.
         parts = [folders] if len(set(seeds.values())) == len(folders) else [[folder] for folder in folders]
         systems += [RunGroup(tuple(part), tuple(results[folder] for folder in part)) for part in parts]
     return systems
@@ -233,12 +230,9 @@ def _key(result: Result) -> str:
     return json.dumps(same, sort_keys=True, default=str)
 
 
-StoredResult = dict[str, Any]
-
-
 def merge_shards(study: Path) -> None:
     """Writes the merged job of every complete set of shards that has changed; call it under the table's lock."""
-    sets: dict[str, dict[int, tuple[Path, StoredResult]]] = defaultdict(dict)
+    sets: dict[str, dict[int, tuple[Path, Result]]] = defaultdict(dict)
     for path in sorted(study.glob(f"*/{RESULT}")):
         result = read_result(path.parent)
         if result is None or result["verb"] != "eval" or result["config"].get("shards", 1) == 1:
@@ -250,7 +244,7 @@ def merge_shards(study: Path) -> None:
             _merge_set(study / _merged_name(ordered[0][0].name), ordered)
 
 
-def _merge_set(folder: Path, parts: Sequence[tuple[Path, StoredResult]]) -> None:
+def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
     results = [result for _, result in parts]
     stamps = [result["times"]["finished"] for result in results]
     before = read_result(folder)
@@ -307,7 +301,7 @@ def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> d
     }
 
 
-def _set_key(result: StoredResult) -> str:
+def _set_key(result: Result) -> str:
     """What all shards of a set share."""
     return config_hash({**result["config"], "shard": 0})
 

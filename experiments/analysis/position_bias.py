@@ -6,24 +6,23 @@ accuracies. The same entity is shown at every place: differences are paired by e
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from experiments.analysis.stats import estimate, paired_delta
+from experiments.jobs.results import SampleRow
 from experiments.metrics.text import entity_form
-
-Row = Mapping[str, Any]
 
 CENTRE = "centre"
 DISCREPANCIES = {"disc1": "edge", "disc2": "junction"}
 COUNTING = "counting"
 
 
-def probe(rows: Sequence[Row], metric: str) -> dict[str, Any] | None:
+def probe(rows: Sequence[SampleRow], metric: str) -> dict[str, Any] | None:
     """Accuracy and recall by place, discrepancies in all and by task, and how often too many were counted.
 
     None for rows without places.
@@ -36,7 +35,7 @@ def probe(rows: Sequence[Row], metric: str) -> dict[str, Any] | None:
     return {
         "accuracy": {
             task: {
-                place: asdict(estimate([r["scores"][metric] for r in there], [r["entity"] for r in there]))
+                place: asdict(estimate([_score(r, metric) for r in there], [r["entity"] for r in there]))
                 for place, there in _split(part, "place").items()
             }
             for task, part in tasks.items()
@@ -57,18 +56,18 @@ def probe(rows: Sequence[Row], metric: str) -> dict[str, Any] | None:
     }
 
 
-def _split(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
-    parts: dict[str, list[Row]] = defaultdict(list)
+def _split(rows: Sequence[SampleRow], key: Literal["subtask", "place", "entity"]) -> dict[str, list[SampleRow]]:
+    parts: dict[str, list[SampleRow]] = defaultdict(list)
     for row in rows:
         parts[row[key]].append(row)
     return dict(parts)
 
 
-def _discrepancy(rows: Sequence[Row], metric: str, place: str) -> dict[str, Any] | None:
+def _discrepancy(rows: Sequence[SampleRow], metric: str, place: str) -> dict[str, Any] | None:
     """Mean over entities of the accuracy at centres minus that at the place; None where either is missing."""
     by_entity = [_split(part, "place") for part in _split(rows, "entity").values()]
     pairs = [
-        [sum(row["scores"][metric] for row in part[where]) / len(part[where]) for where in (CENTRE, place)]
+        [sum(_score(row, metric) for row in part[where]) / len(part[where]) for where in (CENTRE, place)]
         for part in by_entity
         if CENTRE in part and place in part
     ]
@@ -80,17 +79,23 @@ def _discrepancy(rows: Sequence[Row], metric: str, place: str) -> dict[str, Any]
     return asdict(lost) | {"relative": lost.mean / (sum(centre) / len(centre)) if sum(centre) else None}
 
 
+def _score(row: SampleRow, metric: str) -> float:
+    score = row["scores"][metric]
+    assert score is not None, "rows without a score are left out"
+    return score
+
+
 def _number(text: str) -> int | None:
     form = entity_form(text)
     return int(form) if form.isdecimal() else None
 
 
-def _too_many(row: Row) -> bool:
+def _too_many(row: SampleRow) -> bool:
     guess = _number(row["prediction"])
     return guess is not None and guess > int(row["answers"][0])
 
 
-def _macro_f1(rows: Sequence[Row]) -> float:
+def _macro_f1(rows: Sequence[SampleRow]) -> float:
     """Macro F1 over the numbers that are the right answer of a row; every other answer counts as one extra class."""
     numbers = sorted({int(row["answers"][0]) for row in rows})
     guesses = torch.tensor([_place_in(numbers, _number(row["prediction"])) for row in rows])

@@ -1,24 +1,18 @@
-"""The command behind `python -m experiments.report.overlay`: one picture, one question, several selectors."""
+"""The command `python -m experiments.report.overlay`: one picture, one question, several selectors."""
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from experiments.data.sample import Box
-from experiments.errors import explain, fail, is_user_error
-from experiments.schema import CONF, VERSION_BASE
+from experiments.errors import fail, is_user_error
 from shirg import MissingFileError, UserError
 
-USAGE = """python -m experiments.report.overlay image=FILE question=TEXT [selector=a,b,...] [key=value ...]
-
-Draws what each selector keeps of a picture: kept tokens bright at their place, scaffold outlined, scores as a heat map.
+USAGE = """Draws what each selector keeps: kept tokens bright, scaffold tokens outlined, scores as a heat map.
 
   image=FILE            the picture
   question=TEXT         what is asked; selectors that rank by relevance need it
@@ -30,48 +24,43 @@ Draws what each selector keeps of a picture: kept tokens bright at their place, 
 _OWN = ("image", "question", "selector", "boxes", "out")
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
-        print(USAGE)
-        return
-    own, rest = _split(arguments)
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report.overlay",
+        usage="%(prog)s image=FILE question=TEXT [selector=a,b,...] [key=value ...]",
+        description=USAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
+    own, overrides = _split(parser.parse_args(arguments).words)
     selectors = [name for name in own.get("selector", "shirg").split(",") if name]
     try:
-        print(draw(own, selectors, rest))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, "eval", [f"selector={','.join(selectors)}", *rest]))
+        print(draw(own, selectors, overrides))
     except (ValueError, OSError) as error:
         if not is_user_error(error):
             raise
         fail(str(error))
 
 
-def _split(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Our own keys, taken literally so that a question may hold any character, and the overrides for eval's config."""
-    own: dict[str, str] = {}
-    rest: list[str] = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            fail(f"{argument}: give key=value; the keys are {', '.join(_OWN)} and those of eval.py")
-        if key in _OWN:
-            own[key] = value
-        else:
-            rest.append(argument)
+    for word in words:
+        if "=" not in word:
+            fail(f"{word}: give key=value; the keys are {', '.join(_OWN)} and those of eval.py")
+    given = dict(word.split("=", 1) for word in words)
+    own = {key: given[key] for key in _OWN if key in given}
     for key in ("image", "question"):
         if not own.get(key):
             fail(f"{key} has no value; give {key}=...")
-    return own, rest
+    return own, [word for word in words if word.split("=", 1)[0] not in _OWN]
 
 
 def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]) -> Path:
-    """Draws the sheet and returns where it lies."""
+    """Draws the panels into a file and returns its path."""
     boxes = parse_boxes(own.get("boxes", "[]"))
     path = Path(own["image"])
     if not path.is_file():
         raise MissingFileError(f"image={path}: there is no such file")
-    configs = [_config(name, overrides) for name in selectors]
-
     import torch
 
     from experiments import build, profiling
@@ -79,6 +68,7 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
     from experiments.token_stats import TokenGeometry
     from experiments.viz.kept_tokens import PanelChoice, draw_panels
 
+    configs = [build.compose_eval("model=small", *overrides, f"selector={name}") for name in selectors]
     image = load_picture(path)
     cfg = configs[0]
     device = profiling.resolve_device(cfg.device)
@@ -93,7 +83,7 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
             relevance = build.build_relevance(config, selector)
             prefix = model.encode([image], [own["question"]], selector, relevance=relevance, ids=[path.name])
             choices.append(PanelChoice(name, prefix.selections[0]))
-    weights = "" if model.config.trained else " | random weights: relevance means nothing"
+    weights = "" if model.config.trained else " | random weights: relevance carries no information"
     title = f"{path.name}, {image.width} x {image.height} | {own['question']}{weights}"
     drawn = draw_panels(image, title, choices, TokenGeometry(model.config), boxes=boxes)
     name = re.sub(r"[^\w.-]+", "-", f"{path.stem}_{'_'.join(selectors)}")
@@ -103,14 +93,6 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
     out.parent.mkdir(parents=True, exist_ok=True)
     drawn.save(out)
     return out
-
-
-def _config(selector: str, overrides: Sequence[str]) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        cfg = compose("eval", overrides=["model=small", *overrides, f"selector={selector}"])
-    assert isinstance(cfg, DictConfig)
-    OmegaConf.set_struct(cfg, True)
-    return cfg
 
 
 def parse_boxes(text: str) -> tuple[Box, ...]:
@@ -124,3 +106,7 @@ def parse_boxes(text: str) -> tuple[Box, ...]:
         if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
             raise UserError(f"boxes={text}: each needs 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
     return boxes
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -79,7 +79,7 @@ def latex(rows: Sequence[Row]) -> str:
         c for c in columns(rows) if not c.secondary and (c.kind, c.title) not in (("text", "status"), ("count", "n"))
     ]
     cells = [
-        [_latex_cell(cell, i in best) for i, cell in enumerate(column.cells)]
+        [latex_cell(cell, i in best) for i, cell in enumerate(column.cells)]
         for column, best in ((column, column.best(comparable(rows))) for column in shown)
     ]
     table = pd.DataFrame(list(zip(*cells, strict=True)), columns=[latex_text(column.title) for column in shown])
@@ -102,7 +102,7 @@ def latex_text(text: str) -> str:
     return text.translate(_SPECIAL)
 
 
-def _latex_cell(cell: Cell, bold: bool) -> str:
+def latex_cell(cell: Cell, bold: bool) -> str:
     main = "--" if cell.text == EMPTY else latex_text(cell.main)
     text = (rf"\textbf{{{main}}}" if bold else main) + latex_text(cell.tail)
     if cell.spread:

@@ -19,6 +19,8 @@ LONGEST = 448
 ENLARGE = 2
 """The largest factor by which a small picture is scaled up; the browser does the rest."""
 LONGEST_TEXT = 40
+_STORED = tuple("id question answers prediction scores subtask group density n_visual sources recall".split())
+"""Fields of a `SampleRow` that an example stores."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,7 @@ def save_example(
     if heat is not None:
         write_atomic(folder / f"{number:02d}_heat.jpg", _jpeg(heat))
     write_atomic(folder / f"{number:02d}.jpg", _jpeg(plain))
-    keys = (
-        "id",
-        "question",
-        "answers",
-        "prediction",
-        "scores",
-        "subtask",
-        "group",
-        "density",
-        "n_visual",
-        "sources",
-        "recall",
-    )
-    write_json(folder / f"{number:02d}.json", {key: row[key] for key in keys})
+    write_json(folder / f"{number:02d}.json", {key: row[key] for key in _STORED})
 
 
 def load_examples(folder: Path) -> list[ExampleRecord]:

@@ -1,0 +1,46 @@
+"""Examples: which samples are drawn, the same ones for every job of a study; texts that show all characters."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from experiments.data.sample import Sample
+from experiments.viz.examples import load_examples, pick_examples, printable
+
+Eval = Callable[..., Path]
+
+
+def test_examples_take_kinds_of_question_in_turn_and_new_pictures_first() -> None:
+    samples = [
+        Sample(
+            id=f"{picture}-{kind}",
+            dataset="d",
+            split="test",
+            load_image=lambda: Image.new("RGB", (1, 1)),
+            size=None,
+            question="?",
+            prompt="?",
+            answers=("a",),
+            subtask=kind,
+            meta={"picture": picture},
+        )
+        for picture in "abc"
+        for kind in ("digit", "letter")
+    ]
+    assert pick_examples(samples, 4) == {"a-digit": 0, "b-letter": 1, "c-digit": 2, "a-letter": 3}
+    assert len(pick_examples(samples, 20)) == 6
+
+
+def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:
+    shown = []
+    for selector in ("full", "random"):
+        job = eval_here(f"selector={selector}", "limit=60", "shots=5")
+        shown.append([example.record["id"] for example in load_examples(job / "shots")])
+    assert shown[0] == shown[1]
+    assert len(set(shown[0])) == 5
+
+
+def test_texts_show_every_character() -> None:
+    assert printable("a\nb\x07") == "a\\x0ab\\x07"
+    assert printable("abcdef", longest=3) == "abc..." and printable("abc", longest=3) == "abc"
