@@ -67,7 +67,9 @@ def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, An
         "tokens": {
             "visual": _count_spread([row["n_visual"] for row in rows]),
             "prefix": _count_spread([row["n_prefix"] for row in rows]),
-            "cache": _count_spread([row["n_cache"] for row in rows]) if rows[0]["n_cache"] is not None else None,
+            "cache": _count_spread(cached)
+            if (cached := [n for row in rows if (n := row["n_cache"]) is not None])
+            else None,
             "by_source": {s: sum(row["sources"][s] for row in rows) / len(rows) for s in rows[0]["sources"]},
         },
         "decoding": {
@@ -96,7 +98,7 @@ def partition(rows: Sequence[SampleRow], key: Callable[[SampleRow], str]) -> dic
 
 def _score(rows: Sequence[SampleRow], metric: str, top: float = 1.0) -> dict[str, float] | None:
     """The mean in the metric's own unit; intervals are made for scores in [0, 1]."""
-    scored = [(row["scores"][metric] / top, row["picture"]) for row in rows if row["scores"][metric] is not None]
+    scored = [(score / top, row["picture"]) for row in rows if (score := row["scores"][metric]) is not None]
     if not scored:
         return None
     found = asdict(estimate(*zip(*scored, strict=True)))

@@ -143,7 +143,7 @@ def test_bad_folders_fail_their_own_jobs_and_no_other(
         assert re.search(sentence, line)
     assert ended.out.rstrip().endswith("table: outputs/s/table.md   report: outputs/s/report.html")
     table = (tmp_path / "outputs/s/table.md").read_text()
-    assert (table.count("| failed |"), table.count("| ok |")) == (4, 1)
+    assert (table.count("| failed "), table.count("| ok ")) == (4, 1)
 
 
 def test_a_bad_job_in_a_process_of_its_own(tiny_weights: Path, tmp_path: Path) -> None:

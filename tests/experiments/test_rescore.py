@@ -78,7 +78,7 @@ def test_a_changed_metric_changes_scores_alone(eval_here: Eval, monkeypatch: pyt
     (row,) = collect(job.parent)
     assert row["exact_match mean"] == 0.25
     table = (job.parent / "table.md").read_text()
-    assert "| 25.0 " in table and f"rescored {after['times']['rescored'][:10]}" in table
+    assert " 25.0 " in table and f"rescored {after['times']['rescored'][:10]}" in table
 
 
 def test_the_result_says_what_scored_it(eval_here: Eval, monkeypatch: pytest.MonkeyPatch) -> None:
