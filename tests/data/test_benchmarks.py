@@ -17,6 +17,7 @@ from experiments.data.loader import collate
 from experiments.data.sample import Dataset, Traced
 from experiments.evaluate import prompt_hash
 from experiments.metrics import metric
+from shirg import UserError
 from tests.data import official
 from tests.data.official import BENCHMARKS, SOURCES, N, people, question, split_of
 
@@ -296,6 +297,16 @@ def test_a_row_without_a_picture(tmp_path: Path) -> None:
     data = load("data=docvqa", f"data.hub={official.hub('docvqa', tmp_path / 'none', 'val', 2, columns)}")
     with pytest.raises(ValueError, match=r"none \(validation\), row 1: has no picture; remove the row"):
         data[1].load_image()
+
+
+def test_a_torn_table_of_the_hub(build: Build, tmp_path: Path) -> None:
+    build("docvqa", "hub")
+    root = tmp_path / "docvqa" / "hub"
+    (torn, *_) = sorted(root.rglob("*.parquet"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    hub_source._open.cache_clear()
+    with pytest.raises(UserError, match=r"\.parquet cannot be read .*; try again, or data.streaming=false"):
+        load("data=docvqa", f"data.hub={root}")
 
 
 def test_an_unlabelled_split_of_the_hub(tmp_path: Path) -> None:

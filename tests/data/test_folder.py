@@ -1,7 +1,6 @@
-"""`data=folder`: what it accepts, and one clear sentence for everything it does not."""
+"""`data=folder`: the forms of metadata that it accepts, ids, limits, links."""
 
 import json
-import pickle
 import random
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,6 @@ def test_metadata_may_have_blank_lines_a_byte_order_mark_windows_ends_and_odd_se
 def test_another_metadata_file(root: Path) -> None:
     write(root, row()).joinpath("metadata.jsonl").rename(root / "dev.jsonl")
     assert len(Folder(root=root, metadata="dev.jsonl", name="x")) == 1
-    with pytest.raises(FileNotFoundError, match=r"metadata.jsonl does not exist: write one JSON object a line"):
-        Folder(root=root)
 
 
 def test_limit_draws_the_same_rows_whatever_the_order_of_lines(root: Path) -> None:
@@ -87,8 +84,6 @@ def test_limit_draws_the_same_rows_whatever_the_order_of_lines(root: Path) -> No
     other = Folder(root=root, limit=10, seed=4)
     assert {other[i].id for i in range(10)} != set(ids)
     assert len(Folder(root=root, limit=99)) == 30
-    with pytest.raises(ValueError, match="data.limit=0 must be a positive number"):
-        Folder(root=root, limit=0)
 
 
 def test_pictures_are_not_opened_before_they_are_needed(root: Path) -> None:
@@ -107,86 +102,6 @@ def test_links_inside_the_folder_are_fine(root: Path) -> None:
 def test_a_folder_may_be_reached_by_a_link(root: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(write(root, row()), target_is_directory=True)
     assert len(Folder(root=tmp_path / "alias")) == 1
-
-
-def test_folders_travel_to_worker_processes(root: Path) -> None:
-    data = pickle.loads(pickle.dumps(Folder(root=write(root, row()))))
-    assert data[0].load_image().getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"data folder .*nowhere does not exist: set data.root"):
-        Folder(root=tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("content", ["", "\n\n  \n"])
-def test_metadata_without_rows(root: Path, content: str) -> None:
-    (root / "metadata.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=r"metadata.jsonl is empty: write one JSON object a line"):
-        Folder(root=root)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"file_name": ', "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ('["a.png"]', "must be a JSON object"),
-        (row(file_name=None), "needs a non-empty text 'file_name'"),
-        (row(file_name=""), "needs a non-empty text 'file_name'"),
-        (row(question=None), "needs a non-empty text 'question'"),
-        (row(question=3), "needs a non-empty text 'question'"),
-        (row(answers=None), "needs 'answers'"),
-        (row(answers=[]), "needs 'answers'"),
-        (row(answers=["x", " "]), "needs 'answers'"),
-        (row(answers=14), "numbers in quotes"),
-        (row(answers=["x", 3]), "numbers in quotes"),
-        (row(question_id=True), "the id must be a text or a whole number, not True"),
-        (row(question_id=1.5), "the id must be a text or a whole number, not 1.5"),
-        (row(question_id="first"), "id 'first' is also on line 1; ids must be unique"),
-        (row(file_name="../a.png"), "picture '../a.png' is outside the data folder"),
-        (row(file_name="deep/../a.png"), "picture 'deep/../a.png' is outside the data folder"),
-        (row(file_name="escape.png"), "picture 'escape.png' is outside the data folder"),
-        (row(file_name="dangling.png"), "picture 'dangling.png' is outside the data folder"),
-        (row(file_name="tunnel/secret.png"), "picture 'tunnel/secret.png' is outside the data folder"),
-        (row(file_name="loop.png"), "picture 'loop.png' cannot be looked up"),
-        (row(file_name="a\0.png"), "cannot be looked up"),
-        (row(file_name="x" * 5000), "cannot be looked up"),
-        (row(file_name="empty.png"), "empty.png is an empty file"),
-    ],
-)
-def test_unusable_lines(root: Path, line: dict[str, Any] | str, message: str) -> None:
-    outside = root.parent / "outside"
-    outside.mkdir()
-    Image.new("RGB", (2, 2)).save(outside / "secret.png")
-    (root / "escape.png").symlink_to(outside / "secret.png")
-    (root / "dangling.png").symlink_to(outside / "nothing.png")
-    (root / "tunnel").symlink_to(outside, target_is_directory=True)
-    (root / "loop.png").symlink_to(root / "loop.png")
-    (root / "empty.png").touch()
-    write(root, row(question_id="first"), "", line)
-    with pytest.raises(ValueError) as error:
-        Folder(root=root)
-    said = str(error.value)
-    assert "metadata.jsonl, line 3: " in said and message in said
-    assert "\n" not in said
-
-
-def test_an_absolute_path_is_outside_even_when_it_points_inside(root: Path) -> None:
-    with pytest.raises(ValueError, match="is outside the data folder"):
-        Folder(root=write(root, row(file_name=str(root / "a.png"))))
-
-
-@pytest.mark.parametrize("name", ["gone.png", "deep"])
-def test_a_row_without_its_picture(root: Path, name: str) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"line 2: picture .*{name} does not exist; add it or remove the row"):
-        Folder(root=write(root, row(), row(file_name=name)))
-
-
-def test_metadata_that_is_not_text(root: Path) -> None:
-    (root / "metadata.jsonl").write_bytes(json.dumps(row()).encode() + b'\n{"file_name": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match=r"line 2: not valid JSON"):
-        Folder(root=root)
 
 
 def test_the_shipped_config(root: Path) -> None:

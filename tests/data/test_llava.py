@@ -1,7 +1,6 @@
-"""LLaVA's format: both published layouts, rounds, history, what is left out and counted, what is refused."""
+"""LLaVA's format: both published layouts, rounds, history, what is left out and counted."""
 
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,57 +137,8 @@ def test_rounds_that_do_not_fit_are_dropped_for_good(write: Write) -> None:
         data[1]
 
 
-def test_it_travels_to_worker_processes(write: Write) -> None:
-    data = load(write(LCS, TALK), rounds="all")
-    data.keep(lambda sample: "driving" not in sample.question, "that drive")
-    there = pickle.loads(pickle.dumps(data))
-    assert [there[i].id for i in range(len(there))] == [data[i].id for i in range(len(data))]
-    assert there[0].load_image().getpixel((0, 0)) == data[0].load_image().getpixel((0, 0))
-
-
 def test_a_limit_draws_conversations(write: Write) -> None:
     path = write(*[{**LCS, "id": i} for i in range(20)])
     ids = [[data[i].id for i in range(len(data))] for data in (load(path, limit=5), load(path, limit=5, seed=1))]
     assert len(ids[0]) == len(ids[1]) == 5 and ids[0] != ids[1]
     assert len(load(path, limit=500)) == 20
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ([], "entry 0: must be an object with image and conversations"),
-        ({"image": "a.jpg"}, "entry 0: needs conversations, a list of turns"),
-        ({"image": "a.jpg", "conversations": ["hi"]}, "entry 0: a turn must be an object with from and value"),
-        (
-            {"image": "a.jpg", "conversations": [turn("cat", "miau")]},
-            "a turn is from 'cat': it must be from human or gpt",
-        ),
-        ({**LCS, "image": "../secret.jpg"}, "is outside .*: give paths that start there"),
-        ({"conversations": LCS["conversations"]}, r"nothing in it can be learned from \(1 without a picture\)"),
-    ],
-)
-def test_files_of_another_form(entry: Any, message: str, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "bad.json").write_text(json.dumps([entry]))
-    with pytest.raises(ValueError, match=message):
-        load(tmp_path / "bad.json")
-
-
-def test_what_is_not_there(write: Write, tmp_path: Path) -> None:
-    path = write(LCS, TALK, without=str(TALK["image"]))
-    with pytest.raises(
-        FileNotFoundError, match=r"1 of 2 pictures are not in .*, the first is coco/train2017/.*missing=drop"
-    ):
-        load(path)
-    with pytest.raises(FileNotFoundError, match="data.json=.* does not exist"):
-        load(tmp_path / "none.json")
-    with pytest.raises(FileNotFoundError, match="data.images=.* does not exist"):
-        Llava(json=path, images=tmp_path / "none")
-    (tmp_path / "empty.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"empty.json: nothing in it can be learned from \(it is empty\)"):
-        load(tmp_path / "empty.json")
-    (tmp_path / "torn.json").write_text('[{"id": 1')
-    with pytest.raises(ValueError, match="torn.json is neither a JSON list nor JSON lines"):
-        load(tmp_path / "torn.json")
-    with pytest.raises(ValueError, match="data.limit=0 must be a positive number"):
-        load(path, limit=0)

@@ -1,7 +1,6 @@
 """The tiny tokenizer: any text survives it, and glyph questions are short."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -99,11 +98,3 @@ def test_glyph_tokens() -> None:
     assert [tokens.task[2], tokens.aspect[1]] == encode("shape colour")
     every = {*tokens.char[1:], *tokens.colour[1:], *tokens.shape[1:], *tokens.task, *tokens.aspect, tokens.blank}
     assert len(every) == 46 + 8 + 3 + 3 + 2 + 1
-
-
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
-    TOKENIZER.save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    path.write_text(re.sub(r'"content": "red"', '"content": "rot"', path.read_text()))
-    with pytest.raises(ValueError, match="'red' is 3 tokens"):
-        glyph_tokens(AutoTokenizer.from_pretrained(tmp_path))

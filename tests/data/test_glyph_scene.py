@@ -1,13 +1,14 @@
-"""Glyph scenes: deterministic, disjoint between splits, and what the page says they are."""
+"""Glyph scenes: deterministic, disjoint between splits, and with the content that docs/method.md describes."""
 
 import subprocess
 import sys
 from collections import Counter
+from hashlib import sha256
 
 import numpy as np
 import pytest
 
-from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, draw_scene, scene
+from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, draw_scene, render, scene
 from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS, FIRST_FOIL, FIRST_LETTER, FOILS, LETTERS
 
 SPLITS = ("train", "val", "test")
@@ -51,13 +52,11 @@ def test_another_process_draws_the_same() -> None:
         "from hashlib import sha256 as h;"
         "print(h(r(d(5, 'val', 7, 'hard')).tobytes() + r(p(5, 7)).tobytes()).hexdigest())"
     )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "1"}, capture_output=True, text=True, check=True
+    )
+    here = render(draw_scene(5, "val", 7, "hard")).tobytes() + render(draw_patchwork(5, 7)).tobytes()
+    assert done.stdout.strip() == sha256(here).hexdigest()
 
 
 def test_splits_are_disjoint_by_construction() -> None:
@@ -84,12 +83,6 @@ def test_a_split_without_buckets_gives_up(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(scene.BUCKETS, "test", range(0))
     with pytest.raises(RuntimeError, match="no scene of split 'test' in 1000 draws"):
         draw_scene(0, "test", 0, "sparse")
-
-
-@pytest.mark.parametrize(("split", "density"), [("dev", "sparse"), ("test", "crowded")])
-def test_unknown_names_are_refused(split: str, density: str) -> None:
-    with pytest.raises(ValueError, match="does not exist: choose one of"):
-        draw_scene(0, split, 0, density)
 
 
 @pytest.mark.parametrize("density", scene.DENSITIES)

@@ -1,12 +1,19 @@
-"""Picture files of every kind become upright RGB, or a sentence that names the file."""
+"""Picture files of every kind become upright RGB, and worker processes make the same views of them as this one."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from experiments.data.image_io import load_picture
+from experiments.data.image_io import ViewBatches, load_picture, load_pictures, prefetch_pictures
+from experiments.data.sample import Sample
+from lavida_adapter.views import Views, cut, ready
+from shirg import UserError
+from tests.lavida_adapter.tiny import tiny_config
 
 
 @pytest.mark.parametrize(
@@ -82,12 +89,6 @@ def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
         load_picture(tmp_path / "x.png")
 
 
-def test_32_bit_samples_are_refused(tmp_path: Path) -> None:
-    Image.new("F", (2, 2), 0.5).save(tmp_path / "x.tiff")
-    with pytest.raises(ValueError, match=r"x\.tiff: .*32 bits \(mode F\); save it with 8 bits a channel"):
-        load_picture(tmp_path / "x.tiff")
-
-
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("limit", "refused"), [(99, True), (49, True), (100, False), (None, False)])
 def test_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, refused: bool) -> None:
@@ -99,3 +100,58 @@ def test_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
             load_picture(tmp_path / "x.png")
     else:
         assert load_picture(tmp_path / "x.png").size == (10, 10)
+
+
+def sample(folder: Path, name: str, question: str) -> Sample:
+    return Sample(
+        id=f"{name}-{question}",
+        dataset="d",
+        split="test",
+        load_image=partial(load_picture, folder / name),
+        size=None,
+        question=question,
+        prompt=question,
+        answers=("1",),
+        meta={"picture": name},
+    )
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> list[list[Sample]]:
+    """Two pictures in three batches; the first batch asks twice about one of them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in (("a.png", (40, 90, 3)), ("b.png", (70, 30, 3))):
+        pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / name)
+    asked = [["a.png", "a.png", "b.png"], ["b.png"], ["a.png"]]
+    return [[sample(tmp_path, name, str(i)) for i, name in enumerate(names)] for names in asked]
+
+
+def test_workers_make_the_views_that_this_process_makes(batches: list[list[Sample]], tmp_path: Path) -> None:
+    """A picture that cannot be read is the error of its own batch, in its own sentence."""
+    config = tiny_config()
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    coming = prefetch_pictures([*batches, [sample(tmp_path, "broken.png", "?")]], config, "lavida_tiles", workers=1)
+    found: list[Sequence[object]] = []
+    for batch in batches:
+        pictures = next(coming)
+        assert pictures is not None and len(pictures) == len(batch)
+        found.append(pictures)
+        for image, views in zip(load_pictures(batch), pictures, strict=True):
+            assert isinstance(views, Views) and views.size == image.size
+            expected, there = cut(image, config, "lavida_tiles"), ready(views, config, "lavida_tiles")
+            assert torch.equal(there.pixels_V3SS, expected.pixels_V3SS) and torch.equal(there.valid_N, expected.valid_N)
+            assert there.layout is expected.layout and there.picture_4 == expected.picture_4
+    assert found[0][0] is found[0][1] and found[0][0] is not found[0][2], "one picture is one object"
+    with pytest.raises(UserError, match=r"broken\.png: cannot be read as a picture .*; replace it or remove its rows$"):
+        next(coming)
+
+
+def test_a_worker_returns_errors(batches: list[list[Sample]], tmp_path: Path) -> None:
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    views = ViewBatches(batches, tiny_config(), "lavida_tiles")
+    assert isinstance(views[1], UserError) and not isinstance(views[2], Exception) and len(views) == 3
+
+
+def test_without_workers_nothing_is_loaded(batches: list[list[Sample]]) -> None:
+    assert list(prefetch_pictures(batches, tiny_config(), "lavida_tiles", workers=0)) == [None] * 3
