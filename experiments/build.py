@@ -104,7 +104,7 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
     assert isinstance(spec, dict)
     known = {"path", "dtype", "config", "seed", *_SWITCHES}
     if unknown := sorted(str(k) for k in spec.keys() - known):
-        raise UserError(f"model.{unknown[0]}: there is no such knob; a model has {', '.join(sorted(known))}")
+        raise UserError(f"model.{unknown[0]}: there is no such option; a model has {', '.join(sorted(known))}")
     path, sizes = spec.get("path"), spec.get("config")
     if (path is None) == (sizes is None):
         raise UserError("model: give either model.path (a checkpoint) or model.config (sizes, random weights)")

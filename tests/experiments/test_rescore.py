@@ -1,4 +1,4 @@
-"""`rescore=`: scored again is scored afresh; what does not fit is refused, and nothing is lost."""
+"""`rescore=`: scores become those of a new run; what does not fit is refused, and nothing is lost."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from experiments.metrics.answers import scorer_version
 from experiments.metrics.text import ExactMatch
 from experiments.rescore import RescoreRequest, parse, rescore, rescore_all
 from tests.data import official
-from tests.experiments.conftest import finish, result_of, rows_of, start
+from tests.experiments.conftest import Command, result_of, rows_of
 
 Eval = Callable[..., Path]
 FEW = ("selector=pooled", "shots=2", "threads=1")
@@ -94,26 +94,25 @@ def test_the_result_says_what_scored_it(eval_here: Eval, monkeypatch: pytest.Mon
     assert re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}\+00:00", after["times"]["rescored"])
 
 
-def test_the_command(tiny_weights: Path, tmp_path: Path) -> None:
-    """In a process of its own, on jobs whose weights are gone; the row that cannot be scored spoils no other."""
+def test_the_command(tiny_weights: Path, tmp_path: Path, command: Command) -> None:
+    """On jobs whose weights are gone; a job that cannot be scored does not stop the others."""
     words = [f"model.path={tiny_weights}", "data.n=6", "study=s", "shots=0", "threads=1"]
-    code, _, err = finish(start("eval", "-m", *words, "selector=pooled,random", "limit=4", cwd=tmp_path))
-    assert (code, err) == (0, [])
+    ended = command("eval", "-m", *words, "selector=pooled,random", "limit=4")
+    assert (ended.code, ended.err) == (0, [])
     first, second = sorted((tmp_path / "outputs/s").glob("eval_*/"))
     for job in (first, second):
         config = result_of(job)["config"]
         edit(job, config={**config, "model": {**config["model"], "path": "nowhere"}})
     edit(second, status="failed")
     kept = all_files(second)
-    process = start("eval", "rescore=outputs/s/*", "data.metrics=[token_f1,exact_match]", cwd=tmp_path)
-    code, out, err = finish(process)
-    assert code == 1
-    assert len(err) == 1 and re.fullmatch(
+    ended = command("eval", "rescore=outputs/s/*", "data.metrics=[token_f1,exact_match]")
+    assert ended.code == 1
+    assert len(ended.err) == 1 and re.fullmatch(
         r"error: rescore=outputs/s/eval_\S+selector-random\S* is a job of eval.py with status failed: only a finished "
         "job of eval.py has answers to score; resume=true finishes it",
-        err[0],
+        ended.err[0],
     )
-    assert re.search(rf"ok    {first.name}: exact_match \d+\.\d -> token_f1 \d+\.\d\n", out)
+    assert re.search(rf"ok    {first.name}: exact_match \d+\.\d -> token_f1 \d+\.\d\n", ended.out)
     assert result_of(first)["quality"]["metric"] == "token_f1" and all_files(second) == kept
     assert "token_f1" in (tmp_path / "outputs/s/table.md").read_text()
 

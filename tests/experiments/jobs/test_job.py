@@ -1,4 +1,4 @@
-"""A job's life: killed, resumed, skipped, refused; the same numbers every time."""
+"""A job: killed, resumed, skipped, refused; the same numbers every time."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""Jobs side by side: turns on one machine, news as they come, one exit code."""
+"""Jobs side by side: slots on one machine, the status of each job as it ends, one exit code."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from experiments.jobs import launchers
 from experiments.schema import CONF, VERSION_BASE
-from tests.experiments.conftest import finish, start, table_without_times
+from tests.experiments.conftest import Command, finish, start, table_without_times
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 submitit = pytest.importorskip("submitit")
@@ -29,7 +29,7 @@ def _occupy(began: Any, threads: int, log: Path) -> None:
             file.write(f"-{name}\n")
 
 
-def test_jobs_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_holds_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
@@ -72,7 +72,7 @@ def test_a_job_sees_the_gpu_of_its_slot_alone(tmp_path: Path, monkeypatch: pytes
     assert executor.submit(_what_a_job_sees).result() == ("3", "5")
 
 
-def test_a_job_of_nobodys_launcher_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_without_a_launcher_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
     with launchers.acquire_slot(1, "cpu") as name:
         assert name is None
@@ -104,15 +104,15 @@ def test_each_result_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert monitor.outcomes == [a, b]
 
 
-def test_side_by_side_fills_the_same_table(tiny_weights: Path, tmp_path: Path) -> None:
-    """One of the jobs cannot run: the others' rows are there, its reason is said at once, the exit code is 1."""
+def test_side_by_side_fills_the_same_table(tiny_weights: Path, tmp_path: Path, command: Command) -> None:
+    """One of the jobs cannot run: the others' rows are there, its reason is printed, the exit code is 1."""
     words = ["-m", f"model.path={tiny_weights}", "study=s", "selector=pooled,random", "budget=999", "data.n=8"]
     words += ["threads=1", "device=cpu"]
     together, alone = tmp_path / "together", tmp_path / "alone"
     for folder in (together, alone):
         folder.mkdir()
     code, out, err = finish(start("eval", *words, "hydra/launcher=local", cwd=together))
-    assert finish(start("eval", *words, cwd=alone))[0] == code == 1
+    assert command("eval", *words, cwd=alone).code == code == 1
     (reason,) = [line for line in err if line.startswith("error: ")]
     assert "selector-random" in reason and "999" in reason
     assert sum(line.startswith("ok ") for line in out.splitlines()) == 1

@@ -8,7 +8,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.jobs.results import VERSION, SampleRow, config_hash, read_result, read_rows, write_samples
+from experiments.jobs.results import (
+    VERSION,
+    SampleRow,
+    adapter_path,
+    config_hash,
+    read_result,
+    read_rows,
+    write_samples,
+)
 from tests.experiments.conftest import Command, result_of, rows_of
 
 STUDY = Path(__file__).parents[2] / "golden/study_format_1"
@@ -72,3 +80,24 @@ def test_columns_are_the_keys_of_a_row(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.parquet", [row])
     schema = pq.read_schema(tmp_path / "samples.parquet")
     assert sorted(schema.names) == sorted([*plain, *(column for columns in spread.values() for column in columns)])
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> dict[str, str]:
+    for name in ("pooled", "shirg"):
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+    return {"path": str(tmp_path)}
+
+
+def test_names_lie_beside_the_weights(model: dict[str, str]) -> None:
+    assert adapter_path(None, model, "shirg") is None
+    assert adapter_path("own", model, "shirg") == f"{model['path']}/adapters/shirg"
+    assert adapter_path("pooled", model, "shirg") == f"{model['path']}/adapters/pooled"
+    assert adapter_path("somewhere/else", model, "shirg") == "somewhere/else"
+
+
+def test_an_adapter_that_is_not_there(model: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"there is no adapter saint in .* \(pooled, shirg\); train one: python"):
+        adapter_path("own", model, "saint")
+    with pytest.raises(ValueError, match="it has none"):
+        adapter_path("own", {"path": "org/model"}, "shirg")

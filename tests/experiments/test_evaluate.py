@@ -1,4 +1,4 @@
-"""Cache selectors from the command line: what is fed, what is left, what the table says, what is refused."""
+"""The command eval: every selector, caches that are made smaller, shards, a control that asks another question."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,38 @@ import pytest
 
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect
-from tests.experiments.conftest import result_of
+from experiments.schema import CONF
+from tests.experiments.conftest import result_of, rows_of
 
 Eval = Callable[..., Path]
+
+
+WITHOUT_BUDGET = {"pooled": 88, "full": 336, "global_only": 64}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "selector").glob("*.yaml")))
+def test_every_selector_answers(eval_here: Eval, name: str) -> None:
+    """The job itself checks that each picture gets as many tokens as the selector's budget says."""
+    own = [] if name in WITHOUT_BUDGET else ["selector.budget=70"]  # variants of the notes do not follow budget=
+    folder = eval_here(f"selector={name}", "limit=4", *own, "shots=0")
+    rows = pq.read_table(folder / "samples.parquet").to_pylist()
+    assert [row["n_visual"] for row in rows] == [WITHOUT_BUDGET.get(name, 70)] * 4
+    if name == "oracle":
+        assert [row["recall"] for row in rows if row["recall"] is not None] == [1.0] * 4
+
+
+def test_another_question_changes_what_is_kept_and_not_what_is_asked(eval_here: Eval) -> None:
+    common = ("selector=shirg", "data.n=24", "shots=0", "study=shuffle")
+    right, wrong, again = (
+        pq.read_table(eval_here(*common, *overrides) / "samples.parquet").to_pylist()
+        for overrides in ([], ["shuffle_questions=true"], ["shuffle_questions=true", "overwrite=true"])
+    )
+    assert [row["question"] for row in right] == [row["question"] for row in wrong]
+    assert [row["prompt"] for row in right] == [row["prompt"] for row in wrong]
+    assert sum(a["kept"] != b["kept"] for a, b in zip(right, wrong, strict=True)) == len(right)
+    assert [row["kept"] for row in wrong] == [row["kept"] for row in again]
+
+
 FEW = ("limit=6", "selector=full")
 
 
@@ -72,3 +101,27 @@ def test_a_pooled_job_with_a_shortened_cache_is_no_baseline(eval_here: Eval) -> 
 def test_both_budgets_are_shown_where_they_differ(eval_here: Eval) -> None:
     study = eval_here("limit=6", "selector=random", "cache=redvtp", "cache.budget=40").parent
     assert [row["budget"] for row in collect(study)] == ["base (80), cache 40"]
+
+
+SYSTEM = ("selector=shirg", "data.n=25", "study=s", "shots=2", "threads=1")
+
+
+def test_shards_equal_the_whole(eval_here: Eval) -> None:
+    whole = eval_here(*SYSTEM)
+    for shard in (2, 0, 1):
+        assert not (whole.parent / "eval_data.n-25_selector-shirg_shards-3").exists()
+        part = eval_here(*SYSTEM, "shards=3", f"shard={shard}")
+    merged = part.parent / part.name.replace(f"_shard-{shard}", "")
+    assert [{**row, "batch": 0} for row in rows_of(merged)] == [{**row, "batch": 0} for row in rows_of(whole)]
+    ours, theirs = result_of(merged), result_of(whole)
+    same = ("quality", "tokens", "data", "config", "config_hash", "model", "selector", "status")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+    assert "shard=0,1,2" in ours["command"] and ours["command"].startswith("python eval.py -m ")
+    assert sorted(p.name for p in (merged / "shots").iterdir()) == sorted(p.name for p in (whole / "shots").iterdir())
+    table = (whole.parent / "table.csv").read_text().splitlines()
+    assert len(table) == 3, "a header, the whole and the merged row; no row for a shard"
+
+
+def test_a_shard_by_itself_says_so(eval_here: Eval) -> None:
+    folder = eval_here(*SYSTEM, "shards=2", "shard=1")
+    assert "shard 1 of 2" in (folder.parent / "table.md").read_text()

@@ -1,19 +1,15 @@
 """From a batch to rows: what is fed is what the selector owes, on every shape of picture."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
-from experiments.profiling import resolve_device, summarise_stages
 from experiments.token_stats import TokenGeometry, check_counts
 from lavida_adapter import LavidaConfig
-from lavida_adapter.timing import StageTimer
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]
@@ -81,37 +77,6 @@ def test_geometry_knows_the_finest_token_and_leaves_padding_out() -> None:
     assert float(box.min()) > -0.04 and float(box.max()) < 1.04
     assert placed.fine_area == pytest.approx(14 / 768 * 14 / 432, rel=1e-3)
     assert 54 * 30 <= int(placed.eligible_N.sum()) <= 54 * 32
-
-
-def test_stage_times_add_up_and_start_over() -> None:
-    timer = StageTimer(torch.device("cpu"))
-    for _ in range(2):
-        with timer.stage("select"):
-            time.sleep(0.01)
-    with timer.stage("prefill"):
-        pass
-    ms = timer.collect()
-    assert 20 <= ms["select"] < 60 and 0 <= ms["prefill"] < 5
-    assert timer.collect() == {}
-    got = summarise_stages([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 2.0}, {"a": 9.0, "b": 1.0}])
-    assert got == {"ms_per_sample": {"a": 2.0, "b": 2.0, "total": 4.0}, "batches_timed": 3}
-
-
-@pytest.mark.gpu
-def test_stage_times_on_a_gpu_include_the_work_that_was_queued() -> None:
-    device = resolve_device("cuda")
-    timer, x = StageTimer(device), torch.randn(4096, 4096, device=device)
-    with timer.stage("warm"):
-        x @ x
-    timer.collect()
-    with timer.stage("prefill"):
-        for _ in range(20):
-            x @ x
-    with timer.stage("select"):
-        pass
-    ms = timer.collect()
-    assert ms["prefill"] > 20 * 2 * 4096**3 / 2e15 * 1000
-    assert ms["select"] < ms["prefill"]
 
 
 def test_random_remasking_and_temperature_give_the_same_answers_twice(eval_here: Eval, tmp_path: Path) -> None:
