@@ -67,7 +67,7 @@ def _publish(studies: Sequence[Path] | dict[Path, None]) -> None:
 
 def _run_once(main: Callable[[], Any], jobs: Session) -> None:
     """One command line of Hydra's. Jobs of a launcher are waited for to the end, also when one of them died."""
-    if _wants_slurm(sys.argv[1:]) and shutil.which("srun") is None:
+    if _submits(sys.argv[1:]) and shutil.which("srun") is None:
         fail("hydra/launcher=slurm: there is no srun on this machine; start it on a SLURM node, or use local")
     failed = False
     try:
@@ -87,8 +87,10 @@ def _run_once(main: Callable[[], Any], jobs: Session) -> None:
         jobs.died += 1
 
 
-def _wants_slurm(words: Sequence[str]) -> bool:
-    return any(word.lstrip("+") == "hydra/launcher=slurm" for word in words)
+def _submits(words: Sequence[str]) -> bool:
+    """Whether a command line starts a sweep on SLURM; with another flag, --cfg for example, it only prints."""
+    flags = {word for word in words if word.startswith("-")}
+    return "hydra/launcher=slurm" in words and bool(flags) and flags <= {"-m", "--multirun"}
 
 
 def _is_of_submitit(error: RuntimeError) -> bool:

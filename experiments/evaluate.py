@@ -24,7 +24,7 @@ from experiments.jobs.job import JOURNAL, Job
 from experiments.jobs.results import SHOTS, SampleRow, adapter_path, write_samples
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
-from experiments.progress import Progress
+from experiments.profiling import Progress
 from experiments.training.run_logger import RunLogger
 from experiments.viz.examples import pick_examples, save_example
 from experiments.viz.token_map import MAPS, TokenCapture, save_map

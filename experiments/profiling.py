@@ -1,4 +1,4 @@
-"""Memory and time of a job: peaks, out-of-memory messages, a clock, and times that no device can reach."""
+"""Memory and time of a job: peaks, out-of-memory messages, progress, a clock, times that no device can reach."""
 
 import gc
 import resource
@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from experiments.atomic_files import read_json, write_json
 from shirg import UserError
@@ -329,3 +332,49 @@ def release() -> None:
 
 def _gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB"
+
+
+EVERY_S = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+class Progress:
+    """One progress bar on a terminal; elsewhere a line now and then, so that log files stay readable."""
+
+    def __init__(self, title: str, total: int, unit: str = "samples", done: int = 0) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._first, self._began = done, time.monotonic()
+        self._printed = self._began
+        self._note = ""
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, TextColumn("{task.fields[note]}"))
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.done, note="")
+            self._bar.start()
+        else:
+            print(f"run   {self.title}: {self.total} {self.unit}", flush=True)
+        return self
+
+    def advance(self, n: int, note: str = "") -> None:
+        """`note` is shown behind the count; an empty one keeps the last."""
+        self.done += n
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(self._task, advance=n, note=self._note)
+        elif time.monotonic() - self._printed > EVERY_S:
+            self._printed = time.monotonic()
+            print(
+                f"      {self.title}: {self.done} of {self.total}, {self._left()} left  {self._note}".rstrip(),
+                flush=True,
+            )
+
+    def _left(self) -> timedelta:
+        pace_s = (time.monotonic() - self._began) / max(1, self.done - self._first)
+        return timedelta(seconds=round(pace_s * (self.total - self.done)))
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

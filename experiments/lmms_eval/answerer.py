@@ -18,7 +18,7 @@ from experiments.data.sample import Sample
 from experiments.errors import ConfigError
 from experiments.inference import EvalPipeline
 from experiments.jobs.results import adapter_path
-from experiments.progress import Progress
+from experiments.profiling import Progress
 from shirg import UserError
 
 _GREEDY = {"num_beams": (None, 1), "top_k": (None, 0), "top_p": (None, 0, 1)}

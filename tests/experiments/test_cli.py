@@ -158,6 +158,8 @@ def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.Monk
     ended = command("eval", "-m", "hydra/launcher=slurm", "selector=pooled,full")
     assert ended.code == 1 and ended.err[-1].startswith("error: hydra/launcher=slurm: there is no srun on this machine")
     assert not (tmp_path / "outputs").exists()
+    ended = command("eval", "-m", "hydra/launcher=slurm", "selector=pooled,full", "--cfg", "hydra")
+    assert ended.code == 0 and "SlurmLauncher" in ended.out
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
