@@ -54,11 +54,11 @@ def geometry_layout(geometry: Geometry, side: int = 9) -> TokenLayout:
     return (single_layout if geometry == "single_672" else fovea_layout)(cells, PATCH, kind)
 
 
-def features_for(selector: Selector, grid: tuple[int, int] = (2, 2), **knobs: Any) -> VisionFeatures:
-    """Features on the geometry of a selector; `grid` counts for LaViDa's own alone."""
+def features_for(selector: Selector, grid: tuple[int, int] = (2, 2), *, side: int = 9, **options: Any) -> VisionFeatures:
+    """Features on the geometry of a selector; `grid` counts for LaViDa's own geometry alone."""
     if selector.geometry == "lavida_tiles":
-        return make_features(grid, **knobs)
-    return make_features(layout=geometry_layout(selector.geometry), **knobs)
+        return make_features(grid, side=side, **options)
+    return make_features(layout=geometry_layout(selector.geometry, side), side=side, **options)
 
 
 def picture_box(layout: TokenLayout, size: tuple[int, int]) -> tuple[float, float, float, float]:
