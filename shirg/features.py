@@ -43,7 +43,7 @@ class TokenLayout:
     """Position and size of each of the N source tokens of one canvas kind; the same for every picture on that canvas.
 
     Frames: a GLOBAL token is placed in the picture (the global view is the picture, squashed); a TILE or CROP token is
-    placed on the canvas, where `VisionFeatures.picture_B4` says which part is picture and which is letterbox padding.
+    placed on the canvas, where `VisionFeatures.picture_B4` is the part that is not letterbox padding.
     """
 
     view_N: Tensor

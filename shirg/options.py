@@ -1,6 +1,6 @@
 """The options of the SHIRG selector, their values, and the combinations that are refused.
 
-docs/method.md, "Terms", says what each option means.
+docs/method.md, "Terms", explains each option.
 """
 
 import math
@@ -203,9 +203,9 @@ class ShirgOptions:
             one_of(name, getattr(self, name), literal)
         if not isinstance(self.coverage, int) or self.coverage < 0:
             raise UserError(f"coverage={self.coverage!r}: give the side of a region in cells, or 0 for none")
-        for holds, sentence in CONFLICTS:
+        for holds, message in CONFLICTS:
             if holds(self):
-                raise UserError(sentence.format(o=self))
+                raise UserError(message.format(o=self))
 
     @property
     def overlaps(self) -> bool:
@@ -322,4 +322,4 @@ CONFLICTS: tuple[tuple[Callable[[ShirgOptions], bool], str], ...] = (
         "coord_embed=sincos_linear and coord_width (the tokens' width) go together: set both or none",
     ),
 )
-"""Combinations that are refused: when one holds, and the sentence to say, formatted with the options as `o`."""
+"""Combinations that are refused: a condition, and the message, formatted with the options as `o`."""

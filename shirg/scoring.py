@@ -47,7 +47,7 @@ def _length(tokens_XD: Tensor) -> Tensor:
 def neighbour_term(tokens_ND: Tensor, token_RC: Tensor, valid_RC: Tensor, metric: Metric) -> Tensor:
     """Mean distance [R, C] of each token of a grid to its existing, valid 8-neighbours; 0 where it has none.
 
-    `token_RC` says which of the N tokens is at each cell, `valid_RC` which cells count.
+    `token_RC` is the token at each cell, 0 to N - 1; `valid_RC` which cells count.
 
     `feature_l2`: distance of unit tokens, 0 to 2. `feature_cos`: half its square, which is 1 - cosine.
     `position`: distance of cells; the same for every inner token; the literal reading of the notes.

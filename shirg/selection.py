@@ -145,7 +145,7 @@ class Selector(nn.Module):
         return self.budget, torch.full_like(features.size_B2[:, 0], self.budget)
 
     def check_count(self, features: VisionFeatures, wanted: int) -> None:
-        """Raises when a picture has fewer tokens than the budget asks for."""
+        """Raises UserError when a picture has fewer tokens than `wanted`."""
         total = features.layout.n_tokens
         if wanted > total:
             raise UserError(

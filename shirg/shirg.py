@@ -275,7 +275,7 @@ class ShirgSelector(Selector):
         return self.options.scaffold.side(layout) ** 2 + self.options.summary
 
     def check_count(self, features: VisionFeatures, wanted: int) -> None:
-        """Raises when a picture has fewer tokens to choose from than scaffold and summary leave of the budget."""
+        """Raises UserError when a picture has fewer tokens than the budget without scaffold and summary."""
         options, layout, taken = self.options, features.layout, self._synthesised(features.layout)
         only_tiles = options.underflow == "raise" and self._first_cell(layout) > 0
         for sample, n in zip(features.ids, features.n_valid, strict=True):

@@ -54,7 +54,9 @@ def geometry_layout(geometry: Geometry, side: int = 9) -> TokenLayout:
     return (single_layout if geometry == "single_672" else fovea_layout)(cells, PATCH, kind)
 
 
-def features_for(selector: Selector, grid: tuple[int, int] = (2, 2), *, side: int = 9, **options: Any) -> VisionFeatures:
+def features_for(
+    selector: Selector, grid: tuple[int, int] = (2, 2), *, side: int = 9, **options: Any
+) -> VisionFeatures:
     """Features on the geometry of a selector; `grid` counts for LaViDa's own geometry alone."""
     if selector.geometry == "lavida_tiles":
         return make_features(grid, side=side, **options)

@@ -226,7 +226,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates(selector: Selector) -> Non
 
 
 @pytest.mark.parametrize("views", [(4, 2, 0, 1, 3), (1, 2, 3, 4, 0)])
-def test_the_numbering_of_views_means_nothing(selector: Selector, views: tuple[int, ...]) -> None:
+def test_the_numbering_of_views_changes_nothing(selector: Selector, views: tuple[int, ...]) -> None:
     features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
     order = [view for view in views if view < features.layout.n_views]
     here, there = selector(features), selector(permute_views(features, order))
@@ -235,12 +235,11 @@ def test_the_numbering_of_views_means_nothing(selector: Selector, views: tuple[i
         assert torch.equal(getattr(here, name)[here.mask_BT], getattr(there, name)[here.mask_BT]), name
 
 
-def test_who_asks_matters_only_where_it_is_said(selector: Selector) -> None:
-    """Selections are shared between prompts about one picture, unless `reads_sample` says that they cannot be."""
+def test_the_sample_matters_only_to_selectors_that_read_it(selector: Selector) -> None:
+    """Prompts about one picture share a selection, unless `reads_sample` is set."""
     features = features_for(selector, (2, 2), sizes=SIZES[(2, 2)])
-    others = replace(features, ids=tuple(f"other {i}" for i in features.ids), boxes=((),) * len(features.ids))
-    if not selector.reads_sample:
-        assert same(selector(features), selector(others))
+    ids, boxes = tuple(f"other {i}" for i in features.ids), (((0.5, 0.1, 0.6, 0.9),),) * len(features.ids)
+    assert same(selector(features), selector(replace(features, ids=ids, boxes=boxes))) != selector.reads_sample
 
 
 def test_scale_changes_no_choice(selector: Selector) -> None:

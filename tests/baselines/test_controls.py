@@ -45,16 +45,6 @@ def test_random_is_a_function_of_seed_and_sample() -> None:
     assert torch.equal(draw(features[1:2]), drawn[1:2])
 
 
-def test_random_leaves_the_global_generator_alone() -> None:
-    features = make_features()
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    here = draw(features)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(4)
-    assert torch.equal(here, draw(features))
-
-
 def test_random_is_uniform_over_valid_tokens() -> None:
     layout = layout_of((1, 2), side=3)
     features = make_features(layout=layout, sizes=[(600, 400)] * 2000, width=1)

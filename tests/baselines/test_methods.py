@@ -122,8 +122,8 @@ def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str
 def test_duplicates_go_first() -> None:
     """Of sixteen tokens twelve are one and the same: what looks for redundancy keeps the four others."""
     tokens = torch.ones(1, 16, 8)
-    for place, token in enumerate((1, 7, 8, 14)):
-        tokens[0, token] = torch.eye(8)[place]
+    for axis, token in enumerate((1, 7, 8, 14)):
+        tokens[0, token] = torch.eye(8)[axis]
     features = make_features((0, 0), side=4, sizes=[(90, 90)], tokens=tokens)
     features.taps["keys@0.83"] = tokens[:, :, None]
     for selector in (DivPrune(budget=5), Saint(budget=5), VisPruner(budget=5, important=0.0, rho=0.01)):

@@ -19,7 +19,7 @@ def importance(selector: TopV, grid: tuple[int, int] = (2, 2)) -> tuple[torch.Te
 
 @pytest.mark.parametrize("read", ["total", "own"])
 def test_importances_differ(read: str) -> None:
-    """In a balanced problem the mass that leaves a source is prescribed; then all are equal and say nothing."""
+    """In a balanced problem the mass that leaves a source is prescribed; then all importances are equal."""
     found, valid = importance(TopV(budget=20, importance=read))
     spread = torch.stack([found[b, g][valid[b, g]].std() for b in range(3) for g in range(5) if valid[b, g].sum() > 5])
     assert float(spread.min()) > 0.05
@@ -76,7 +76,7 @@ def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int], monke
     per_view = scope == "per_view"
     rows, cols = (4, 4) if per_view else layout.canvas
 
-    def place(i: int) -> tuple[float, float]:
+    def position(i: int) -> tuple[float, float]:
         row, col = layout.cell_N2[i].tolist()
         if per_view:
             return row % 4, col % 4
@@ -90,8 +90,8 @@ def test_importance_is_that_of_the_loop(scope: str, grid: tuple[int, int], monke
             if not tokens:
                 continue
             f = {(i, j): float((source[i] - target[j]).square().sum()) for i in tokens for j in tokens}
-            r = {(i, j): 1 - math.exp(-(math.dist(place(i), place(j)) ** 2) / 18) for i in tokens for j in tokens}
-            e = {i: math.dist(place(i), ((rows - 1) / 2, (cols - 1) / 2)) for i in tokens}
+            r = {(i, j): 1 - math.exp(-(math.dist(position(i), position(j)) ** 2) / 18) for i in tokens for j in tokens}
+            e = {i: math.dist(position(i), ((rows - 1) / 2, (cols - 1) / 2)) for i in tokens}
 
             f, r, e = unit(f), unit(r), unit(e)
             kernel = {(i, j): math.exp(-(0.7 * f[i, j] + 1.3 * r[i, j] + 0.5 * e[i]) / 0.2) for i, j in f}

@@ -30,7 +30,7 @@ def awkward() -> Iterator[tuple[VisionFeatures, dict[str, Any]]]:
     yield features, {}
     yield replace(features, tokens_BND=features.tokens_BND.bfloat16())[1:], {"mask_padding": False}
     yield make_features((0, 0), side=3, sizes=[(100, 300)], width=3), {"neighbor": {"sign": 1, "metric": "feature_cos"}}
-    # With overlapping crops, other tokens win in each picture.
+    # With overlapping crops, cells are assigned other tokens in each picture.
     crops = make_features(layout=geometry_layout("seed_canvas48", side=2), sizes=[(640, 480), (300, 900)], width=5)
     yield crops, {"norm": "none", "weights": {"similarity": 0}}
     overflow = features.tokens_BND.clone()

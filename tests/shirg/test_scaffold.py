@@ -39,14 +39,6 @@ def test_means_are_exact_areas(grid: tuple[int, int], source: str, size: int) ->
     assert bool((chosen.source_BT == int(Source.SCAFFOLD)).all()) and bool((chosen.index_BT == -1).all())
 
 
-def test_a_window_of_padding_is_an_unused_slot() -> None:
-    features = make_features((2, 2), sizes=[(768, 300)])
-    chosen = scaffold_tokens(features, assigned(features), 6, "canvas")
-    # Valid are rows 6 to 12 of 18; a window is 3 rows high.
-    assert chosen.mask_BT.view(6, 6).tolist() == [[row in (2, 3, 4)] * 6 for row in range(6)]
-    assert float(chosen.tokens_BTD[~chosen.mask_BT].abs().max()) == 0
-
-
 def test_gradient_is_the_share_of_the_window() -> None:
     features = make_features((2, 2), sizes=[(768, 768)], side=8, width=2)
     x = features.tokens_BND.requires_grad_()
@@ -58,20 +50,6 @@ def test_gradient_is_the_share_of_the_window() -> None:
     expected[2:4, 2:4] = 0.25
     assert torch.allclose(grid, expected, atol=1e-6)
     assert float(x.grad[0, 64:].abs().max()) == 0
-
-
-def test_every_token_is_used_once() -> None:
-    features = make_features((2, 2), sizes=[(768, 768)], width=1)
-    for source, size in (("global", 4), ("canvas", 8)):
-        x = features.tokens_BND.detach().clone().requires_grad_()
-        chosen = scaffold_tokens(
-            VisionFeatures(**{**vars(features), "tokens_BND": x}), assigned(features), size, source
-        )
-        chosen.tokens_BTD.sum().backward()
-        assert x.grad is not None
-        cells = features.layout.order_N[:81] if source == "global" else features.layout.order_N[81:]
-        share = size * size / len(cells)
-        assert torch.allclose(x.grad[0, cells], torch.full((len(cells), 1), share), atol=1e-6)
 
 
 def test_boxes_partition_the_picture() -> None:

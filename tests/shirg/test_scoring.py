@@ -122,12 +122,12 @@ def test_statistics_of_each_view(grid: tuple[int, int]) -> None:
 def test_scores_tell_apart_what_half_precision_cannot() -> None:
     """Relevance in steps of 1e-5 around 1, in a shuffled order: in float16 all of them are equal."""
     layout = layout_of((2, 2), side=9)
-    place = torch.randperm(layout.n_tokens, generator=torch.Generator().manual_seed(0))
-    features = make_features(layout=layout, sizes=[(768, 768)], relevance=1 + 1e-5 * place[None])
+    order = torch.randperm(layout.n_tokens, generator=torch.Generator().manual_seed(0))
+    features = make_features(layout=layout, sizes=[(768, 768)], relevance=1 + 1e-5 * order[None])
     selector = ShirgSelector(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
     tiles = [i for i in range(layout.n_tokens) if layout.role_N[i] == 1]
     kept = selector(features).index_BT[0, 9:].tolist()
-    assert set(kept) == set(sorted(tiles, key=lambda i: -int(place[i]))[:60])
+    assert set(kept) == set(sorted(tiles, key=lambda i: -int(order[i]))[:60])
 
 
 PICTURES = (0, 1, 0, 0, 1)
