@@ -20,7 +20,6 @@ from experiments.bench import (
     end2end,
     prefill,
     profile_cache,
-    reference,
     selectors,
     training_step,
 )
@@ -28,9 +27,7 @@ from experiments.bench.common import table_of
 from experiments.profiling import time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
-from shirg import ShirgSelector
 from tests.experiments.conftest import ROOT, result_of
-from tests.features import SIZES, make_features
 from tests.lavida_adapter.tiny import tiny_model
 
 Eval = Callable[..., Path]
@@ -43,16 +40,6 @@ TOY = LavidaConfig(
     lm=LladaConfig(d_model=24, n_heads=2, n_kv_heads=2, n_layers=1, mlp_hidden_size=32),
     image_grid_pinpoints=((128, 128),),
 )
-
-
-@pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
-def test_the_naive_twin_equals_the_selector(grid: tuple[int, int]) -> None:
-    features = make_features(grid, side=9, sizes=SIZES[grid][:2], seed=4)
-    chosen = ShirgSelector(budget=70, scaffold={"size": 5})(features)
-    for sample in range(2):
-        tokens, kept = reference.naive_shirg980(features, sample, 70, scaffold=5)
-        assert kept == chosen.index_BT[sample, 25:].tolist()
-        assert torch.allclose(tokens, chosen.tokens_BTD[sample], atol=1e-5)
 
 
 def test_the_clock_counts_the_calls_and_reports_milliseconds() -> None:

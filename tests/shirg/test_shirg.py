@@ -26,10 +26,10 @@ def counts(chosen: Selection) -> list[int]:
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_equals_the_plain_reading(grid: tuple[int, int], sign: int) -> None:
-    features = make_features(grid, side=6, sizes=SIZES[grid][:2], seed=3, width=8)
-    chosen = ShirgSelector(budget=29, neighbor={"sign": sign}, **SMALL)(features)
-    for sample in range(2):
-        tokens, index = naive_shirg980(features, sample, 29, scaffold=3, sign=sign)
+    features = make_features(grid, side=7, sizes=SIZES[grid], seed=3, width=8)
+    chosen = ShirgSelector(budget=39, neighbor={"sign": sign}, **SMALL)(features)
+    for sample in range(3):
+        tokens, index = naive_shirg980(features, sample, 39, scaffold=3, sign=sign)
         assert kept(chosen, sample) == index == chosen.index_BT[sample, 9:].tolist()
         assert torch.allclose(tokens, chosen.tokens_BTD[sample], atol=1e-5)
 
