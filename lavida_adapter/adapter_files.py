@@ -43,7 +43,7 @@ from shirg import MissingFileError, Selector, UserError
 META = "adapter.json"
 OLD_WEIGHTS = "adapter.safetensors"
 _PREFIX = "base_model.model."
-"""What peft writes before the names of a model's parameters."""
+"""What peft writes before every name in the file."""
 
 
 def save_adapter(
@@ -52,7 +52,7 @@ def save_adapter(
     """Writes the trained tensors, their config and the base's fingerprint; an adapter in the folder is replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in _stored_tensors(model, selector).items()}
+    tensors = {_PREFIX + n: p.detach().cpu().contiguous() for n, p in _trained_tensors(model, selector).items()}
     meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector)}
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
         save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -85,8 +85,9 @@ def load_adapter(model: LavidaModules, folder: str | Path, selector: Selector | 
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
     if path.name == OLD_WEIGHTS:
-        tensors = {_PREFIX + name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
-    own = sorted(name for name in map(_model_name, tensors) if part_of(name) == "selector")
+        tensors = {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    own = sorted(name for name in tensors if part_of(name) == "selector")
     if own and (selector is None or not any(True for _ in selector.parameters())):
         raise UserError(
             f"the adapter in {folder} holds {own[0]}, a layer of a selector that this one does not have: give the "
@@ -95,7 +96,7 @@ def load_adapter(model: LavidaModules, folder: str | Path, selector: Selector | 
     if base != base_fingerprint(model, config, selector):
         raise UserError(f"the adapter in {folder} was trained on another base checkpoint: load that one (model.path=)")
     add_lora(model, config, selector)
-    wanted = _stored_tensors(model, selector)
+    wanted = _trained_tensors(model, selector)
     if tensors.keys() != wanted.keys() or any(tensors[n].shape != p.shape for n, p in wanted.items()):
         raise UserError(f"the tensors in {path} are not those that its {META} describes")
     peft.set_peft_model_state_dict(_peft_tree(model, selector), tensors)
@@ -121,12 +122,12 @@ def base_fingerprint(model: LavidaModules, config: LoraConfig, selector: Selecto
     return fingerprint(model, skip=tuple(full_name(name) for name in trained_whole(tree_of(model, selector), config)))
 
 
-def _stored_tensors(model: LavidaModules, selector: Selector | None) -> dict[str, Tensor]:
-    """The trained parameters of model and selector by the names that they have in the file."""
+def _trained_tensors(model: LavidaModules, selector: Selector | None) -> dict[str, Tensor]:
+    """The trained parameters of model and selector, by peft's names for them, which leave out the adapter's name."""
     trained: dict[str, Tensor] = {**trained_parameters(model, selector)}
     lora = peft.get_peft_model_state_dict(_peft_tree(model, selector), state_dict=trained, save_embedding_layers=False)
     whole = {name: tensor for name, tensor in trained.items() if "lora_" not in name}
-    return {_PREFIX + name: tensor for name, tensor in {**lora, **whole}.items()}
+    return {**lora, **whole}
 
 
 def _peft_tree(model: LavidaModules, selector: Selector | None) -> nn.ModuleDict:
@@ -135,7 +136,3 @@ def _peft_tree(model: LavidaModules, selector: Selector | None) -> nn.ModuleDict
     # It says that the method is LoRA; peft finds the layers themselves by their type.
     tree.peft_config = {"default": peft.LoraConfig()}  # type: ignore[assignment]
     return tree
-
-
-def _model_name(stored: str) -> str:
-    return stored.removeprefix(_PREFIX)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.train import check_gate
-from tests.experiments.conftest import Here, finish, result_of, start
+from tests.experiments.conftest import Command, Here, result_of
 
 ALIGN = ["study=s", "stage=align", "pictures={glyphs: 2, chart: 2}"]
 
@@ -20,7 +20,7 @@ def test_a_gate_names_what_fell_short() -> None:
 
 
 def test_an_adapter_is_trained_named_and_evaluated(
-    train_here: Here, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    train_here: Here, command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A base of its own, an adapter on it, and the command that was printed, as a user would type it."""
     base = tmp_path / "base"
@@ -29,11 +29,11 @@ def test_an_adapter_is_trained_named_and_evaluated(
     assert stage["stage"] == "align" and stage["seed"] == 0 and "glyphs" in stage["gate"]
     train_here(f"model.path={base}", "selector=shirg", "lora.rank=64", "optim.steps=2", "study=s")
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("evaluate python eval.py")]
-    command = printed[-1].removeprefix("evaluate ").split()
-    assert command[:2] == ["python", "eval.py"]
-    code, out, err = finish(start("eval", *command[2:], "study=s", "data.n=12", "threads=1", cwd=tmp_path))
-    assert (code, err) == (0, []), err
-    assert "shirg" in out
+    words = printed[-1].removeprefix("evaluate ").split()
+    assert words[:2] == ["python", "eval.py"]
+    ended = command("eval", *words[2:], "study=s", "data.n=12", "threads=1")
+    assert (ended.code, ended.err) == (0, []), ended.err
+    assert "shirg" in ended.out
 
 
 def test_a_failed_gate_writes_no_weights(train_here: Here, tmp_path: Path) -> None:

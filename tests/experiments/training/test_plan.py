@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from experiments import build
 from experiments.jobs.distributed import Ranks
 from experiments.schema import CONF, VERSION_BASE
-from experiments.training.plan import plan, show
+from experiments.training.plan import plan
 from experiments.training.stages import build_stage
 from lavida_adapter.lightning_module import LavidaModule
-from tests.experiments.conftest import ROOT, finish, start
+from tests.experiments.conftest import ROOT, Command
 
 GIB, MIB = 2**30, 2**20
 D, F, LM_LAYERS, ROWS = 4096, 12288, 32, 126349
@@ -174,21 +173,9 @@ def test_a_plan_refuses_what_the_run_would_refuse(overrides: Sequence[str], sent
         plan(composed("device=cpu", *overrides))
 
 
-def test_nothing_is_written(tmp_path: Path) -> None:
-    """Not even by a plan that fails; that of a good config is printed by the same function, `show`."""
-    code, _, err = finish(start("train", "plan=true", "device=cpu", "batch_size=0", cwd=tmp_path))
-    assert (code, err) == (1, ["error: batch_size=0: give at least 1"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_folder_of_a_good_plan_is_taken_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "outputs/s/job"
-    folder.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    hydra = OmegaConf.create({"hydra": {"runtime": {"output_dir": str(folder)}}})
-    monkeypatch.setattr(HydraConfig, "get", lambda: hydra.hydra)
-    show(composed("device=cpu", "selector=random"))
-    assert "together 44,128 of" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("words", "code"), [(["selector=random"], 0), (["batch_size=0"], 1)])
+def test_nothing_is_written(words: list[str], code: int, command: Command, tmp_path: Path) -> None:
+    ended = command("train", "plan=true", "device=cpu", *words)
+    assert ended.code == code and list(tmp_path.iterdir()) == []
+    assert ended.err == ([] if code == 0 else ["error: batch_size=0: give at least 1"])
+    assert ("together 44,128 of" in ended.out) is (code == 0)

@@ -1,13 +1,14 @@
-"""What a job's logger gets: curves, numbers, overlays; one run for each job, closed however the job ends."""
+"""What a job sends to its logger: curves, numbers, overlays; one run for each job, closed however the job ends."""
 
 import signal
 from pathlib import Path
 
 import pytest
+import wandb
 
 from experiments.training.callbacks import read_points
 from lavida_adapter import Lavida
-from tests.experiments.conftest import Here, finish, result_of, start
+from tests.experiments.conftest import Command, Here, finish, result_of, start
 from tests.experiments.training.runs import last_step, runs_of, wait_for_step
 from tests.lavida_adapter.training_runs import poisoned
 
@@ -80,7 +81,9 @@ def test_a_run_that_does_not_end_well_is_marked_as_failed(train_here: Here, monk
         assert run.exit_code == 1 and run.history("loss") == []
 
 
-def test_a_terminated_run_is_closed_and_goes_on_under_its_id(tiny_weights: Path, tmp_path: Path) -> None:
+def test_a_terminated_run_is_closed_and_goes_on_under_its_id(
+    command: Command, tiny_weights: Path, tmp_path: Path
+) -> None:
     words = [f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", *WORDS]
     words += ["optim.steps=60", "trainer.checkpoint_every=4"]
     process = start("train", *words, cwd=tmp_path)
@@ -91,44 +94,36 @@ def test_a_terminated_run_is_closed_and_goes_on_under_its_id(tiny_weights: Path,
     (run,) = runs_of(folder)
     assert run.exit_code == 1 and run.history("loss")[-1][0] >= 6  # a point is in the file before it is sent
     at = last_step(folder)
-    code, _, err = finish(start("train", *words, "resume=true", cwd=tmp_path))
-    assert code == 0, err
+    ended = command("train", *words, "resume=true")
+    assert ended.code == 0, ended.err
     first, second = runs_of(folder)
     assert first.one("run").run_id == second.one("run").run_id
     assert (first.exit_code, second.exit_code) == (1, 0)
-    # The second holds the whole curve, and the pace of its own session.
+    # The second holds the whole curve, and the throughput of its own session.
     assert second.history("loss") == [(p["step"], p["loss"]) for p in read_points(folder / "metrics.csv")]
     assert second.history("peak_mib")[0][0] > at
 
 
-def test_every_job_of_a_sweep_has_a_run_of_its_own(tiny_weights: Path, tmp_path: Path) -> None:
+def test_every_job_of_a_sweep_has_a_run_of_its_own(command: Command, tiny_weights: Path, tmp_path: Path) -> None:
     words = [f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", "device=cpu", *WORDS, "selector=random,shirg"]
-    code, _, err = finish(start("train", "-m", *words, cwd=tmp_path))
-    assert code == 0, err
+    ended = command("train", "-m", *words)
+    assert ended.code == 0, ended.err
     runs = [run for folder in sorted((tmp_path / "outputs/s").glob("train_*")) for run in runs_of(folder)]
     assert [run.one("run").tags[2] for run in runs] == ["random", "shirg"]
     assert len({run.one("run").run_id for run in runs}) == 2
     assert all([step for step, _ in run.history("loss")] == [2, 4] and run.exit_code == 0 for run in runs)
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_online_without_a_key(
-    command: str, train_here: Here, eval_here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`train` asks wandb itself, in a process of its own; `eval` is given wandb's answer."""
-    sentence = "logger.offline=false: there is no key for Weights & Biases; run `wandb login`"
-    if command == "eval":
-        monkeypatch.setattr("wandb.login", lambda **_: False)
-        folder = eval_here("selector=pooled", "limit=6", "logger=wandb", "logger.offline=false", ok=False)
-        assert result_of(folder)["reason"].startswith(sentence)
-        return
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_online_without_a_key(name: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    code, _, err = finish(start(command, "logger=wandb", "logger.offline=false", cwd=tmp_path))
-    assert code == 1 and len(err) == 1, err
-    assert err[0].startswith(f"error: {sentence}")
+    wandb.teardown()  # what a run before this one has read of the environment
+    ended = command(name, "logger=wandb", "logger.offline=false", "device=cpu")
+    assert ended.code == 1 and len(ended.err) == 1, ended.err
+    assert ended.err[0].startswith("error: logger.offline=false: there is no key for Weights & Biases; run `wandb lo")
 
 
 def test_a_logger_that_fails_takes_no_result_with_it(

@@ -1,4 +1,4 @@
-"""Training that is killed, interrupted or runs out of disk: nothing is lost, and the end is that of a calm run."""
+"""Training that is killed or runs out of disk space, then resumed: it ends as an undisturbed run does."""
 
 import os
 import random
