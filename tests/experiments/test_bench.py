@@ -27,6 +27,7 @@ from experiments.bench.common import table_of
 from experiments.profiling import time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
+from shirg import UserError
 from tests.experiments.conftest import ROOT, result_of
 from tests.lavida_adapter.tiny import tiny_model
 
@@ -235,14 +236,13 @@ def test_from_a_profile_to_a_row(
     assert result_of(cut)["decoding"]["cache_bytes"] == pytest.approx((1 - share) * whole["cache_bytes"], rel=0.01)
     assert 0 < result_of(packed)["decoding"]["drift"] < result_of(cut)["decoding"]["drift"]
     assert result_of(packed)["cache"] == {"class": "Int8", "after": "prefill", "budget": None}
-    lines = compare.table(cut.parent, "cache", "none")
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["none", "int8", "layer_retention"]
-    assert lines[0].split(" | ")[4:6] == ["fine", "fine, against none"]
-    assert lines[2].split(" | ")[5] == "-" and "[" in lines[3]
-    with pytest.raises(ValueError, match="no finished evaluation has cache=fp8"):
-        compare.table(cut.parent, "cache", "fp8")
-    with pytest.raises(FileNotFoundError, match="there are no finished evaluations"):
-        compare.table(tmp_path / "nowhere", "cache", "none")
+    table = compare.paired_table(cut.parent, "cache", "none")
+    assert list(table["cache"]) == ["none", "int8", "layer_retention"]
+    assert "[" in table["fine, against none"][1] and "[" not in table["fine, against none"][0]
+    with pytest.raises(UserError, match="no finished evaluation has cache=fp8"):
+        compare.paired_table(cut.parent, "cache", "fp8")
+    with pytest.raises(UserError, match="there are no finished evaluations"):
+        compare.paired_table(tmp_path / "nowhere", "cache", "none")
     capfd.readouterr()
     with pytest.raises(SystemExit):
         profile_cache.main(["forget=1.5", "selector=full"])
