@@ -101,8 +101,7 @@ def files_digest(path: str | None) -> str | None:
     """Which files a local checkpoint or adapter consists of: by content where that is quick, by size and time else.
 
     None for a hub id, whose revision the hub's own cache decides. An adapter that was converted to another layout keeps
-    the digest that it had before, so that studies with it can be resumed: its adapter.json names both digests, and the
-    old one counts only while the files are those that the conversion wrote.
+    the digest that it had before, so that studies with it can be resumed.
     """
     folder = None if path is None else local_folder(path)
     if folder is None:
@@ -111,9 +110,19 @@ def files_digest(path: str | None) -> str | None:
     for file in sorted(folder.glob("*.safetensors")):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
         digest.update(file.read_bytes() if size < QUICK_BYTES else f"{file.name} {size} {changed}".encode())
-    found = digest.hexdigest()[:16]
-    converted = (read_json(folder / "adapter.json") or {}).get("converted", {})
-    return str(converted["from"]) if converted.get("to") == found else found
+    return _before_conversion(folder, digest.hexdigest()[:16])
+
+
+def _before_conversion(folder: Path, digest: str) -> str:
+    """The digest that a converted adapter had before; for every other folder the digest itself.
+
+    adapter.json names both digests. The old one counts only while the files are those that the conversion wrote.
+    """
+    try:
+        converted = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["converted"]
+        return str(converted["from"]) if converted["to"] == digest else digest
+    except (OSError, ValueError, KeyError, TypeError):  # no adapter, not converted, or one that load_adapter refuses
+        return digest
 
 
 OWN = "own"

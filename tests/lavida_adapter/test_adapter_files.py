@@ -102,6 +102,9 @@ def test_a_converted_adapter_keeps_its_digest_while_its_tensors_are_the_same(tmp
     changed[-1] ^= 1
     (tmp_path / "adapter_model.safetensors").write_bytes(changed)
     assert files_digest(str(tmp_path)) == hashlib.sha256(changed).hexdigest()[:16] != before
+    for broken in ("{", "[]", '{"converted": []}'):
+        (tmp_path / META).write_text(broken)
+        assert files_digest(str(tmp_path)) == hashlib.sha256(changed).hexdigest()[:16]
 
 
 def test_an_adapter_belongs_to_its_base(tmp_path: Path) -> None:
@@ -154,6 +157,22 @@ def test_a_grown_adapter_is_saved_with_all_its_ranks(tmp_path: Path) -> None:
     assert load_adapter(again, tmp_path) == GROWING
     assert torch.equal(logits(again), logits(model))
     assert rank_growth(GROWING, again) is not None
+
+
+def test_a_disk_without_space_keeps_the_adapter_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = trained_model(steps=1), trained_model(steps=2)
+    save_adapter(first, CONFIG, tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lavida_adapter.adapter_files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(second, CONFIG, tmp_path)
+    again = tiny_model()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(first))
+    assert {path.name for path in tmp_path.iterdir()} == {META, *PEFT}
 
 
 def test_adapters_that_cannot_be_loaded(tmp_path: Path) -> None:

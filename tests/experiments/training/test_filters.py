@@ -1,4 +1,4 @@
-"""Training on conversations, folders and mixtures: what leaves no room is dropped, counted and said."""
+"""Training on conversations, folders and mixtures: examples without room for an answer are dropped and counted."""
 
 import json
 from pathlib import Path
@@ -40,8 +40,8 @@ def test_a_cut_answer_is_learned_and_a_lost_one_is_counted(
     room = model.config.tokenizer_model_max_length - 80 - template
     questions = ["w" * length for length in (4, room - 1, room, room + 100)]
     job = train_here(*WORDS, "optim.steps=1", *llava(tmp_path / "data", questions))
-    said = capfd.readouterr().out
-    assert "talks train: 2 examples; dropped 2 whose prompt leaves no room for the answer" in said
+    printed = capfd.readouterr().out
+    assert "talks train: 2 examples; dropped 2 whose prompt leaves no room for the answer" in printed
     (data,) = result_of(job)["data"].values()
     assert data == {
         "name": "talks",

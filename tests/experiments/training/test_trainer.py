@@ -39,50 +39,50 @@ def little_room(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_killed_run_ends_as_a_calm_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_an_undisturbed_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
     words = [*WORDS, "optim.steps=40", "trainer.checkpoint_every=5"]
-    calm = train_here(*words, root=tmp_path / "calm")
-    rough = tmp_path / "rough"
-    rough.mkdir()
-    process = start("train", f"model.path={tiny_weights}", *ALONE, *words, cwd=rough)
-    wait_for_step(process, rough, 8)
+    whole = train_here(*words, root=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    process = start("train", f"model.path={tiny_weights}", *ALONE, *words, cwd=killed)
+    wait_for_step(process, killed, 8)
     process.send_signal(signal.SIGKILL)
     finish(process)
-    (folder,) = (rough / "outputs/s").glob("train_*")
+    (folder,) = (killed / "outputs/s").glob("train_*")
     assert result_of(folder)["status"] == "running"
     assert 5 <= last_step(folder) < 40, "killed too early or too late"
     (folder / "checkpoints/.last.ckpt.1").write_bytes(b"torn")  # what a kill in the middle of writing leaves
     at = last_step(folder)
     with little_room(20_000):
-        train_here(*words, "resume=true", root=rough, ok=False)
+        train_here(*words, "resume=true", root=killed, ok=False)
     reason = result_of(folder)["reason"]
     assert "could not be written" in reason and "the last one is kept: make room and give resume=true" in reason
     assert last_step(folder) == at
-    resumed = train_here(*words, "resume=true", root=rough)
+    resumed = train_here(*words, "resume=true", root=killed)
     assert resumed == folder and not (folder / "checkpoints").exists()
-    assert outcome(folder) == outcome(calm)
-    assert lasting(result_of(folder))["training"] == lasting(result_of(calm))["training"]
+    assert outcome(folder) == outcome(whole)
+    assert lasting(result_of(folder))["training"] == lasting(result_of(whole))["training"]
 
 
 @pytest.mark.slow
 def test_five_kills_at_random_steps(tiny_weights: Path, tmp_path: Path) -> None:
     words = [f"model.path={tiny_weights}", *ALONE, *WORDS, "optim.steps=120", "trainer.checkpoint_every=7"]
-    calm, rough = tmp_path / "calm", tmp_path / "rough"
-    for root in (calm, rough):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for root in (whole, killed):
         root.mkdir()
-    assert finish(start("train", *words, cwd=calm))[0] == 0
+    assert finish(start("train", *words, cwd=whole))[0] == 0
     draw = random.Random(time.time_ns())
     steps = sorted(draw.sample(range(2, 112, 2), 5))
     print("killed after steps", steps)
     for step in steps:
-        process = start("train", *words, "resume=true", cwd=rough)
-        wait_for_step(process, rough, step)
+        process = start("train", *words, "resume=true", cwd=killed)
+        wait_for_step(process, killed, step)
         time.sleep(draw.random() / 20)
         process.send_signal(signal.SIGKILL)
         finish(process)
-    assert finish(start("train", *words, "resume=true", cwd=rough))[0] == 0
-    (folder,), (calm_folder,) = ((root / "outputs/s").glob("train_*") for root in (rough, calm))
-    assert outcome(folder) == outcome(calm_folder)
+    assert finish(start("train", *words, "resume=true", cwd=killed))[0] == 0
+    (folder,), (whole_folder,) = ((root / "outputs/s").glob("train_*") for root in (killed, whole))
+    assert outcome(folder) == outcome(whole_folder)
 
 
 class _Killer:
