@@ -180,7 +180,7 @@ def test_a_missing_final_norm_is_made_up(model: Lavida, folder: Path) -> None:
 
 
 def test_no_code_of_a_checkpoint_is_run(model: Lavida, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """auto_map, a tokenizer class of its own and Python files in the folder are dead letters."""
+    """auto_map, a tokenizer class of its own and Python files in the folder are ignored."""
     evil = "import pathlib\npathlib.Path(__file__).with_suffix('.ran').touch()\nclass Model: pass\nclass Tokens: pass\n"
     (folder / "modeling_evil.py").write_text(evil)
     edit_config(folder, auto_map={"AutoConfig": "modeling_evil.Model", "AutoModel": "modeling_evil.Model"})

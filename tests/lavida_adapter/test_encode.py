@@ -192,7 +192,7 @@ def test_newlines_are_the_models_own_vector() -> None:
 GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "single_512", "fovea")
 
 
-def gate(geometry: Geometry, **knobs: Any) -> ShirgSelector:
+def shirg(geometry: Geometry, **knobs: Any) -> ShirgSelector:
     coarse = {"size": 1, "source": "global" if geometry in ("fovea", "lavida_tiles") else "canvas"}
     return ShirgSelector(**{"budget": 10, "geometry": geometry, "scaffold": coarse, **knobs})
 
@@ -201,7 +201,7 @@ def gate(geometry: Geometry, **knobs: Any) -> ShirgSelector:
 def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
     model = tiny_model()
     images, questions = [picture((40, 40)), picture((100, 26))], ["what is it", "which one"]
-    selectors: list[Selector] = [gate(geometry), Random(budget=10, geometry=geometry)]
+    selectors: list[Selector] = [shirg(geometry), Random(budget=10, geometry=geometry)]
     for selector in selectors:
         prefix = model.encode(images, questions, selector, relevance=LmEmbed())
         for selection, count in zip(prefix.selections, prefix.n_visual, strict=True):
@@ -210,7 +210,7 @@ def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
             assert selection.source_BT[0, selection.mask_BT[0]].unique().tolist() in ([0, 1], [0])
     base = model.encode(images, questions, Pooled()).n_visual
     short = {} if geometry in SINGLE_VIEW else {"underflow": "mask"}  # a view without padding is never short of tokens
-    matched = model.encode(images, questions, gate(geometry, budget="matched", **short), relevance=LmEmbed())
+    matched = model.encode(images, questions, shirg(geometry, budget="matched", **short), relevance=LmEmbed())
     assert all(n <= b for n, b in zip(matched.n_visual, base, strict=True))
     if geometry in SINGLE_VIEW:
         cells = {"single_672": 25, "single_512": 16}[geometry]
@@ -236,7 +236,7 @@ def test_the_prefix_cache_is_exact(geometry: Geometry, knobs: dict[str, Any]) ->
     """Answer states behind the cache equal those of one pass in which the prompt does not see the answer."""
     model = tiny_model()
     knobs = {name: value for name, value in knobs.items() if name != "underflow" or geometry not in SINGLE_VIEW}
-    prefix = model.encode([picture((30, 22))], ["which one"], gate(geometry, **knobs), relevance=LmEmbed())
+    prefix = model.encode([picture((30, 22))], ["which one"], shirg(geometry, **knobs), relevance=LmEmbed())
     answer = model.lm.wte(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():
         cache = model.prefill(prefix)
@@ -252,12 +252,12 @@ def test_the_prefix_cache_is_exact(geometry: Geometry, knobs: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("geometry", ["lavida_tiles", *GEOMETRIES])
-def test_lora_learns_through_the_gate(geometry: Geometry) -> None:
+def test_lora_learns_through_the_selector(geometry: Geometry) -> None:
     model = tiny_model()
     layer = "vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
     add_lora(model, LoraConfig(rank=2, targets=("mm_projector.{0,2}", layer)))
     wide = {"size": 2, "source": "global" if geometry in ("fovea", "lavida_tiles") else "canvas"}
-    selector = gate(geometry, scaffold=wide, budget=12)
+    selector = shirg(geometry, scaffold=wide, budget=12)
     adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert len(adapters) == 6 and all(p.requires_grad == (n in adapters) for n, p in model.named_parameters())
     optimiser = torch.optim.SGD(adapters.values(), lr=1.0)
@@ -274,7 +274,7 @@ def test_lora_learns_through_the_gate(geometry: Geometry) -> None:
 def test_kept_tokens_are_the_towers_own() -> None:
     model = tiny_model()
     image = picture((40, 40))
-    selection = model.encode([image], ["which"], gate("single_672"), relevance=LmEmbed()).selections[0]
+    selection = model.encode([image], ["which"], shirg("single_672"), relevance=LmEmbed()).selections[0]
     states = model.model.vision_tower(cut(image, model.config, "single_672").pixels_V3SS)[0][0]
     used = selection.source_BT[0] == int(Source.KEPT)
     assert torch.allclose(selection.tokens_BTD[0, used], states[selection.index_BT[0, used]], atol=1e-6)

@@ -92,7 +92,7 @@ def test_float32_ranks_like_float64_or_steps_back(seed: int) -> None:
 
 
 @pytest.mark.parametrize(("scale", "least"), [(0.02, 0), (1.0, 28), (8.0, 28)])
-def test_small_probabilities_are_told_apart_in_float32(scale: float, least: int) -> None:
+def test_small_probabilities_rank_in_float32(scale: float, least: int) -> None:
     """A large vocabulary makes all of them small; what counts is how they compare."""
     clear = 0
     for seed in range(32):
@@ -119,7 +119,7 @@ def table(ids_BA: Tensor) -> Tensor:
     return LOGITS.expand(len(ids_BA), -1, -1)
 
 
-def lively(ids_BA: Tensor, seed: int = 0) -> Tensor:
+def dependent(ids_BA: Tensor, seed: int = 0) -> Tensor:
     """Logits that depend on every token of their own row, and on nothing else."""
     embed, mix = noise(W, 16, seed=seed), noise(16, 16, seed=seed + 1)
     x = embed[ids_BA] + 0.3 * noise(64, 16, seed=seed + 2)[: ids_BA.shape[1]]
@@ -173,7 +173,7 @@ def test_random_remasking_is_random_order_but_not_random_tokens() -> None:
 
 
 def test_blocks_are_finished_from_left_to_right() -> None:
-    _, forwards, history = run(lively, max_new_tokens=12, block_length=4)
+    _, forwards, history = run(dependent, max_new_tokens=12, block_length=4)
     assert forwards == 12
     for step, places in enumerate(committed(history)):
         assert len(places) == 1
@@ -197,7 +197,7 @@ def test_step_counts(knobs: dict[str, Any], counts: list[int] | None) -> None:
     if counts is None:
         block, s = knobs.get("block_length", 12), 4 if "step_per_block" in knobs else 3
         counts = tokens_per_step(block, s, knobs["schedule"], knobs.get("shift", 1 / 3)) * (12 // block)
-    ids, forwards, history = run(lively, max_new_tokens=12, **knobs)
+    ids, forwards, history = run(dependent, max_new_tokens=12, **knobs)
     assert [len(places) for places in committed(history)] == counts
     assert forwards == len(counts) and not (ids == MASK).any()
     for before, after in pairwise(history):  # committed tokens never change
@@ -206,7 +206,7 @@ def test_step_counts(knobs: dict[str, Any], counts: list[int] | None) -> None:
 
 def test_infilling_keeps_frozen_tokens_and_fills_the_holes() -> None:
     draft = (3, MASK, 1, MASK, MASK, 2)
-    ids, forwards, history = run(lively, max_new_tokens=8, draft=draft)
+    ids, forwards, history = run(dependent, max_new_tokens=8, draft=draft)
     assert forwards == 5
     assert [history[0][0, i].item() for i in (0, 2, 5)] == [3, 1, 2]
     assert [ids[0, i].item() for i in (0, 2, 5)] == [3, 1, 2]
@@ -215,10 +215,10 @@ def test_infilling_keeps_frozen_tokens_and_fills_the_holes() -> None:
 
 def test_a_finished_block_is_skipped() -> None:
     """Its tokens are frozen, so the steps belong to the other blocks alone."""
-    ids, forwards, _ = run(lively, max_new_tokens=8, block_length=4, draft=(1, 2, 3, 4))
+    ids, forwards, _ = run(dependent, max_new_tokens=8, block_length=4, draft=(1, 2, 3, 4))
     assert forwards == 4
     assert ids[0, :4].tolist() == [1, 2, 3, 4]
-    ids, forwards, history = run(lively, max_new_tokens=4, draft=(1, 2, 3, 4))
+    ids, forwards, history = run(dependent, max_new_tokens=4, draft=(1, 2, 3, 4))
     assert (ids.tolist(), forwards, history) == ([[1, 2, 3, 4]], 0, [])
 
 
@@ -245,9 +245,9 @@ def test_rows_are_independent_of_their_batch_mates() -> None:
     rows = torch.full((3, 6), MASK)
     rows[1, :2] = torch.tensor([3, 1])
     rows[2, 1:] = 4
-    together, forwards, taken, history = denoise(at(lively), rows, config, MASK)
+    together, forwards, taken, history = denoise(at(dependent), rows, config, MASK)
     for i, n_masks in enumerate((6, 4, 1)):
-        alone, steps, _, own = denoise(at(lively), rows[i : i + 1], config, MASK)
+        alone, steps, _, own = denoise(at(dependent), rows[i : i + 1], config, MASK)
         counts = tokens_per_step(n_masks, 3, "shift")
         assert together[i].tolist() == alone[0].tolist()
         assert steps == taken[i] == len(counts)
@@ -279,9 +279,9 @@ def test_a_threshold_counts_for_each_row_alone() -> None:
     config = DecodeConfig(max_new_tokens=6, threshold=0.5)
     rows = torch.full((2, 6), MASK)
     rows[1, :4] = 2
-    together, _, steps, _ = denoise(at(lively), rows, config, MASK)
+    together, _, steps, _ = denoise(at(dependent), rows, config, MASK)
     for i in range(2):
-        alone, _, taken, _ = denoise(at(lively), rows[i : i + 1], config, MASK)
+        alone, _, taken, _ = denoise(at(dependent), rows[i : i + 1], config, MASK)
         assert together[i].tolist() == alone[0].tolist() and [steps[i]] == taken
 
 

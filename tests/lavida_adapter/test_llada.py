@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.llada import Llada, RMSNorm, attend, attention_mask, rotary_angles, rotate
+from lavida_adapter.llada import Llada, RMSNorm, attend, attention_mask
 from lavida_adapter.relevance import LmEmbed
 from shirg import ShirgSelector
 from tests.lavida_adapter.dense import dense, may_see
@@ -27,22 +27,6 @@ def qkv(kv_heads: int, keys: int = 6) -> tuple[Tensor, Tensor, Tensor]:
 def test_sdpa_equals_math(kv_heads: int, mask: Tensor | None) -> None:
     q, k, v = qkv(kv_heads)
     torch.testing.assert_close(attend(q, k, v, mask), attend(q, k, v, mask, "math"), rtol=0, atol=1e-5)
-
-
-def test_math_is_softmax_attention_over_the_keys_that_may_be_seen() -> None:
-    q, k, v = qkv(2)
-    out = attend(q, k, v, attention_mask(PADDED_KEYS, None), "math")
-    for b, head, row in ((0, 0, 0), (0, 3, 5), (1, 2, 1)):
-        n = int(PADDED_KEYS[b].sum())
-        weight = torch.softmax(k[b, head // 2, :n] @ q[b, head, row] / 8**0.5, dim=0)
-        torch.testing.assert_close(out[b, head, row], weight @ v[b, head // 2, :n], rtol=0, atol=1e-5)
-
-
-def test_attention_mask_without_pictures_is_the_padding_of_the_keys() -> None:
-    assert attention_mask(None, None) is None
-    mask = attention_mask(PADDED_KEYS, None)
-    assert mask is not None
-    assert torch.equal(mask, PADDED_KEYS[:, None, None, :])
 
 
 @pytest.mark.parametrize("padding", [None, PADDED_KEYS])
@@ -170,20 +154,6 @@ def test_explicit_positions(lm: Llada) -> None:
     shifted = lm(x, positions_BL=torch.arange(P)[None] + 17)
     torch.testing.assert_close(shifted, lm(x), rtol=0, atol=2e-5)
     assert (lm(x, positions_BL=2 * torch.arange(P)[None]) - lm(x)).abs().max() > 1e-2
-
-
-def test_rotation_keeps_lengths_and_pairs_first_with_second_half() -> None:
-    cos, sin = rotary_angles(torch.tensor([[3]]), 8, 10_000.0)
-    x = torch.zeros(1, 1, 1, 8)
-    x[..., 1] = 2.0
-    angle = torch.tensor(3 * 10_000.0 ** (-2 / 8))
-    expected = torch.zeros(8)
-    expected[1], expected[5] = 2 * angle.cos(), 2 * angle.sin()
-    torch.testing.assert_close(rotate(x, cos, sin)[0, 0, 0], expected)
-    back = torch.zeros(1, 1, 1, 8)
-    back[..., 5] = 2.0
-    expected[1], expected[5] = -2 * angle.sin(), 2 * angle.cos()
-    torch.testing.assert_close(rotate(back, cos, sin)[0, 0, 0], expected)
 
 
 def test_the_norm_casts_back_before_its_weight() -> None:

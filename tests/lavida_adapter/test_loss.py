@@ -328,7 +328,7 @@ def test_alignment_reaches_the_projector_and_not_the_words() -> None:
     assert {n for n, g in gradients.items() if g.abs().max() > 0} == {"model.mm_projector.2.lora_B.default.weight"}
 
 
-def test_prompts_of_one_picture_or_one_question_are_not_told_apart() -> None:
+def test_prompts_of_one_picture_or_one_question_are_no_negatives() -> None:
     model = tiny_model()
     twice = [IMAGES[0], IMAGES[0], IMAGES[1]]
     _, tally = run_with(model, Pooled(), three(twice), alignment=1.0)

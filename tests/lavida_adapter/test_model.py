@@ -85,10 +85,10 @@ def test_without_a_cache_image_first_still_keeps_the_picture_to_itself() -> None
 
 def test_another_question_keeps_other_tokens_only_where_relevance_reads_it() -> None:
     model = tiny_model()
-    gate = ShirgSelector(budget=40, scaffold={"size": 0})
+    selector = ShirgSelector(budget=40, scaffold={"size": 0})
 
     def kept(question: str, relevance: Relevance) -> list[int]:
-        chosen = model.encode([picture((40, 40))], [question], gate, relevance=relevance).selections[0]
+        chosen = model.encode([picture((40, 40))], [question], selector, relevance=relevance).selections[0]
         index: list[int] = chosen.index_BT[0].tolist()
         return index
 

@@ -90,7 +90,7 @@ def test_joining_several_pictures() -> None:
 
 @pytest.mark.parametrize("question", TRICKS)
 def test_a_question_stays_a_question(words: PreTrainedTokenizerFast, question: str) -> None:
-    """Nobody can end a turn, mask a token or add a picture by writing so in a question."""
+    """A question cannot end a turn, mask a token or add a picture."""
     plain = prompt_ids(words, "hm", CONFIG)
     ids = prompt_ids(words, question, CONFIG)
     control = set(words.convert_tokens_to_ids([t for t in words.get_added_vocab() if t.startswith("<|")]))

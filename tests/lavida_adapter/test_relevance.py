@@ -193,7 +193,7 @@ def test_of_one_token_it_is_siglips_own_similarity(provider: SiglipText) -> None
             assert float(found[0, i]) == pytest.approx(float(torch.cosine_similarity(pooled, text)), abs=1e-5)
 
 
-def test_views_are_strangers_and_questions_matter(provider: SiglipText) -> None:
+def test_views_are_independent_and_questions_matter(provider: SiglipText) -> None:
     model = model_of(provider)
     features = make_features((1, 2), side=3, sizes=[(40, 20)], tokens=noise(1, 27, 16))
     here = provider(features, asking(model, "digit red"))
@@ -206,10 +206,10 @@ def test_views_are_strangers_and_questions_matter(provider: SiglipText) -> None:
 
 def test_the_model_hands_over_questions_and_tower(provider: SiglipText) -> None:
     model = model_of(provider)
-    gate = ShirgSelector(budget=12, scaffold={"size": 0})
+    selector = ShirgSelector(budget=12, scaffold={"size": 0})
     image = picture((40, 40))
     first, second = (
-        model.encode([image], [question], gate, relevance=provider).selections[0].scores_BN
+        model.encode([image], [question], selector, relevance=provider).selections[0].scores_BN
         for question in ("digit red", "letter K")
     )
     assert first is not None and second is not None and not torch.equal(first, second)

@@ -25,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(*, lm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **own: Any) -> LavidaConfig:
-    """Torch's own initialisation and wide embeddings make the logits of random weights lively."""
+    """Torch's own initialisation and wide embeddings make the logits of random weights differ clearly."""
     words = tokenizer()
     small = LladaConfig(
         d_model=32,
