@@ -77,16 +77,16 @@ class PictureEncoder:
     ) -> list[tuple[int, Tensor, Selection]]:
         """Number, tokens [n, D] and selection of the prompts `rows`, whose pictures have one layout."""
         pictures = list(dict.fromkeys(picture_of[i] for i in rows))
-        place = [pictures.index(picture_of[i]) for i in rows]
-        # One selection serves every prompt about a picture, if it depends on nothing else of the prompt.
+        picture_at = [pictures.index(picture_of[i]) for i in rows]
+        # One selection serves all prompts about a picture, if it depends on nothing else of the prompt.
         shared = is_shared(self.selector, self.relevance)
-        asking = [rows[place.index(e)] for e in range(len(pictures))] if shared else rows
+        asking = [rows[picture_at.index(e)] for e in range(len(pictures))] if shared else rows
         asked_about = [pictures.index(picture_of[i]) for i in asking]
         group = PictureGroup([encoded[e] for e in pictures], asked_about, self.model.model.mm_projector)
         features = self._features(group, prompts, asking)
         selection, tokens_BTD = select(features, group, self.selector, self.timer)
         found = []
-        for i, j in zip(rows, place if shared else range(len(rows)), strict=True):
+        for i, j in zip(rows, picture_at if shared else range(len(rows)), strict=True):
             row = _row(selection, j)
             found.append((i, picture_block(row, tokens_BTD[j], self.model.model.image_newline), row))
         return found
