@@ -86,7 +86,7 @@ class Part:
 PARTS = {
     "selectors": Part(
         "selectors",
-        "every selector, beside a naive twin of SHIRG-980 and the vision tower",
+        "every selector, beside a naive implementation of SHIRG-980 and the vision tower",
         {"dtype": "float32", "batch": "1,4", "repeats": "15", "only": None},
     ),
     "train": Part(
@@ -96,7 +96,7 @@ PARTS = {
     ),
     "decode": Part(
         "decode",
-        "prefill and denoising steps, beside a plain twin of the public reference and the physical floor",
+        "prefill and denoising steps, beside a plain implementation of the public reference and the device's floor",
         {
             "model": "bench_small",
             "prompt": "1050",

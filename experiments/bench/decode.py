@@ -1,4 +1,4 @@
-"""How long an answer takes: prefill and denoising steps of each engine, beside a plain twin of the public reference."""
+"""How long an answer takes: prefill and denoising steps of each engine, beside the public reference."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ def measure(
     engines: Sequence[str],
     repeats: int,
 ) -> BenchResult:
-    """The plain twin first, then each engine; all in one process, one after the other."""
+    """The plain implementation of the public reference first, then each engine, one after the other in one process."""
     from lavida_adapter import DecodeConfig
     from lavida_adapter.llada import kernel_of
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KEPT = 980
 """Tokens that the selector keeps of every picture, whatever its size."""
 STAGES = ("select", "prefill", "plain prefill", "step")
-"""Stages that are timed; "plain prefill" is the plain twin's."""
+"""Stages that are timed; "plain prefill" is that of the plain implementation in experiments.bench.reference."""
 DRAWN = ("select", "prefill", "step")
 """Stages of the figure."""
 COLUMNS: Columns = {
@@ -110,7 +110,7 @@ def loglog_figure(tokens: Sequence[int], series: Mapping[str, Sequence[float]]) 
 
 
 def time_lm(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) -> dict[str, Timing]:
-    """Prefill and one step over a prompt of `n` tokens, and the plain twin's prefill."""
+    """Prefill and one step over a prompt of `n` tokens, and the plain prefill."""
     from lavida_adapter.engine import DecodeSteps
 
     lm, embeds, device = model.lm, prompt_embeds(model, batch, n), model.device

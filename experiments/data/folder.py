@@ -1,4 +1,4 @@
-"""`data=folder`: anybody's pictures, with one question a line in metadata.jsonl."""
+"""`data=folder`: your own pictures, with one question a line in metadata.jsonl."""
 
 import json
 from collections import Counter

@@ -48,7 +48,7 @@ def tables() -> dict[str, Any]:
 
 
 def _punctuation(text: str) -> str:
-    """Deletes marks that stand next to a space, and all marks if a comma splits a number; others become spaces."""
+    """Deletes marks that are next to a space, and all marks if a comma splits a number; others become spaces."""
     out = text
     for mark in tables()["punctuation"]:
         alone = f"{mark} " in text or f" {mark}" in text or _COMMA_IN_NUMBER.search(text) is not None

@@ -21,10 +21,10 @@ from experiments.schema import CONF
 from shirg import UserError
 
 
-def grid(**knobs: Any) -> EntityGrid:
+def grid(**options: Any) -> EntityGrid:
     file = OmegaConf.to_container(OmegaConf.load(CONF / "data" / "entitygrid.yaml"))
     assert isinstance(file, dict)
-    return EntityGrid(**{str(k): v for k, v in (file | knobs).items() if k != "_target_"})
+    return EntityGrid(**{str(k): v for k, v in (file | options).items() if k != "_target_"})
 
 
 def samples(data: Dataset) -> list[Sample]:

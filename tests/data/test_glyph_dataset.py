@@ -53,16 +53,6 @@ def test_ids_mean_the_same_sample_whatever_else_is_in_the_set() -> None:
         assert by_id[alone[i].id].load_image().tobytes() == alone[i].load_image().tobytes()
 
 
-def test_splits_and_seeds_share_no_picture() -> None:
-    pictures = [
-        SynthGlyphs(split=split, n=5, density="sparse", seed=seed, qa_per_image=1)[i].load_image().tobytes()
-        for split in ("train", "val", "test")
-        for seed in (0, 1)
-        for i in range(5)
-    ]
-    assert len(set(pictures)) == 30
-
-
 def test_the_box_is_where_the_evidence_is() -> None:
     """The colour that is asked for, or answered, fills part of the box."""
     data = SynthGlyphs(split="test", n=60, density="sparse")

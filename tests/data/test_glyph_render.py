@@ -72,7 +72,7 @@ def test_glyphs_move_about_in_their_cells() -> None:
     assert set(first_col.ravel()) == {0, 1, 2, 3}
 
 
-def test_shapes_are_big_dim_and_told_apart_by_area() -> None:
+def test_shapes_are_big_dim_and_differ_in_area() -> None:
     area = {}
     for kind in (1, 2, 3):
         picture = render(scene_with(shapes=(BigShape(kind=kind, colour=1, row=4, col=8),)))

@@ -38,10 +38,7 @@ def test_scenes_are_pinned() -> None:
     assert draw_patchwork(0, 3).digest == 8149727906803916511
 
 
-def test_a_scene_depends_on_its_arguments_alone() -> None:
-    first = [draw_scene(0, "test", i, "dense") for i in range(6)]
-    again = [draw_scene(0, "test", i, "dense") for i in reversed(range(6))][::-1]
-    assert [(s.digest, s.look, s.shapes) for s in first] == [(s.digest, s.look, s.shapes) for s in again]
+def test_every_argument_changes_the_scene() -> None:
     arguments = [(0, "test", 0, "dense"), (1, "test", 0, "dense"), (0, "test", 1, "dense"), (0, "val", 0, "dense")]
     assert len({draw_scene(*a).digest for a in arguments}) == len(arguments)
 
@@ -130,7 +127,7 @@ def test_digits_fill_whole_pooling_blocks() -> None:
         assert sorted(in_block[in_block > 0]) == [4, 4]
 
 
-def test_letters_stand_in_crowded_blocks() -> None:
+def test_letters_are_in_crowded_blocks() -> None:
     shares = Counter[int]()
     for index in range(60):
         s = draw_scene(0, "train", index, "sparse")

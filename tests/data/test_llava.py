@@ -59,8 +59,8 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-def load(path: Path, **knobs: Any) -> Llava:
-    return Llava(json=path, images=path.parent / "images", **knobs)
+def load(path: Path, **options: Any) -> Llava:
+    return Llava(json=path, images=path.parent / "images", **options)
 
 
 @pytest.mark.parametrize("lines", [False, True])

@@ -32,8 +32,8 @@ PINNED = {
 each_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-def samples(family: type[SynthTask], n: int = 48, **knobs: object) -> list[Sample]:
-    data = family(**{"split": "test", "n": n, "density": "sparse,dense", **knobs})  # type: ignore[arg-type]
+def samples(family: type[SynthTask], n: int = 48, **options: object) -> list[Sample]:
+    data = family(**{"split": "test", "n": n, "density": "sparse,dense", **options})  # type: ignore[arg-type]
     return [data[i] for i in range(n)]
 
 

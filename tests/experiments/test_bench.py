@@ -59,7 +59,7 @@ def test_a_table_shows_the_rows_of_the_report() -> None:
     assert table.to_dict("list") == {"name": ["a", "b"], "n": ["3", "-"], "ms": ["-", "1.2"], "x": ["-", "-"]}
 
 
-def test_every_selector_is_timed_beside_the_twin_and_the_tower() -> None:
+def test_every_selector_is_timed_beside_the_naive_one_and_the_tower() -> None:
     names = selectors.everything()
     assert {path.stem for path in (CONF / "selector").glob("*.yaml")} < set(names) and "topv scope=global" in names
     measured = selectors.measure(TOY, names, CPU, torch.float32, [1, 2], repeats=3)
@@ -80,7 +80,7 @@ def test_every_selector_is_timed_beside_the_twin_and_the_tower() -> None:
     assert "float32" in title and len(table) == 1 + 1 + 3 + len(rows) and len({len(line) for line in table}) == 1
 
 
-def test_decode_has_the_twin_first_and_says_when_ids_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_compares_every_engine_with_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(lm={"n_layers": 3})
     measured = decode.measure("bench_small", model, 40, 8, 4, 2, ["eager"], repeats=2)
     report = measured.report

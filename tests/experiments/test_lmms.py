@@ -99,7 +99,7 @@ def test_tokens_are_ranked_by_the_question_alone_where_it_is_known(answerer: Ans
     assert [a.text for a in answerer.answer(other)] != [a.text for a in answerer.answer(asked)]
 
 
-def test_transparent_pictures_stand_on_white(answerer: Answerer) -> None:
+def test_transparent_pictures_become_white(answerer: Answerer) -> None:
     clear = [LmmsRequest(r.id, r.prompt, [r.visuals[0].convert("RGBA")], r.options, r.question) for r in requests()]
     assert answerer.answer(clear) == answerer.answer(requests())
 

@@ -1,7 +1,7 @@
 """`data=synth_chart`: a dot plot in four panels; each of eight series has one bar, and its height is its value.
 
 A panel is a quarter of the picture and its scale goes from 10 at its bottom to 90 at its top, so that a cell is worth
-10 and a quarter of a cell 2.5. Bars stand four to a pooling block.
+10 and a quarter of a cell 2.5. There are four bars in a pooling block.
 """
 
 from collections.abc import Mapping

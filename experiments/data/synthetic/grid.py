@@ -1,7 +1,7 @@
 """`data=synth_grid`: four boards of 8x8 squares with small coloured marks; where a mark is, and how many there are.
 
-A mark is asked for by colour and kind together, and marks that share only one of them stand next to it. Squares have
-the names of a chessboard's, "a1" at the lower left of each board; marks never lie across two boards.
+A mark is asked for by colour and kind together, and marks that share only one of them are next to it. Squares have the
+names of a chessboard's, "a1" at the lower left of each board; no mark is on two boards.
 """
 
 from collections import defaultdict

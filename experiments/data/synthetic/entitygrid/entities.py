@@ -114,7 +114,7 @@ def foils(entity: Entity, split: str, n: int) -> list[Entity]:
 
 
 def _strings(split: str) -> Iterator[str]:
-    """Strings that hash into the split; a letter stands first, so that none is a number."""
+    """Strings that hash into the split; a letter comes first, so that none is a number."""
     draw = random.Random("entities|string")
     low, high = SPLITS[split]
     while True:
