@@ -88,9 +88,8 @@ def _run_once(main: Callable[[], Any], jobs: Session) -> None:
 
 
 def _submits(words: Sequence[str]) -> bool:
-    """Whether a command line starts a sweep on SLURM; with another flag, --cfg for example, it only prints."""
-    flags = {word for word in words if word.startswith("-")}
-    return "hydra/launcher=slurm" in words and bool(flags) and flags <= {"-m", "--multirun"}
+    """Whether a command line starts a sweep on SLURM."""
+    return "hydra/launcher=slurm" in words and bool({"-m", "--multirun"} & set(words))
 
 
 def _is_of_submitit(error: RuntimeError) -> bool:

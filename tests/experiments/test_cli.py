@@ -158,7 +158,7 @@ def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.Monk
     ended = command("eval", "-m", "hydra/launcher=slurm", "selector=pooled,full")
     assert ended.code == 1 and ended.err[-1].startswith("error: hydra/launcher=slurm: there is no srun on this machine")
     assert not (tmp_path / "outputs").exists()
-    ended = command("eval", "-m", "hydra/launcher=slurm", "selector=pooled,full", "--cfg", "hydra")
+    ended = command("eval", "hydra/launcher=slurm", "--cfg", "hydra")
     assert ended.code == 0 and "SlurmLauncher" in ended.out
 
 
