@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments import cli
 from experiments.build import resolve_budget
 from experiments.errors import ConfigError, is_user_error
+from experiments.jobs.launchers import Session
 from shirg import MissingFileError
-from tests.experiments.conftest import ROOT, Command, finish, result_of, start
+from tests.experiments.conftest import ROOT, Command, result_of
 
 Eval = Callable[..., Path]
 OUTSIDE = """
@@ -67,11 +69,10 @@ def test_a_numpy_error_in_a_picture_is_a_bug_and_keeps_its_traceback(
         assert "Traceback" in trace and "return np.zeros(3) @ np.zeros(4)" in trace
 
 
-@pytest.mark.parametrize("workers", [0, 1])
 def test_the_same_sentence_raised_on_purpose_is_bad_input(
-    workers: int, outside: list[str], eval_here: Eval, capfd: pytest.CaptureFixture[str]
+    outside: list[str], eval_here: Eval, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = eval_here(*outside, "data._target_=outside.Refused", f"workers={workers}", ok=False)
+    folder = eval_here(*outside, "data._target_=outside.Refused", ok=False)
     assert result_of(folder)["reason"].startswith(NUMPY)
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: {NUMPY}")
@@ -146,12 +147,6 @@ def test_bad_folders_fail_their_own_jobs_and_no_other(
     assert (table.count("| failed "), table.count("| ok ")) == (4, 1)
 
 
-def test_a_bad_job_in_a_process_of_its_own(tiny_weights: Path, tmp_path: Path) -> None:
-    words = [f"model.path={tiny_weights}", "decode.max_new_tokens=16", "decode.block_length=3", "limit=1"]
-    code, _, err = finish(start("eval", *words, cwd=tmp_path))
-    assert code == 1 and len(err) == 1 and err[0].startswith("error: ") and "block_length" in err[0]
-
-
 def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without srun nothing is submitted, and no job begins."""
     monkeypatch.setattr("experiments.cli.shutil.which", lambda name: None)
@@ -162,15 +157,50 @@ def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.Monk
     assert ended.code == 0 and "SlurmLauncher" in ended.out
 
 
+def test_a_command_knows_nothing_of_the_one_before(command: Command, tiny_weights: Path) -> None:
+    words = (f"model.path={tiny_weights}", "selector=pooled", "shots=0", "study=s", "device=cpu")
+    assert command("eval", *words, "limit=0").code == 1
+    ended = command("eval", *words, "limit=2")
+    assert (ended.code, ended.err) == (0, []) and ended.out.count("table: outputs/s/table.md") == 1
+
+
+def test_errors_of_submitit_are_known_by_their_class(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message of a job that could not start is its traceback's last line; others of that name are bugs."""
+    errors = pytest.importorskip("submitit.core.utils")
+    monkeypatch.setattr("sys.argv", ["eval.py"])
+
+    class UncompletedJobError(RuntimeError):
+        pass
+
+    def run(error: Exception) -> Session:
+        def main() -> None:
+            raise error
+
+        jobs = Session()
+        cli._run_once(main, jobs)
+        return jobs
+
+    for bug in (UncompletedJobError("unfinished"), RuntimeError('Could not detect "srun"')):
+        with pytest.raises(type(bug)):
+            run(bug)
+    line = "-" * 40
+    assert run(errors.FailedJobError(f"job 7\n{line}\nTraceback\nImportError: no torch\n{line}\nsee log")).died == 1
+    assert capsys.readouterr().err == "error: a job could not start: ImportError: no torch\n"
+    assert run(errors.UncompletedJobError("job 7 has no output")).died == 1
+
+
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = (
-        "import runpy, sys; sys.argv = ['eval.py', '--help']; sys.path.insert(0, {root!r})\n"
-        "try: runpy.run_path({path!r}, run_name='__main__')\n"
-        "except SystemExit: pass\n"
-        "assert not {{'torch', 'transformers', 'lightning', 'numpy', 'PIL'}} & set(sys.modules)\n"
+    program = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "for name in ('eval', 'train'):\n"
+        f"    sys.argv = [f'{ROOT}/{{name}}.py', '--help']\n"
+        "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "    except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'lightning', 'numpy', 'PIL'} & set(sys.modules)\n"
     )
-    for name in ("eval", "train"):
-        program = code.format(root=str(ROOT), path=str(ROOT / f"{name}.py"))
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert "pooled" in done.stdout and "resume=true" in done.stdout
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("  pooled ") == 2 and done.stdout.count("resume=true") == 2
