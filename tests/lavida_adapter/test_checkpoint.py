@@ -5,9 +5,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -194,35 +197,19 @@ def test_no_code_of_a_checkpoint_is_run(model: Lavida, folder: Path, monkeypatch
 
 def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[str] = []
-    real = checkpoint.safe_open
+    real = checkpoint.open_tensors
 
-    class Counting:
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            self.file = real(*arguments, **keywords)
+    def counted(name: str, part: Any) -> Any:
+        mock = MagicMock(wraps=part)
+        mock.__getitem__.side_effect = lambda index: (reads.append(name), part[index])[1]
+        return mock
 
-        def __enter__(self) -> "Counting":
-            self.file.__enter__()
-            return self
+    @contextmanager
+    def opened(path: Path) -> Iterator[Any]:
+        with real(path) as file:
+            yield SimpleNamespace(keys=file.keys, get_slice=lambda name: counted(name, file.get_slice(name)))
 
-        def __exit__(self, *error: Any) -> None:
-            self.file.__exit__(*error)
-
-        def keys(self) -> list[str]:
-            return list(self.file.keys())
-
-        def get_slice(self, name: str) -> Any:
-            part = self.file.get_slice(name)
-
-            class Slice:
-                get_shape, get_dtype = part.get_shape, part.get_dtype
-
-                def __getitem__(self, index: Any) -> torch.Tensor:
-                    reads.append(name)
-                    return part[index]
-
-            return Slice()
-
-    monkeypatch.setattr(checkpoint, "safe_open", Counting)
+    monkeypatch.setattr(checkpoint, "open_tensors", opened)
     Lavida.from_pretrained(folder)
     assert sorted(reads) == sorted(load_file(folder / SINGLE))
 
