@@ -82,7 +82,7 @@ def paired_table(study: Path, group: str, option: str) -> pd.DataFrame:
 
 
 def _groups(systems: Sequence[RunGroup]) -> list[str]:
-    """Groups of questions in the systems' data; "" stands for questions without a group."""
+    """Groups of questions in the systems' data; "" means questions without a group."""
     scores = (system.scores(system.result["quality"]["metric"])[0] for system in systems)
     return list(dict.fromkeys(score.group for table in scores for score in table.values()))
 

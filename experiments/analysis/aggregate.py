@@ -145,7 +145,7 @@ class RunGroup:
 
 
 def group_runs(results: Mapping[Path, Result]) -> list[RunGroup]:
-    """All jobs, in their order; a job that is not finished stands alone, so that its failure stays visible."""
+    """All jobs, in their order; an unfinished job is a group of its own, so that its failure is shown."""
     groups: dict[str, list[Path]] = {}
     for folder, result in results.items():
         groups.setdefault(_key(result) if result["status"] == "ok" else folder.name, []).append(folder)

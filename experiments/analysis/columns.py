@@ -241,8 +241,8 @@ def _data(row: Row) -> str:
     return str(row["dataset"] or row["data"])
 
 
-def names(rows: Iterable[Row], start: str, end: str) -> list[str]:
-    """What stands between `start` and `end` in the keys that have a value in some row, in the rows' order."""
+def names_in_keys(rows: Iterable[Row], start: str, end: str) -> list[str]:
+    """What is between `start` and `end` in the keys with a value in some row, in the rows' order."""
     return list(
         dict.fromkeys(
             key[len(start) : -len(end)]
@@ -255,13 +255,13 @@ def names(rows: Iterable[Row], start: str, end: str) -> list[str]:
 
 def qualities(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
     """Title, row key and rows of each score: by subset where a dataset has some, the metrics where it has none."""
-    subsets = names(rows, "subset ", " mean")
+    subsets = names_in_keys(rows, "subset ", " mean")
     whole = [{} if any(row.get(f"subset {name} mean") is not None for name in subsets) else row for row in rows]
     metrics = dict.fromkeys(metric for row in whole for metric in row.get("metrics", "").split())
     return [
         *((name, f"subset {name}", list(rows)) for name in subsets),
         *((metric, metric, whole) for metric in metrics),
-        *((name, f"subtask {name}", whole) for name in names(whole, "subtask ", " mean")),
+        *((name, f"subtask {name}", whole) for name in names_in_keys(whole, "subtask ", " mean")),
     ]
 
 
@@ -280,7 +280,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
 
 def differences(rows: Sequence[Row]) -> list[str]:
     """Differences by group where there are groups; otherwise those over all samples, which would mix the groups."""
-    found = names(rows, "delta ", " mean")
+    found = names_in_keys(rows, "delta ", " mean")
     by_group = [name for name in found if not name.startswith("vs ")]
     return by_group or found
 

@@ -86,7 +86,7 @@ def deltas(system: RunGroup, other: RunGroup, name: str) -> Row:
 
 
 def column(group: str, name: str) -> str:
-    """What the columns of a difference begin with; no group stands for all samples."""
+    """The prefix of a difference's columns; an empty group means all samples."""
     return " ".join(filter(None, ("delta", group, "vs", name)))
 
 

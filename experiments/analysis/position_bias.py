@@ -98,11 +98,11 @@ def _too_many(row: SampleRow) -> bool:
 def _macro_f1(rows: Sequence[SampleRow]) -> float:
     """Macro F1 over the numbers that are the right answer of a row; every other answer counts as one extra class."""
     numbers = sorted({int(row["answers"][0]) for row in rows})
-    guesses = torch.tensor([_place_in(numbers, _number(row["prediction"])) for row in rows])
-    truths = torch.tensor([_place_in(numbers, int(row["answers"][0])) for row in rows])
+    guesses = torch.tensor([_class_of(numbers, _number(row["prediction"])) for row in rows])
+    truths = torch.tensor([_class_of(numbers, int(row["answers"][0])) for row in rows])
     scores = multiclass_f1_score(guesses, truths, num_classes=len(numbers) + 1, average="none")
     return float(scores[: len(numbers)].mean())
 
 
-def _place_in(numbers: Sequence[int], number: int | None) -> int:
+def _class_of(numbers: Sequence[int], number: int | None) -> int:
     return numbers.index(number) if number in numbers else len(numbers)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.analysis.aggregate import RunGroup, group_runs, merge_shards
-from experiments.analysis.columns import columns, differences, names, shared
+from experiments.analysis.columns import columns, differences, names_in_keys, shared
 from experiments.analysis.paired import BASELINE, compare_all
 from experiments.analysis.rows import Row, group_row, unequal
 from experiments.atomic_files import write_atomic
@@ -179,7 +179,7 @@ def legend(rows: Sequence[Row]) -> str:
 
 def _corpus_note(rows: Sequence[Row]) -> str:
     """What a corpus metric's numbers are, where there is one."""
-    named = names(rows, "", " ceiling")
+    named = names_in_keys(rows, "", " ceiling")
     if not named:
         return ""
     return f"{', '.join(named)}: times 100, as captioning papers print it, of a perfect predictor's."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from experiments.analysis.columns import headlines, names
+from experiments.analysis.columns import headlines, names_in_keys
 from experiments.analysis.table import read_table, records
 from experiments.errors import fail
 
@@ -30,7 +30,7 @@ def workspace(study: str, frame: pd.DataFrame, entity: str, project: str = PROJE
 
     rows = records(frame)
     quality = list(dict.fromkeys(f"quality.{_metric(key)}.mean" for _, key, _ in headlines(rows)))
-    stages = [stage for stage in names(rows, "", " ms") if stage != "total"]
+    stages = [stage for stage in names_in_keys(rows, "", " ms") if stage != "total"]
     total, tokens = "times.ms_per_sample.total", "tokens.visual.mean"
     summary = panels.SummaryMetric
     bars = [panels.BarPlot(title=name.removesuffix(".mean"), metrics=[summary(name)]) for name in quality]

@@ -117,7 +117,7 @@ def panels(n: int, across: int, height: float, *, share_y: bool = False) -> tupl
 
 
 def legend_columns(names: Sequence[str]) -> int:
-    """How many of the names stand side by side at paper width."""
+    """How many of the names fit side by side at paper width."""
     return max(1, min(4, LETTERS // (4 + max(map(len, names)))))
 
 

@@ -143,17 +143,17 @@ def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def side_by_side(panel: Axes, values: Sequence[float]) -> list[float]:
     """x positions; equal ones are moved apart by 1 to 2 % of the axis, together by at most 6 %."""
     axis = panel.get_xaxis_transform()
-    places = [float(axis.transform((value, 0))[0]) for value in values]
+    positions = [float(axis.transform((value, 0))[0]) for value in values]
     width = panel.bbox.width
     groups: dict[int, list[int]] = {}
-    for i, place in enumerate(places):
-        groups.setdefault(round(place / (0.005 * width)), []).append(i)
+    for i, position in enumerate(positions):
+        groups.setdefault(round(position / (0.005 * width)), []).append(i)
     for members in groups.values():
         step = min(0.022, 0.06 / max(1, len(members) - 1)) * width
         for number, i in enumerate(members):
-            places[i] += (number - (len(members) - 1) / 2) * step
+            positions[i] += (number - (len(members) - 1) / 2) * step
     inverse = axis.inverted()
-    return [float(inverse.transform((place, 0))[0]) for place in places]
+    return [float(inverse.transform((position, 0))[0]) for position in positions]
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -321,12 +321,12 @@ def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
     method = ""
     for number, views in enumerate(shown.values()):
         # One plane for all: the vision tower is the same, only the selection differs.
-        places_N2, method = plane(views[0][1])
+        position_N2, method = plane(views[0][1])
         row_axes = axes[number * across : (number + 1) * across]
         row_axes[0].set_ylabel(f"picture {number + 1}", fontsize=7)
         for panel, (label, tokens) in zip(row_axes, views, strict=False):
             for kept, tone, size in ((False, PALE, 2), (True, ACCENT, 5)):
-                part_K2 = places_N2[tokens.kept_N == kept]
+                part_K2 = position_N2[tokens.kept_N == kept]
                 panel.scatter(part_K2[:, 0], part_K2[:, 1], s=size, color=tone, linewidths=0)
             panel.set_title(label, fontsize=7)
             panel.set_xticks([])

@@ -46,7 +46,7 @@ if ($("table") !== null) {
     $("count").textContent = `${shown(all).length} of ${all.length} rows`;
     heads.forEach((head, column) => {
       const sign = Number(head.dataset.direction);
-      // Rows over a part of the samples stand in a second part and are never marked as best.
+      // Rows over a part of the samples are in a second part and never marked as best.
       for (const { rows } of sign ? parts.slice(0, 1) : []) {
         const values = shown(rows).map((row) => value(row, column)).filter((v) => v !== null);
         const top = Math.max(...values.map((v) => sign * v));

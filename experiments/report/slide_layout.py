@@ -118,7 +118,7 @@ class Slide:
         shape.width, shape.height = Emu(int(shape.width * scale)), Emu(int(shape.height * scale))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
-        """A plain table; the first column is wider, and the rows numbered in `bold` stand out."""
+        """A plain table; the first column is wider, and the rows numbered in `bold` are highlighted."""
         left, top, width, height = self.area
         row_height = min(TALLEST_ROW, height / (len(rows) + 1))
         # Headings may break between words, cells may not.
@@ -150,7 +150,7 @@ class Slide:
                 self._write(cell.text_frame, text, size, tone, bold=i == 0 or i - 1 in bold, align=align)
 
     def flow(self, steps: Sequence[tuple[str, str]], accent: int) -> None:
-        """Boxes from top to bottom, each with a remark on its right; the box numbered `accent` stands out."""
+        """Boxes from top to bottom, each with a remark on its right; the box numbered `accent` is highlighted."""
         left, top, width, height = self.area
         each = height / len(steps)
         for i, (name, remark) in enumerate(steps):

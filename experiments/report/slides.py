@@ -292,7 +292,7 @@ def failures(slides: Slides, facts: StudyFacts) -> None:
         rows = facts.answers(broken[:MOST_ROWS], facts.ours, facts.pooled)
         slide.table(["question", "expected", "answer", f"answer of {BASELINE}"], rows)
     else:
-        slide.remark("Nothing was broken.")
+        slide.remark(f"No answer was right with {BASELINE} and wrong here.")
 
 
 def roadmap(slides: Slides, facts: StudyFacts) -> None:

@@ -40,17 +40,3 @@ def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
     frame = paired_table(job.parent, "ablation", "none")
     assert frame["system"].tolist() == ["shirg", "shirg relevance_none"]
     assert frame["ablation"].tolist() == ["none", "relevance_none"]
-
-
-def test_a_bad_choice_is_one_sentence(eval_here: Eval, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    study = eval_here("selector=pooled", "limit=4").parent
-    capfd.readouterr()
-    for arguments, words in (
-        ([str(study), "adapter=own"], "no finished evaluation has adapter=own"),
-        ([str(study), "adapter"], "GROUP=OPTION"),
-        ([str(tmp_path / "absent"), "adapter=own"], "no finished evaluations in this folder"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        (line,) = capfd.readouterr().err.splitlines()
-        assert stop.value.code == 1 and words in line

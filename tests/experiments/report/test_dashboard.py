@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from experiments.analysis.table import read_table
-from experiments.report.dashboard import main, workspace
+from experiments.report.dashboard import workspace
 
 
 def test_a_workspace_is_made_without_the_network(study: Path) -> None:
@@ -17,15 +17,3 @@ def test_a_workspace_is_made_without_the_network(study: Path) -> None:
     for metric in ("quality.subsets.fine sparse.mean", "times.ms_per_sample.select", "tokens.visual.mean"):
         assert metric in wire
     assert f'"{study.name}"' in wire, "only this study's runs"
-
-
-def test_a_bad_command_is_one_sentence(study: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for arguments, words in (
-        ([str(study)], "give entity=NAME"),
-        ([str(study), "entity=us", "color=red"], "nothing else but project=NAME"),
-        ([str(tmp_path), "entity=us"], "there is no evaluated job in it"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            main(arguments)
-        (line,) = capfd.readouterr().err.splitlines()
-        assert stop.value.code == 1 and words in line

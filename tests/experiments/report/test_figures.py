@@ -2,17 +2,15 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 
-from experiments.analysis.table import collect, read_table
+from experiments.analysis.table import read_table
 from experiments.jobs.results import VERSION
 from experiments.report.figures import budget_curve, draw, frontier, training
 from experiments.report.publish import publish
 
-Eval = Callable[..., Path]
 FIGURES = {"pareto_latency", "pareto_tokens", "differences", "ablations", "budget_curve", "latency", "memory", "tokens"}
 
 
@@ -40,13 +38,17 @@ def test_the_frontier_is_what_no_other_point_beats_on_both() -> None:
     assert frontier(points) == [(1.0, 20.0), (2.0, 60.0), (4.0, 90.0)]
 
 
-def test_curves_are_named_by_what_tells_them_apart(eval_here: Eval) -> None:
-    for selector in ("random", "shirg"):
-        for budget in ("20", "40"):
-            job = eval_here(f"selector={selector}", f"budget={budget}", "data.n=24", "shots=0")
-    figure = budget_curve(collect(job.parent))
-    assert figure is not None
-    assert [text.get_text() for text in figure.figure.legends[0].get_texts()] == ["random", "shirg"]
+def test_curves_are_named_by_what_tells_them_apart() -> None:
+    share = {"dataset": "d", "metric": "m", "metrics": "m", "note": "", "m mean": 0.5, "m low": 0.4, "m high": 0.6}
+    rows = [
+        share | {"selector": selector, "changes": "data.n=24", "visual tokens mean": tokens}
+        for selector in ("random", "shirg")
+        for tokens in (40.0, 20.0)
+    ]
+    drawn = budget_curve(rows)
+    assert drawn is not None
+    assert [text.get_text() for text in drawn.figure.legends[0].get_texts()] == ["random", "shirg"]
+    assert drawn.figure.axes[0].lines[0].get_xdata().tolist() == [20.0, 40.0]
 
 
 def test_a_study_of_trainings_alone_shows_their_curves(tmp_path: Path) -> None:

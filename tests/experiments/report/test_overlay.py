@@ -19,35 +19,6 @@ def test_the_command_draws(tiny_weights: Path, tmp_path: Path, capfd: pytest.Cap
         assert drawn.width == 14 + 4 * (448 + 14)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["question=x"], "image has no value; give image=..."),
-        (["image=IMAGE"], "question has no value; give question=..."),
-        (["image=absent.png", "question=x"], "image=absent.png: there is no such file"),
-        (["image=IMAGE", "question=x", "shirg"], "shirg: give key=value"),
-        (
-            ["image=IMAGE", "question=x", "selector=foo"],
-            "selector=foo: there is no such option; choose one of",
-        ),
-        (["image=IMAGE", "question=x", "selector=random", "selector.foo=1"], "selector.foo: selector=random has no"),
-        (["image=IMAGE", "question=x", "bugdet=3"], "bugdet: there is no such key"),
-        (["image=IMAGE", "question=x", "boxes=[[1,2,3]]"], "boxes=[[1,2,3]]: give [[x0,y0,x1,y1],...]"),
-        (["image=IMAGE", "question=x", "out=panels.txt"], "out=panels.txt: give a name that ends in .png"),
-    ],
-)
-def test_bad_input_is_one_sentence(
-    arguments: list[str], sentence: str, tmp_path: Path, tiny_weights: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    Image.new("RGB", (90, 60)).save(tmp_path / "picture.png")
-    arguments = [argument.replace("IMAGE", str(tmp_path / "picture.png")) for argument in arguments]
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "model=tiny", f"model.path={tiny_weights}"])
-    assert stop.value.code == 1
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ") and sentence in line
-
-
 @pytest.mark.parametrize("text", ["[[0, 0, 2, 1]]", "[[0.5, 0, 0.5, 1]]", "3", "[[0,0,1,null]]"])
 def test_boxes_lie_in_the_picture(text: str) -> None:
     with pytest.raises(ValueError, match="boxes="):

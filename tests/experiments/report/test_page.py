@@ -75,9 +75,9 @@ def test_the_page_loads_nothing_and_shows_everything(eval_here: Eval) -> None:
 
 
 def test_rows_over_a_part_stand_apart_and_are_in_no_figure(eval_here: Eval) -> None:
-    for few in ((), ("limit=8",)):
+    for few in ((), ("limit=6",)):
         for selector in ("pooled", "random"):
-            study = eval_here(f"selector={selector}", "data.n=24", "shots=0", *few).parent
+            study = eval_here(f"selector={selector}", "data.n=12", "shots=0", *few).parent
     publish(study)
     page = (study / "report.html").read_text()
     whole, limited = re.findall(r"<tbody>(.*?)</tbody>", page.split('<table id="table"')[1], flags=re.DOTALL)[:2]

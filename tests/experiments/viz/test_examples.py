@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from experiments.data.sample import Sample
+from experiments.jobs.results import SHOTS, SampleRow
 from experiments.viz.examples import load_examples, pick_examples, printable
 
 Eval = Callable[..., Path]
@@ -35,8 +36,9 @@ def test_examples_take_kinds_of_question_in_turn_and_new_pictures_first() -> Non
 def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:
     shown = []
     for selector in ("full", "random"):
-        job = eval_here(f"selector={selector}", "limit=60", "shots=5")
-        shown.append([example.record["id"] for example in load_examples(job / "shots")])
+        job = eval_here(f"selector={selector}", "limit=24", "shots=5")
+        shown.append([example.record["id"] for example in load_examples(job / SHOTS)])
+        assert all(set(one.record) < set(SampleRow.__annotations__) for one in load_examples(job / SHOTS))
     assert shown[0] == shown[1]
     assert len(set(shown[0])) == 5
 
