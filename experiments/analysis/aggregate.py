@@ -53,6 +53,7 @@ def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, An
     corpora = score_together(rows, text_metrics(metrics))
     tops = {name: facts.get("top", 1.0) for name, facts in corpora.items()}
     headline = metrics[0]
+    in_cache = [row["n_cache"] for row in rows if row["n_cache"] is not None]
     return {
         "quality": {
             "metric": headline,
@@ -67,9 +68,7 @@ def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, An
         "tokens": {
             "visual": _count_spread([row["n_visual"] for row in rows]),
             "prefix": _count_spread([row["n_prefix"] for row in rows]),
-            "cache": _count_spread(cached)
-            if (cached := [n for row in rows if (n := row["n_cache"]) is not None])
-            else None,
+            "cache": _count_spread(in_cache) if in_cache else None,
             "by_source": {s: sum(row["sources"][s] for row in rows) / len(rows) for s in rows[0]["sources"]},
         },
         "decoding": {

@@ -14,10 +14,14 @@ from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 from shirg import UserError
 
+ALPHA = 0.05
+POWER = 0.8
+FLIPS = 10_000
+"""Sign assignments drawn by the sign test."""
 Z95 = float(ndtri(0.975))
 RESAMPLES = 4000
 BLOCK = 500
-"""Resamples drawn at a time: many different scores need memory for each of them."""
+"""Resamples drawn at a time, which limits memory."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,16 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     p, z2 = successes / n, Z95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # Exactly 0 and 1 at the ends, where the formula is right but for rounding.
+    # Exactly 0 and 1 at the ends, without the rounding error of the formula.
     return (0.0 if successes <= 0 else centre - half, 1.0 if successes >= n else centre + half)
 
 
 def estimate(scores: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
     """The mean of scores in [0, 1] and its 95 % interval.
 
-    Wilson for right-or-wrong scores of unrelated samples; the bootstrap over clusters otherwise. Scores that are all
-    equal, or all of one cluster, leave the bootstrap nothing to resample: then Wilson, with the clusters as the number
-    of observations.
+    Wilson for scores of 0 or 1 of unrelated samples; the bootstrap over clusters otherwise. The bootstrap has nothing
+    to resample where all scores are equal or of one cluster: then Wilson, with the number of clusters as the number of
+    observations.
     """
     if not scores:
         raise UserError("no scores: an empty set has no mean")
@@ -95,9 +99,9 @@ def paired_delta(
 def cluster_bootstrap(values: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of the mean when whole clusters, at least two, are drawn with replacement.
 
-    Percentiles, taken a little further out so that few clusters are not too sure of themselves (Hesterberg's expanded
-    percentiles: as wide as Student's t interval). Clusters of equal total and size are drawn together, as counts of a
-    multinomial: the same distribution, and fast where scores are right or wrong.
+    Percentiles, slightly further out than 2.5 and 97.5 %: with few clusters the plain ones are too narrow (Hesterberg's
+    expanded percentiles: as wide as Student's t interval). Clusters of equal total and size are drawn together, as
+    counts of a multinomial: the same distribution, and fast where scores are 0 or 1.
     """
     pairs, members = np.unique(np.stack(totals(values, clusters), axis=1), axis=0, return_counts=True)
     n = int(members.sum())
@@ -127,7 +131,7 @@ class Spread:
     high: float
     between: float
     p: float
-    """Two-sided, for the hypothesis that the mean is zero; of use for differences."""
+    """Two-sided, for the hypothesis that the mean is zero; meant for differences."""
 
 
 def over_seeds(scores_SN: np.ndarray, clusters: Sequence[Hashable], lowest: float = -1.0) -> Spread:
@@ -152,7 +156,7 @@ def over_seeds(scores_SN: np.ndarray, clusters: Sequence[Hashable], lowest: floa
     square_pictures = n_seeds * float(((mean_K - mean) ** 2).sum()) / (n_clusters - 1)
     rest_SK = cells_SK - mean_S[:, None] - mean_K + mean
     square_rest = float((rest_SK**2).sum()) / ((n_seeds - 1) * (n_clusters - 1))
-    # A sum of mean squares that comes out below one of its parts is that part: variances are not negative.
+    # The sum of mean squares is at least each of its parts, because variances are not negative.
     square = max(square_seeds + square_pictures - square_rest, square_seeds, square_pictures)
     error = math.sqrt(square / (n_seeds * n_clusters))
     between = float(mean_S.std(ddof=1))
@@ -172,16 +176,11 @@ def over_seeds(scores_SN: np.ndarray, clusters: Sequence[Hashable], lowest: floa
     return Spread(n, n_seeds, mean, max(lowest, mean - half), min(1.0, mean + half), between, p)
 
 
-ALPHA = 0.05
-POWER = 0.8
-FLIPS = 10_000
-
-
 def sign_test(differences: Sequence[float] | np.ndarray) -> float:
-    """Two-sided p of "either system could have given either answer", from one total difference for each picture.
+    """Two-sided p of the sign test, from one total difference for each picture.
 
-    Under that hypothesis each difference might as well have had the other sign. One right-or-wrong question for each
-    picture makes this McNemar's exact test; otherwise signs are drawn (10,000 times, the observed ones counted in).
+    Hypothesis: each difference could equally have had the other sign. With one question of score 0 or 1 for each
+    picture this is McNemar's exact test; otherwise signs are drawn at random, and the observed ones are counted too.
     """
     # Sums of scores such as 0.1 + 0.2 must be equal when they are meant to be.
     values = np.round(np.asarray(differences, dtype=np.float64), 9)
@@ -199,7 +198,7 @@ def sign_test(differences: Sequence[float] | np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p values adjusted for their number: below alpha with at most that chance of any false alarm among them."""
+    """Holm's adjusted p values: those below alpha contain any false alarm with a probability of at most alpha."""
     adjusted = [0.0] * len(p_values)
     largest = 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
@@ -214,5 +213,5 @@ def detectable(low: float, high: float) -> float:
 
 
 def stars(p: float) -> str:
-    """`*` for a p below 0.05, nothing otherwise: one level, decided beforehand."""
+    """`*` for a p below 0.05, nothing otherwise."""
     return "*" if not math.isnan(p) and p < ALPHA else ""
