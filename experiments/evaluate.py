@@ -107,7 +107,7 @@ def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sampl
         raise UserError(f"limit={limit}: give a positive number of samples, or null for all of them")
     samples = [dataset[i] for i in range(len(dataset))]
     if len({sample.id for sample in samples}) < len(samples):
-        raise UserError(f"data: {dataset.name} has two samples with the same id; their answers could not be told apart")
+        raise UserError(f"data: {dataset.name} has two samples with the same id, so answers are ambiguous")
     drawn = draw_ids([sample.id for sample in samples], limit, seed)
     return [sample for sample in samples if sample.id in drawn]
 

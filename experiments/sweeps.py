@@ -88,7 +88,7 @@ def _recipe(name: str) -> list[str]:
     }
     words = {group: value for group, value in chosen.items() if group in _REPEATED}
     for group in (key for key in recipe if key in _REPEATED):
-        words |= {f"{group}.{knob}": value for knob, value in recipe[group].items()}
+        words |= {f"{group}.{option}": value for option, value in recipe[group].items()}
     return [f"{key}={value}" for key, value in words.items()]
 
 

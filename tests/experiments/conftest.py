@@ -77,7 +77,7 @@ def train_here(tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPat
 
 
 def _run_here(
-    verb: str,
+    command: str,
     work: Work,
     monkeypatch: pytest.MonkeyPatch,
     tiny_weights: Path,
@@ -87,9 +87,9 @@ def _run_here(
 ) -> Path:
     root.mkdir(exist_ok=True)
     monkeypatch.chdir(root)
-    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=verb):
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=command):
         weights = [] if "model=small" in overrides else [f"model.path={tiny_weights}"]
-        cfg = compose(verb, [*weights, *overrides], return_hydra_config=True)
+        cfg = compose(command, [*weights, *overrides], return_hydra_config=True)
     with open_dict(cfg):
         folder = root / str(cfg.hydra.run.dir)
         cfg.hydra.runtime.output_dir = str(folder)
@@ -159,7 +159,7 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 def start(
-    verb: str,
+    command: str,
     *overrides: str,
     cwd: Path,
     launcher: Sequence[str] = (sys.executable,),
@@ -172,7 +172,7 @@ def start(
     """
     cwd.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
-        [*launcher, str(ROOT / f"{verb}.py"), *overrides],
+        [*launcher, str(ROOT / f"{command}.py"), *overrides],
         cwd=cwd,
         env={k: v for k, v in environment.items() if k != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

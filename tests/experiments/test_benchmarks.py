@@ -1,4 +1,4 @@
-"""Each benchmark from each source through the verb, eight samples at a time; and what a part of a set may be beside."""
+"""Each benchmark from each source through eval.py, eight samples at a time; and what a part of a set may be beside."""
 
 import csv
 import json

@@ -30,30 +30,30 @@ def options() -> list[tuple[str, str]]:
     return sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name != "sweep")
 
 
-def verbs_of(group: str, option: str = "") -> list[str]:
+def commands_of(group: str, option: str = "") -> list[str]:
     """The entry points whose defaults have the group; an experiment is for those that its first comment runs."""
     found = []
-    for verb in ("eval", "train"):
-        defaults = OmegaConf.load(CONF / f"{verb}.yaml")["defaults"]
+    for name in ("eval", "train"):
+        defaults = OmegaConf.load(CONF / f"{name}.yaml")["defaults"]
         if any(isinstance(entry, DictConfig) and group in entry for entry in defaults):
-            if group != "experiment" or f"{verb}.py" in (CONF / group / f"{option}.yaml").read_text():
-                found.append(verb)
+            if group != "experiment" or f"{name}.py" in (CONF / group / f"{option}.yaml").read_text():
+                found.append(name)
     return found
 
 
-def composed(verb: str, *overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=verb):
-        return compose(verb, list(overrides))
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=name):
+        return compose(name, list(overrides))
 
 
 @pytest.mark.parametrize(("group", "option"), options())
 def test_every_option_composes(group: str, option: str) -> None:
-    verbs = verbs_of(group, option)
-    assert verbs, f"conf/{group} belongs to no entry point"
-    for verb in verbs:
-        cfg = composed(verb, f"{group}={option}")
+    commands = commands_of(group, option)
+    assert commands, f"conf/{group} belongs to no entry point"
+    for name in commands:
+        cfg = composed(name, f"{group}={option}")
         assert isinstance(cfg, DictConfig)
-        schema_fields = {f.name for f in fields(schema.Eval if verb == "eval" else schema.Train)}
+        schema_fields = {f.name for f in fields(schema.Eval if name == "eval" else schema.Train)}
         assert set(cfg) == schema_fields
 
 
@@ -62,18 +62,18 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
     file = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
     assert isinstance(file, dict)
     if "_target_" not in file:
-        # A variant changes another option of its group; tests/test_contract.py compares its knobs.
+        # A variant changes another option of its group; tests/test_contract.py compares its options.
         assert (option == "none" and group in ("logger", "cache")) or (
             group == "selector" and file["defaults"] in (["shirg", "_self_"], ["topv", "_self_"])
         )
         return
     parameters = inspect.signature(get_class(str(file["_target_"]))).parameters
-    knobs = {str(k): v for k, v in file.items() if k not in ("_target_", "defaults")}
+    options = {str(k): v for k, v in file.items() if k not in ("_target_", "defaults")}
     if group != "logger":
-        assert knobs.keys() <= parameters.keys()
+        assert options.keys() <= parameters.keys()
     if group in ("selector", "relevance", "cache"):
-        assert knobs.keys() == parameters.keys() - ({"scores"} if option == "external" else set())
-        for name, value in knobs.items():
+        assert options.keys() == parameters.keys() - ({"scores"} if option == "external" else set())
+        for name, value in options.items():
             default = parameters[name].default
             default = list(default) if isinstance(default, tuple) else default
             if name != "budget" and default not in (inspect.Parameter.empty, None):
@@ -200,10 +200,10 @@ def test_a_path_to_a_job_is_a_plain_value_on_a_command_line() -> None:
 
 
 def test_help_describes_every_option() -> None:
-    for verb in ("eval", "train"):
-        lines = describe_groups(verb).splitlines()
+    for name in ("eval", "train"):
+        lines = describe_groups(name).splitlines()
         for group, option in options():
-            if verb in verbs_of(group, option):
+            if name in commands_of(group, option):
                 (line,) = [x for x in lines[lines.index(_heading(lines, group)) :] if x.split()[:1] == [option]][:1]
                 assert len(line.split()) > 3, f"{group}={option} has no description"
 
@@ -227,8 +227,8 @@ def documented() -> list[str]:
 
 @pytest.mark.parametrize("command", documented())
 def test_documented_commands_compose(command: str) -> None:
-    verb, *words = [word for word in shlex.split(command)[1:] if word != "-m"]
-    verb = verb.removesuffix(".py")
+    name, *words = [word for word in shlex.split(command)[1:] if word != "-m"]
+    name = name.removesuffix(".py")
     axes: list[list[str]] = []
     for override in OverridesParser.create().parse_overrides(words):
         if override.is_choice_sweep() and override.value_type is not ValueType.GLOB_CHOICE_SWEEP:
@@ -237,5 +237,5 @@ def test_documented_commands_compose(command: str) -> None:
             axes.append([override.input_line or ""])
     assert axes or not words, "a command that says nothing"
     for n in range(max(map(len, axes), default=1)):
-        cfg = composed(verb, *(axis[min(n, len(axis) - 1)] for axis in axes))
+        cfg = composed(name, *(axis[min(n, len(axis) - 1)] for axis in axes))
         assert cfg.study, command

@@ -65,7 +65,7 @@ def test_rows_tell_what_was_fed_and_what_was_left(
     assert 0 < result["times"]["ms_per_sample"]["cache"] < result["times"]["ms_per_sample"]["total"]
 
 
-def test_an_adaptive_cache_is_told_row_by_row(eval_here: Eval) -> None:
+def test_an_adaptive_cache_is_counted_row_by_row(eval_here: Eval) -> None:
     job = eval_here("limit=12", "selector=shirg", "cache=adaptive_k", "cache.candidates=[1000,2000]")
     rows = pq.read_table(job / "samples.parquet").to_pylist()
     assert {row["n_cache"] for row in rows} == {40} and {row["n_visual"] for row in rows} == {80}

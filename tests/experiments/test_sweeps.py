@@ -57,16 +57,16 @@ def _first(override: Override) -> str:
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_point_of_every_sweep_composes(path: Path) -> None:
-    for verb in ("train", "eval"):
+    for command in ("train", "eval"):
         try:
-            products = sweep_overrides(verb, path.stem)
+            products = sweep_overrides(command, path.stem)
         except ValueError:
             continue
         for product in products:
             parsed = OverridesParser.create().parse_overrides(product)
             first = [_first(o) for o in parsed if "glob(" not in str(o.input_line)]
-            with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=verb):
-                config = compose(verb, overrides=first)
+            with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=command):
+                config = compose(command, overrides=first)
             assert config.study == path.stem
 
 

@@ -108,7 +108,7 @@ def test_a_config_that_changed_under_its_folder_is_refused(eval_here: Eval, capf
     eval_here("selector=shirg", "limit=4", "overwrite=true")
 
 
-def test_a_failed_job_that_answered_nothing_runs_again_without_being_told(eval_here: Eval) -> None:
+def test_a_failed_job_that_answered_nothing_runs_again_without_overwrite(eval_here: Eval) -> None:
     job = eval_here("selector=random", "limit=4", "selector.seed=many", ok=False)
     assert result_of(job)["status"] == "failed"
     result = result_of(job)

@@ -57,11 +57,11 @@ def test_a_job_that_dies_takes_no_other_with_it(two_jobs: list[str], calm: Path,
     wait(process, study, 8)
     (journal,) = study.glob("*/journal.jsonl")
     os.kill(writer(journal), signal.SIGKILL)
-    said = process.stderr.readline()
-    assert not list(study.glob("*/samples.parquet")), "said when all was over"
+    line = process.stderr.readline()
+    assert not list(study.glob("*/samples.parquet")), "printed only after all jobs had ended"
     first = "B0" if "B0" in journal.parent.name else "P1"
-    assert said.startswith("error: ") and f"experiment={first} " in said
-    assert ": died without reporting a result (its process is gone): " in said
+    assert line.startswith("error: ") and f"experiment={first} " in line
+    assert ": died without reporting a result (its process is gone): " in line
     code, out, err = finish(process)
     assert code == 1
     assert err == [DIED]

@@ -147,7 +147,7 @@ def test_two_nodes_give_the_curve_of_one_process(
 
 @contextmanager
 def interrupted(processes: Sequence[int]) -> Iterator[None]:
-    """Processes of a job that stand still while SLURM is told to end it, and then die.
+    """Stops processes of a job while SLURM ends it, then kills them.
 
     SLURM itself would wake them, ask, and kill seconds later: on a quick machine the job would have come to its end.
     """
