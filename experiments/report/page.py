@@ -5,7 +5,7 @@ It is made of the jobs' own files alone; page.html is its template, page.css its
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from experiments.analysis.aggregate import Result
 from experiments.analysis.columns import columns, labels
 from experiments.analysis.paired import BASELINE
 from experiments.analysis.rows import Row, our_row, unequal
@@ -38,9 +39,6 @@ LONGEST_PREDICTION = 300
 RIGHT = 0.5
 """The lowest score of an answer that is called right."""
 _HERE = Path(__file__).parent
-
-Result = Mapping[str, Any]
-"""A result.json."""
 
 
 def refresh_report(study: Path) -> None:
