@@ -13,9 +13,9 @@ from shirg.layouts import (
     tiles_layout,
 )
 from shirg.scaffold import close_rows, used_rows
-from shirg.selection import Selection, Selector, Source, Stage, assert_finite, gather_tokens, join, keep, stable_topk
+from shirg.selection import Selection, Selector, Source, Stage, gather_tokens, join, keep, stable_topk
 from shirg.shirg import ShirgSelector
-from shirg.validation import MissingFileError, UserError
+from shirg.validation import MissingFileError, UserError, assert_finite
 
 ShirgGate = ShirgSelector
 """The name of the first edition."""

@@ -9,8 +9,8 @@ from shirg.dedup import CellAssignment
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.layouts import area_weights, layout_tables, subdivide
 from shirg.options import ScaffoldSource
-from shirg.selection import Selection, Source, assert_finite, gather_tokens
-from shirg.validation import UserError
+from shirg.selection import Selection, Source, gather_tokens
+from shirg.validation import UserError, assert_finite
 
 
 def scaffold_tokens(features: VisionFeatures, assigned: CellAssignment, size: int, source: ScaffoldSource) -> Selection:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shirg.budget import Budget, matched_count_B, most_pooled
 from shirg.features import Geometry, VisionFeatures
-from shirg.validation import UserError
+from shirg.validation import UserError, assert_finite
 
 Stage = Literal["pre", "post"]
 
@@ -50,15 +50,6 @@ class Selection:
     """float32: what the tokens were ranked by, for overlays."""
     expected_B: Tensor | None = None
     """float32: the loss that a trained head predicts for this selection; it carries the head's gradient."""
-
-
-def assert_finite(scores_BN: Tensor, valid_BN: Tensor, name: str) -> None:
-    """Raises RuntimeError when a usable token has no finite score; on a GPU without waiting for the device."""
-    torch._assert_async(
-        (scores_BN.isfinite() | ~valid_BN).all(),
-        f"{name}: the score of a token is not finite; look for NaN, inf or values beyond 1e18 in the features and in "
-        "the relevance",
-    )
 
 
 def stable_topk(scores_BN: Tensor, k: int) -> Tensor:

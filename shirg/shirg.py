@@ -37,10 +37,10 @@ from shirg.options import (
 )
 from shirg.scaffold import close_rows, scaffold_tokens, summary_token, used_rows
 from shirg.scoring import ScoreTerms
-from shirg.selection import Selection, Selector, assert_finite, join, keep
+from shirg.selection import Selection, Selector, join, keep
 from shirg.topk import boost_representatives, marginal_relevance, tiered_topk
 from shirg.trainable import AdaptiveHead, CoordEmbed, adaptive_budget
-from shirg.validation import UserError, option_group
+from shirg.validation import UserError, assert_finite, option_group
 
 
 class ShirgSelector(Selector):

@@ -1,4 +1,4 @@
-"""Errors that are raised on purpose, and the checks that many options share.
+"""Errors that are raised on purpose, and the checks that options and scores share.
 
 A `UserError` says in one sentence what is wrong, where, and what to do. Commands print it and exit with 1. Every other
 exception is a bug and keeps its traceback. A selector outside this project raises it too, from `shirg`.
@@ -7,6 +7,9 @@ exception is a bug and keeps its traceback. A selector outside this project rais
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args
+
+import torch
+from torch import Tensor
 
 OptionGroup = TypeVar("OptionGroup")
 
@@ -24,7 +27,11 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 def one_of(name: str, value: object, literal: Any) -> None:
-    """Raises UserError unless `value` is one of the values of a `Literal` type."""
+    """Checks that `value` is one of the values of a `Literal` type.
+
+    Raises:
+        UserError: it is not; the message lists the values.
+    """
     allowed = get_args(literal)
     if value not in allowed:
         raise UserError(f"{name}={value!r}: choose one of {', '.join(map(str, allowed))}")
@@ -42,3 +49,16 @@ def option_group(name: str, given: Mapping[str, Any] | None, kind: type[OptionGr
     if unknown:
         raise TypeError(f"{name} has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     return kind(**dict(given or {}))
+
+
+def assert_finite(scores_BN: Tensor, valid_BN: Tensor, name: str) -> None:
+    """Checks that every valid token has a finite score; on a GPU without waiting for the device.
+
+    Raises:
+        RuntimeError: a score is NaN or infinite; on a GPU at the next synchronisation.
+    """
+    torch._assert_async(
+        (scores_BN.isfinite() | ~valid_BN).all(),
+        f"{name}: the score of a token is not finite; look for NaN, inf or values beyond 1e18 in the features and in "
+        "the relevance",
+    )
