@@ -19,7 +19,7 @@ from experiments.analysis.paired import column, deltas
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import holm
 from experiments.analysis.table import collect, run_groups, to_markdown
-from experiments.errors import fail, is_user_error
+from experiments.errors import CommandParser, fail, is_user_error
 from shirg import MissingFileError, UserError
 
 COUPLED = {
@@ -31,7 +31,7 @@ COUPLED = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.compare", description=__doc__)
+    parser = CommandParser(prog="python -m experiments.compare", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("study", type=Path, help="a study's folder, for example outputs/decode")
     parser.add_argument("choice", metavar="GROUP=OPTION", help="the choice to compare with, for example decode=parity")

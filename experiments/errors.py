@@ -3,6 +3,7 @@
 Nothing here loads torch, so a command line with a mistake is answered at once.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,13 @@ def fail(sentence: str, code: int = 1) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that ends with one sentence and exit code 1, as every command of this project does."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; `{self.prog} --help` lists what there is")
 
 
 def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:

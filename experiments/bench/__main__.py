@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from experiments.errors import fail, is_user_error
+from experiments.errors import CommandParser, fail, is_user_error
 
 if TYPE_CHECKING:
     from experiments.bench.common import BenchResult
@@ -139,14 +139,8 @@ PARTS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; `{self.prog} --help` lists what there is")
-        raise AssertionError
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m experiments.bench", description="How long one part takes at true size.")
+    parser = CommandParser(prog="python -m experiments.bench", description="How long one part takes at true size.")
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     for name, part in PARTS.items():
         own = parts.add_parser(name, help=part.about, description=part.about)

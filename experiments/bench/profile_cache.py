@@ -11,12 +11,12 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.errors import fail, is_user_error
+from experiments.errors import CommandParser, fail, is_user_error
 from shirg import UserError
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.bench.profile_cache",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

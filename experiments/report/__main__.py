@@ -2,17 +2,16 @@
 and deck.pptx. With --lmms instead: lmms/, every finished job in the JSON files that lmms-eval writes.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.errors import fail, is_user_error
+from experiments.errors import CommandParser, fail, is_user_error
 from experiments.jobs.results import RESULT
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser = CommandParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument(
         "studies", nargs="+", type=Path, metavar="STUDY", help="a study's folder, for example outputs/demo"
     )

@@ -3,7 +3,6 @@
 It needs a key (`wandb login`) and runs that were logged there: `python eval.py logger=wandb logger.offline=false ...`
 """
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import pandas as pd
 
 from experiments.analysis.columns import headlines, names_in_keys
 from experiments.analysis.table import read_table, records
-from experiments.errors import fail
+from experiments.errors import CommandParser, fail
 
 if TYPE_CHECKING:
     from wandb_workspaces import workspaces
@@ -73,7 +72,7 @@ def _metric(key: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.report.dashboard", description=__doc__)
+    parser = CommandParser(prog="python -m experiments.report.dashboard", description=__doc__)
     parser.add_argument("study", type=Path, help="a study's folder, for example outputs/demo")
     parser.add_argument("words", nargs="*", metavar="entity=NAME project=NAME", help="a user or a team; the project")
     parsed = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.sample import Box
-from experiments.errors import fail, is_user_error
+from experiments.errors import CommandParser, fail, is_user_error
 from shirg import MissingFileError, UserError
 
 USAGE = """Draws what each selector keeps: kept tokens bright, scaffold tokens outlined, scores as a heat map.
@@ -25,7 +25,7 @@ _OWN = ("image", "question", "selector", "boxes", "out")
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.report.overlay",
         usage="%(prog)s image=FILE question=TEXT [selector=a,b,...] [key=value ...]",
         description=USAGE,

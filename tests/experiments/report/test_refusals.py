@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from PIL import Image
 
 from experiments import compare
+from experiments.bench import __main__ as bench
+from experiments.bench import profile_cache
+from experiments.data.synthetic.entitygrid import __main__ as entitygrid
 from experiments.report import __main__ as report
 from experiments.report import dashboard, overlay
 
@@ -53,3 +57,13 @@ def test_one_sentence(
         main([*arguments.split(), *model])
     (line,) = capfd.readouterr().err.splitlines()
     assert stop.value.code == 1 and line.startswith("error: ") and words in line
+
+
+@pytest.mark.parametrize("command", [report, compare, dashboard, overlay, bench, profile_cache, entitygrid])
+def test_an_unknown_option_is_one_sentence_and_exit_code_1(
+    command: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--nonsense", "x", "y=1"])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert stop.value.code == 1 and line.startswith("error: ") and line.endswith("--help` lists what there is")

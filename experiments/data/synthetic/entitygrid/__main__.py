@@ -14,13 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.data.synthetic.entitygrid.entity_dataset import EntityGrid
 from experiments.data.synthetic.entitygrid.entitygrid_files import write
-from experiments.errors import fail
+from experiments.errors import CommandParser, fail
 from experiments.schema import CONF
 from shirg import UserError
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m experiments.data.synthetic.entitygrid",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
