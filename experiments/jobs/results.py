@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
+from experiments.atomic_files import read_json, write_atomic, write_json
 from experiments.errors import ConfigError
 from experiments.schema import CONF, local_folder
 
 if TYPE_CHECKING:
     import torch
-
-from experiments.atomic_files import read_json, write_atomic, write_json
 
 VERSION = 2
 """Format of result.json. In format 1 the config and its digest held dotted names of classes, which a module's move
@@ -37,7 +36,7 @@ VOLATILE = ("times",)
 """Keys of result.json that differ between two runs of the same job."""
 
 SESSION = frozenset({"resume", "overwrite"})
-"""Keys that say how a job is started, not what it is: they are not written down."""
+"""Keys that say how a job is started, not what it is: they are not recorded."""
 
 NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "workers", "trainer.num_nodes", "trainer.workers"})
 QUICK_BYTES = 2**26
@@ -49,7 +48,7 @@ Status = Literal["running", "ok", "failed", "oom"]
 
 @dataclass(frozen=True)
 class Identity:
-    """Which run this is."""
+    """What identifies a run."""
 
     version: int
     verb: str
@@ -77,7 +76,7 @@ def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resolve_config(cfg: DictConfig) -> dict[str, Any]:
-    """What a job is: the config with every reference filled in; raises when a mandatory value is missing.
+    """The config of a job with every reference resolved; raises when a mandatory value is missing.
 
     Names of classes are left out: where a class lives is no part of an experiment, and `choices` names the options.
     """
@@ -132,8 +131,8 @@ OWN = "own"
 def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -> str | None:
     """The folder of an adapter.
 
-    A name stands for the folder of that name in `adapters/` beside the model's weights, `own` for the one that bears
-    the selector's name; anything else is a path.
+    A name is that of a folder in `adapters/` beside the model's weights; `own` stands for the name of the selector.
+    Anything else is a path.
 
     Raises:
         ConfigError: a name that the model has no adapter for.
@@ -192,7 +191,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def environment(device: "torch.device", dtype: str) -> dict[str, Any]:
-    """What produced the numbers: machine, versions and commit."""
+    """The machine, versions and commit that produced the numbers."""
     import torch
 
     return {
