@@ -11,7 +11,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import explain, fail, is_user_error
+from experiments.errors import explain, fail, fail_or_raise
 from experiments.jobs.launchers import AllJobsEnded, Session, session
 from experiments.sweeps import expand
 
@@ -115,15 +115,11 @@ def _rescore(words: Sequence[str], jobs: Session) -> None:
     try:
         jobs.outcomes |= rescore_all(parse(words))
     except ValueError as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)
 
 
 def _command_lines(command: str) -> list[list[str]]:
     try:
         return expand(command, sys.argv[1:])
     except ValueError as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)

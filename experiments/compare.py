@@ -19,7 +19,7 @@ from experiments.analysis.paired import column, deltas
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import holm
 from experiments.analysis.table import collect, run_groups, to_markdown
-from experiments.errors import CommandParser, fail, is_user_error
+from experiments.errors import CommandParser, fail, fail_or_raise
 from shirg import MissingFileError, UserError
 
 COUPLED = {
@@ -42,9 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         frame = paired_table(parsed.study, group, option)
     except (ValueError, OSError) as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)
     print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
 
 

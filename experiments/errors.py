@@ -42,6 +42,13 @@ def fail(sentence: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def fail_or_raise(error: Exception) -> NoReturn:
+    """Ends the command with the sentence of an error that was raised on purpose; a bug keeps its traceback."""
+    if not is_user_error(error):
+        raise error
+    fail(str(error))
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that ends with one sentence and exit code 1, as every command of this project does."""
 

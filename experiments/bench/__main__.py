@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import CommandParser, fail, is_user_error
+from experiments.errors import CommandParser, fail_or_raise
 
 if TYPE_CHECKING:
     from experiments.bench.common import BenchResult
@@ -171,9 +171,7 @@ def main(arguments: list[str]) -> None:
         run = import_module(f"experiments.bench.{part.module}").run
         result: BenchResult = run(device=device, **{key: getattr(given, key) for key in part.defaults})
     except ValueError as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)
     print("\n".join(result.lines()))
     command = shlex.join(["python", "-m", "experiments.bench", *arguments])
     made_by = environment(device, getattr(given, "dtype", "float32"))

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.errors import CommandParser, fail, is_user_error
+from experiments.errors import CommandParser, fail_or_raise
 from shirg import UserError
 
 
@@ -30,9 +30,7 @@ def main(arguments: list[str]) -> None:
     try:
         shares = profile_data(given.overrides, given.forget, given.limit, given.out)
     except (ValueError, OSError) as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)
     print("share dropped by layer: " + " ".join(f"{share:.2f}" for share in shares))
     print(f"written: {given.out}; use it with cache=layer_retention cache.profile={given.out}")
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.errors import CommandParser, fail, is_user_error
+from experiments.errors import CommandParser, fail, fail_or_raise
 from experiments.jobs.results import RESULT
 
 
@@ -25,9 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         try:
             written = _export(study) if parsed.lmms else _publish(study)
         except (ValueError, OSError) as error:
-            if not is_user_error(error):
-                raise
-            fail(str(error))
+            fail_or_raise(error)
         print("written:", *(str(path.relative_to(study)) for path in written))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.sample import Box
-from experiments.errors import CommandParser, fail, is_user_error
+from experiments.errors import CommandParser, fail, fail_or_raise
 from shirg import MissingFileError, UserError
 
 USAGE = """Draws what each selector keeps: kept tokens bright, scaffold tokens outlined, scores as a heat map.
@@ -37,9 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         print(draw(own, selectors, overrides))
     except (ValueError, OSError) as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)
 
 
 def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

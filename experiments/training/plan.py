@@ -19,7 +19,7 @@ from baselines import Pooled
 from experiments import build
 from experiments.data.loader import Batches
 from experiments.data.sample import Dataset, Sample
-from experiments.errors import fail, is_user_error
+from experiments.errors import fail_or_raise
 from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
 from experiments.training.stages import make_trainable, objective_config, optim_config
@@ -58,9 +58,7 @@ def show(cfg: DictConfig) -> None:
     try:
         plan(cfg)
     except (ValueError, OSError) as error:
-        if not is_user_error(error):
-            raise
-        fail(str(error))
+        fail_or_raise(error)
     finally:
         folder = Path(HydraConfig.get().runtime.output_dir)
         for empty in (folder, *(p for p in folder.parents if p != Path.cwd() and p.is_relative_to(Path.cwd()))):
