@@ -300,7 +300,7 @@ class SweepMonitor:
 
 def outcome_of(job_return: JobReturn) -> JobOutcome | None:
     """What `run_job` returned; None for a job that raised, and for the other ranks of one that shares its work."""
-    found = job_return._return_value if job_return.status == JobStatus.COMPLETED else None
+    found = job_return.return_value if job_return.status == JobStatus.COMPLETED else None
     return found if isinstance(found, JobOutcome) else None
 
 
