@@ -102,10 +102,12 @@ def _is_of_submitit(error: RuntimeError) -> bool:
 
 
 def _print_cause(error: RuntimeError) -> None:
-    """The last line of the traceback in a FailedJobError, which stands between two dashed lines."""
-    parts = re.split(r"-{20,}", str(error))
-    if len(parts) > 1:
-        print(f"error: a job could not start: {parts[1].strip().splitlines()[-1]}", file=sys.stderr, flush=True)
+    """The last line of the traceback of a job that could not start. The monitor reports the jobs that died."""
+    from submitit.core.utils import FailedJobError
+
+    if isinstance(error, FailedJobError):
+        trace = re.split(r"-{20,}", str(error))[1]  # it is between two dashed lines
+        print(f"error: a job could not start: {trace.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
 
 
 def _rescore(words: Sequence[str], jobs: Session) -> None:

@@ -188,7 +188,8 @@ def test_errors_of_submitit_are_known_by_their_class(
     line = "-" * 40
     assert run(errors.FailedJobError(f"job 7\n{line}\nTraceback\nImportError: no torch\n{line}\nsee log")).died == 1
     assert capsys.readouterr().err == "error: a job could not start: ImportError: no torch\n"
-    assert run(errors.UncompletedJobError("job 7 has no output")).died == 1
+    assert run(errors.UncompletedJobError(f"job 7 has no output\n{line}\nrun   job\n{line}\n")).died == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
