@@ -23,9 +23,10 @@ demo: setup
 	$(BIN)/python eval.py -m study=demo threads=1 resume=true adapter=null,own selector=pooled,full,random,shirg
 	@echo "report: outputs/demo/report.html"
 
+# A file's tests share one process, and with it what they prepare; files in their order, since a slow one must not be last.
 WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,10 +20,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        # With `-n`, a file's tests share one process and its fixtures; so do all that start a SLURM of their own.
-        together = "slurm" if item.get_closest_marker("slurm") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(together))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
