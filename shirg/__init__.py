@@ -17,8 +17,9 @@ from shirg.selection import Selection, Selector, Source, Stage, gather_tokens, j
 from shirg.shirg import ShirgSelector
 from shirg.validation import MissingFileError, UserError, assert_finite
 
+# Names of the first edition, which notebooks may import.
 ShirgGate = ShirgSelector
-"""The name of the first edition."""
+tables = layout_tables
 
 __all__ = [
     "Budget",
@@ -51,6 +52,7 @@ __all__ = [
     "single_layout",
     "stable_topk",
     "subdivide",
+    "tables",
     "tiles_layout",
     "unpad_bounds",
     "used_rows",

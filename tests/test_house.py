@@ -114,6 +114,26 @@ def test_every_module_imports(name: str) -> None:
     importlib.import_module(name)
 
 
+FIRST_EDITION = {
+    "shirg": "Budget Geometry Pooling Role Selection Selector ShirgGate Source Stage TokenLayout "
+    "VisionFeatures area_weights assert_finite close_rows crops_layout fovea_layout gather_tokens "
+    "join keep matched_count_B most_pooled pooled_count_B regions single_layout stable_topk subdivide "
+    "tables tiles_layout unpad_bounds used_rows",
+    "baselines": "CDPruner DivPrune Full GlobalOnly NormTopK Oracle Pooled Random Saint SaintVote ToMe TopV "
+    "UniformGrid VisPruner VisionZip",
+    "lavida_adapter": "AdaptiveK CachePacker CacheSelector Cast DecodeConfig FastV Fp8 Generation Int8 Lavida "
+    "LavidaConfig LayerRetention LladaConfig LoraConfig ObjectiveConfig Prefix RedVTP TrainBatch "
+    "VisionConfig add_lora load_adapter merge_lora save_adapter",
+}
+
+
+@pytest.mark.parametrize("package", FIRST_EDITION)
+def test_names_of_the_first_edition_can_be_imported(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in FIRST_EDITION[package].split():
+        assert hasattr(module, name) and name in module.__all__, name
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_packages_are_typed(package: str) -> None:
     assert (ROOT / package / "__init__.py").exists()
