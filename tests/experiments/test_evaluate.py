@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect
+from experiments.evaluate import choose_samples
 from experiments.schema import CONF
+from shirg import UserError
 from tests.experiments.conftest import result_of, rows_of
 
 Eval = Callable[..., Path]
@@ -125,3 +128,20 @@ def test_shards_equal_the_whole(eval_here: Eval) -> None:
 def test_a_shard_by_itself_says_so(eval_here: Eval) -> None:
     folder = eval_here(*SYSTEM, "shards=2", "shard=1")
     assert "shard 1 of 2" in (folder.parent / "table.md").read_text()
+
+
+class TwoAlike:
+    """Two samples that share an id."""
+
+    name = "twins"
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(id="same", picture=index)
+
+
+def test_two_samples_with_one_id_are_refused() -> None:
+    with pytest.raises(UserError, match="twins has two samples with the same id"):
+        choose_samples(TwoAlike(), None, 0)
