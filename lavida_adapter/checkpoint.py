@@ -1,7 +1,9 @@
 """Checkpoints in the published layout: loading, saving, and the checks of their files (docs/lavida.md).
 
 Only safetensors files are read. The model is built on the meta device and every tensor is read once, straight to its
-device and dtype, so that loading never holds a second copy of the weights.
+device and dtype, so that loading never holds a second copy of the weights. huggingface_hub's `load_torch_model` copies
+into memory that a meta model does not have, and its `load_state_dict_from_file` holds a whole file before a change of
+dtype; neither reports all missing, unexpected and misshaped tensors in one error.
 """
 
 import hashlib

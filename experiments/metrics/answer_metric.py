@@ -65,4 +65,4 @@ class TextMetric(AnswerMetric):
 
     def compare(self, prediction: str, references: Sequence[str]) -> float | None:
         """The score of the texts as they are."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must override compare")

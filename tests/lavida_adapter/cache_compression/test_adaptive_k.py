@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 
 from lavida_adapter import AdaptiveK, Lavida
@@ -16,15 +15,9 @@ from tests.lavida_adapter.cache_compression.prompts import (
     kept_slots,
     made_prefix,
     row_and_mask,
-    small,
 )
 from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import noise
-
-
-@pytest.fixture
-def model() -> Lavida:
-    return small()
 
 
 @torch.no_grad()

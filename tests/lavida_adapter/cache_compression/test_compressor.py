@@ -33,12 +33,6 @@ from tests.lavida_adapter.cache_compression.prompts import (
 from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import SIZES, noise, picture, tiny_model
 
-
-@pytest.fixture
-def model() -> Lavida:
-    return small()
-
-
 KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
     FastV: {"budget": 3, "layer": 0, "queries": "text", "positions": "reindex"},
     RedVTP: {"budget": 3, "positions": "retain"},

@@ -22,11 +22,6 @@ from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import noise
 
 
-@pytest.fixture
-def model() -> Lavida:
-    return small()
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["full", "image_first"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
