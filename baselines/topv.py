@@ -1,7 +1,7 @@
 """TopV: tokens that carry the most of an optimal transport plan stay (Yang et al., CVPR 2025, arXiv 2503.18278).
 
-A reconstruction: the authors' code is not public, and their constants and constraint set are not given where we could
-read them (docs/method.md, "topv").
+The authors' code is not public. The default follows the one public reproduction that we found; "semi_relaxed" and "own"
+are our own readings (docs/method.md, "topv").
 """
 
 from typing import Literal
@@ -13,9 +13,12 @@ from baselines.base import Groups, GroupSelector, Scope, spread, take
 from shirg import Budget, Role, UserError, VisionFeatures, assert_finite, gather_tokens
 from shirg.validation import one_of
 
-Marginals = Literal["semi_relaxed", "balanced_cols_last"]
+Marginals = Literal["norm", "norm_cols_last", "uniform", "semi_relaxed"]
 Importance = Literal["total", "own"]
+Target = Literal["output", "post_norm"]
 SINKHORN_STEPS = 3
+ROW_UPDATES: dict[Marginals, int] = {"norm": 3, "norm_cols_last": 2, "uniform": 2, "semi_relaxed": 0}
+"""How often the rows of a plan, its sources, are brought to their marginals; the columns three times, or once."""
 ROWS = 512
 """Rows of a plan that are processed at a time, so that they stay in a CPU's cache."""
 UNDERFLOW = 200.0
@@ -25,25 +28,32 @@ UNDERFLOW = 200.0
 class TopV(GroupSelector):
     """Keeps the sources of the most transported mass, and a few of the others at even distances.
 
-    Sources s are the states that enter a layer, targets t the normed states between its attention and its MLP.
+    Sources s are the states that enter a layer, targets t the states that leave it, or the normed ones between its
+    attention and its MLP.
 
         cost_ij = alpha |s_i - t_j|^2 + beta (1 - exp(-distance_ij^2 / 2 sigma^2)) + gamma (distance of i to the centre)
 
-    with each factor brought to 0..1. G = exp(-cost / eps), and the importance of i is the mass that the plan takes from
-    it. In a balanced plan that mass is prescribed, so it does not depend on the picture; hence "semi_relaxed", where
-    only targets receive a prescribed mass: P_ij = G_ij / sum_i G_ij. The mass that a source gives to all targets is
-    large where many tokens are alike; what it gives to its own target, P_ii, is large where no other could give it.
+    with each factor brought to 0..1. G = exp(-cost / eps) is scaled to a plan P_ij = u_i G_ij v_j; rows are sources,
+    its columns targets. Three times columns, then rows are brought to their marginals. After rows, the mass that leaves
+    a source is its marginal. So with marginals="norm" and importance="total" the ranking is that of the sources' norms,
+    whatever the cost; no plan is computed then, and options of the cost are refused.
 
     Args:
         budget: tokens per picture.
         scope: each view by itself, or the canvas and the global view, scaled up to it, as one.
-        marginals: "balanced_cols_last" is three Sinkhorn steps that end with columns; its importances differ little.
-        importance: "total", the mass a source gives to all targets, as published; "own", what it gives to its own.
+        marginals: "norm", masses in proportion to the L2 norms of sources and targets, rows last, as in the public
+            reproduction; "norm_cols_last", without the last update of the rows; "uniform", equal masses, without the
+            last update of the rows (with it, all sources would be equal); "semi_relaxed", our reading: targets receive
+            equal masses, and sources are free, P_ij = G_ij / sum_i G_ij.
+        importance: "total", the mass a source gives to all targets; "own", P_ii, what it gives to its own target, which
+            is ours.
+        target: "output", the states that leave the layer, as in the public reproduction; "post_norm", as in the paper's
+            abstract.
         layer: an index into the tower's layers (from the end if negative), or a share of its depth.
         alpha, beta, gamma: weights of features, relative position and distance to the centre.
         sigma: in tokens.
         eps: temperature of the plan.
-        recover: share of the budget for tokens that the ranking would prune, taken evenly in reading order.
+        recover: share of the budget for tokens that the ranking would prune, taken evenly in reading order; ours.
     """
 
     def __init__(
@@ -51,8 +61,9 @@ class TopV(GroupSelector):
         *,
         budget: Budget,
         scope: Scope = "per_view",
-        marginals: Marginals = "semi_relaxed",
+        marginals: Marginals = "norm",
         importance: Importance = "total",
+        target: Target = "output",
         layer: int | float = -1,
         alpha: float = 1.0,
         beta: float = 1.0,
@@ -64,6 +75,7 @@ class TopV(GroupSelector):
         super().__init__(budget=budget, scope=scope)
         one_of("marginals", marginals, Marginals)
         one_of("importance", importance, Importance)
+        one_of("target", target, Target)
         if min(alpha, beta, gamma) < 0 or alpha + beta + gamma == 0:
             raise UserError(f"alpha={alpha}, beta={beta}, gamma={gamma}: give numbers >= 0, one of them larger")
         if min(sigma, eps) <= 0 or not 0 <= recover < 1:
@@ -71,8 +83,14 @@ class TopV(GroupSelector):
         self.marginals: Marginals = marginals
         self.importance: Importance = importance
         self.layer = layer
-        self.taps = (f"input@{layer}", f"post_norm@{layer}")
-        self.needs = frozenset(self.taps)
+        self.is_norm_ranking = marginals == "norm" and importance == "total"
+        if self.is_norm_ranking and (target, alpha, beta, gamma, sigma, eps) != ("output", 1.0, 1.0, 0.01, 10.0, 0.1):
+            raise UserError(
+                "target, alpha, beta, gamma, sigma and eps have no effect with marginals=norm and importance=total, "
+                "which rank sources by their norm; leave them at their defaults or choose another marginals"
+            )
+        self.source_tap, self.target_tap = f"input@{layer}", f"{target}@{layer}"
+        self.needs = frozenset({self.source_tap} if self.is_norm_ranking else {self.source_tap, self.target_tap})
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.sigma, self.eps, self.recover = sigma, eps, recover
 
@@ -84,7 +102,16 @@ class TopV(GroupSelector):
         return top_BGS | spread(groups.valid_BGS & ~top_BGS, again_BG), importance_BGS
 
     def rate(self, features: VisionFeatures, groups: Groups) -> Tensor:
-        """Importance [B, G, S] of each source, in units of the mass that a target receives; 0 in padding."""
+        """Importance [B, G, S] of each source, in units of the mean mass of a target; 0 in padding."""
+        if self.is_norm_ranking:
+            rated_BGS = norm_masses(groups(features.taps[self.source_tap]), groups.valid_BGS)
+        else:
+            rated_BGS = self.transported(features, groups)
+        assert_finite(rated_BGS, groups.valid_BGS, type(self).__name__)
+        return rated_BGS
+
+    def transported(self, features: VisionFeatures, groups: Groups) -> Tensor:
+        """The same, by the plan."""
         valid_BGS = groups.valid_BGS
         # Padding is replaced by the first valid token of its group, so that it changes no minimum or maximum.
         position_BGS = torch.arange(valid_BGS.shape[-1], device=valid_BGS.device).expand_as(valid_BGS)
@@ -92,7 +119,7 @@ class TopV(GroupSelector):
         token_BN = groups.index_GS.expand_as(position_BGS).gather(-1, position_BGS).flatten(1)
         source, target = (
             torch.unflatten(gather_tokens(features.taps[tap], token_BN).float(), 1, valid_BGS.shape[1:])
-            for tap in self.taps
+            for tap in (self.source_tap, self.target_tap)
         )
         row_BGS, col_BGS, off_BGS = (
             x.expand_as(valid_BGS).gather(-1, position_BGS) for x in grid_positions(features, groups)
@@ -109,13 +136,14 @@ class TopV(GroupSelector):
         for part, near_part in zip(cost.split(ROWS, dim=-2), near, strict=True):
             part.mul_(feature).addcmul_(near_part, -spatial[..., None, None]).add_(own_BG1S).div_(-self.eps)
             part.copy_(part.softmax(-1))
-        u_BGS, v_BGS = scaling(cost, valid_BGS, self.marginals)
-        if self.importance == "own":
-            rated_BGS = u_BGS * cost.diagonal(dim1=-2, dim2=-1) * v_BGS
+        if self.marginals in ("norm", "norm_cols_last"):
+            leaving_BGS, arriving_BGS = (norm_masses(x, valid_BGS) for x in (source, target))
         else:
-            rated_BGS = u_BGS * (v_BGS[..., None, :] @ cost).squeeze(-2)
-        assert_finite(rated_BGS, valid_BGS, type(self).__name__)
-        return rated_BGS
+            leaving_BGS = arriving_BGS = valid_BGS.float()
+        u_BGS, v_BGS = scaling(cost, leaving_BGS, arriving_BGS, ROW_UPDATES[self.marginals])
+        if self.importance == "own":
+            return u_BGS * cost.diagonal(dim1=-2, dim2=-1) * v_BGS
+        return u_BGS * (v_BGS[..., None, :] @ cost).squeeze(-2)
 
 
 def squared_distances(a_BGMD: Tensor, b_BGSD: Tensor) -> Tensor:
@@ -126,19 +154,29 @@ def squared_distances(a_BGMD: Tensor, b_BGSD: Tensor) -> Tensor:
     return a @ b.transpose(-1, -2)
 
 
-def scaling(kernel_BGSS: Tensor, valid_BGS: Tensor, marginals: Marginals) -> tuple[Tensor, Tensor]:
-    """u and v [B, G, S] that make v_j kernel_ji u_i the plan; each valid target (row) receives a mass of 1."""
-    weight_BGS = valid_BGS.float()
+def norm_masses(x_BGSD: Tensor, valid_BGS: Tensor) -> Tensor:
+    """Masses [B, G, S] in proportion to the lengths of states, 1 on average; 0 in padding."""
+    norm_BGS = x_BGSD.float().norm(dim=-1).masked_fill(~valid_BGS, 0)
+    return norm_BGS * (valid_BGS.sum(-1, keepdim=True) / norm_BGS.sum(-1, keepdim=True).clamp_min(1e-9))
 
-    def share(total_BGS: Tensor) -> Tensor:
-        return torch.where(total_BGS > 0, weight_BGS / total_BGS.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
 
-    u_BGS = weight_BGS
-    v_BGS = share((kernel_BGSS @ u_BGS[..., None]).squeeze(-1))
-    if marginals == "balanced_cols_last":
-        for _ in range(SINKHORN_STEPS - 1):
-            u_BGS = share((v_BGS[..., None, :] @ kernel_BGSS).squeeze(-2))
-            v_BGS = share((kernel_BGSS @ u_BGS[..., None]).squeeze(-1))
+def scaling(kernel_BGSS: Tensor, leaving_BGS: Tensor, arriving_BGS: Tensor, row_updates: int) -> tuple[Tensor, Tensor]:
+    """u and v [B, G, S] that make v_j kernel_ji u_i the plan.
+
+    `leaving` and `arriving` are the masses of sources and targets, 0 in padding. Columns of the plan (targets) are
+    brought to their masses, then rows (sources), three times at most; the plan ends with the columns where there are
+    fewer updates of rows. Without any, sources are free.
+    """
+
+    def share(mass_BGS: Tensor, total_BGS: Tensor) -> Tensor:
+        return torch.where(total_BGS > 0, mass_BGS / total_BGS.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+    u_BGS = (leaving_BGS > 0).float()
+    v_BGS = torch.zeros_like(u_BGS)
+    for step in range(min(SINKHORN_STEPS, row_updates + 1)):
+        v_BGS = share(arriving_BGS, (kernel_BGSS @ u_BGS[..., None]).squeeze(-1))
+        if step < row_updates:
+            u_BGS = share(leaving_BGS, (v_BGS[..., None, :] @ kernel_BGSS).squeeze(-2))
     return u_BGS, v_BGS
 
 

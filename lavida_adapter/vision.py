@@ -19,10 +19,11 @@ from lavida_adapter.config import VisionConfig
 from lavida_adapter.llada import run_block
 from shirg import UserError
 
-TAPS = ("keys", "attention", "input", "post_norm")
+TAPS = ("keys", "attention", "input", "post_norm", "output")
 """What a layer can record. "keys": its attention keys [V, n, H, D/H]. "attention": the attention that each token
 receives within its view, averaged over heads and queries [V, n]. "input": the residual stream before the layer
-[V, n, D]. "post_norm": the normed state between attention and MLP [V, n, D]."""
+[V, n, D]. "post_norm": the normed state between attention and MLP [V, n, D]. "output": the residual stream after the
+layer [V, n, D]."""
 
 
 class _Encoder(nn.Module):
@@ -113,7 +114,10 @@ def _through(layer: SiglipEncoderLayer, x: Tensor, here: frozenset[str]) -> tupl
     h = layer.layer_norm2(x)
     if "post_norm" in here:
         found["post_norm"] = h
-    return x + layer.mlp(h), found
+    x = x + layer.mlp(h)
+    if "output" in here:
+        found["output"] = x
+    return x, found
 
 
 def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 128) -> Tensor:

@@ -46,6 +46,7 @@ def residuals(tower: VisionTower, pixels: Tensor) -> list[dict[str, Tensor]]:
             layer.mlp.fc2.weight,
             layer.mlp.fc2.bias,
         )
+        found[-1]["output"] = x
     return [*found, {"input": x}]
 
 
