@@ -6,32 +6,50 @@ prune inside the vision transformer; here all views go through the whole tower a
 """
 
 import math
+from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, PairList, Scope, product_strips, rows, share_per_round, take
 from shirg import Budget, UserError, VisionFeatures
+from shirg.validation import one_of
+
+Schedule = Literal["alternating", "constant"]
 
 
 class Saint(GroupSelector):
     """Drops, round by round, the tokens of the highest degree in the graph of similarities.
 
-    degree_i = sum of cos(k_i, k_j) over the tokens j that are left; k are attention keys averaged over heads. A round
-    drops ceil(rho n) of n tokens, less in the last one. Of equal degrees the later token goes first.
+    degree_i = sum of cos(k_i, k_j) over the tokens j that are left; k are attention keys averaged over heads. Of equal
+    degrees the later token goes first. The last round drops only as many as are too many.
 
     Args:
         budget: tokens per picture.
         scope: one graph per view, or one for the whole picture.
-        rho: share of the tokens that a round drops.
+        schedule: "alternating", as in the published code: the first round drops floor(rho n) of n tokens, each later
+            one floor(n / what the round before dropped), and each at least one; few and many tokens take turns.
+            "constant", ours: each round drops ceil(rho n).
+        rho: share of the tokens that the first round drops, or each.
         layer: whose keys: an index into the tower's layers (from the end if negative), or a share of its depth.
     """
 
     def __init__(
-        self, *, budget: Budget, scope: Scope = "per_view", rho: float = 0.0625, layer: int | float = 0.83
+        self,
+        *,
+        budget: Budget,
+        scope: Scope = "per_view",
+        schedule: Schedule = "alternating",
+        rho: float = 0.0625,
+        layer: int | float = 0.83,
     ) -> None:
         super().__init__(budget=budget, scope=scope)
+        one_of("schedule", schedule, Schedule)
+        self.schedule: Schedule = schedule
         self.rho, self.layer = share_per_round(rho), layer
+        # As typed, so that a tenth of 30 tokens is 3: products of floating point numbers round up or down.
+        self.part, self.whole = Fraction(str(rho)).as_integer_ratio()
         self.tap = f"keys@{layer}"
         self.needs = frozenset({self.tap})
 
@@ -39,11 +57,25 @@ class Saint(GroupSelector):
         k_BGSD = self.unit_keys(features, groups, self.tap)
         left_BGS, n_BG = groups.valid_BGS, groups.valid_BGS.sum(-1)
         scores_BGS = -degree(k_BGSD, left_BGS)
-        for _ in range(1 + int(math.log(1 / groups.share) / -math.log(1 - self.rho))):
-            drop_BG = torch.minimum(n_BG - groups.quota_BG, (self.rho * n_BG).ceil().long())
-            n_BG = n_BG - drop_BG
+        drop_BG = torch.zeros_like(n_BG)
+        for step in range(self.rounds(k_BGSD.shape[2], groups.share)):
+            if self.schedule == "constant":
+                drop_BG = -(-n_BG * self.part // self.whole)
+            else:
+                drop_BG = (n_BG // drop_BG if step else n_BG * self.part // self.whole).clamp_min(1)
+            n_BG = torch.maximum(n_BG - drop_BG, groups.quota_BG)
             left_BGS = take((-degree(k_BGSD, left_BGS)).masked_fill(~left_BGS, float("-inf")), n_BG)
         return left_BGS, scores_BGS
+
+    def rounds(self, most: int, share: float) -> int:
+        """Rounds that bring any group of at most `most` tokens to `share` of them, rounded down; an upper bound."""
+        if self.schedule == "constant":
+            return 1 + int(math.log(1 / share) / -math.log(1 - self.rho))
+        # Two rounds drop d and floor((n - d) / d) tokens, at least 2 sqrt(n) - 2 together; one pair more for rounding.
+        pairs, n = 1, float(most)
+        while n > share * most:
+            pairs, n = pairs + 1, n - max(1.0, 2 * math.sqrt(n) - 2)
+        return 2 * pairs
 
 
 def degree(k_BGSD: Tensor, left_BGS: Tensor) -> Tensor:

@@ -151,17 +151,28 @@ def cosines(features: VisionFeatures, sample: int) -> Tensor:
     return x @ x.T
 
 
-def saint(features: VisionFeatures, rho: float, tap: str) -> Pick:
+def saint(features: VisionFeatures, rho: float, tap: str, schedule: str) -> Pick:
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
         cosine, left = cosines_of_keys(features, tap, sample), list(group)
-        while len(left) > quota:
+        drops = saint_drops(len(group), quota, rho, schedule)
+        for drop in drops:
             degree = {i: sum(cosine[i][j] for j in left) for i in left}
-            drop = min(len(left) - quota, math.ceil(rho * len(left)))
             worst = sorted(reversed(left), key=lambda i: -degree[i])[:drop]
             left = [i for i in left if i not in worst]
         return left
 
     return pick
+
+
+def saint_drops(n: int, quota: int, rho: float, schedule: str) -> list[int]:
+    """How many tokens each round drops. The divisor begins as 1 / rho and becomes the last round's drop."""
+    drops, divisor = list[int](), 1 / rho
+    while n > quota:
+        drop = max(1, math.floor(n / divisor)) if schedule == "alternating" else math.ceil(rho * n)
+        divisor = drop
+        drops.append(min(drop, n - quota))
+        n -= drops[-1]
+    return drops
 
 
 def saint_vote(features: VisionFeatures, tau: float, step: float, votes: int, gamma: float, tap: str) -> Pick:

@@ -54,7 +54,11 @@ SELECTORS = {
     "norm_topk": Case(NormTopK, {"budget": 60}, flips={"budget": 61, "sign": -1}),
     "global_only": Case(GlobalOnly),
     "oracle": Case(Oracle, {"budget": 60}, flips={"budget": 61}),
-    "saint": Case(Saint, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.5, "layer": -1}),
+    "saint": Case(
+        Saint,
+        {"budget": 60},
+        flips={"budget": 61, "scope": "global", "schedule": "constant", "rho": 0.5, "layer": -1},
+    ),
     "saint_vote": Case(
         SaintVote,
         {"budget": 60, "tau_step": 0.25},

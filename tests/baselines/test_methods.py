@@ -1,5 +1,6 @@
 """The published methods against loops over tokens, on pictures with and without padding."""
 
+import math
 from math import ceil
 
 import pytest
@@ -38,13 +39,37 @@ def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budge
     three = {"rho": 2.5 / features.layout.n_tokens * groups_of(features, scope)}
     votes = {"tau": 0.6, "tau_step": 0.25, "votes": 2, "gamma": 3.0}
     pairs: list[tuple[GroupSelector, reference.Pick]] = [
-        (Saint(**common), reference.saint(features, 0.0625, "keys@0.83")),
+        (Saint(**common), reference.saint(features, 0.0625, "keys@0.83", "alternating")),
+        (Saint(**common, rho=0.25), reference.saint(features, 0.25, "keys@0.83", "alternating")),
+        (Saint(**common, schedule="constant"), reference.saint(features, 0.0625, "keys@0.83", "constant")),
         (SaintVote(**common, **votes), reference.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83")),
         (DivPrune(**common), reference.divprune(features)),
         (VisPruner(**common, **three), reference.vispruner(features, 0.5, 3, "attention@-1")),
     ]
     for selector, pick in pairs:
         assert kept(selector, features) == reference.in_groups(features, scope, budget, pick), type(selector).__name__
+
+
+def test_saint_drops_few_and_many_tokens_in_turn() -> None:
+    """64 tokens to 16 as the published code does: 64 // 16, then 60 // 4, 45 // 15, 42 // 3, 28 // 14, and the rest."""
+    assert reference.saint_drops(64, 16, 1 / 16, "alternating") == [4, 15, 3, 14, 2, 10]
+    assert reference.saint_drops(64, 16, 1 / 16, "constant") == [4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("rho", [1 / 16, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("schedule", ["alternating", "constant"])
+def test_saint_has_rounds_enough_for_every_group(rho: float, schedule: str) -> None:
+    """Groups of up to 90 tokens and every quota between the smallest share and all; the bound is not far off."""
+    saint, closest = Saint(budget=1, rho=rho, schedule=schedule), math.inf
+    for most in (1, 2, 3, 17, 64, 90):
+        for share in (0.02, 0.1, 0.26, 0.5, 0.93, 1.0):
+            rounds = saint.rounds(most, share)
+            for n in range(1, most + 1):
+                for quota in range(math.floor(share * n), n + 1):
+                    needed = len(reference.saint_drops(n, quota, rho, schedule)) if quota else 0
+                    assert needed <= rounds, (most, share, n, quota)
+                    closest = min(closest, rounds - needed)
+    assert closest <= 2
 
 
 @pytest.mark.parametrize("scope", SCOPES)

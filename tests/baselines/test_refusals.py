@@ -20,6 +20,7 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: CDPruner(budget=3, sign=2), "sign=2: choose one of -1, 1"),
     (lambda: UniformGrid(budget=3, scope="tile"), "scope='tile': choose one of per_view, global"),
     (lambda: Saint(budget=3, rho=0.0), "rho=0.0: give the share ... between 0 and 1"),
+    (lambda: Saint(budget=3, schedule="fast"), "schedule='fast': choose one of alternating, constant"),
     (lambda: ToMe(budget=3, rho=1.0), "rho=1.0: give the share ... between 0 and 1"),
     (lambda: SaintVote(budget=3, tau=1.5), "tau=1.5, tau_step=0.05: give a cosine"),
     (lambda: SaintVote(budget=3, tau_step=0.0), "tau_step=0.0: ... a positive step of at most 2"),
