@@ -16,6 +16,7 @@ from shirg import (
     Budget,
     Selection,
     Selector,
+    Share,
     Source,
     UserError,
     VisionFeatures,
@@ -30,6 +31,9 @@ from shirg.validation import one_of
 
 Scope = Literal["per_view", "global"]
 """Whether each view is a group, or the whole picture."""
+
+ListOrder = Literal["official", "reading"]
+"""How a list of pairs is ordered between rounds: as in the authors' code, or by position."""
 
 BLOCK = 456
 """Rows of a Gram matrix that are computed at a time on a CPU: an eighth of five views, enough for a fast product."""
@@ -163,6 +167,13 @@ def spread(marked_BGS: Tensor, count_BG: Tensor) -> Tensor:
     return marked_BGS & (reached > before)
 
 
+def every(marked_BGS: Tensor, count_BG: Tensor) -> Tensor:
+    """bool [..., S]: of each row's n marked positions every floor(n / count)-th from the first on, `count` of them."""
+    number_BGS = marked_BGS.cumsum(-1) - 1
+    step_BG1 = ((number_BGS[..., -1:] + 1) // count_BG[..., None].clamp_min(1)).clamp_min(1)
+    return marked_BGS & (number_BGS % step_BG1 == 0) & (number_BGS // step_BG1 < count_BG[..., None])
+
+
 def absorb(
     features: VisionFeatures,
     groups: Groups,
@@ -249,6 +260,11 @@ def share_per_round(rho: float) -> float:
     return rho
 
 
+def count_per_round(rho: float, size: int) -> int:
+    """How many of a group's `size` positions a round removes: the nearest count to their share, and at least one."""
+    return max(1, Share.of(rho).nearest(size))
+
+
 def rounds_of(removals: int, per_round: int) -> int:
     """Rounds that remove `removals` tokens from a list when each removes `per_round`, at most every second token."""
     return -(-removals // per_round) + math.ceil(math.log2(2 * per_round)) + 1
@@ -256,16 +272,17 @@ def rounds_of(removals: int, per_round: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PairList:
-    """One list of M slots per group: the first n of them hold the tokens that are left, in reading order."""
+    """One list of M slots per group: the first n of them hold the tokens that are left."""
 
     position_BGM: Tensor
-    """int64: the position in the group."""
+    """int64: the position in the group; behind the first n any position, also one that is there already."""
     n_BG: Tensor
 
     @classmethod
-    def of(cls, left_BGS: Tensor) -> Self:
-        order_BGS = torch.sort(left_BGS.to(torch.uint8), dim=-1, descending=True, stable=True).indices
-        return cls(order_BGS, left_BGS.sum(-1))
+    def of(cls, left_BGS: Tensor, by_BGS: Tensor | None = None) -> Self:
+        """The tokens that are left in reading order, or with the largest `by` first."""
+        by_BGS = left_BGS.to(torch.uint8) if by_BGS is None else by_BGS.masked_fill(~left_BGS, float("-inf"))
+        return cls(torch.sort(by_BGS, dim=-1, descending=True, stable=True).indices, left_BGS.sum(-1))
 
     def even(self) -> Tensor:
         return self.position_BGM[..., 0::2]
@@ -280,20 +297,38 @@ class PairList:
     def odd_used(self) -> Tensor:
         return 2 * torch.arange(self.odd().shape[-1], device=self.n_BG.device) + 1 < self.n_BG[..., None]
 
-    def worst(self, scores_BGE: Tensor, count_BG: Tensor) -> Tensor:
-        """bool: the `count` even slots of the highest scores; of equal scores the last, because the first is kept."""
-        scores_BGE = scores_BGE.masked_fill(~self.even_used(), float("-inf"))
-        return take(scores_BGE.flip(-1), count_BG).flip(-1) & self.even_used()
+    def ranked(self, scores_BGE: Tensor) -> Tensor:
+        """int64: the even slots by falling score; of equal scores the last first, because the first is kept.
 
-    def without(self, dropped_BGE: Tensor, slots: int) -> Self:
-        """The list without some of its even slots, cut to `slots`."""
-        gone_BGM = torch.zeros_like(self.position_BGM, dtype=torch.bool)
-        gone_BGM[..., 0::2] = dropped_BGE
-        stays = torch.sort(gone_BGM.to(torch.uint8), dim=-1, stable=True).indices[..., :slots]
-        return type(self)(self.position_BGM.gather(-1, stays), self.n_BG - dropped_BGE.sum(-1))
+        Slots without a token are at the end. Scores are finite.
+        """
+        scores_BGE = scores_BGE.masked_fill(~self.even_used(), float("-inf"))
+        flipped_BGE = torch.sort(scores_BGE.flip(-1), dim=-1, descending=True, stable=True).indices
+        return scores_BGE.shape[-1] - 1 - flipped_BGE
+
+    def without(self, ranked_BGE: Tensor, count_BG: Tensor, slots: int, order: ListOrder = "reading") -> Self:
+        """The list without the first `count` of the ranked even slots, cut to `slots`.
+
+        `order`: "official" puts the even slots that stay first, in their ranked order, and then the odd ones;
+        "reading" leaves each token behind those that were before it.
+        """
+        m, e = self.position_BGM.shape[-1], ranked_BGE.shape[-1]
+        count_BG1 = count_BG[..., None]
+        if order == "reading":
+            gone_BGE = torch.arange(e, device=count_BG.device) < count_BG1
+            gone_BGM = torch.zeros_like(self.position_BGM, dtype=torch.uint8)
+            gone_BGM = gone_BGM.scatter(-1, 2 * ranked_BGE, gone_BGE.to(torch.uint8))
+            stays_BGM = torch.sort(gone_BGM, dim=-1, stable=True).indices[..., :slots]
+        else:
+            slot_M = torch.arange(min(m, slots), device=count_BG.device)
+            evens_BG1 = self.even_used().sum(-1, keepdim=True) - count_BG1
+            even_BGM = 2 * ranked_BGE.gather(-1, (slot_M + count_BG1).clamp_max(e - 1))
+            odd_BGM = (2 * (slot_M - evens_BG1) + 1).clamp(0, m - 1)
+            stays_BGM = torch.where(slot_M < evens_BG1, even_BGM, odd_BGM)
+        return type(self)(self.position_BGM.gather(-1, stays_BGM), self.n_BG - count_BG)
 
     def mask(self, size: int) -> Tensor:
         """bool [B, G, S] for groups of `size` tokens: which are left."""
         used = torch.arange(self.position_BGM.shape[-1], device=self.n_BG.device) < self.n_BG[..., None]
-        left = torch.zeros(*self.n_BG.shape, size, dtype=torch.bool, device=self.n_BG.device)
-        return left.scatter(-1, self.position_BGM, used)
+        count_BGS = torch.zeros(*self.n_BG.shape, size, dtype=torch.int64, device=self.n_BG.device)
+        return count_BGS.scatter_add(-1, self.position_BGM, used.long()) > 0

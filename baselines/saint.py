@@ -6,14 +6,13 @@ prune inside the vision transformer; here all views go through the whole tower a
 """
 
 import math
-from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, PairList, Scope, product_strips, rows, share_per_round, take
-from shirg import Budget, UserError, VisionFeatures
+from shirg import Budget, Share, UserError, VisionFeatures
 from shirg.validation import one_of
 
 Schedule = Literal["alternating", "constant"]
@@ -48,8 +47,7 @@ class Saint(GroupSelector):
         one_of("schedule", schedule, Schedule)
         self.schedule: Schedule = schedule
         self.rho, self.layer = share_per_round(rho), layer
-        # As typed, so that a tenth of 30 tokens is 3: products of floating point numbers round up or down.
-        self.part, self.whole = Fraction(str(rho)).as_integer_ratio()
+        self.dropped = Share.of(rho)
         self.tap = f"keys@{layer}"
         self.needs = frozenset({self.tap})
 
@@ -60,9 +58,9 @@ class Saint(GroupSelector):
         drop_BG = torch.zeros_like(n_BG)
         for step in range(self.rounds(k_BGSD.shape[2], groups.share)):
             if self.schedule == "constant":
-                drop_BG = -(-n_BG * self.part // self.whole)
+                drop_BG = self.dropped.up(n_BG)
             else:
-                drop_BG = (n_BG // drop_BG if step else n_BG * self.part // self.whole).clamp_min(1)
+                drop_BG = (n_BG // drop_BG if step else self.dropped.down(n_BG)).clamp_min(1)
             n_BG = torch.maximum(n_BG - drop_BG, groups.quota_BG)
             left_BGS = take((-degree(k_BGSD, left_BGS)).masked_fill(~left_BGS, float("-inf")), n_BG)
         return left_BGS, scores_BGS
@@ -140,7 +138,7 @@ class SaintVote(GroupSelector):
             redundant = (count_BGE >= odds_BG1.clamp_max(self.votes)) & pairs.even_used()
             drop_BG = torch.minimum(redundant.sum(-1), pairs.n_BG - groups.quota_BG)
             voted_BGE = count_BGE * (self.gamma * above_BGE / count_BGE.clamp_min(1)).exp()
-            pairs = pairs.without(pairs.worst(torch.where(count_BGE > 0, voted_BGE, mean_BGE), drop_BG), s)
+            pairs = pairs.without(pairs.ranked(torch.where(count_BGE > 0, voted_BGE, mean_BGE)), drop_BG, s)
         return pairs.mask(s), None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, Scope, spread, take
-from shirg import Budget, Role, UserError, VisionFeatures, assert_finite, gather_tokens
+from shirg import Budget, Role, Share, UserError, VisionFeatures, assert_finite, gather_tokens
 from shirg.validation import one_of
 
 Marginals = Literal["norm", "norm_cols_last", "uniform", "semi_relaxed"]
@@ -93,10 +93,11 @@ class TopV(GroupSelector):
         self.needs = frozenset({self.source_tap} if self.is_norm_ranking else {self.source_tap, self.target_tap})
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.sigma, self.eps, self.recover = sigma, eps, recover
+        self.again = Share.of(recover)
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
         importance_BGS = self.rate(features, groups)
-        again_BG = (self.recover * groups.quota_BG).ceil().long()
+        again_BG = self.again.up(groups.quota_BG)
         ranked_BGS = importance_BGS.masked_fill(~groups.valid_BGS, float("-inf"))
         top_BGS = take(ranked_BGS, groups.quota_BG - again_BG)
         return top_BGS | spread(groups.valid_BGS & ~top_BGS, again_BG), importance_BGS

@@ -17,7 +17,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 
 from lavida_adapter.config import VisionConfig
 from lavida_adapter.llada import run_block
-from shirg import UserError
+from shirg import Share, UserError
 
 TAPS = ("keys", "attention", "input", "post_norm", "output")
 """What a layer can record. "keys": its attention keys [V, n, H, D/H]. "attention": the attention that each token
@@ -89,7 +89,7 @@ class VisionTower(nn.Module):
         what, _, at = tap.partition("@")
         n = len(self.layers)
         try:
-            index = int(at) if "." not in at else int(n * float(at)) if 0 <= float(at) < 1 else n
+            index = int(at) if "." not in at else Share.of(float(at)).down(n) if 0 <= float(at) < 1 else n
         except ValueError:
             index = n  # out of range: the message below covers it
         if what not in TAPS or not -n <= index < n:

@@ -1,6 +1,6 @@
 """SHIRG: which vision tokens a diffusion vision-language model should keep before its prefix cache is built."""
 
-from shirg.budget import Budget, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
+from shirg.budget import Budget, Share, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
 from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
 from shirg.layouts import (
     area_weights,
@@ -29,6 +29,7 @@ __all__ = [
     "Role",
     "Selection",
     "Selector",
+    "Share",
     "ShirgGate",
     "ShirgSelector",
     "Source",

@@ -1,6 +1,8 @@
-"""How many tokens the base model itself would use, for `budget=matched` (docs/lavida.md, "Pooling")."""
+"""Counts of tokens: a share of a number, and what the base model would use (docs/lavida.md, "Pooling")."""
 
-from typing import Literal
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,37 @@ from shirg.validation import UserError
 
 Budget = int | Literal["matched"]
 """Tokens per picture; "matched": as many as the base model uses for it."""
+
+Count = TypeVar("Count", int, Tensor)
+"""A number of tokens, or an int64 tensor of such numbers."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of a number of tokens, as the fraction that its digits stand for: 0.07 is 7/100.
+
+    As floats, 0.07 * 100 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996, so the one rounded up and the other
+    rounded down miss by a token. Here all products are whole numbers, of ints and of tensors alike.
+    """
+
+    numerator: int
+    denominator: int
+
+    @classmethod
+    def of(cls, share: float) -> Self:
+        # A float is closer to the fraction that is meant than any other with so small a denominator.
+        meant = Fraction(share).limit_denominator(10**9)
+        return cls(meant.numerator, meant.denominator)
+
+    def down(self, n: Count) -> Count:
+        return self.numerator * n // self.denominator
+
+    def up(self, n: Count) -> Count:
+        return -(-self.numerator * n // self.denominator)
+
+    def nearest(self, n: Count) -> Count:
+        """Halves are rounded up."""
+        return (2 * self.numerator * n + self.denominator) // (2 * self.denominator)
 
 
 def matched_count_B(features: VisionFeatures) -> Tensor:

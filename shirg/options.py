@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shirg.budget import Budget
+from shirg.budget import Budget, Share
 from shirg.features import Geometry, TokenLayout
 from shirg.selection import Stage
 from shirg.validation import UserError, one_of
@@ -115,7 +115,7 @@ class Merging:
     def count(self, layout: TokenLayout) -> int:
         """How many cells of this layout may be merged away."""
         rows, cols = layout.finest[1]
-        return int(self.share * rows * cols) if self.mode == "tome" else 0
+        return Share.of(self.share).down(rows * cols) if self.mode == "tome" else 0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from shirg.budget import Share
 from shirg.options import Adaptive
 from shirg.selection import Selection, Source
 from shirg.validation import UserError
@@ -115,7 +116,7 @@ def adaptive_budget(
 
     `level` is used instead of the level that the head would choose.
     """
-    counts = [max(1, int(share * k)) for share in options.levels]
+    counts = [max(1, Share.of(share).down(k)) for share in options.levels]
     if head is not None:
         level_B, expected_B = head(scores_BP, usable_BP, level)
         return torch.tensor(counts, device=scores_BP.device)[level_B], expected_B

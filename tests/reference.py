@@ -5,6 +5,7 @@ What the benches time as well is in experiments/bench/reference.py.
 
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -227,22 +228,30 @@ def cdpruner(features: VisionFeatures, sign: int) -> Pick:
     return pick
 
 
-def vispruner(features: VisionFeatures, important: float, drop: int, tap: str) -> Pick:
+def vispruner(features: VisionFeatures, important: Fraction, drop: int, tap: str, order: str) -> Pick:
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
         attention, cosine = features.taps[tap][sample].tolist(), cosines(features, sample).tolist()
-        seen = sorted(group, key=lambda i: -attention[i])[: math.floor(important * quota)]
-        left = [i for i in group if i not in seen]
+        ranked = sorted(group, key=lambda i: -attention[i])
+        seen = ranked[: math.floor(important * quota)]
+        left = [i for i in (ranked if order == "official" else group) if i not in seen]
         while len(left) > quota - len(seen):
             even, odd = left[0::2], left[1::2]
             closest = {a: max((cosine[a][b] for b in odd), default=0.0) for a in even}
-            worst = sorted(reversed(even), key=lambda a: -closest[a])[: min(drop, len(left) - quota + len(seen))]
-            left = [i for i in left if i not in worst]
+            by_cosine = sorted(reversed(even), key=lambda a: -closest[a])
+            left = after_round(left, by_cosine, min(drop, len(left) - quota + len(seen)), order)
         return seen + left
 
     return pick
 
 
-def tome(features: VisionFeatures, r: int, tap: str, members: list[dict[int, list[int]]]) -> Pick:
+def after_round(left: list[int], ranked_even: list[int], count: int, order: str) -> list[int]:
+    """The list between two rounds that drop the first `count` of the even tokens by rank."""
+    if order == "official":
+        return ranked_even[count:] + left[1::2]
+    return [i for i in left if i not in ranked_even[:count]]
+
+
+def tome(features: VisionFeatures, r: int, tap: str, order: str, members: list[dict[int, list[int]]]) -> Pick:
     """Writes which tokens were merged into which to `members`, one dictionary per picture."""
 
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
@@ -255,17 +264,20 @@ def tome(features: VisionFeatures, r: int, tap: str, members: list[dict[int, lis
             cosine = {a: dict(zip(odd, row, strict=True)) for a, row in zip(even, rows, strict=True)}
             best = {a: max(odd, key=cosine[a].__getitem__) for a in even}
             near = {a: cosine[a][best[a]] for a in even}
-            gone = sorted(reversed(even), key=lambda a: -near[a])[: min(r, len(left) - quota, len(odd))]
-            for a in gone:
+            ranked = sorted(reversed(even), key=lambda a: -near[a])
+            count = min(r, len(left) - quota, len(odd))
+            for a in ranked[:count]:
                 of[best[a]] = of[best[a]] + of.pop(a)
-            left = [i for i in left if i not in gone]
+            left = after_round(left, ranked, count, order)
         members[sample].update(of)
         return left
 
     return pick
 
 
-def visionzip(features: VisionFeatures, share: float, layer: str, members: list[dict[int, list[int]]]) -> Pick:
+def visionzip(
+    features: VisionFeatures, share: Fraction, layer: str, spacing: str, members: list[dict[int, list[int]]]
+) -> Pick:
     """Writes which tokens were merged into which target to `members`, one dictionary per picture."""
 
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
@@ -274,7 +286,9 @@ def visionzip(features: VisionFeatures, share: float, layer: str, members: list[
         n_merged = math.ceil(share * quota)
         dominant = sorted(group, key=lambda i: -attention[i])[: quota - n_merged]
         rest = [i for i in group if i not in dominant]
-        targets = evenly(rest, n_merged)
+        targets = rest[:: max(1, len(rest) // max(n_merged, 1))][:n_merged]
+        if spacing == "centres":
+            targets = evenly(rest, n_merged)
         members[sample] |= {t: [] for t in targets}
         for i in (i for i in rest if i not in targets):
             if targets:

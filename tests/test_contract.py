@@ -81,12 +81,18 @@ SELECTORS = {
     "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
     "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "sign": -1}),
     "vispruner": Case(
-        VisPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "important": 0.2, "rho": 0.1, "layer": -2}
+        VisPruner,
+        {"budget": 60},
+        flips={"budget": 61, "scope": "global", "important": 0.2, "rho": 0.1, "order": "reading", "layer": -2},
     ),
     "visionzip": Case(
-        VisionZip, {"budget": 60}, flips={"budget": 61, "scope": "global", "contextual": 0.5, "layer": -2}
+        VisionZip,
+        {"budget": 60},
+        flips={"budget": 61, "scope": "global", "contextual": 0.5, "targets": "centres", "layer": -2},
     ),
-    "tome": Case(ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.4, "layer": -2}),
+    "tome": Case(
+        ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.4, "order": "reading", "layer": -2}
+    ),
     **FAMILY,
 }
 ALL = {**SELECTORS, **OTHERS}

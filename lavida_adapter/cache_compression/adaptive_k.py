@@ -12,7 +12,7 @@ from lavida_adapter.generate import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache
 from lavida_adapter.llada import Llada
 from lavida_adapter.prefix import Prefix
-from shirg import Budget, UserError
+from shirg import Budget, Share, UserError
 
 
 class AdaptiveK(CacheSelector):
@@ -72,7 +72,7 @@ class AdaptiveK(CacheSelector):
         candidates_B = uncertainty(first).exp()
         bounds = torch.tensor(self.candidates, device=candidates_B.device)
         level_B = (candidates_B[:, None] > bounds).sum(-1)
-        count_BL = torch.tensor([[max(1, int(level * n)) for level in self.levels] for n in counts])
+        count_BL = torch.tensor([[max(1, Share.of(level).down(n)) for level in self.levels] for n in counts])
         return count_BL.to(level_B.device).gather(1, level_B[:, None]).squeeze(1)
 
 

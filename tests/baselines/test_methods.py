@@ -1,7 +1,7 @@
 """The published methods against loops over tokens, on pictures with and without padding."""
 
 import math
-from math import ceil
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from tests import reference
 from tests.features import SIZES, make_features
 
 SCOPES = ("per_view", "global")
+ORDERS = ("official", "reading")
 GRIDS = [(2, 2), (1, 2), (0, 0)]
 
 
@@ -36,7 +37,7 @@ def kept(selector: GroupSelector, features: VisionFeatures) -> list[list[int]]:
 def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budget: int) -> None:
     features = pictures(grid)
     common = {"budget": budget, "scope": scope}
-    three = {"rho": 2.5 / features.layout.n_tokens * groups_of(features, scope)}
+    three, half = {"rho": 3 / features.layout.n_tokens * groups_of(features, scope)}, Fraction(1, 2)
     votes = {"tau": 0.6, "tau_step": 0.25, "votes": 2, "gamma": 3.0}
     pairs: list[tuple[GroupSelector, reference.Pick]] = [
         (Saint(**common), reference.saint(features, 0.0625, "keys@0.83", "alternating")),
@@ -44,7 +45,10 @@ def test_choices_are_those_of_the_loops(grid: tuple[int, int], scope: str, budge
         (Saint(**common, schedule="constant"), reference.saint(features, 0.0625, "keys@0.83", "constant")),
         (SaintVote(**common, **votes), reference.saint_vote(features, 0.6, 0.25, 2, 3.0, "keys@0.83")),
         (DivPrune(**common), reference.divprune(features)),
-        (VisPruner(**common, **three), reference.vispruner(features, 0.5, 3, "attention@-1")),
+    ]
+    pairs += [
+        (VisPruner(**common, **three, order=order), reference.vispruner(features, half, 3, "attention@-1", order))
+        for order in ORDERS
     ]
     for selector, pick in pairs:
         assert kept(selector, features) == reference.in_groups(features, scope, budget, pick), type(selector).__name__
@@ -105,13 +109,14 @@ def test_cdpruner_goes_by_relevance_when_the_width_is_used_up() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("rho", [0.001, 0.1, 0.9])
-def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, rho: float) -> None:
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rho", ["0.001", "0.1", "0.9"])
+def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, rho: str, order: str) -> None:
     features = pictures(grid)
-    r = ceil(rho * features.layout.n_tokens / groups_of(features, scope))
+    r = max(1, round(Fraction(rho) * features.layout.n_tokens / groups_of(features, scope)))
     members: list[dict[int, list[int]]] = [{} for _ in features.ids]
-    expected = reference.in_groups(features, scope, 20, reference.tome(features, r, "keys@-1", members))
-    chosen = ToMe(budget=20, scope=scope, rho=rho)(features)
+    expected = reference.in_groups(features, scope, 20, reference.tome(features, r, "keys@-1", order, members))
+    chosen = ToMe(budget=20, scope=scope, rho=float(rho), order=order)(features)
     merged = 0
     for sample, tokens in enumerate(expected):
         for slot, token in enumerate(tokens):
@@ -129,11 +134,14 @@ def test_tome_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, rho
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str) -> None:
+@pytest.mark.parametrize("targets", ["official", "centres"])
+@pytest.mark.parametrize("share", ["0.3", "0.07", "1"])
+def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str, targets: str, share: str) -> None:
     features = pictures(grid)
     joined: list[dict[int, list[int]]] = [{} for _ in features.ids]
-    expected = reference.in_groups(features, scope, 20, reference.visionzip(features, 0.3, "-1", joined))
-    chosen = VisionZip(budget=20, scope=scope, contextual=0.3)(features)
+    loop = reference.visionzip(features, Fraction(share), "-1", targets, joined)
+    expected = reference.in_groups(features, scope, 20, loop)
+    chosen = VisionZip(budget=20, scope=scope, contextual=float(share), targets=targets)(features)
     for sample, tokens in enumerate(expected):
         for slot, token in enumerate(tokens):
             members = joined[sample].get(token, [])

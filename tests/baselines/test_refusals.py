@@ -25,8 +25,11 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: SaintVote(budget=3, tau=1.5), "tau=1.5, tau_step=0.05: give a cosine"),
     (lambda: SaintVote(budget=3, tau_step=0.0), "tau_step=0.0: ... a positive step of at most 2"),
     (lambda: SaintVote(budget=3, votes=0), "votes=0: give at least 1"),
+    (lambda: ToMe(budget=3, order="raster"), "order='raster': choose one of official, reading"),
     (lambda: VisPruner(budget=3, important=1.2), "important=1.2: ... 0 to 1"),
+    (lambda: VisPruner(budget=3, order="raster"), "order='raster': choose one of official, reading"),
     (lambda: VisionZip(budget=3, contextual=-0.1), "contextual=-0.1: ... 0 to 1"),
+    (lambda: VisionZip(budget=3, targets="middle"), "targets='middle': choose one of official, centres"),
     (
         lambda: TopV(budget=3, marginals="free"),
         "marginals='free': choose one of norm, norm_cols_last, uniform, ",
