@@ -3,6 +3,8 @@
 from baselines.cdpruner import CDPruner
 from baselines.controls import Full, GlobalOnly, NormTopK, Random
 from baselines.divprune import DivPrune
+from baselines.hiprune import HiPrune
+from baselines.holov import HoloV
 from baselines.oracle import Oracle
 from baselines.pooled import Pooled
 from baselines.saint import Saint, SaintVote
@@ -17,6 +19,8 @@ __all__ = [
     "DivPrune",
     "Full",
     "GlobalOnly",
+    "HiPrune",
+    "HoloV",
     "NormTopK",
     "Oracle",
     "Pooled",

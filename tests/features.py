@@ -132,7 +132,7 @@ def recorded(tokens: Tensor) -> dict[str, Tensor]:
     taps = {"encoder": tokens, "input@-1": tokens + 0.5, "post_norm@-1": normed}
     taps |= {"input@-2": tokens.flip(-1), "post_norm@-2": normed}
     taps |= {"output@-1": (1.5 * x - 0.5 * x.roll(1, -1)).to(tokens.dtype), "output@-2": tokens - 0.5}
-    for layer in ("0.83", "-1", "-2"):
+    for layer in ("0.83", "-1", "-2", "0.35"):
         key, query = torch.randn(width, 16, generator=generator), torch.randn(width, generator=generator)
         taps[f"keys@{layer}"] = (x @ key).unflatten(-1, (2, 8)).to(tokens.dtype)
         taps[f"attention@{layer}"] = (F.normalize(x, dim=-1) @ query).sigmoid() / tokens.shape[1]

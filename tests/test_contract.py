@@ -22,7 +22,6 @@ from baselines import (
     Saint,
     SaintVote,
     ToMe,
-    TopV,
     UniformGrid,
     VisionZip,
     VisPruner,
@@ -30,22 +29,10 @@ from baselines import (
 from shirg import Selection, Selector, ShirgSelector, Source, VisionFeatures
 from tests.cases import CONF, COORDS, FAMILY, OTHERS, Case
 from tests.features import GRIDS, SIZES, differs, features_for, permute_views, projector, recorded, through
+from tests.method_cases import METHODS
 
 SELECTED = ("tokens_BTD", "index_BT", "source_BT", "box_BT4", "mask_BT")
 
-# The cost changes nothing where the mass that leaves a source is its norm (the default); it is refused there.
-TOPV_COST: dict[str, Any] = {
-    "target": "post_norm",
-    "alpha": 0.1,
-    "beta": 0.1,
-    "gamma": 1.0,
-    "sigma": 1.0,
-    "eps": 1.0,
-}
-FREE: dict[str, Any] = {"marginals": "semi_relaxed"}
-TOPV_FLIPS: dict[str, Any] = {"budget": 61, "scope": "global", "layer": -2, "recover": 0.5}
-TOPV_FLIPS |= {"marginals": "norm_cols_last", "importance": "own"}
-TOPV_OWN = {"marginals": "semi_relaxed", "importance": "own", "target": "post_norm"}
 SELECTORS = {
     "pooled": Case(Pooled),
     "full": Case(Full, flips={"newline": "none", "geometry": "single_672"}),
@@ -72,12 +59,6 @@ SELECTORS = {
             "layer": -1,
         },
     ),
-    "topv": Case(TopV, {"budget": 60}, flips={**TOPV_FLIPS, **{k: {k: v, **FREE} for k, v in TOPV_COST.items()}}),
-    "topv_own": Case(
-        TopV,
-        {"budget": 60, **TOPV_OWN},
-        flips={**TOPV_FLIPS, **TOPV_COST, "importance": "total", "target": "output"},
-    ),
     "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
     "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "sign": -1}),
     "vispruner": Case(
@@ -93,6 +74,7 @@ SELECTORS = {
     "tome": Case(
         ToMe, {"budget": 60}, flips={"budget": 61, "scope": "global", "rho": 0.4, "order": "reading", "layer": -2}
     ),
+    **METHODS,
     **FAMILY,
 }
 ALL = {**SELECTORS, **OTHERS}

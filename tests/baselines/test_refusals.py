@@ -6,7 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from baselines import CDPruner, Full, NormTopK, Oracle, Saint, SaintVote, ToMe, TopV, UniformGrid, VisionZip, VisPruner
+from baselines import (
+    CDPruner,
+    Full,
+    HiPrune,
+    HoloV,
+    NormTopK,
+    Oracle,
+    Saint,
+    SaintVote,
+    ToMe,
+    TopV,
+    UniformGrid,
+    VisionZip,
+    VisPruner,
+)
 from baselines.pooled import pool
 from shirg import Pooling
 from tests.features import make_features
@@ -37,6 +51,11 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: TopV(budget=3, target="input"), "target='input': choose one of output, post_norm"),
     (lambda: TopV(budget=3, eps=0.5), "no effect with marginals=norm and importance=total, ... rank sources by their"),
     (lambda: TopV(budget=3, target="post_norm"), "target, alpha, ... have no effect ... choose another marginals"),
+    (lambda: HiPrune(budget=3, alpha=1.1), "alpha=1.1: give the share ... 0 to 1"),
+    (lambda: HoloV(budget=3, crops=0), "crops=0: give at least 1"),
+    (lambda: HoloV(budget=3, rank_by="variance"), "rank_by='variance': choose one of attention, score"),
+    (lambda: HoloV(budget=3, space="pixels"), "space='pixels': choose one of projected, encoder"),
+    (lambda: HoloV(budget=3, scope="tile"), "scope='tile': choose one of per_view, global"),
     (lambda: TopV(budget=3, importance="mine"), "importance='mine': choose one of total, own"),
     (lambda: TopV(budget=3, alpha=0, beta=0, gamma=0), "alpha=0, beta=0, gamma=0: give numbers >= 0"),
     (lambda: TopV(budget=3, eps=0.0), "eps=0.0, ... eps > 0"),
