@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavida_adapter import Lavida, LavidaConfig
-from tests.golden_data import golden_dir
+from tests.golden_data import parity_folder
 
 _DEVIATIONS: dict[str, list[tuple[float, float]]] = defaultdict(list)
 
@@ -59,7 +59,7 @@ class _Plain:
 
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Golden:
-    return Golden(request.config.getoption("--golden") or golden_dir("lavida"))
+    return Golden(parity_folder(request.config.getoption("--golden"), "lavida"))
 
 
 @pytest.fixture
