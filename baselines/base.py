@@ -72,7 +72,7 @@ def split(features: VisionFeatures, scope: Scope, keep_B: Tensor, *, most: int, 
     layout = features.layout
     if scope == "per_view":
         canvas_M = layout.order_N[layout.n_global :].index_select(0, layout_tables(layout).by_tile_M)
-        index_GS = torch.cat([layout.order_N[: layout.n_global], canvas_M]).view(-1, layout.side**2)
+        index_GS = torch.cat([layout.order_N[: layout.n_global], canvas_M]).view(-1, layout.view_tokens)
     else:
         index_GS = layout.order_N[None]
     valid_BGS = features.valid_BN[:, index_GS]
@@ -111,7 +111,7 @@ class GroupSelector(Selector):
         """The groups and the static number of slots."""
         k, keep_B = self.resolve_budget(features)
         keep_B = torch.minimum(keep_B, features.valid_BN.sum(-1))
-        least = self.budget if isinstance(self.budget, int) else features.layout.pooling.side**2
+        least = features.layout.known_pooling.side**2 if self.budget == "matched" else k
         return split(features, self.scope, keep_B, most=k, least=least), k
 
     def unit_tokens(self, features: VisionFeatures, groups: Groups) -> Tensor:

@@ -11,6 +11,7 @@ from shirg import (
     Geometry,
     Selection,
     Selector,
+    UserError,
     VisionFeatures,
     close_rows,
     keep,
@@ -92,6 +93,8 @@ class GlobalOnly(Selector):
 
     def select(self, features: VisionFeatures) -> Selection:
         n = features.layout.n_global
+        if not n:
+            raise UserError("GlobalOnly: these features have no view of the whole picture; choose another selector")
         first_BN = features.layout.order_N[:n].expand(len(features.ids), -1)
         valid_BN = features.valid_BN.gather(1, first_BN)
         return keep(features, first_BN.gather(1, stable_topk(valid_BN.float(), n)), valid_BN.sum(-1))

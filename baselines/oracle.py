@@ -51,7 +51,7 @@ class Oracle(Selector):
         for sample, known in zip(features.ids, boxes, strict=True):
             if not known:
                 raise UserError(
-                    f"Oracle needs to know where the evidence is, and sample {sample!r} has no boxes: choose a dataset "
-                    "with boxes, or another selector"
+                    f"Oracle needs to know where the evidence is, and sample {sample!r} has no boxes: pass boxes=, "
+                    "choose data with boxes, or another selector"
                 )
         return boxes

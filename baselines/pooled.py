@@ -32,8 +32,10 @@ class Pooled(Selector):
         super().__init__(budget=None)
 
     def select(self, features: VisionFeatures) -> Selection:
-        layout, pooling = features.layout, features.layout.pooling
+        layout, pooling = features.layout, features.layout.known_pooling
         n, side, p = layout.n_global, layout.side, pooling.side
+        if not n:
+            raise UserError("Pooled: these features have no view of the whole picture, and the base model pools one")
         tokens_BND = features.tokens_BND.index_select(1, layout.order_N)
         box_BN4 = features.box_BN4()[:, layout.order_N]
         closed = pooling.merge == "spatial_unpad"
@@ -100,7 +102,7 @@ def rows_of(tokens_BRCD: Tensor, box_BRC4: Tensor, mask_BRC: Tensor, *, newline:
 
 def _unpadded(features: VisionFeatures) -> Tensor:
     """bool [B, rows, columns] of the pooled mosaic: False in the padding, which is cut off."""
-    layout, p = features.layout, features.layout.pooling.side
+    layout, p = features.layout, features.layout.known_pooling.side
     top, bottom, left, right = (bound[:, None] for bound in unpad_bounds(layout, features.size_B2))
     row = torch.arange(layout.canvas[0] // layout.side * p, device=top.device)
     col = torch.arange(layout.canvas[1] // layout.side * p, device=top.device)

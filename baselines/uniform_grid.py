@@ -24,7 +24,8 @@ class UniformGrid(GroupSelector):
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
         cell_N2 = features.layout.cell_N2
         if self.scope == "per_view":
-            cell_N2 = cell_N2 % features.layout.side
+            (row_N, col_N), (rows, cols) = cell_N2.unbind(-1), features.layout.view_shape
+            cell_N2 = torch.stack([row_N % rows, col_N % cols], dim=-1)
         order_BGS = -dither(cell_N2)[groups.index_GS].expand(groups.valid_BGS.shape)
         return take(order_BGS.masked_fill(~groups.valid_BGS, -torch.inf), groups.quota_BG), None
 

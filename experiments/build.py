@@ -6,8 +6,8 @@ Weights that are missing, or a budget that the model does not name, raise one se
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +26,7 @@ from experiments.metrics.answers import Scorer
 from experiments.plugins import build_plugin
 from experiments.schema import CONF, VERSION_BASE, local_folder
 from experiments.token_stats import TokenGeometry
-from shirg import MissingFileError, Selector, UserError
+from shirg import BudgetShare, MissingFileError, Selector, UserError, parse_budget
 
 if TYPE_CHECKING:
     from lavida_adapter import CachePacker, CacheSelector, DecodeConfig, Lavida, LavidaConfig
@@ -226,15 +226,12 @@ def adapter_size(adapter: str | None) -> int:
 
 def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["matched"]:
     """A budget's number of tokens; names are the model's, and "768/980 base" is that share of one, rounded."""
-    if budget == "matched":
-        return "matched"
-    if isinstance(budget, str) and budget in budgets:
-        return budgets[budget]
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget
-    share = re.fullmatch(r"([1-9]\d*)/([1-9]\d*) (\w+)", str(budget))
-    if share and share[3] in budgets:
-        return max(1, round(Fraction(int(share[1]), int(share[2])) * budgets[share[3]]))
+    with suppress(UserError):
+        wanted = parse_budget(budget)
+        if not isinstance(wanted, BudgetShare):
+            return wanted
+        if wanted.name in budgets:
+            return wanted.of(budgets[wanted.name])
     names = ", ".join(f"{name} ({count})" for name, count in budgets.items())
     raise UserError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
 

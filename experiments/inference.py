@@ -61,7 +61,9 @@ class EvalPipeline:
     def n_vision(self) -> int:
         """Vision tokens of a prompt, as far as the configuration tells."""
         budget = self.selector.budget
-        return budget if isinstance(budget, int) else self.model.config.budgets["full" if budget is None else "base"]
+        if budget is None or budget == "matched":
+            return self.model.config.budgets["full" if budget is None else "base"]
+        return self.geometry.count_of(budget)
 
     @torch.inference_mode()
     def answer(self, batch: Sequence[Sample], pictures: Pictures | None = None) -> Answers:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from experiments.data.sample import Box
 from experiments.metrics import entity_recall
-from shirg import Geometry, Role, Selection, Selector, Source, TokenLayout, VisionFeatures
+from shirg import BudgetShare, Geometry, Role, Selection, Selector, Source, TokenLayout, VisionFeatures
 
 if TYPE_CHECKING:
     from lavida_adapter import LavidaConfig
@@ -50,6 +50,10 @@ class TokenGeometry:
         from lavida_adapter.views import pooled_count
 
         return pooled_count(size, self.config)
+
+    def count_of(self, budget: int | BudgetShare) -> int:
+        """The number of tokens of a budget that is the same for every picture."""
+        return budget if isinstance(budget, int) else budget.of(self.config.budgets[budget.name])
 
     def _place(self, size: tuple[int, int]) -> TokenPlaces:
         from lavida_adapter.views import cut
@@ -103,6 +107,6 @@ def check_counts(
     if budget == "matched":
         expected, counted = geometry.matched(size), total
     else:
-        expected, counted = budget, without_newlines
+        expected, counted = geometry.count_of(budget), without_newlines
     if counted > expected or (counted < expected and not selector.may_use_less):
         raise RuntimeError(f"{sample}: kept {counted} tokens, expected {expected} (budget={budget})")

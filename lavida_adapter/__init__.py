@@ -14,6 +14,7 @@ from lavida_adapter.loss import TrainBatch
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prefix import Prefix
+from lavida_adapter.relevance import External, LmEmbed, NoRelevance, Relevance, RelevanceContext, SiglipText
 
 __all__ = [
     "AdaptiveK",
@@ -21,6 +22,7 @@ __all__ = [
     "CacheSelector",
     "Cast",
     "DecodeConfig",
+    "External",
     "FastV",
     "Fp8",
     "Generation",
@@ -29,10 +31,15 @@ __all__ = [
     "LavidaConfig",
     "LayerRetention",
     "LladaConfig",
+    "LmEmbed",
     "LoraConfig",
+    "NoRelevance",
     "ObjectiveConfig",
     "Prefix",
     "RedVTP",
+    "Relevance",
+    "RelevanceContext",
+    "SiglipText",
     "TrainBatch",
     "VisionConfig",
     "add_lora",

@@ -156,6 +156,9 @@ class Generation:
     cache: StoredPrefix | None = None
     """The cache that the last step read; None without a prefix cache."""
 
+    def __repr__(self) -> str:
+        return f"Generation(texts={self.texts!r}, forwards={self.forwards}, steps={self.steps!r})"
+
 
 def start(batch: int, config: DecodeConfig, mask_id: int, draft: Sequence[int], device: torch.device) -> Tensor:
     """Answer slots [B, A]: a draft, then masks. Masks inside the draft are filled like the others.

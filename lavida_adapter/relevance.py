@@ -9,7 +9,7 @@ Shape letters: B prompts, N source tokens, Q question tokens, L text positions, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, SiglipModel
 
 from lavida_adapter.vision import VisionTower
-from shirg import MissingFileError, UserError, VisionFeatures
-
-Aggregate = Literal["mean", "max", "pooled"]
+from shirg import MissingFileError, UserError, VisionFeatures, saliency
+from shirg.similarity import Aggregate, aggregate_cosines, centred_unit
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ class NoRelevance:
     reads_question = False
 
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
-        x = features.tokens_BND.detach().float()
-        mean_B1D = masked_mean(x, features.valid_BN)
-        return 1 - F.cosine_similarity(x, mean_B1D, dim=-1)
+        return saliency(features.tokens_BND, features.valid_BN)
 
 
 class LmEmbed:
@@ -80,18 +77,13 @@ class LmEmbed:
         p, valid = context.projected(), features.valid_BN
         if len(row_of) < len(at):
             p, valid = (values[list(row_of.values())] for values in (p, valid))
-        p = F.normalize(p.float() - masked_mean(p.float(), valid), dim=-1)
-        by_picture = dict(zip(row_of, p, strict=True))
+        by_picture = dict(zip(row_of, centred_unit(p, valid), strict=True))
         vocabulary_mean_D = context.embedding.weight.mean(0, dtype=torch.float32)
         rows = []
         for picture, ids_Q in zip(at, context.questions, strict=True):
-            p_ND = by_picture[picture]
             if not len(ids_Q):
                 raise UserError("relevance=lm_embed needs a question, and this one has no tokens: use relevance=none")
-            q_QD = context.embedding(ids_Q).float() - vocabulary_mean_D
-            q_QD = F.normalize(q_QD.mean(0, keepdim=True) if self.agg == "pooled" else q_QD, dim=-1)
-            r_NQ = p_ND @ q_QD.T
-            rows.append(r_NQ.amax(-1) if self.agg == "max" else r_NQ.mean(-1))
+            rows.append(aggregate_cosines(by_picture[picture], context.embedding(ids_Q), self.agg, vocabulary_mean_D))
         return torch.stack(rows)
 
 
@@ -124,12 +116,6 @@ class External:
                     f"{tuple(self.scores[sample].shape)}, its canvas has {n} tokens"
                 )
         return torch.stack([self.scores[i] for i in features.ids]).to(features.tokens_BND.device, torch.float32)
-
-
-def masked_mean(x_BND: Tensor, valid_BN: Tensor) -> Tensor:
-    """Mean over valid tokens [B, 1, D]."""
-    weight_BN1 = valid_BN[..., None].to(x_BND.dtype)
-    return (x_BND * weight_BN1).sum(1, keepdim=True) / weight_BN1.sum(1, keepdim=True).clamp_min(1)
 
 
 CHECKED = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")

@@ -148,8 +148,9 @@ def patch_pixels(pixels_V3SS: Tensor, layout: TokenLayout) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _cached_layout(grid: Size, side: int, patch: int, view_px: int, pooling: Pooling) -> TokenLayout:
-    return tiles_layout(grid[0], grid[1], side=side, patch_px=patch, view_px=view_px, pooling=pooling)
+def _cached_layout(grid: Size, side: int, patch: int, view_px: int, pooling: Pooling, base: int) -> TokenLayout:
+    layout = tiles_layout(grid[0], grid[1], side=side, patch_px=patch, view_px=view_px, pooling=pooling)
+    return replace(layout, base_budget=base)
 
 
 @lru_cache(maxsize=64)
@@ -161,7 +162,8 @@ def layout_on(layout: TokenLayout, device: torch.device) -> TokenLayout:
 def canvas_layout(config: LavidaConfig, grid: Size) -> TokenLayout:
     """The layout of a canvas of grid = (rows, columns) views; (0, 0) is the single-view mode."""
     vision = config.vision
-    return _cached_layout(grid, vision.side, vision.patch_size, vision.image_size, own_pooling(config))
+    base = config.budgets["base"]
+    return _cached_layout(grid, vision.side, vision.patch_size, vision.image_size, own_pooling(config), base)
 
 
 def own_pooling(config: LavidaConfig) -> Pooling:
@@ -274,7 +276,12 @@ def geometry_layout(config: LavidaConfig, geometry: Geometry) -> TokenLayout:
     own = own_pooling(config)
     canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ((0, 0),)
     most = _most(tuple(canvases), vision.image_size, vision.patch_size, own)
-    return _layout(geometry, vision, own, most)
+    return _cached_geometry(geometry, vision, own, most, config.budgets["base"])
+
+
+@lru_cache(maxsize=16)
+def _cached_geometry(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int, base: int) -> TokenLayout:
+    return replace(_layout(geometry, vision, own, most), base_budget=base)
 
 
 @lru_cache(maxsize=16)
@@ -285,7 +292,6 @@ def _most(canvases: tuple[tuple[int, int], ...], view_px: int, patch: int, pooli
     return max(most_pooled(tiles_layout(*grid, side, patch, view_px, pooling)) for grid in grids)
 
 
-@lru_cache(maxsize=16)
 def _layout(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int) -> TokenLayout:
     patch = vision.patch_size
     if geometry == "fovea":

@@ -1,6 +1,16 @@
 """SHIRG: which vision tokens a diffusion vision-language model should keep before its prefix cache is built."""
 
-from shirg.budget import Budget, Share, matched_count_B, most_pooled, pooled_count_B, unpad_bounds
+from shirg.any_vlm import features_from
+from shirg.budget import (
+    Budget,
+    BudgetShare,
+    Share,
+    matched_count_B,
+    most_pooled,
+    parse_budget,
+    pooled_count_B,
+    unpad_bounds,
+)
 from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
 from shirg.layouts import (
     area_weights,
@@ -15,14 +25,17 @@ from shirg.layouts import (
 from shirg.scaffold import close_rows, used_rows
 from shirg.selection import Selection, Selector, Source, Stage, gather_tokens, join, keep, stable_topk
 from shirg.shirg import ShirgSelector
+from shirg.similarity import cosine_relevance, saliency
 from shirg.validation import MissingFileError, UserError, assert_finite
 
-# Names of the first edition, which notebooks may import.
 ShirgGate = ShirgSelector
+"""The name for Python: `ShirgGate(budget=80)`."""
+# A name of the first edition, which notebooks may import.
 tables = layout_tables
 
 __all__ = [
     "Budget",
+    "BudgetShare",
     "Geometry",
     "MissingFileError",
     "Pooling",
@@ -40,7 +53,9 @@ __all__ = [
     "area_weights",
     "assert_finite",
     "close_rows",
+    "cosine_relevance",
     "crops_layout",
+    "features_from",
     "fovea_layout",
     "gather_tokens",
     "join",
@@ -48,8 +63,10 @@ __all__ = [
     "layout_tables",
     "matched_count_B",
     "most_pooled",
+    "parse_budget",
     "pooled_count_B",
     "regions",
+    "saliency",
     "single_layout",
     "stable_topk",
     "subdivide",

@@ -1,17 +1,15 @@
-"""Counts of tokens: a share of a number, and what the base model would use (docs/lavida.md, "Pooling")."""
+"""Budgets, shares of a number, and what the base model would use (docs/lavida.md, "Pooling")."""
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.validation import UserError
-
-Budget = int | Literal["matched"]
-"""Tokens per picture; "matched": as many as the base model uses for it."""
 
 Count = TypeVar("Count", int, Tensor)
 """A number of tokens, or an int64 tensor of such numbers."""
@@ -45,6 +43,68 @@ class Share:
         return (2 * self.numerator * n + self.denominator) // (2 * self.denominator)
 
 
+@dataclass(frozen=True)
+class BudgetShare:
+    """A share of a budget that has a name; "base" is what the base model nominally uses."""
+
+    share: Fraction
+    name: str
+
+    def of(self, count: int) -> int:
+        """That share of `count` tokens, rounded, at least 1."""
+        return max(1, round(self.share * count))
+
+    def __str__(self) -> str:
+        return self.name if self.share == 1 else f"{self.share} {self.name}"
+
+    def __repr__(self) -> str:
+        return repr(str(self))
+
+
+Budget = int | Literal["matched", "base"] | BudgetShare
+"""Tokens per picture; "matched": as many as the base model uses for it. "base": as many as it nominally uses, and a
+text such as "3/4 base" is that share of it (`parse_budget`)."""
+ParsedBudget = int | Literal["matched"] | BudgetShare
+"""A budget that was parsed."""
+
+
+def parse_budget(budget: object) -> ParsedBudget:
+    """A number, "matched", a name such as "base", or a share of a name such as "3/4 base".
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if isinstance(budget, BudgetShare) or (isinstance(budget, int) and not isinstance(budget, bool) and budget > 0):
+        return budget
+    if budget == "matched":
+        return "matched"
+    found = re.fullmatch(r"(?:([1-9]\d*)/([1-9]\d*) )?([a-z]\w*)", budget) if isinstance(budget, str) else None
+    if found is None:
+        raise UserError(f"budget={budget!r}: give a positive number of tokens, 'matched', 'base' or '3/4 base'")
+    top, bottom, name = found.groups(default="1")
+    return BudgetShare(Fraction(int(top), int(bottom)), name)
+
+
+@overload
+def count_on(budget: int | BudgetShare, layout: TokenLayout) -> int: ...
+@overload
+def count_on(budget: ParsedBudget, layout: TokenLayout) -> int | Literal["matched"]: ...
+def count_on(budget: ParsedBudget, layout: TokenLayout) -> int | Literal["matched"]:
+    """The number of tokens of a budget on this layout; "matched" depends on the picture and stays as it is.
+
+    Raises:
+        UserError: a share of the base model's budget, which the layout does not know.
+    """
+    if not isinstance(budget, BudgetShare):
+        return budget
+    if layout.base_budget is None:
+        raise UserError(
+            f"budget='{budget}' is relative to the base model's number of tokens, which these features do not say: "
+            "pass base= to features_from, or give the budget as a number"
+        )
+    return budget.of(layout.base_budget)
+
+
 def matched_count_B(features: VisionFeatures) -> Tensor:
     """How many tokens [B] the base model itself would use for each picture, whatever the geometry is."""
     layout = features.layout
@@ -52,14 +112,14 @@ def matched_count_B(features: VisionFeatures) -> Tensor:
         return pooled_count_B(layout, features.size_B2)
     if features.base_count_B is None:
         raise UserError(
-            f"budget=matched on geometry={layout.geometry} needs VisionFeatures.base_count_B, the base model's count"
+            f"budget='matched' on geometry={layout.geometry} needs VisionFeatures.base_count_B, the base model's count"
         )
     return features.base_count_B
 
 
 def most_pooled(layout: TokenLayout) -> int:
     """The largest `matched_count_B` of this layout."""
-    pooling = layout.pooling
+    pooling = layout.known_pooling
     if pooling.most is not None:
         return min(pooling.most, layout.n_tokens)
     flat = layout.n_views * pooling.side**2
@@ -74,8 +134,8 @@ def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
 
     Float64 and the order of operations matter for borderline pictures (docs/lavida.md, "Unpadding").
     """
-    area = layout.pooling.side**2
-    if layout.pooling.merge == "flat":
+    area = layout.known_pooling.side**2
+    if layout.known_pooling.merge == "flat":
         return torch.full_like(size_B2[:, 0], layout.n_views * area)
     if layout.canvas == (0, 0):
         return torch.full_like(size_B2[:, 0], layout.n_views * area + 1)
@@ -86,7 +146,7 @@ def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
 
 def unpad_bounds(layout: TokenLayout, size_B2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """First and last+1 kept row and column [B] of the pooled mosaic: top, bottom, left, right."""
-    side = layout.pooling.side
+    side = layout.known_pooling.side
     rows, cols = layout.canvas[0] // layout.side * side, layout.canvas[1] // layout.side * side
     w, h = size_B2[:, 0].double(), size_B2[:, 1].double()
     wide = w / h > cols / rows

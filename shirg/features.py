@@ -11,6 +11,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from shirg.validation import UserError
+
 Geometry = Literal["lavida_tiles", "seed_canvas48", "single_672", "single_512", "fovea"]
 """How a picture is cut into views (docs/method.md, "Geometries")."""
 
@@ -58,13 +60,16 @@ class TokenLayout:
     """float32: (width, height) of the token as a fraction of its frame."""
     canvas: tuple[int, int]
     """(rows, columns) of the canvas in cells; (0, 0) when there is only a global view."""
-    side: int
-    """Tokens per side of one view."""
-    pooling: Pooling
+    view_shape: tuple[int, int]
+    """(rows, columns) of tokens of one view; all views of a layout have the same."""
+    pooling: Pooling | None
+    """None where the base model's pooling is not known, or where it does not pool."""
     canvas_px: tuple[int, int]
     """(height, width) of the canvas in pixels; the size of the single view when there are no tiles."""
     geometry: Geometry = "lavida_tiles"
     """How the picture was cut into views; a selector refuses any other geometry than its own."""
+    base_budget: int | None = None
+    """How many tokens the base model nominally uses, for `budget="base"`; None where it is not known."""
     rank_N: Tensor = field(init=False)
     """int64: rank of each token in reading order: global view first, then the canvas row by row."""
     order_N: Tensor = field(init=False)
@@ -76,13 +81,20 @@ class TokenLayout:
     overlaps: bool = field(init=False)
     """Whether several tokens share a canvas cell."""
 
+    def __repr__(self) -> str:
+        (rows, cols), n_tiles = self.view_shape, self.n_views - bool(self.n_global)
+        parts = ["1 global view"] if self.n_global else []
+        parts += [f"{n_tiles} tile{'s' * (n_tiles > 1)}"] if n_tiles else []
+        canvas = "" if self.canvas == (0, 0) else f", canvas {self.canvas[0]} x {self.canvas[1]}"
+        return f"TokenLayout({self.n_tokens} tokens: {' and '.join(parts)} of {rows} x {cols}{canvas}, {self.geometry})"
+
     def __post_init__(self) -> None:
         # A layout outlives the call that built it, so its tensors must be usable in training and inference alike.
         with torch.inference_mode(False):
             is_global = self.role_N.cpu() == int(Role.GLOBAL)
             row, col = self.cell_N2.cpu().to(torch.int64).unbind(-1)
-            width = max(self.side, self.canvas[1])
-            key = row * width + col + torch.where(is_global, 0, width * max(self.side, self.canvas[0]))
+            height, width = (max(view, canvas) for view, canvas in zip(self.view_shape, self.canvas, strict=True))
+            key = row * width + col + torch.where(is_global, 0, width * height)
             order = torch.argsort(key, stable=True)
             object.__setattr__(self, "order_N", order.to(self.view_N.device))
             object.__setattr__(self, "rank_N", torch.argsort(order).to(self.view_N.device))
@@ -95,13 +107,38 @@ class TokenLayout:
 
     @property
     def n_views(self) -> int:
-        return self.n_tokens // (self.side * self.side)
+        return self.n_tokens // self.view_tokens
+
+    @property
+    def view_tokens(self) -> int:
+        return self.view_shape[0] * self.view_shape[1]
+
+    @property
+    def side(self) -> int:
+        """Tokens per side of one view; raises UserError where views are not square."""
+        rows, cols = self.view_shape
+        if rows != cols:
+            raise UserError(
+                f"views of {rows} x {cols} tokens are not square, and this method or option is defined on square views "
+                "alone; choose another one"
+            )
+        return rows
+
+    @property
+    def known_pooling(self) -> Pooling:
+        """How the base model pools its views; raises UserError where that is not known."""
+        if self.pooling is None:
+            raise UserError(
+                "these features do not say how the base model pools its views: give the budget as a number, choose a "
+                "selector that does not pool as the base model does, or pass pooling=shirg.Pooling(side=...)"
+            )
+        return self.pooling
 
     @property
     def finest(self) -> tuple[slice, tuple[int, int]]:
         """The finest grid, the canvas or the only view: which of the grid cells it has, and its rows and columns."""
         if self.canvas == (0, 0):
-            return slice(0, None), (self.side, self.side)
+            return slice(0, None), self.view_shape
         return slice(self.n_global, None), self.canvas
 
     def to(self, device: torch.device | str) -> Self:
@@ -141,6 +178,15 @@ class VisionFeatures:
     """Extra recordings that the selector asked for by name in `needs`; "encoder" is the pre-projector states."""
     boxes: tuple[tuple[tuple[float, float, float, float], ...], ...] | None = None
     """Where the evidence of each sample is, as fractions of the picture; only an oracle may read it."""
+
+    def __repr__(self) -> str:
+        least, most = min(self.n_valid, default=0), max(self.n_valid, default=0)
+        return (
+            f"VisionFeatures(tokens {list(self.tokens_BND.shape)} {self.tokens_BND.dtype}, "
+            f"valid {least if least == most else f'{least} to {most}'}, "
+            f"relevance {'none' if self.relevance_BN is None else 'given'}, "
+            f"taps {', '.join(sorted(self.taps)) or 'none'}, {self.layout!r})"
+        )
 
     def box_BN4(self) -> Tensor:
         """Each token's box (x0, y0, x1, y1) as fractions of the original picture; outside [0, 1] in padding."""

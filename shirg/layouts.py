@@ -13,7 +13,7 @@ _AREAS: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def tiles_layout(
-    grid_rows: int, grid_cols: int, side: int, patch_px: int, view_px: int, pooling: Pooling
+    grid_rows: int, grid_cols: int, side: int, patch_px: int, view_px: int, pooling: Pooling | None
 ) -> TokenLayout:
     """One global view and then a grid of tiles, row by row; a grid of 0 x 0 is the global view alone.
 
@@ -25,33 +25,47 @@ def tiles_layout(
         raise UserError(f"a grid of {grid_rows} x {grid_cols} tiles: give two positive numbers, or 0 x 0 for no tiles")
     if side * patch_px > view_px:
         raise UserError(f"{side} patches of {patch_px} px do not fit into a view of {view_px} px")
+    return views_layout((side, side), (grid_rows, grid_cols), 0, patch_px, (view_px, view_px), pooling)
+
+
+def views_layout(
+    view: tuple[int, int],
+    tiles: tuple[int, int],
+    global_at: int | None,
+    patch_px: int,
+    view_px: tuple[int, int],
+    pooling: Pooling | None,
+    base_budget: int | None = None,
+) -> TokenLayout:
+    """A grid of tiles, row by row, and the global view as view number `global_at` among them (None: there is none).
+
+    `view` and `view_px` are (rows, columns) of one view in tokens and in pixels, `tiles` those of the grid; 0 x 0 is
+    the global view alone.
+    """
     with torch.inference_mode(False):
-        row_S, col_S = torch.arange(side * side) // side, torch.arange(side * side) % side
-        n_tiles = grid_rows * grid_cols
-        view_N = torch.arange(1 + n_tiles).repeat_interleave(side * side)
-        is_global = view_N == 0
-        tile_row_N = ((view_N - 1) // max(grid_cols, 1)).masked_fill(is_global, 0)
-        tile_col_N = ((view_N - 1) % max(grid_cols, 1)).masked_fill(is_global, 0)
-        row_N, col_N = row_S.repeat(1 + n_tiles), col_S.repeat(1 + n_tiles)
-        canvas_px = (max(grid_rows, 1) * view_px, max(grid_cols, 1) * view_px)
-        frame_N2 = torch.where(is_global[:, None], torch.tensor([view_px, view_px]), torch.tensor(canvas_px[::-1]))
-        centre_px_N2 = torch.stack(
-            [
-                tile_col_N * view_px + patch_px * col_N + patch_px / 2,
-                tile_row_N * view_px + patch_px * row_N + patch_px / 2,
-            ],
-            dim=-1,
-        )
+        (rows, cols), (grid_rows, grid_cols), (high, wide) = view, tiles, view_px
+        area, n_views = rows * cols, grid_rows * grid_cols + (global_at is not None)
+        view_N = torch.arange(n_views).repeat_interleave(area)
+        is_global = torch.zeros_like(view_N) > 0 if global_at is None else view_N == global_at
+        tile_N = view_N if global_at is None else view_N - (view_N > global_at).long()
+        tile_row_N = (tile_N // max(grid_cols, 1)).masked_fill(is_global, 0)
+        tile_col_N = (tile_N % max(grid_cols, 1)).masked_fill(is_global, 0)
+        row_N, col_N = (torch.arange(area) // cols).repeat(n_views), (torch.arange(area) % cols).repeat(n_views)
+        canvas_px = (max(grid_rows, 1) * high, max(grid_cols, 1) * wide)
+        frame_N2 = torch.where(is_global[:, None], torch.tensor([wide, high]), torch.tensor(canvas_px[::-1]))
+        x_px_N = tile_col_N * wide + patch_px * col_N + patch_px / 2
+        y_px_N = tile_row_N * high + patch_px * row_N + patch_px / 2
         return TokenLayout(
             view_N=view_N,
             role_N=torch.where(is_global, int(Role.GLOBAL), int(Role.TILE)),
-            cell_N2=torch.stack([tile_row_N * side + row_N, tile_col_N * side + col_N], dim=-1),
-            centre_N2=(centre_px_N2.double() / frame_N2).float(),
+            cell_N2=torch.stack([tile_row_N * rows + row_N, tile_col_N * cols + col_N], dim=-1),
+            centre_N2=(torch.stack([x_px_N, y_px_N], dim=-1).double() / frame_N2).float(),
             size_N2=(patch_px / frame_N2.double()).float(),
-            canvas=(grid_rows * side, grid_cols * side),
-            side=side,
+            canvas=(grid_rows * rows, grid_cols * cols),
+            view_shape=view,
             pooling=pooling,
             canvas_px=canvas_px,
+            base_budget=base_budget,
         )
 
 
@@ -105,7 +119,7 @@ def _square(
             centre_N2=((cell_N2.flip(-1).double() + 0.5) / cells).float(),
             size_N2=torch.full((len(cell_N2), 2), 1 / cells),
             canvas=(cells, cells),
-            side=side,
+            view_shape=(side, side),
             pooling=pooling,
             canvas_px=(cells * patch_px, cells * patch_px),
             geometry=geometry,
@@ -178,14 +192,15 @@ def layout_tables(layout: TokenLayout) -> LayoutTables:
 
 def _build(layout: TokenLayout) -> LayoutTables:
     with torch.inference_mode(False):
-        order_N, n, side = layout.order_N, layout.n_global, layout.side
+        order_N, n = layout.order_N, layout.n_global
         is_global_N = layout.role_N == int(Role.GLOBAL)
         view_N2 = layout.view_N[:, None].expand(-1, 2)
         origin_V2 = layout.cell_N2.new_zeros(int(layout.view_N.max()) + 1, 2)
         origin_V2 = origin_V2.scatter_reduce(0, view_N2, layout.cell_N2, "amin", include_self=False)
         local_N2 = layout.cell_N2 - origin_V2[layout.view_N]
-        inside_N = torch.minimum(local_N2, side - 1 - local_N2).amin(-1)
-        reach = max(side // 2, 1)
+        last_2 = torch.tensor(layout.view_shape, device=order_N.device) - 1
+        inside_N = torch.minimum(local_N2, last_2 - local_N2).amin(-1)
+        reach = max(min(layout.view_shape) // 2, 1)
         border_N = 1 - inside_N.clamp_max(reach) / reach
         number_V, is_centre_V = _number_views(layout, origin_V2)
         tile_N = number_V[layout.view_N].masked_fill(is_global_N, -1)
@@ -216,9 +231,10 @@ def _number_views(layout: TokenLayout, origin_V2: Tensor) -> tuple[Tensor, Tenso
     """The number of each view among the views of the canvas, row by row, and which one is the centre crop."""
     is_global_V = torch.zeros(len(origin_V2), dtype=torch.bool, device=origin_V2.device)
     is_global_V[layout.view_N[layout.role_N == int(Role.GLOBAL)]] = True
-    twice_off_V = (2 * origin_V2 + layout.side - torch.tensor(layout.canvas, device=origin_V2.device)).abs().amax(-1)
+    view_2, canvas_2 = (torch.tensor(shape, device=origin_V2.device) for shape in (layout.view_shape, layout.canvas))
+    twice_off_V = (2 * origin_V2 + view_2 - canvas_2).abs().amax(-1)
     is_centre_V = (twice_off_V <= 1) & ~is_global_V & layout.overlaps
-    rows, cols = (max(extent, layout.side) for extent in layout.canvas)
+    rows, cols = (max(extent, view) for extent, view in zip(layout.canvas, layout.view_shape, strict=True))
     key_V = origin_V2[:, 0] * cols + origin_V2[:, 1] + rows * cols * is_centre_V - 2 * rows * cols * is_global_V
     return torch.argsort(torch.argsort(key_V, stable=True)) - is_global_V.sum(), is_centre_V
 
@@ -251,21 +267,24 @@ def regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
 
 
 def _regions(layout: TokenLayout, cells: int, first: int) -> Tensor:
-    (rows, cols), side, n = layout.canvas, layout.side, layout.n_global
+    (rows, cols), view, n = layout.canvas, layout.view_shape, layout.n_global
     outside, device = n + rows * cols, layout.view_N.device
-    grids = [_blocks(1, 1, side, cells, 0, outside, device)] if first < n else []
+    grids = [_blocks((1, 1), view, cells, 0, outside, device)] if first < n else []
     if layout.overlaps:
-        grids.append(_blocks(1, 1, rows, cells, n, outside, device))
+        grids.append(_blocks((1, 1), layout.canvas, cells, n, outside, device))
     elif rows:
-        grids.append(_blocks(rows // side, cols // side, side, cells, n, outside, device))
+        grids.append(_blocks((rows // view[0], cols // view[1]), view, cells, n, outside, device))
     return torch.cat(grids)
 
 
-def _blocks(down: int, across: int, side: int, cells: int, start: int, outside: int, device: torch.device) -> Tensor:
-    """The cells [blocks, cells * cells] of each block of down x across views of side x side, from `start` on."""
-    inside_I = torch.unflatten(torch.arange(-(-side // cells) * cells, device=device), 0, (-1, cells))
+def _blocks(
+    views: tuple[int, int], view: tuple[int, int], cells: int, start: int, outside: int, device: torch.device
+) -> Tensor:
+    """The cells [blocks, cells * cells] of each block of a grid of views, both (rows, columns), from `start` on."""
+    (down, across), (rows, cols) = views, view
+    row_I, col_I = (torch.unflatten(torch.arange(-(-n // cells) * cells, device=device), 0, (-1, cells)) for n in view)
     view_row, view_col = torch.arange(down, device=device), torch.arange(across, device=device)
-    row = (view_row[:, None, None] * side + inside_I)[:, None, :, None, :, None]
-    col = (view_col[:, None, None] * side + inside_I)[None, :, None, :, None, :]
-    exists = (inside_I < side)[None, None, :, None, :, None] & (inside_I < side)[None, None, None, :, None, :]
-    return torch.where(exists, start + row * (across * side) + col, outside).flatten(0, 3).flatten(1)
+    row = (view_row[:, None, None] * rows + row_I)[:, None, :, None, :, None]
+    col = (view_col[:, None, None] * cols + col_I)[None, :, None, :, None, :]
+    exists = (row_I < rows)[None, None, :, None, :, None] & (col_I < cols)[None, None, None, :, None, :]
+    return torch.where(exists, start + row * (across * cols) + col, outside).flatten(0, 3).flatten(1)

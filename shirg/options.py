@@ -11,7 +11,7 @@ from typing import Any, Literal
 from shirg.budget import Budget, Share
 from shirg.features import Geometry, TokenLayout
 from shirg.selection import Stage
-from shirg.validation import UserError, one_of
+from shirg.validation import OptionBlock, UserError, one_of
 
 Views = Literal["tiles", "all"]
 VarianceOf = Literal["channels", "neighbourhood"]
@@ -27,8 +27,8 @@ Underflow = Literal["global", "mask", "raise"]
 CoordKind = Literal["none", "sincos_linear"]
 
 
-@dataclass(frozen=True)
-class Weights:
+@dataclass(frozen=True, repr=False)
+class Weights(OptionBlock):
     """How much each term of the score counts."""
 
     similarity: float = 0.65
@@ -44,8 +44,8 @@ class Weights:
                 raise UserError(f"weights.{name}={value}: give a number >= 0; neighbor.sign sets the sign")
 
 
-@dataclass(frozen=True)
-class Neighbor:
+@dataclass(frozen=True, repr=False)
+class Neighbor(OptionBlock):
     """The neighbour term: which distance, and whether a large one lowers (-1) or raises (+1) a token's score."""
 
     metric: Metric = "feature_l2"
@@ -56,11 +56,12 @@ class Neighbor:
         one_of("neighbor.sign", self.sign, Literal[-1, 1])
 
 
-@dataclass(frozen=True)
-class Scaffold:
+@dataclass(frozen=True, repr=False)
+class Scaffold(OptionBlock):
     """The coarse picture in front: size x size means (0 for none) of `source`, before or after the projector.
 
-    "auto" is 8, or the side of the base model's own pooled view where that is smaller. A share such as "1/6" is that
+    "auto" is 8, or the side of the base model's own pooled view where that is smaller (half a view where it is not
+    known). A share such as "1/6" is that
     share of the source's cells per side, rounded up, so that it means the same on every model.
     """
 
@@ -93,13 +94,14 @@ class Scaffold:
             return self.size
         share = self._share
         if share is None:
-            return min(8, layout.pooling.side)
-        cells = layout.side if self.source == "global" else min(layout.canvas)
+            pooled = -(-min(layout.view_shape) // 2) if layout.pooling is None else layout.pooling.side
+            return min(8, pooled)
+        cells = min(layout.view_shape if self.source == "global" else layout.canvas)
         return -(-share[0] * cells // share[1])
 
 
-@dataclass(frozen=True)
-class Merging:
+@dataclass(frozen=True, repr=False)
+class Merging(OptionBlock):
     """Whether similar neighbours are merged before selection, and which share of the canvas cells is merged away."""
 
     mode: Literal["none", "tome"] = "none"
@@ -118,8 +120,8 @@ class Merging:
         return Share.of(self.share).down(rows * cols) if self.mode == "tome" else 0
 
 
-@dataclass(frozen=True)
-class Diversity:
+@dataclass(frozen=True, repr=False)
+class Diversity(OptionBlock):
     """Whether tokens are picked one by one, by score minus `weight` x the largest cosine to those picked before."""
 
     mode: Literal["none", "mmr"] = "none"
@@ -133,8 +135,8 @@ class Diversity:
             raise UserError("diversity.weight has no effect with diversity.mode=none; leave it at its default")
 
 
-@dataclass(frozen=True)
-class Adaptive:
+@dataclass(frozen=True, repr=False)
+class Adaptive(OptionBlock):
     """Whether a picture may keep fewer than K tokens. It keeps the smallest of `levels`, shares of K, that is enough.
 
     "entropy": a level is enough when it holds the effective number of relevant tokens at `temperature`. "head": when a

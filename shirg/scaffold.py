@@ -20,7 +20,12 @@ def scaffold_tokens(features: VisionFeatures, assigned: CellAssignment, size: in
     unused slot. Means are taken in float32 and returned in the dtype of the tokens.
     """
     layout, n = features.layout, features.layout.n_global
-    rows, cols = (layout.side, layout.side) if source == "global" else layout.canvas
+    if source == "global" and not n:
+        raise UserError(
+            "scaffold.source=global: these features have no view of the whole picture; choose source 'canvas', or "
+            "size 0 for no scaffold"
+        )
+    rows, cols = layout.view_shape if source == "global" else layout.canvas
     if size > min(rows, cols):
         raise UserError(
             f"scaffold.size={size} with source={source}: this layout has only {rows} x {cols} tokens there; "

@@ -272,7 +272,7 @@ class ScoreTerms:
             if relevance_BN is None
             else assigned.take(relevance_BN.float()),
             layout.n_global,
-            layout.side,
+            layout.view_shape[1],
             max(layout.canvas[1], 1),
             weights.similarity,
             self.options.neighbor.sign * weights.neighbor,
@@ -310,7 +310,7 @@ class ScoreTerms:
         if layout.canvas != (0, 0) and self.options.norm_scope == "image":
             parts.append(normalise(values_BM, usable_BM, self.options.norm))
         elif layout.canvas != (0, 0):
-            table, split = layout_tables(layout), (-1, layout.side**2)
+            table, split = layout_tables(layout), (-1, layout.view_tokens)
             by_tile = [unflatten(part[:, table.by_tile_M], 1, split) for part in (values_BM, usable_BM)]
             parts.append(normalise(by_tile[0], by_tile[1], self.options.norm).flatten(1)[:, table.from_tile_M])
         return torch.cat(parts, dim=1)
@@ -356,17 +356,17 @@ def _on_grids_of_one(
     def on(token_X: Tensor, usable_X: Tensor, shape: tuple[int, int]) -> Tensor:
         return term(unflatten(token_X, 0, shape), unflatten(usable_X, 0, shape)).flatten()
 
-    n, square = layout.n_global, (layout.side, layout.side)
+    n, view = layout.n_global, layout.view_shape
     parts = []
     if n and ranks_global:
-        parts.append(on(token_P[:n], usable_P[:n], square))
+        parts.append(on(token_P[:n], usable_P[:n], view))
     elif n:
         parts.append(torch.zeros_like(usable_P[:n], dtype=torch.float32))
     token_M, usable_M = token_P[n:], usable_P[n:]
     if by_view and not layout.overlaps and layout.canvas != (0, 0):
         table = layout_tables(layout)
-        tiles = [unflatten(x_M[table.by_tile_M], 0, (-1, layout.side**2)) for x_M in (token_M, usable_M)]
-        by_tile = torch.cat([on(token_X, usable_X, square) for token_X, usable_X in zip(*tiles, strict=True)])
+        tiles = [unflatten(x_M[table.by_tile_M], 0, (-1, layout.view_tokens)) for x_M in (token_M, usable_M)]
+        by_tile = torch.cat([on(token_X, usable_X, view) for token_X, usable_X in zip(*tiles, strict=True)])
         parts.append(by_tile[table.from_tile_M])
     elif layout.canvas != (0, 0):
         parts.append(on(token_M, usable_M, layout.canvas))

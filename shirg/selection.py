@@ -5,16 +5,18 @@ A selector sees tensors, never a model, a file or a config: this module imports 
 Shape letters: B batch, N source tokens, T selected tokens, K kept tokens, D width.
 """
 
+import inspect
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from shirg.budget import Budget, matched_count_B, most_pooled
+from shirg.budget import Budget, BudgetShare, ParsedBudget, count_on, matched_count_B, most_pooled, parse_budget
 from shirg.features import Geometry, VisionFeatures
-from shirg.validation import UserError, assert_finite
+from shirg.taps import with_taps
+from shirg.validation import OptionBlock, UserError, assert_finite
 
 Stage = Literal["pre", "post"]
 
@@ -51,6 +53,17 @@ class Selection:
     expected_B: Tensor | None = None
     """float32: the loss that a trained head predicts for this selection; it carries the head's gradient."""
 
+    def __repr__(self) -> str:
+        """Sizes, and how many tokens of each source the pictures use; this waits for the device."""
+        used_S = {}
+        for source in Source:
+            counts = ((self.source_BT == int(source)) & self.mask_BT).sum(-1).tolist()
+            if any(counts):
+                least, most = min(counts), max(counts)
+                used_S[source.name.lower()] = str(least) if least == most else f"{least} to {most}"
+        parts = ", ".join(f"{count} {name}" for name, count in used_S.items()) or "none"
+        return f"Selection(tokens {list(self.tokens_BTD.shape)} {self.tokens_BTD.dtype}, used: {parts})"
+
 
 def stable_topk(scores_BN: Tensor, k: int) -> Tensor:
     """Indices [B, k] of the k largest scores, best first; equal scores go to the lower index on every device."""
@@ -86,15 +99,31 @@ class Selector(nn.Module):
     """True when a picture may use fewer tokens than its budget."""
 
     def __init__(self, *, budget: Budget | None, geometry: Geometry = "lavida_tiles") -> None:
-        """`budget`: tokens per picture; "matched": as many as the base model uses; None: the method itself decides."""
+        """`budget`: tokens per picture; "matched": as many as the base model uses; None: the method itself decides.
+
+        "base" and a share such as "3/4 base" follow the base model's nominal number, which the layout knows.
+        """
         super().__init__()
         if geometry not in get_args(Geometry):
             raise UserError(f"geometry={geometry!r}: choose one of {', '.join(get_args(Geometry))}")
         self.geometry = geometry
-        is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
-        if not (budget is None or budget == "matched" or is_count):
-            raise UserError(f"budget={budget!r}: give a positive number of tokens or 'matched'")
-        self.budget: Budget | None = budget
+        self.budget: ParsedBudget | None = None if budget is None else parse_budget(budget)
+        if isinstance(self.budget, BudgetShare) and self.budget.name != "base":
+            raise UserError(f"budget={budget!r}: give a positive number of tokens, 'matched', 'base' or '3/4 base'")
+
+    def option(self, name: str) -> Any:
+        """The value of an option of the constructor, under its name."""
+        return getattr(self, name)
+
+    def __repr__(self) -> str:
+        """The class, and the options that differ from their defaults."""
+        parameters = list(inspect.signature(type(self).__init__).parameters.values())[1:]
+        shown = [
+            f"{p.name}={value!r}"
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and not _is_default(value := self.option(p.name), p.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def score(self, features: VisionFeatures) -> Tensor:
         """Scores [B, N] in float32; larger is kept first."""
@@ -113,27 +142,25 @@ class Selector(nn.Module):
     def forward(self, features: VisionFeatures) -> Selection:
         if self.uses_relevance and features.relevance_BN is None:
             raise UserError(
-                f"{type(self).__name__} ranks by relevance to the question, but no relevance was computed: "
-                "choose relevance=lm_embed, none or external"
+                f"{type(self).__name__} ranks by relevance, and these features have none: pass relevance=, one number "
+                "per token (of cosine_relevance or saliency, for example)"
             )
         if features.layout.geometry != self.geometry:
             raise UserError(
                 f"{type(self).__name__} is for geometry={self.geometry}, the features are of {features.layout.geometry}"
             )
-        missing = self.needs - set(features.taps)
-        if missing:
-            raise UserError(f"{type(self).__name__} needs the taps {sorted(missing)}, which the tower did not record")
-        return self.select(features)
+        return self.select(with_taps(features, self.needs, type(self).__name__))
 
     def resolve_budget(self, features: VisionFeatures) -> tuple[int, Tensor]:
         """The static T for this layout and the count [B] that each picture uses; they differ only for "matched"."""
         layout = features.layout
         if self.budget is None:
             raise UserError(f"{type(self).__name__} has no budget: override select, or pass budget= to Selector")
-        if self.budget == "matched":
+        count = count_on(self.budget, layout)
+        if count == "matched":
             return most_pooled(layout), matched_count_B(features).clamp_max(layout.n_tokens)
-        self.check_count(features, self.budget)
-        return self.budget, torch.full_like(features.size_B2[:, 0], self.budget)
+        self.check_count(features, count)
+        return count, torch.full_like(features.size_B2[:, 0], count)
 
     def check_count(self, features: VisionFeatures, wanted: int) -> None:
         """Raises UserError when a picture has fewer tokens than `wanted`."""
@@ -141,14 +168,19 @@ class Selector(nn.Module):
         if wanted > total:
             raise UserError(
                 f"{type(self).__name__}: budget {wanted} is larger than the {total} vision tokens of a canvas of "
-                f"{features.layout.n_views} views; lower budget= or use budget=matched"
+                f"{features.layout.n_views} views; lower the budget"
             )
         for sample, n in zip(features.ids, features.n_valid, strict=True):
             if n < wanted:
                 raise UserError(
                     f"{type(self).__name__}: budget {wanted} is larger than the {n} tokens of picture {sample!r} that "
-                    "are not padding; lower budget= or use budget=matched"
+                    "are not padding; lower the budget, or let it follow the picture with budget='matched'"
                 )
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Whether an option has its default; a group of options may be None for all of its defaults."""
+    return bool(value == default) or (default is None and isinstance(value, OptionBlock) and value == type(value)())
 
 
 def keep(features: VisionFeatures, ranked_BT: Tensor, keep_B: Tensor, *, scores_BN: Tensor | None = None) -> Selection:

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from shirg.budget import Budget
+from shirg.budget import Budget, count_on
 from shirg.dedup import CellAssignment, assign_cells, average_cells
 from shirg.features import Geometry, TokenLayout, VisionFeatures
 from shirg.layouts import layout_tables, regions
@@ -147,6 +147,9 @@ class ShirgSelector(Selector):
         self.head = AdaptiveHead(options.adaptive) if options.adaptive.mode == "head" else None
         self.level: int | None = None
 
+    def option(self, name: str) -> Any:
+        return getattr(self.options, name)
+
     def at_level(self, level: int) -> Self:
         """This selector with every picture at one of `adaptive.levels`; the parameters are shared. Trains the head."""
         fixed = copy.copy(self)
@@ -262,8 +265,10 @@ class ShirgSelector(Selector):
     def resolve_budget(self, features: VisionFeatures) -> tuple[int, Tensor]:
         """The budget without scaffold and summary: the static K and the count [B] that each picture keeps."""
         taken = self._synthesised(features.layout)
-        least = features.layout.pooling.side**2 if self.budget == "matched" else self.budget
-        if least is not None and taken > least:
+        assert self.budget is not None
+        count = count_on(self.budget, features.layout)
+        least = features.layout.known_pooling.side**2 if count == "matched" else count
+        if taken > least:
             raise UserError(
                 f"scaffold.size={self.options.scaffold.size} takes {taken} tokens, but budget={self.budget} can be as "
                 f"small as {least}; lower scaffold.size or raise budget"
@@ -285,7 +290,7 @@ class ShirgSelector(Selector):
                 raise UserError(
                     f"{type(self).__name__}: budget {wanted} less {taken} for the scaffold asks for {wanted - taken} "
                     f"tokens, but picture {sample!r} has {have} {'tile ' if only_tiles else ''}tokens to choose from; "
-                    f"lower budget=, or choose budget=matched or underflow={'global' if only_tiles else 'mask'}"
+                    f"lower the budget, or choose budget='matched' or underflow={'global' if only_tiles else 'mask'}"
                 )
 
     def _with_coords(self, selection: Selection) -> Selection:

@@ -26,6 +26,15 @@ class MissingFileError(UserError, FileNotFoundError):
         return str(self.args[0])
 
 
+class OptionBlock:
+    """Options that belong together; printed by those that differ from their defaults."""
+
+    def __repr__(self) -> str:
+        default = type(self)()
+        changed = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
 def one_of(name: str, value: object, literal: Any) -> None:
     """Checks that `value` is one of the values of a `Literal` type.
 

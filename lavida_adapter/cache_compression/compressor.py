@@ -77,12 +77,14 @@ class CacheSelector:
 
         `positions`: "retain" keeps all positions, "reindex" rotates the keys to consecutive positions.
         """
-        is_count = isinstance(budget, int) and not isinstance(budget, bool) and budget > 0
-        if not (budget == "matched" or is_count):
+        if budget == "matched":
+            self.budget: int | Literal["matched"] = "matched"
+        elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+            self.budget = budget
+        else:
             raise UserError(f"budget={budget!r}: give a positive number of tokens or 'matched'")
         if positions not in get_args(Positions):
             raise UserError(f"positions={positions!r}: choose retain or reindex")
-        self.budget: Budget = budget
         self.positions: Positions = positions
 
     def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:

@@ -26,7 +26,7 @@ def relevance_and_neighbours(
     usable_BP: Tensor,
     relevance_BP: Tensor,
     n_global: int,
-    side: int,
+    global_cols: int,
     canvas_cols: int,
     similarity: float,
     neighbor: float,
@@ -38,7 +38,7 @@ def relevance_and_neighbours(
     """float32 [B, P]: similarity x relevance + neighbor x mean distance of unit tokens to their usable 8-neighbours.
 
     Args:
-        token_BP: int64, the token of each cell: `n_global` cells of a grid `side` wide, then a canvas, row by row.
+        token_BP: int64, the token of each cell: `n_global` cells of a grid `global_cols` wide, then a canvas, by rows.
         usable_BP: bool, which cells count.
         relevance_BP: float32.
         canvas_cols: width of the canvas.
@@ -64,7 +64,7 @@ def relevance_and_neighbours(
         width,
         cells,
         n_global,
-        side,
+        global_cols,
         canvas_cols,
         similarity,
         neighbor,

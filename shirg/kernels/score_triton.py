@@ -85,7 +85,7 @@ def score_kernel(
     width,
     cells,
     n_global,
-    side,
+    global_cols,
     canvas_cols,
     similarity,
     neighbor,
@@ -106,7 +106,7 @@ def score_kernel(
     score += picture * cells
     in_global = cell < n_global
     first = tl.where(in_global, 0, n_global)
-    cols = tl.where(in_global, side, canvas_cols)
+    cols = tl.where(in_global, global_cols, canvas_cols)
     rows = tl.where(in_global, n_global, cells - n_global) // cols
     d = _distance(states, token, usable, cell, first, rows, cols, width, SQUARED, WIDTH)
     tl.store(distance + cell, d)

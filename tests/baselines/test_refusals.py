@@ -66,11 +66,11 @@ CASES: list[tuple[Callable[[], object], str]] = [
     ),
     (
         lambda: Oracle(budget=20)(replace(FEATURES, boxes=None)),
-        "sample 'picture-0' has no boxes: choose a dataset with boxes",
+        "sample 'picture-0' has no boxes: pass boxes=",
     ),
     (
         lambda: Oracle(budget=20)(replace(FEATURES, boxes=(((0.1, 0.1, 0.2, 0.2),), ()))),
-        "sample 'picture-1' has no boxes: choose a dataset with boxes",
+        "sample 'picture-1' has no boxes: pass boxes=",
     ),
 ]
 

@@ -143,7 +143,7 @@ def test_data_without_boxes_or_enough_answers(
     eval_here: Eval, picture_folder: Callable[..., Path], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     plain = ("data=folder", f"data.root={picture_folder('plain')}")
-    assert "has no boxes: choose a dataset with boxes" in refused(eval_here, capfd, "selector=oracle", *plain)
+    assert "has no boxes: pass boxes=" in refused(eval_here, capfd, "selector=oracle", *plain)
     read = official.write("docvqa", "disk", tmp_path / "pages")
     line = refused(eval_here, capfd, *read, "limit=8", "selector=pooled", "data.metrics=[vqa_accuracy]")
     assert "soft accuracy needs the answers of 4 or more people, and a sample has 2" in line

@@ -137,7 +137,7 @@ def test_relevance_is_computed_for_those_who_ask() -> None:
     provider = Question()
     encode(tiny_model(), Pooled(), provider)
     assert provider.contexts == []
-    with pytest.raises(ValueError, match="Probe ranks by relevance to the question, but no relevance was computed"):
+    with pytest.raises(ValueError, match="Probe ranks by relevance, and these features have none"):
         encode(tiny_model(), Probe(), None)
 
 

@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from shirg import Pooling, Selector, ShirgSelector, VisionFeatures, crops_layout, tiles_layout
+from baselines import Saint, TopV, UniformGrid, VisPruner
+from shirg import (
+    Pooling,
+    Selector,
+    ShirgGate,
+    ShirgSelector,
+    VisionFeatures,
+    cosine_relevance,
+    crops_layout,
+    features_from,
+    tiles_layout,
+)
 from shirg.dedup import assign_cells
 from shirg.options import CONFLICTS
 from shirg.scaffold import scaffold_tokens
@@ -22,11 +33,14 @@ ONE_VIEW: dict[str, Any] = {"geometry": "single_672", "scaffold": {"size": 0}}
 CROPS: dict[str, Any] = {"geometry": "seed_canvas48", "scaffold": {"size": 0}}
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"budget": 0}, "budget=0: give a positive number of tokens or 'matched'"),
+    ({"budget": 0}, "budget=0: give a positive number of tokens, 'matched', 'base' or '3/4 base'"),
     ({"budget": -3}, "budget=-3"),
     ({"budget": 2.5}, "budget=2.5"),
     ({"budget": True}, "budget=True"),
-    ({"budget": "all"}, "budget='all'"),
+    ({"budget": "wide"}, "budget='wide': give a positive number of tokens, 'matched', 'base' or '3/4 base'"),
+    ({"budget": "1/2 wide"}, "budget='1/2 wide': give a positive number"),
+    ({"budget": "0/2 base"}, "budget='0/2 base': give a positive number"),
+    ({"budget": "half base"}, "budget='half base': give a positive number"),
     ({"geometry": "squares"}, "geometry='squares': choose one of lavida_tiles"),
     ({"views": "some"}, "views='some': choose one of tiles, all"),
     ({"norm": "l2"}, "norm='l2': choose one of zscore"),
@@ -152,7 +166,7 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no relevance": (
         lambda: ShirgSelector(budget=69)(replace(TWO, relevance_BN=None)),
-        "ShirgSelector ... choose relevance=",
+        "ShirgSelector ranks by relevance ... pass relevance=, one number per token",
     ),
     "another geometry": (
         lambda: ShirgSelector(budget=60, geometry="fovea")(TWO),
@@ -180,10 +194,10 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ShirgSelector(budget=69, coord_embed="sincos_linear", coord_width=8, **SMALL)(TWO),
         "coord_width=8 ... tokens are 16 wide",
     ),
-    "no tap": (lambda: Norm(budget=4)(replace(TWO, taps={})), "Norm needs the taps ['encoder'] ... did not record"),
+    "no tap": (lambda: Norm(budget=4)(replace(TWO, taps={})), "Norm needs the tap 'encoder' ... before the projector"),
     "no tap after the projector": (
         lambda: ShirgSelector(budget=69, scaffold={"size": 3, "space": "post"})(replace(TWO, taps={})),
-        "needs the taps ['encoder']",
+        "needs the tap 'encoder', the tower's states ... pass taps={'encoder': ...} to features_from",
     ),
     "no budget": (lambda: Norm(budget=None)(TWO), "Norm has no budget"),
     "budget above the canvas": (
@@ -192,9 +206,156 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "budget above a picture": (
         lambda: Norm(budget=405)(TWO),
-        f"budget 405 ... {TWO.n_valid[1]} tokens ... picture 'picture-1' ... lower budget= or use budget=matched",
+        f"budget 405 ... {TWO.n_valid[1]} tokens ... picture 'picture-1' ... lower the budget",
     ),
 }
+
+
+TOKENS = torch.randn(2, 12, 4)
+GRID: dict[str, Any] = {"grid": (3, 4)}
+BROKEN = torch.full((2, 12), 0.1).index_fill(1, torch.tensor(5), float("nan"))
+PLAIN = features_from(TOKENS, **GRID)
+
+TENSORS: dict[str, tuple[Callable[[], object], str]] = {
+    "wrong grid": (
+        lambda: features_from(TOKENS, grid=(4, 4)),
+        "tokens of shape (2, 12, 4) are not 1 view of 4 x 4 tokens, 16 in all: check grid ... class tokens",
+    ),
+    "wrong views": (
+        lambda: features_from(TOKENS, grid=(2, 2), views=(1, 3)),
+        "tokens of shape (2, 12, 4) are not 4 views of 2 x 2 tokens, 16 in all",
+    ),
+    "views of another size": (
+        lambda: features_from(TOKENS.view(2, 3, 4, 4), grid=(3, 4)),
+        "tokens of shape (2, 3, 4, 4) are not 1 view of 3 x 4 tokens",
+    ),
+    "no grid": (lambda: features_from(TOKENS, grid=12), "grid=12: give two positive numbers, (rows, columns)"),  # type: ignore[arg-type]
+    "empty tiles": (lambda: features_from(TOKENS, **GRID, views=(0, 2)), "views=(0, 2): give two positive numbers"),
+    "global view somewhere": (
+        lambda: features_from(TOKENS, **GRID, global_view="middle"),  # type: ignore[arg-type]
+        "global_view='middle': choose one of first, last, none",
+    ),
+    "no view at all": (
+        lambda: features_from(TOKENS, **GRID, global_view="none"),
+        "global_view='none' has no effect without views=",
+    ),
+    "tokens of one picture": (
+        lambda: features_from(TOKENS[0], **GRID),
+        "tokens of shape (12, 4) ... give floating-point numbers of shape [B, N, D] or [B, V, n, D]",
+    ),
+    "ids for tokens": (lambda: features_from(TOKENS.long(), **GRID), "torch.int64: give floating-point numbers"),
+    "tokens not finite": (lambda: features_from(TOKENS / 0, **GRID), "tokens has values that are NaN or infinite"),
+    "attention not finite": (
+        lambda: features_from(TOKENS, **GRID, attention=BROKEN),
+        "attention has values that are NaN or infinite; compute it in float32",
+    ),
+    "relevance not finite": (
+        lambda: features_from(TOKENS, **GRID, relevance=-BROKEN.log()),
+        "relevance has values that are NaN or infinite",
+    ),
+    "tap not finite": (
+        lambda: features_from(TOKENS, **GRID, taps={"keys@-1": BROKEN}),
+        "taps['keys@-1'] has values that are NaN or infinite",
+    ),
+    "attention with a class token": (
+        lambda: features_from(TOKENS, **GRID, attention=torch.rand(2, 3, 13, 13)),
+        "attention of shape (2, 3, 13, 13) does not fit 2 pictures of 12 tokens ... without class tokens",
+    ),
+    "keys without heads": (
+        lambda: features_from(TOKENS, **GRID, keys=TOKENS),
+        "keys of shape (2, 12, 4) does not fit 2 pictures of 12 tokens; give [B, N, heads, width]",
+    ),
+    "relevance of another batch": (
+        lambda: features_from(TOKENS, **GRID, relevance=torch.rand(1, 12)),
+        "relevance of shape (1, 12) does not fit 2 pictures of 12 tokens; give [B, N]",
+    ),
+    "tap of other tokens": (
+        lambda: features_from(TOKENS, **GRID, taps={"input@-1": torch.rand(2, 11, 4)}),
+        "taps['input@-1'] of shape (2, 11, 4) does not fit 2 pictures of 12 tokens",
+    ),
+    "no valid token": (
+        lambda: features_from(TOKENS, **GRID, valid=torch.tensor([[True], [False]]).expand(2, 12)),
+        "valid: picture 'picture-1' has no token that is not padding",
+    ),
+    "valid in numbers": (lambda: features_from(TOKENS, **GRID, valid=torch.ones(2, 12)), "valid is of torch.float32"),
+    "ids of another batch": (lambda: features_from(TOKENS, **GRID, ids=["a"]), "ids has 1 entries for 2 pictures"),
+    "sizes of three": (
+        lambda: features_from(TOKENS, **GRID, sizes=[(1, 2, 3)] * 2),  # type: ignore[list-item]
+        "sizes: give 2 numbers for each picture",
+    ),
+    "no tokens in the base model": (lambda: features_from(TOKENS, **GRID, base=0), "base=0: give the positive number"),
+    "missing keys": (
+        lambda: Saint(budget=3)(PLAIN),
+        "Saint needs the tap 'keys@0.83', the attention keys ... at 0.83 of the depth: pass keys= to features_from; "
+        "in a transformers vision tower a forward hook on the layer's self_attn.k_proj",
+    ),
+    "missing attention": (
+        lambda: VisPruner(budget=3)(PLAIN),
+        "VisPruner needs the tap 'attention@-1' ... of layer -1: pass attention= ... output_attentions=True",
+    ),
+    "missing states": (
+        lambda: TopV(budget=3)(PLAIN),
+        "TopV needs the tap 'input@-1' ... pass taps={'input@-1': ...} ... output_hidden_states=True",
+    ),
+    "missing tap of a user": (
+        lambda: Depth(budget=3)(PLAIN),
+        "Depth needs the tap 'depth': pass taps={'depth': ...} to features_from",
+    ),
+    "missing relevance": (
+        lambda: ShirgGate(budget=8, scaffold={"size": 2})(PLAIN),
+        "ShirgSelector ranks by relevance, and these features have none: pass relevance=",
+    ),
+    "budget above the tokens": (
+        lambda: UniformGrid(budget=13)(PLAIN),
+        "UniformGrid: budget 13 is larger than the 12 vision tokens",
+    ),
+    "share of an unknown base": (
+        lambda: UniformGrid(budget="3/4 base")(PLAIN),  # type: ignore[arg-type]
+        "budget='3/4 base' is relative to the base model's number of tokens ... pass base= to features_from",
+    ),
+    "matched without pooling": (
+        lambda: UniformGrid(budget="matched")(PLAIN),
+        "do not say how the base model pools its views: give the budget as a number ... pooling=shirg.Pooling",
+    ),
+    "matched on rectangles": (
+        lambda: UniformGrid(budget="matched")(
+            features_from(TOKENS, grid=(2, 3), views=(1, 1), pooling=Pooling(side=2))
+        ),
+        "views of 2 x 3 tokens are not square",
+    ),
+    "scaffold without a global view": (
+        lambda: ShirgGate(budget=8, scaffold={"size": 2})(
+            features_from(TOKENS, **GRID, views=(1, 1), global_view="none", relevance=TOKENS[..., 0])
+        ),
+        "scaffold.source=global: these features have no view of the whole picture; choose source 'canvas'",
+    ),
+    "texts of another batch": (
+        lambda: cosine_relevance(TOKENS, [TOKENS[0]]),
+        "tokens of shape (2, 12, 4) and 1 texts: give tokens [B, N, D] and a text for each",
+    ),
+    "text of another width": (
+        lambda: cosine_relevance(TOKENS, torch.rand(2, 3, 5)),
+        "text 0 has the shape (3, 5): give [Q, 4]",
+    ),
+    "empty question": (lambda: cosine_relevance(TOKENS, torch.rand(2, 0, 4)), "text 0 ... at least one token"),
+    "unknown aggregate": (
+        lambda: cosine_relevance(TOKENS, TOKENS, agg="sum"),  # type: ignore[arg-type]
+        "agg='sum': choose one of mean, max, pooled",
+    ),
+}
+"""What a caller with plain tensors may get wrong."""
+
+
+class Depth(Selector):
+    """A method with a tap of its own."""
+
+    needs = frozenset({"depth"})
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_plain_tensors_are_refused(case: str) -> None:
+    call, words = TENSORS[case]
+    assert_says(message_of(call), words)
 
 
 @pytest.mark.parametrize("case", CALLS)

@@ -82,3 +82,17 @@ def test_join() -> None:
     assert both.index_BT.tolist() == [[9, 3]] and both.scores_BN is not None
     assert both.source_BT.tolist() == [[int(Source.KEPT)] * 2]
     assert torch.equal(both.tokens_BTD, features.tokens_BND[:, [9, 3]])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_prints_the_options_that_are_not_defaults(name: str) -> None:
+    case = ALL[name]
+    here = repr(case.build(**case.options))
+    assert here.startswith(f"{case.build.__name__}(") and "\n" not in here
+    for option, value in case.flips.items():
+        flipped = value if isinstance(value, dict) else {option: value}
+        try:
+            there = repr(case.build(**{**case.options, **flipped}))
+        except ValueError:
+            continue
+        assert there != here and (option in there or option in here), option
