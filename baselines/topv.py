@@ -189,13 +189,13 @@ def to_unit(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def grid_positions(features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
     """Row and column [G, S] of each token in its view or on the canvas, in tokens, and its distance to the centre."""
-    layout, side = features.layout, features.layout.side
+    layout, (view_rows, view_cols) = features.layout, features.layout.view_shape
     row_GS, col_GS = layout.cell_N2[groups.index_GS].float().unbind(-1)
     rows, cols = layout.canvas
     if len(groups.index_GS) == layout.n_views:
-        row_GS, col_GS, rows, cols = row_GS % side, col_GS % side, side, side
+        row_GS, col_GS, rows, cols = row_GS % view_rows, col_GS % view_cols, view_rows, view_cols
     else:
         is_global_GS = (layout.role_N == int(Role.GLOBAL))[groups.index_GS]
-        row_GS = torch.where(is_global_GS, (row_GS + 0.5) * (rows / side) - 0.5, row_GS)
-        col_GS = torch.where(is_global_GS, (col_GS + 0.5) * (cols / side) - 0.5, col_GS)
+        row_GS = torch.where(is_global_GS, (row_GS + 0.5) * (rows / view_rows) - 0.5, row_GS)
+        col_GS = torch.where(is_global_GS, (col_GS + 0.5) * (cols / view_cols) - 0.5, col_GS)
     return row_GS, col_GS, torch.hypot(row_GS - (rows - 1) / 2, col_GS - (cols - 1) / 2)

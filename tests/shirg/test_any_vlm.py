@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines import DivPrune, Saint, UniformGrid
+from baselines import DivPrune, Saint, TopV, UniformGrid
 from shirg import (
     Pooling,
     Role,
@@ -74,12 +74,10 @@ NO_SQUARE = "are not square"
 NO_GLOBAL = "no view of the whole picture"
 OTHER = "the features are of lavida_tiles"
 REFUSED: dict[str, dict[str, str]] = {
-    "dynamic": {"pooled": NO_SQUARE, "topv": NO_SQUARE, "topv_own": NO_SQUARE},
+    "dynamic": {"pooled": NO_SQUARE},
     "no global view": {
         "pooled": "not square|no view of the whole picture",
         "global_only": NO_GLOBAL,
-        "topv": NO_SQUARE,
-        "topv_own": NO_SQUARE,
         "shirg": NO_GLOBAL,
         "shirg_div": NO_GLOBAL,
         "everything": NO_GLOBAL,
@@ -156,7 +154,7 @@ def test_a_rectangle_on_its_side_gives_the_same_choice(options: dict[str, Any]) 
     assert torch.allclose(coarse[0], coarse[1].transpose(1, 2), atol=1e-5)
 
 
-@pytest.mark.parametrize("build", [Saint, DivPrune, UniformGrid])
+@pytest.mark.parametrize("build", [Saint, DivPrune, TopV, UniformGrid])
 def test_views_of_a_rectangle_are_chosen_from_one_by_one(build: Callable[..., Selector]) -> None:
     shape = Shape((5, 8), (2, 1), "none")
     tokens = tokens_of(shape)
