@@ -17,6 +17,7 @@ from shirg import (
 )
 from tests.features import make_features
 from tests.shirg.test_refusals import Norm
+from tests.test_contract import ALL
 
 
 def test_a_method_that_only_scores() -> None:
