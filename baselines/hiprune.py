@@ -50,17 +50,17 @@ class HiPrune(GroupSelector):
         # In float64, because the authors' Python computes in it, and a product near a half must round as theirs does.
         anchors_BG = (groups.quota_BG.double() * self.alpha / PER_ANCHOR).round().long()
         anchor_BGS = take(middle_BGS.masked_fill(~groups.valid_BGS, -torch.inf), anchors_BG)
-        first_BGS = anchor_BGS | (around(anchor_BGS, features.layout.side) & groups.valid_BGS)
+        first_BGS = anchor_BGS | (around(anchor_BGS, features.layout.view_shape[1]) & groups.valid_BGS)
         ranked_BGS = deep_BGS.masked_fill(~first_BGS, -torch.inf).masked_fill(anchor_BGS, torch.inf)
         first_BGS = take(ranked_BGS, torch.minimum(first_BGS.sum(-1), groups.quota_BG))
         others_BGS = deep_BGS.masked_fill(first_BGS | ~groups.valid_BGS, -torch.inf)
         return first_BGS | take(others_BGS, groups.quota_BG - first_BGS.sum(-1)), deep_BGS
 
 
-def around(marked_BGS: Tensor, side: int) -> Tensor:
-    """bool [B, G, S]: the positions i - 1, i + 1, i - side, i + side of the marked i, held to 0..S - 1."""
+def around(marked_BGS: Tensor, columns: int) -> Tensor:
+    """bool [B, G, S]: the positions i - 1, i + 1, i - columns, i + columns of the marked i, held to 0..S - 1."""
     near_BGS = torch.zeros_like(marked_BGS)
-    for step in (1, side):
+    for step in (1, columns):
         near_BGS[..., :-step] |= marked_BGS[..., step:]
         near_BGS[..., step:] |= marked_BGS[..., :-step]
         near_BGS[..., 0] |= marked_BGS[..., :step].any(-1)

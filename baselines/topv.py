@@ -89,6 +89,7 @@ class TopV(GroupSelector):
                 "target, alpha, beta, gamma, sigma and eps have no effect with marginals=norm and importance=total, "
                 "which rank sources by their norm; leave them at their defaults or choose another marginals"
             )
+        self.target: Target = target
         self.source_tap, self.target_tap = f"input@{layer}", f"{target}@{layer}"
         self.needs = frozenset({self.source_tap} if self.is_norm_ranking else {self.source_tap, self.target_tap})
         self.alpha, self.beta, self.gamma = alpha, beta, gamma

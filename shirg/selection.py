@@ -111,9 +111,9 @@ class Selector(nn.Module):
         if isinstance(self.budget, BudgetShare) and self.budget.name != "base":
             raise UserError(f"budget={budget!r}: give a positive number of tokens, 'matched', 'base' or '3/4 base'")
 
-    def option(self, name: str) -> Any:
-        """The value of an option of the constructor, under its name."""
-        return getattr(self, name)
+    def option(self, name: str, default: Any) -> Any:
+        """The value of an option of the constructor, kept under its name; the default where it is not kept."""
+        return getattr(self, name, default)
 
     def __repr__(self) -> str:
         """The class, and the options that differ from their defaults."""
@@ -121,7 +121,7 @@ class Selector(nn.Module):
         shown = [
             f"{p.name}={value!r}"
             for p in parameters
-            if p.kind is p.KEYWORD_ONLY and not _is_default(value := self.option(p.name), p.default)
+            if p.kind is p.KEYWORD_ONLY and not _is_default(value := self.option(p.name, p.default), p.default)
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 

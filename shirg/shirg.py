@@ -147,7 +147,7 @@ class ShirgSelector(Selector):
         self.head = AdaptiveHead(options.adaptive) if options.adaptive.mode == "head" else None
         self.level: int | None = None
 
-    def option(self, name: str) -> Any:
+    def option(self, name: str, default: Any) -> Any:
         return getattr(self.options, name)
 
     def at_level(self, level: int) -> Self:

@@ -39,6 +39,9 @@ KINDS = {
     "input": TapKind(
         "the states that enter a layer [B, N, D]", "output_hidden_states=True records them as hidden_states[layer]"
     ),
+    "output": TapKind(
+        "the states that leave a layer [B, N, D]", "output_hidden_states=True records them as hidden_states[layer + 1]"
+    ),
     "post_norm": TapKind(
         "the normed states between attention and MLP [B, N, D]", "a forward hook on the layer's layer_norm2 records it"
     ),
