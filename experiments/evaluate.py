@@ -204,6 +204,11 @@ def _describe(pipeline: EvalPipeline) -> dict[str, Any]:
         after, budget = getattr(cache, "after", "prefill"), getattr(cache, "budget", None)
         about = {"class": type(cache).__name__, "after": after, "budget": budget}
     return {
-        "selector": {"class": type(selector).__name__, "stage": selector.stage, "budget": selector.budget},
+        "selector": {
+            "class": type(selector).__name__,
+            "stage": selector.stage,
+            "budget": selector.budget,
+            "geometry": selector.geometry,
+        },
         "cache": about,
     }

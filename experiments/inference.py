@@ -12,7 +12,7 @@ from experiments.data.image_io import Pictures, load_pictures, picture_of
 from experiments.data.sample import Sample
 from experiments.jobs.results import SampleRow
 from experiments.metrics.answers import Scorer, score_answer
-from experiments.token_stats import TokenGeometry, check_counts, count_sources, recall
+from experiments.token_stats import TokenGeometry, check_counts, count_sources, recall, spread_of
 from lavida_adapter import CachePacker, CacheSelector
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
@@ -115,6 +115,8 @@ class EvalPipeline:
         kept_T = left.index_BT[0][left.mask_BT[0] & (left.source_BT[0] == Source.KEPT)].cpu()
         sources, n_visual, text = count_sources(prefix.selections[i]), prefix.n_visual[i], generation.texts[i]
         check_counts(self.selector, sources, n_visual, self.geometry, size, sample.id)
+        placed = self.geometry(size)
+        spread = spread_of(kept_T, placed)
         return {
             "id": sample.id,
             "picture": picture_of(sample),
@@ -135,6 +137,10 @@ class EvalPipeline:
             "kept": kept_T.tolist(),
             "sources": sources,
             "recall": recall(sample.boxes, kept_T, self.geometry, size),
+            "n_valid": int(placed.valid_N.sum()),
+            "coverage": spread.coverage,
+            "gini": spread.gini,
+            "kept_map": spread.kept_map,
             "n_steps": generation.steps[i],
             "cache_bytes": moved.cache_bytes,
             "drift": moved.drift,

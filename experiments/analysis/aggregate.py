@@ -24,8 +24,10 @@ from experiments.jobs.results import (
     RESULT,
     SAMPLES,
     SHOTS,
+    SPREADS,
     SampleRow,
     Score,
+    SpreadName,
     config_hash,
     read_result,
     read_rows,
@@ -34,17 +36,21 @@ from experiments.jobs.results import (
     write_samples,
 )
 from experiments.metrics.answers import score_together, text_metrics
+from experiments.metrics.concentration import gini
 from shirg import UserError
 
 Result = Mapping[str, Any]
 """A result.json."""
 
+POSITION = "position gini"
+"""Column of the Gini coefficient over positions."""
 _SEED = re.compile(r"(?<![a-zA-Z])(seed[-_=]?)(\d+)")
 """The seed of a training, in the path of its checkpoint or adapter."""
 
 
 def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, Any]:
-    """Every metric over all rows, the headline metric over subsets, recall, token counts, steps and the prefix cache.
+    """Every metric over all rows, the headline metric over subsets, recall, token counts, steps and the prefix cache;
+    how what is kept is spread over the pictures.
 
     Metrics that depend on all rows are computed here, and their scores put into the rows. `drift` is the largest
     |difference| of a logit that a smaller cache makes, `same_top1` the share of answer slots whose likeliest token
@@ -77,7 +83,25 @@ def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, An
             "drift": max((row["drift"] for row in rows if row["drift"] is not None), default=None),
             "same_top1": _mean([row["same_top1"] for row in rows]),
         },
+        "selection": {
+            **{name: _mean_spread(rows, name) for name in SPREADS},
+            "position_gini": position_gini([found for row in rows if (found := row.get("kept_map"))]),
+        },
     }
+
+
+def position_gini(maps: Sequence[Sequence[float | None]]) -> float | None:
+    """The Gini coefficient of how often the tokens of each field of the picture are kept, over all selections.
+
+    0 where every field is kept equally often, whatever single pictures look like; None without a kept token.
+
+    Args:
+        maps: for each selection the share that is kept of each field; None for a field without a token.
+    """
+    if not maps:
+        return None
+    known = [[share for share in field if share is not None] for field in zip(*maps, strict=True)]
+    return gini([fmean(shares) for shares in known if shares])
 
 
 def subset(row: SampleRow) -> str:
@@ -106,6 +130,11 @@ def _score(rows: Sequence[SampleRow], metric: str, top: float = 1.0) -> dict[str
 
 def _mean_recall(rows: Sequence[SampleRow]) -> dict[str, float] | None:
     known = [(row["recall"], row["picture"]) for row in rows if row["recall"] is not None]
+    return asdict(estimate(*zip(*known, strict=True))) if known else None
+
+
+def _mean_spread(rows: Sequence[SampleRow], name: SpreadName) -> dict[str, float] | None:
+    known = [(value, row["picture"]) for row in rows if (value := row.get(name)) is not None]
     return asdict(estimate(*zip(*known, strict=True))) if known else None
 
 
@@ -194,6 +223,13 @@ def seed_columns(system: RunGroup) -> dict[str, Any]:
         row |= _spread_columns(f"subset {name}", spread_over_seeds(_part(headline, name)))
     if quality["recall"]:
         row |= _spread_columns(RECALL, spread_over_seeds(system.scores(RECALL)))
+    selections = [result.get("selection", {}) for result in system.results]
+    for name in SPREADS:
+        # Where a seed is from before these statistics existed, the other seeds alone are not the mean of the row.
+        known = all(selection.get(name) for selection in selections)
+        row |= _spread_columns(name, spread_over_seeds(system.scores(name))) if known else {f"{name} mean": None}
+    places = [selection.get("position_gini") for selection in selections]
+    row[POSITION] = None if None in places else fmean(places)
     for name in ("visual", "prefix", "cache"):
         spreads = [result["tokens"][name] for result in system.results if result["tokens"].get(name)]
         if spreads:

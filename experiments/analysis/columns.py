@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from experiments.analysis.aggregate import POSITION
+from experiments.analysis.overlap import PREFIX
 from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import stars
 from experiments.metrics import CLEAN
@@ -63,6 +65,8 @@ class Column:
     """Which values are the better ones; None where neither is, for example a token count."""
     secondary: bool = False
     """Whether the page shows it on request only and a paper's table leaves it out: the figures have it too."""
+    page_only: bool = False
+    """Whether the terminal and table.md leave it out, too; then it is also `secondary`."""
 
     @property
     def texts(self) -> list[str]:
@@ -115,6 +119,7 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
         *(Column(name, "difference", [delta_cell(r, name) for r in rows], "higher") for name in differences(rows)),
         Column("recall", "score", [percent_cell(row.get("recall mean")) for row in rows], "higher"),
     ]
+    shown += kept_columns(rows, rows if among is None else among)
     for name in ("visual tokens", "cache tokens", "prefix tokens"):
         cells = [tokens_cell(row, name) for row in rows]
         shown.append(Column(name, "cost", cells, secondary=name == "prefix tokens"))
@@ -137,6 +142,34 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
     failed = any(row["reason"] or row["flags"] for row in rows)
     idle = {title for title in ("data", "note") if common[title] and not (title == "note" and failed)}
     return [c for c in shown if c.title not in idle and any(text not in ("", EMPTY) for text in c.texts)]
+
+
+def kept_columns(rows: Sequence[Row], among: Sequence[Row]) -> list[Column]:
+    """Statistics of what is kept (docs/report.md): none of their values is the better one."""
+    names = dict(zip((row["job"] for row in among), labels(among), strict=True))
+    return [
+        Column("coverage", "cost", [percent_cell(row.get("coverage mean")) for row in rows], None, True, True),
+        Column("gini", "cost", [ratio_cell(row.get("gini mean")) for row in rows], None, True, True),
+        Column(POSITION, "cost", [ratio_cell(row.get(POSITION)) for row in rows], None, True, True),
+        Column("most alike", "text", [alike_cell(row, names) for row in rows], None, True, True),
+    ]
+
+
+def alike_cell(row: Row, names: Mapping[str, str]) -> Cell:
+    """The system whose kept tokens have the largest overlap with the row's beyond that of random selections.
+
+    Without the value by chance, as in older studies, there is none: the system that keeps most would often be named.
+
+    Args:
+        names: labels of the systems by job.
+    """
+    found = {job: (row.get(f"{PREFIX}{job} mean"), row.get(f"{PREFIX}{job} chance")) for job in names}
+    known = {job: (mean, chance) for job, (mean, chance) in found.items() if mean is not None and chance is not None}
+    if not known:
+        return Cell()
+    job = max(known, key=lambda name: known[name][0] - known[name][1])
+    mean, chance = known[job]
+    return Cell(f"{names[job]} {mean:.2f} (chance {chance:.2f})", mean)
 
 
 def seeds_cell(row: Row) -> Cell:
@@ -187,6 +220,10 @@ def p_value(p: float) -> str:
 
 def percent_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{100 * value:.1f}", 100 * value)
+
+
+def ratio_cell(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value:.2f}", value)
 
 
 def tokens_cell(row: Row, name: str) -> Cell:

@@ -6,8 +6,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments.analysis.aggregate import RunGroup, seed_columns, without_seed
-from experiments.jobs.results import LOCK
+from experiments.analysis.aggregate import POSITION, RunGroup, seed_columns, without_seed
+from experiments.jobs.results import LOCK, SPREADS
 
 ROW_VERSION = 2
 _SHOWN_ELSEWHERE = frozenset(
@@ -70,6 +70,7 @@ def flatten(result: Mapping[str, Any]) -> Row:
             row |= {f"{name} {key}": value["all"][key] for key in ("mean", "low", "high", "relative")}
     if quality.get("recall"):
         row |= {f"recall {key}": quality["recall"][key] for key in ("mean", "low", "high", "n")}
+    row |= _kept(result)
     for name, spread in tokens.items():
         if spread is None:
             continue
@@ -83,6 +84,16 @@ def flatten(result: Mapping[str, Any]) -> Row:
     row["weights MiB"] = _weights_mib(result)
     row["trainable parameters"] = result.get("model", {}).get("trainable_parameters")
     return row | {f"env {key}": value for key, value in result.get("environment", {}).items()}
+
+
+def _kept(result: Mapping[str, Any]) -> Row:
+    """How what is kept is spread over the pictures; nothing for results from before this was measured."""
+    selection = result.get("selection", {})
+    row: Row = {}
+    for name in SPREADS:
+        if found := selection.get(name):
+            row |= {f"{name} {key}": found[key] for key in ("mean", "low", "high", "n")}
+    return row | {POSITION: selection.get("position_gini")}
 
 
 def impossible(result: Mapping[str, Any]) -> dict[str, str]:

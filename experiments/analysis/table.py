@@ -16,6 +16,7 @@ from rich.table import Table
 
 from experiments.analysis.aggregate import RunGroup, group_runs, merge_shards
 from experiments.analysis.columns import columns, differences, names_in_keys, shared
+from experiments.analysis.overlap import overlap_all
 from experiments.analysis.paired import BASELINE, compare_all
 from experiments.analysis.rows import Row, group_row, unequal
 from experiments.atomic_files import write_atomic
@@ -61,6 +62,7 @@ def collect(study: Path) -> list[Row]:
     groups = run_groups(study)
     rows = [group_row(group) for group in groups]
     compare_all(groups, rows)
+    overlap_all(groups, rows)
     return sorted(rows, key=_order)
 
 
@@ -117,7 +119,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _markdown(rows: Sequence[Row], among: Sequence[Row]) -> str:
-    shown = columns(rows, among)
+    shown = [column for column in columns(rows, among) if not column.page_only]
     texts = zip(*(column.texts for column in shown), strict=True)
     return to_markdown(pd.DataFrame(texts, columns=[c.title for c in shown]), [c.numeric for c in shown])
 
@@ -144,7 +146,7 @@ def print_table(frame: pd.DataFrame, study: Path) -> None:
 
 
 def _print(rows: Sequence[Row], among: Sequence[Row]) -> None:
-    shown = columns(rows, among)
+    shown = [column for column in columns(rows, among) if not column.page_only]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in shown:
         table.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")

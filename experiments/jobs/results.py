@@ -258,6 +258,14 @@ class SampleRow(TypedDict):
     """Share of answer slots whose likeliest token stays the same with a smaller cache."""
     recall: float | None
     """Share of the evidence's tokens that were kept."""
+    n_valid: NotRequired[int | None]
+    """Source tokens that are not padding. This and the next three are missing in studies from before they existed."""
+    coverage: NotRequired[float | None]
+    """Share of the picture's regions that hold a kept token."""
+    gini: NotRequired[float | None]
+    """Gini coefficient of the share that is kept of each region."""
+    kept_map: NotRequired[list[float | None] | None]
+    """Share that is kept of each of 8 x 8 fields of the picture."""
     scores: dict[str, float | None]
     """By metric."""
     sources: dict[str, int]
@@ -269,6 +277,9 @@ class SampleRow(TypedDict):
 
 
 RECALL = "recall"
+SpreadName = Literal["coverage", "gini"]
+SPREADS: tuple[SpreadName, ...] = ("coverage", "gini")
+"""Statistics of what is kept that every sample has; older studies do not have them."""
 _COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
     "picture": pa.string(),
@@ -291,6 +302,10 @@ _COLUMNS: dict[str, pa.DataType] = {
     "drift": pa.float64(),
     "same_top1": pa.float64(),
     RECALL: pa.float64(),
+    "n_valid": pa.int32(),
+    "coverage": pa.float64(),
+    "gini": pa.float64(),
+    "kept_map": pa.list_(pa.float64()),
     "batch": pa.int32(),
 }
 
@@ -337,8 +352,14 @@ def subset_name(group: str, density: str) -> str:
 
 
 def read_scores(path: Path, metric: str) -> dict[str, Score]:
-    """Scores by sample id, or with metric="recall" the share of evidence kept; samples without one are left out."""
-    column = metric if metric == RECALL else f"score_{metric}"
+    """Scores by sample id; samples without one are left out.
+
+    Args:
+        metric: one of answers, or "recall", "coverage", "gini" for what was kept.
+    """
+    column = metric if metric in (RECALL, *SPREADS) else f"score_{metric}"
+    if metric in SPREADS and column not in pq.read_schema(path).names:
+        return {}
     columns = pq.read_table(path, columns=["id", column, "picture", "group", "density"]).to_pydict().values()
     return {i: Score(*fields) for i, *fields in zip(*columns, strict=True) if fields[0] is not None}
 
@@ -351,7 +372,7 @@ def _flatten(row: SampleRow) -> dict[str, Any]:
 
 
 def _unflatten(flat: Mapping[str, Any]) -> SampleRow:
-    row: dict[str, Any] = {key: flat[key] for key in _COLUMNS}
+    row: dict[str, Any] = {key: flat.get(key) for key in _COLUMNS}
     for part, kind in (("scores", "score_"), ("sources", "n_"), ("ms", "ms_")):
         row[part] = {key.removeprefix(kind): flat[key] for key in flat if key.startswith(kind) and key not in _COLUMNS}
     return cast(SampleRow, row)

@@ -1,4 +1,4 @@
-"""The figures of a study: quality against cost and budget, paired differences, time, memory, tokens, training."""
+"""The figures of a study: quality against cost and budget, differences, time, memory, overlap, tokens, training."""
 
 import re
 from collections import Counter
@@ -30,6 +30,7 @@ from experiments.report.figure_style import (
     log_axis,
     panels,
 )
+from experiments.report.overlap_matrix import overlap_matrix
 from experiments.training.callbacks import METRICS, read_points
 from experiments.viz.examples import load_examples, printable
 from experiments.viz.token_map import MAP, TokenMap, load_map, plane
@@ -71,6 +72,7 @@ def draw(study: Path, frame: pd.DataFrame) -> list[ReportFigure]:
             budget_curve(done),
             stages(done),
             memory(done),
+            overlap_matrix(done),
             token_maps(study, done),
             training(study),
         ]

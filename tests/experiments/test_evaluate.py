@@ -117,7 +117,7 @@ def test_shards_equal_the_whole(eval_here: Eval) -> None:
     merged = part.parent / part.name.replace(f"_shard-{shard}", "")
     assert [{**row, "batch": 0} for row in rows_of(merged)] == [{**row, "batch": 0} for row in rows_of(whole)]
     ours, theirs = result_of(merged), result_of(whole)
-    same = ("quality", "tokens", "data", "config", "config_hash", "model", "selector", "status")
+    same = ("quality", "tokens", "selection", "data", "config", "config_hash", "model", "selector", "status")
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
     assert "shard=0,1,2" in ours["command"] and ours["command"].startswith("python eval.py -m ")
     assert sorted(p.name for p in (merged / "shots").iterdir()) == sorted(p.name for p in (whole / "shots").iterdir())

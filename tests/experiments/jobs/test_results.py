@@ -54,7 +54,10 @@ def test_a_study_of_format_1_is_skipped_completed_and_shown(study: Path, command
         assert ("finished already" in ended.out) == (words != ["selector=random"])
     assert stamps == {folder: (study / folder / "result.json").stat().st_mtime_ns for folder in FINISHED}
 
-    assert rows_of(study / KILLED) == rows_of(STUDY / "completed")
+    expected = rows_of(STUDY / "completed")
+    found = rows_of(study / KILLED)
+    assert [{key: row[key] for key in expected[0]} for row in found] == expected
+    assert [row["coverage"] is None for row in found] == [i < 20 for i in range(48)], "five batches are from before"
     done, expected = result_of(study / KILLED), result_of(STUDY / "completed")
     for result in (done, expected):
         del result["data"]["scorer"]  # which version of the metrics scored

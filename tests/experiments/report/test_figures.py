@@ -11,7 +11,17 @@ from experiments.jobs.results import VERSION
 from experiments.report.figures import budget_curve, draw, frontier, training
 from experiments.report.publish import publish
 
-FIGURES = {"pareto_latency", "pareto_tokens", "differences", "ablations", "budget_curve", "latency", "memory", "tokens"}
+FIGURES = {
+    "pareto_latency",
+    "pareto_tokens",
+    "differences",
+    "ablations",
+    "budget_curve",
+    "latency",
+    "memory",
+    "overlap",
+    "tokens",
+}
 
 
 def test_every_figure_is_there_in_both_formats_at_paper_width(study: Path) -> None:
