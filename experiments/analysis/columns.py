@@ -158,18 +158,23 @@ def kept_columns(rows: Sequence[Row], among: Sequence[Row]) -> list[Column]:
 def alike_cell(row: Row, names: Mapping[str, str]) -> Cell:
     """The system whose kept tokens have the largest overlap with the row's beyond that of random selections.
 
-    Without the value by chance, as in older studies, there is none: the system that keeps most would often be named.
+    `none` where no interval lies above chance. Empty where chance is unknown, as in older studies: the system that
+    keeps most would often be named.
 
     Args:
         names: labels of the systems by job.
     """
-    found = {job: (row.get(f"{PREFIX}{job} mean"), row.get(f"{PREFIX}{job} chance")) for job in names}
-    known = {job: (mean, chance) for job, (mean, chance) in found.items() if mean is not None and chance is not None}
-    if not known:
-        return Cell()
-    job = max(known, key=lambda name: known[name][0] - known[name][1])
-    mean, chance = known[job]
-    return Cell(f"{names[job]} {mean:.2f} (chance {chance:.2f})", mean)
+    beyond = {}
+    keys = [f"{PREFIX}{job}" for job in names if row.get(f"{PREFIX}{job} chance") is not None]
+    for key in keys:
+        low, chance = row[f"{key} low"], row[f"{key} chance"]
+        if low is not None and low > chance:
+            beyond[key] = row[f"{key} mean"] - chance
+    if not beyond:
+        return Cell("none") if keys else Cell()
+    best = max(beyond, key=lambda key: beyond[key])
+    mean, chance = row[f"{best} mean"], row[f"{best} chance"]
+    return Cell(f"{names[best.removeprefix(PREFIX)]} {mean:.2f} (chance {chance:.2f})", mean)
 
 
 def seeds_cell(row: Row) -> Cell:

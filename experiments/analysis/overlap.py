@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -55,9 +55,20 @@ class KeptTokens:
     """uint8: one bit for each source token, eight to a byte; synthesised tokens have none."""
     n_valid_N: np.ndarray
     """int64: how many source tokens there were to choose from; 0 where the record does not say."""
+    ids: tuple[str, ...]
     pictures: tuple[str, ...]
-    place: Mapping[str, int]
-    """Number of a sample by its id."""
+
+    @cached_property
+    def sizes_N(self) -> np.ndarray:
+        return _count_bits(self.bits_NW)
+
+    def take(self, ids: tuple[str, ...]) -> "KeptTokens":
+        """The samples of these ids, in their order."""
+        if ids == self.ids:
+            return self
+        place = {name: i for i, name in enumerate(self.ids)}
+        rows = [place[name] for name in ids]
+        return KeptTokens(self.bits_NW[rows], self.n_valid_N[rows], ids, tuple(self.pictures[i] for i in rows))
 
 
 def read_kept(path: Path) -> KeptTokens:
@@ -72,8 +83,8 @@ def read_kept(path: Path) -> KeptTokens:
     return KeptTokens(
         bits_NW=np.packbits(kept_NT, axis=1),
         n_valid_N=np.asarray([n or 0 for n in valid], dtype=np.int64),
+        ids=tuple(ids),
         pictures=tuple(table["picture"].to_pylist()),
-        place={name: i for i, name in enumerate(ids)},
     )
 
 
@@ -150,53 +161,60 @@ class _Pair:
 
 
 def _by_sample(ours: KeptTokens, theirs: KeptTokens) -> _Pair:
-    ids = [name for name in ours.place if name in theirs.place]
-    mine, other = ([kept.place[name] for name in ids] for kept in (ours, theirs))
-    a_NW, b_NW = ours.bits_NW[mine], theirs.bits_NW[other]
-    width = min(a_NW.shape[1], b_NW.shape[1])
-    both_N, a_N, b_N = (
-        np.bitwise_count(bits_NW).sum(axis=1, dtype=np.int64)
-        for bits_NW in (a_NW[:, :width] & b_NW[:, :width], a_NW, b_NW)
-    )
+    known = set(theirs.ids)
+    ids = tuple(name for name in ours.ids if name in known)
+    ours, theirs = ours.take(ids), theirs.take(ids)
+    width = min(ours.bits_NW.shape[1], theirs.bits_NW.shape[1])
+    both_N = _count_bits(ours.bits_NW[:, :width] & theirs.bits_NW[:, :width])
+    a_N, b_N = ours.sizes_N, theirs.sizes_N
     here = np.flatnonzero((a_N > 0) & (b_N > 0))
-    counts_N3 = np.stack([np.minimum(ours.n_valid_N[mine], theirs.n_valid_N[other]), a_N, b_N], axis=1)[here]
     return _Pair(
         ids=tuple(ids[i] for i in here),
-        pictures=tuple(ours.pictures[mine[i]] for i in here),
+        pictures=tuple(ours.pictures[i] for i in here),
         jaccard_N=both_N[here] / (a_N + b_N - both_N)[here],
-        counts_N3=counts_N3,
+        counts_N3=np.stack([np.minimum(ours.n_valid_N, theirs.n_valid_N), a_N, b_N], axis=1)[here],
     )
+
+
+def _count_bits(bits_NW: np.ndarray) -> np.ndarray:
+    counts_N: np.ndarray = np.bitwise_count(bits_NW).sum(axis=1, dtype=np.int64)
+    return counts_N
 
 
 def _interval(parts: Sequence[_Pair]) -> tuple[float | None, float | None]:
     """The 95 % interval of the mean over seeds and pictures, within [0, 1]."""
+    if len(parts) == 1:
+        return _students(parts[0].jaccard_N, parts[0].pictures)
     values = [dict(zip(part.ids, part.jaccard_N, strict=True)) for part in parts]
-    ids = [name for name in parts[0].ids if all(name in value for value in values)]
-    of = dict(zip(parts[0].ids, parts[0].pictures, strict=True))
-    pictures = [of[name] for name in ids]
-    n_pictures = len(set(pictures))
+    pictures = dict(zip(parts[0].ids, parts[0].pictures, strict=True))
+    ids = [name for name in pictures if all(name in value for value in values)]
+    if len({pictures[name] for name in ids}) < 2:
+        return None, None
+    table_SN = np.asarray([[value[name] for name in ids] for value in values])
+    found = over_seeds(table_SN, [pictures[name] for name in ids], lowest=0.0)
+    return found.low, found.high
+
+
+def _students(jaccard_N: np.ndarray, pictures: Sequence[str]) -> tuple[float | None, float | None]:
+    """Student's t over pictures; where nothing varies as wide as Wilson's interval for an event never seen."""
+    mean, (sums_K, sizes_K) = float(jaccard_N.mean()), totals(jaccard_N, pictures)
+    n_pictures = len(sizes_K)
     if n_pictures < 2:
         return None, None
-    jaccard_SN = np.asarray([[value[name] for name in ids] for value in values])
-    if len(parts) > 1:
-        found = over_seeds(jaccard_SN, pictures, lowest=0.0)
-        return found.low, found.high
-    mean = float(jaccard_SN.mean())
-    if bool((jaccard_SN == jaccard_SN[0, 0]).all()):
-        # Nothing varies: as wide as Wilson's interval for an event that was never seen.
-        unseen = wilson(0, n_pictures)[1]
-        return max(0.0, mean - unseen), min(1.0, mean + unseen)
-    sums_K, sizes_K = totals(jaccard_SN[0], pictures)
-    away_K = (sums_K - mean * sizes_K) / sizes_K.mean()
-    error = math.sqrt(float(away_K @ away_K) / (n_pictures - 1) / n_pictures)
-    half = float(stdtrit(n_pictures - 1, 0.975)) * error
+    if bool((jaccard_N == jaccard_N[0]).all()):
+        half = wilson(0, n_pictures)[1]
+    else:
+        # Pictures with more questions weigh more.
+        away_K = (sums_K - mean * sizes_K) / sizes_K.mean()
+        error = math.sqrt(float(away_K @ away_K) / (n_pictures - 1) / n_pictures)
+        half = float(stdtrit(n_pictures - 1, 0.975)) * error
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def _chance(counts_N3: np.ndarray) -> float | None:
     """The mean over samples of `chance_jaccard`; None where a record does not say how many tokens there were."""
     kinds_C3, times_C = np.unique(counts_N3, axis=0, return_counts=True)
-    if not kinds_C3[:, 0].all():
+    if not (kinds_C3[:, 0] > 0).all():
         return None
     chance_C = [chance_jaccard(*map(int, kind)) for kind in kinds_C3]
     return float(np.average(chance_C, weights=times_C))

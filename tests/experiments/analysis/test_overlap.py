@@ -180,10 +180,15 @@ def test_a_study_of_several_kinds(eval_here: Eval) -> None:
 
 
 def test_the_most_alike_is_so_beyond_chance() -> None:
-    row: Row = {"overlap a mean": 0.5, "overlap a chance": 0.5, "overlap b mean": 0.3, "overlap b chance": 0.1}
-    assert alike_cell(row, {"a": "full", "b": "saint", "c": "x"}).text == "saint 0.30 (chance 0.10)"
-    assert alike_cell({}, {"a": "full"}).text == "-"
-    assert alike_cell({"overlap a mean": 0.9, "overlap a chance": None}, {"a": "full"}).text == "-"
+    row: Row = {"overlap a mean": 0.6, "overlap a low": 0.55, "overlap a chance": 0.5}
+    row |= {"overlap b mean": 0.3, "overlap b low": 0.2, "overlap b chance": 0.1}
+    row |= {"overlap c mean": 0.9, "overlap c low": None, "overlap c chance": 0.1}
+    names = {"a": "full", "b": "saint", "c": "one picture", "d": "other geometry"}
+    assert alike_cell(row, names).text == "saint 0.30 (chance 0.10)"
+    assert alike_cell(row | {"overlap b low": 0.1}, names).text == "full 0.60 (chance 0.50)"
+    assert alike_cell(row | {"overlap b low": 0.1, "overlap a low": 0.5}, names).text == "none"
+    assert alike_cell({}, names).text == "-"
+    assert alike_cell({"overlap a mean": 0.9, "overlap a low": 0.8, "overlap a chance": None}, names).text == "-"
 
 
 def test_a_study_from_before_has_overlaps_alone(tmp_path: Path) -> None:
