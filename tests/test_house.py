@@ -24,6 +24,8 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     *(f"docs/{name}.md" for name in ("lavida", "method", "data", "report", "structure", "findings")),
 )
+PAGES = (*DOCUMENTS, "docs/any_vlm.md")
+"""Also the page whose options are arguments of Python."""
 PLACEHOLDERS = ("x", "glob", "contrast")
 """Of the names table, of a sweep over a whole group, and the selector that CONTRIBUTING.md adds."""
 GROUPS = "|".join(
@@ -260,20 +262,20 @@ def test_citations_of_the_documents_exist() -> None:
     assert cited > 10
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_documents_name_files_that_exist(name: str) -> None:
     homes = "|".join((*PACKAGES, "conf", "docs", "tests"))
     for path in re.findall(rf"`((?:{homes})/[\w./-]*)`", (ROOT / name).read_text()):
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_documents_name_tests_that_exist(name: str) -> None:
     for path, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / name).read_text()):
         assert f"def {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
