@@ -27,10 +27,13 @@ from shirg import (
     stable_topk,
 )
 from shirg.scoring import unit
+from shirg.selection import Stage
 from shirg.validation import one_of
 
 Scope = Literal["per_view", "global"]
 """Whether each view is a group, or the whole picture."""
+Space = Literal["projected", "encoder"]
+"""Whether similarities are those of projected tokens, or of encoder states."""
 
 ListOrder = Literal["official", "reading"]
 """How a list of pairs is ordered between rounds: as in the authors' code, or by position."""
@@ -115,7 +118,7 @@ class GroupSelector(Selector):
         return split(features, self.scope, keep_B, most=k, least=least), k
 
     def unit_tokens(self, features: VisionFeatures, groups: Groups) -> Tensor:
-        """Encoder states of length 1, [B, G, S, D] float32."""
+        """Tokens of length 1, [B, G, S, D] float32: projected ones at stage "post"."""
         return self.finite(unit(groups(features.tokens_BND).float()), groups)
 
     def unit_keys(self, features: VisionFeatures, groups: Groups, tap: str) -> Tensor:
@@ -251,6 +254,12 @@ def _with_fill(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) 
     b_XOD = b_XOD * used_XO[..., None]
     fill_XO1 = torch.where(used_XO, 0.0, otherwise)[..., None]
     return torch.cat([a_XED, torch.ones_like(a_XED[..., :1])], dim=-1), torch.cat([b_XOD, fill_XO1], dim=-1)
+
+
+def stage_of(space: Space) -> Stage:
+    """The stage of a selector that compares tokens in a space; raises UserError where there is no such space."""
+    one_of("space", space, Space)
+    return "post" if space == "projected" else "pre"
 
 
 def share_per_round(rho: float) -> float:

@@ -3,25 +3,27 @@
 import torch
 from torch import Tensor
 
-from baselines.base import Groups, GroupSelector, Scope, gram, picked, rows
+from baselines.base import Groups, GroupSelector, Scope, Space, gram, picked, rows, stage_of
 from shirg import Budget, VisionFeatures
 
 
 class DivPrune(GroupSelector):
     """Max-min diversity by greedy picks: always the token that is farthest from all that were picked.
 
-    Distance is 1 - cosine of encoder states (the paper measures tokens behind the projector; here only what is kept is
-    projected). The first pick is the token with the farthest nearest neighbour. The distance to the nearest pick is
-    carried along, so that a pick costs one row of the distances. Of equal distances the first token in reading order
-    is taken.
+    Distance is 1 - cosine. The first pick is the token with the farthest nearest neighbour. The distance to the nearest
+    pick is carried along, so that a pick costs one row of the distances. Of equal distances the first token in reading
+    order is taken; none is taken twice, also where only duplicates are left (the authors' code may repeat one).
 
     Args:
         budget: tokens per picture.
         scope: each view by itself, or the whole picture, as in the paper, which has one view.
+        space: "projected", distances between projected tokens, as in the paper; the stage is then "post". "encoder",
+            ours: distances between encoder states.
     """
 
-    def __init__(self, *, budget: Budget, scope: Scope = "per_view") -> None:
+    def __init__(self, *, budget: Budget, scope: Scope = "per_view", space: Space = "projected") -> None:
         super().__init__(budget=budget, scope=scope)
+        self.stage = stage_of(space)
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
         apart_BGSS = gram(self.unit_tokens(features, groups)).neg_().add_(1)

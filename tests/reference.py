@@ -217,7 +217,7 @@ def cdpruner(features: VisionFeatures, sign: int) -> Pick:
 
     def pick(sample: int, group: list[int], quota: int) -> list[int]:
         valid = r_BN[sample][features.valid_BN[sample]]
-        r = (r_BN[sample] - valid.min()) / (valid.max() - valid.min())
+        r = (r_BN[sample] - valid.min() + 1e-6) / (valid.max() - valid.min())
         kernel = r[:, None] * cosines(features, sample) * r
         chosen = list[int]()
         while len(chosen) < quota:
@@ -226,6 +226,27 @@ def cdpruner(features: VisionFeatures, sign: int) -> Pick:
         return chosen
 
     return pick
+
+
+def cdpruner_picks(features: VisionFeatures, k: int) -> tuple[list[int], list[float]]:
+    """The first picture's picks in float64, each with what the earlier picks leave of its own kernel entry.
+
+    The remainder is the Schur complement of the picks' minor, computed anew for each pick.
+    """
+    assert features.relevance_BN is not None
+    r = features.relevance_BN[0].double()
+    r = (r - r.min() + 1e-6) / (r.max() - r.min())
+    kernel = r[:, None] * cosines(features, 0) * r
+    picks, remainders = list[int](), list[float]()
+    for _ in range(k):
+        left = kernel.diagonal().clone()
+        if picks:
+            across = kernel[picks]
+            left -= (across * torch.linalg.solve(across[:, picks], across)).sum(0)
+        left[picks] = -1
+        picks.append(int(left.argmax()))
+        remainders.append(float(left.max()))
+    return picks, remainders
 
 
 def vispruner(features: VisionFeatures, important: Fraction, drop: int, tap: str, order: str) -> Pick:

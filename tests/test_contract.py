@@ -59,8 +59,8 @@ SELECTORS = {
             "layer": -1,
         },
     ),
-    "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global"}),
-    "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "sign": -1}),
+    "divprune": Case(DivPrune, {"budget": 60}, flips={"budget": 61, "scope": "global", "space": "encoder"}),
+    "cdpruner": Case(CDPruner, {"budget": 60}, flips={"budget": 61, "scope": "global", "space": "encoder", "sign": -1}),
     "vispruner": Case(
         VisPruner,
         {"budget": 60},

@@ -93,6 +93,28 @@ def test_cdpruner_picks_the_largest_determinant(scope: str, sign: int) -> None:
     assert kept(CDPruner(budget=12, scope=scope, sign=sign), features) == expected
 
 
+@pytest.mark.parametrize("power", [1, 20])
+@pytest.mark.parametrize("spread", [0.3, 1.0])
+def test_rounding_changes_no_pick_of_cdpruner_below_the_rank(power: int, spread: float) -> None:
+    """100 of 256 tokens of width 128. Skewed relevance leaves tiny remainders, but not beside their own token."""
+    generator = torch.Generator().manual_seed(power)
+    centres = torch.randn(8, 128, generator=generator)[torch.randint(8, (256,), generator=generator)]
+    tokens = (centres + spread * torch.randn(256, 128, generator=generator))[None]
+    relevance = torch.rand(1, 256, generator=generator) ** power
+    features = make_features((0, 0), side=16, sizes=[(100, 100)], tokens=tokens, relevance=relevance)
+    picks, remainders = reference.cdpruner_picks(features, 100)
+    assert kept(CDPruner(budget=100), features) == [sorted(picks)]
+    assert (min(remainders) < 1e-5) == (power == 20), "an absolute limit would cut some of these off"
+
+
+def test_cdpruner_reads_constant_relevance_as_none() -> None:
+    """Then diversity alone decides, by volume."""
+    features = make_features((0, 0), side=6, sizes=[(100, 100)], width=24, relevance=torch.full((1, 36), 0.3))
+    chosen = torch.tensor(kept(CDPruner(budget=6), features)[0])
+    assert float(reference.cosines(features, 0)[chosen][:, chosen].det()) > 0.1
+    assert chosen.tolist() != list(range(6))
+
+
 def test_cdpruner_goes_by_relevance_when_the_width_is_used_up() -> None:
     """Two dimensions: two picks by diversity, the others by relevance."""
     features = make_features((0, 0), side=4, sizes=[(100, 100)], width=2)

@@ -8,6 +8,7 @@ import torch
 
 from baselines import (
     CDPruner,
+    DivPrune,
     Full,
     HiPrune,
     HoloV,
@@ -32,6 +33,8 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: Full(newline="col"), "newline='col': choose one of none, row"),
     (lambda: NormTopK(budget=3, sign=0), "sign=0: choose one of -1, 1"),
     (lambda: CDPruner(budget=3, sign=2), "sign=2: choose one of -1, 1"),
+    (lambda: CDPruner(budget=3, space="clip"), "space='clip': choose one of projected, encoder"),
+    (lambda: DivPrune(budget=3, space="pre"), "space='pre': choose one of projected, encoder"),
     (lambda: UniformGrid(budget=3, scope="tile"), "scope='tile': choose one of per_view, global"),
     (lambda: Saint(budget=3, rho=0.0), "rho=0.0: give the share ... between 0 and 1"),
     (lambda: Saint(budget=3, schedule="fast"), "schedule='fast': choose one of alternating, constant"),
