@@ -38,6 +38,7 @@ class CDPruner(GroupSelector):
     def __init__(self, *, budget: Budget, scope: Scope = "per_view", space: Space = "projected", sign: int = 1) -> None:
         super().__init__(budget=budget, scope=scope)
         one_of("sign", sign, Literal[-1, 1])
+        self.space: Space = space
         self.stage = stage_of(space)
         self.sign = sign
 

@@ -23,6 +23,7 @@ class DivPrune(GroupSelector):
 
     def __init__(self, *, budget: Budget, scope: Scope = "per_view", space: Space = "projected") -> None:
         super().__init__(budget=budget, scope=scope)
+        self.space: Space = space
         self.stage = stage_of(space)
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
