@@ -5,6 +5,7 @@ from baselines.controls import Full, GlobalOnly, NormTopK, Random
 from baselines.divprune import DivPrune
 from baselines.hiprune import HiPrune
 from baselines.holov import HoloV
+from baselines.llava_scissor import LlavaScissor
 from baselines.oracle import Oracle
 from baselines.pooled import Pooled
 from baselines.saint import Saint, SaintVote
@@ -21,6 +22,7 @@ __all__ = [
     "GlobalOnly",
     "HiPrune",
     "HoloV",
+    "LlavaScissor",
     "NormTopK",
     "Oracle",
     "Pooled",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from baselines import HiPrune, HoloV, TopV
+from baselines import HiPrune, HoloV, LlavaScissor, TopV
 from tests.cases import Case
 
 # The cost changes nothing where the mass that leaves a source is its norm (the default); it is refused there.
@@ -42,5 +42,8 @@ METHODS = {
             # By attention, the cosines can only move a token at the border of two quotas.
             "space": {"space": "encoder", "rank_by": "score"},
         },
+    ),
+    "llava_scissor": Case(
+        LlavaScissor, {"budget": 60}, flips={"budget": 61, "scope": "global", "space": "encoder", "tau": 0.6}
     ),
 }

@@ -164,7 +164,7 @@ def test_slots_do_not_depend_on_content(selector: Selector) -> None:
     for tokens in (torch.zeros_like(features.tokens_BND), features.tokens_BND.abs() * 1e4):
         there = selector(replace(features, tokens_BND=tokens, taps=recorded(tokens)))
         assert there.mask_BT.shape == here.mask_BT.shape
-        assert torch.equal(there.mask_BT.sum(-1), here.mask_BT.sum(-1))
+        assert selector.may_use_less or torch.equal(there.mask_BT.sum(-1), here.mask_BT.sum(-1))
 
 
 def test_a_budget_that_is_too_large_names_the_picture(case: Case, selector: Selector) -> None:
