@@ -86,8 +86,8 @@ def components(near_XSS: Tensor) -> Tensor:
 def sum_rows(values_XSN: Tensor, slot_XS: Tensor, slots: int) -> Tensor:
     """The sum of the rows of each slot, [X, slots, N].
 
-    On a CPU the rows are added one after the other. On a GPU this would add them in another order in every run, so there
-    it is a product with a 0-1 matrix.
+    On a CPU the rows are added one after the other. A GPU would add them in another order in every run, so there it is
+    a product with a 0-1 matrix.
     """
     x, s, n = values_XSN.shape
     if values_XSN.device.type != "cpu":

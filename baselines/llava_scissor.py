@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, Scope, gram, with_merged
-from baselines.linkage import APART, BOTTOM, components, cut, is_slot, spanning_tree, sum_rows
+from baselines.linkage import APART, BOTTOM, components, cut, spanning_tree, sum_rows
 from shirg import Budget, Selection, UserError, VisionFeatures, gather_tokens, keep, stable_topk
 from shirg.validation import one_of
 
@@ -197,7 +197,7 @@ class Graph:
         is_first_BS = (whole_BS == torch.arange(self.most, device=tau_B.device)) & used_BS
         return Parts(self, tau_B, part_BN, used_BS, near_BSS, whole_BS, is_first_BS)
 
-    def join(self, slots: "Slots") -> tuple[Tensor, Tensor]:
+    def join(self, slots: "MergedSlots") -> tuple[Tensor, Tensor]:
         """Step 3: the slot that each token joins, [B, N], and how many tokens join each slot, [B, T]."""
         valid_BN, slot_BN, share_BN = self.trees.valid_BN, slots.slot_BN, slots.share_BN
         dots_BTN = sum_rows(self.gram_BNN * share_BN[..., None], slot_BN, slots.used_BT.shape[1])
@@ -230,7 +230,7 @@ class Parts:
     def count_B(self) -> Tensor:
         return self.is_first_BS.sum(-1)
 
-    def slots(self, k: int) -> "Slots":
+    def slots(self, k: int) -> "MergedSlots":
         """The components of step 2 in `k` slots."""
         valid_BN, n = self.graph.trees.valid_BN, self.part_BN.shape[1]
         slot_BS = (self.is_first_BS.cumsum(-1) - 1).gather(1, self.whole_BS).masked_fill(~self.used_BS, 0)
@@ -246,7 +246,7 @@ class Parts:
         hub_BS = zero_BS.scatter_reduce(1, self.part_BN, key_BN, "amax") % n
         key_BS = (self.near_BSS.sum(-1) * n + hub_BS).masked_fill(~self.used_BS, 0)
         hub_BT = n - 1 - zero_BT.scatter_reduce(1, slot_BS, key_BS, "amax") % n
-        return Slots(
+        return MergedSlots(
             slot_BN=slot_BN,
             share_BN=torch.where(valid_BN, 1 / weight_BN.clamp_min(1), 0.0),
             used_BT=torch.arange(k, device=slot_BN.device) < self.count_B[:, None],
@@ -256,7 +256,7 @@ class Parts:
 
 
 @dataclass(frozen=True, eq=False)
-class Slots:
+class MergedSlots:
     """The means of step 2 in T slots."""
 
     slot_BN: Tensor
