@@ -7,6 +7,7 @@ from baselines.hiprune import HiPrune
 from baselines.holov import HoloV
 from baselines.llava_scissor import LlavaScissor
 from baselines.oracle import Oracle
+from baselines.otprune import OTPrune
 from baselines.pooled import Pooled
 from baselines.saint import Saint, SaintVote
 from baselines.tome import ToMe
@@ -24,6 +25,7 @@ __all__ = [
     "HoloV",
     "LlavaScissor",
     "NormTopK",
+    "OTPrune",
     "Oracle",
     "Pooled",
     "Random",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from baselines import HiPrune, HoloV, LlavaScissor, TopV
+from baselines import HiPrune, HoloV, LlavaScissor, OTPrune, TopV
 from tests.cases import Case
 
 # The cost changes nothing where the mass that leaves a source is its norm (the default); it is refused there.
@@ -46,4 +46,5 @@ METHODS = {
     "llava_scissor": Case(
         LlavaScissor, {"budget": 60}, flips={"budget": 61, "scope": "global", "space": "encoder", "tau": 0.6}
     ),
+    "otprune": Case(OTPrune, {"budget": 60}, flips={"budget": 61, "gamma": 5.0, "space": "encoder"}),
 }
