@@ -38,7 +38,7 @@ class OTPrune(GroupSelector):
         if gamma <= 0:
             raise UserError(f"gamma={gamma}: give a number above 0, or every token is worth the same")
         one_of("space", space, Literal["projected", "encoder"])
-        self.gamma = gamma
+        self.gamma, self.space = gamma, space
         self.stage = "post" if space == "projected" else "pre"
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
