@@ -9,12 +9,11 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from baselines.base import Groups, GroupSelector, Scope, chosen_tokens, take
+from baselines.base import Groups, GroupSelector, Scope, Space, chosen_tokens, stage_of, take
 from shirg import Budget, Selection, UserError, VisionFeatures, assert_finite, gather_tokens
 from shirg.validation import one_of
 
 RankBy = Literal["attention", "score"]
-Space = Literal["projected", "encoder"]
 SCALE = 1000.0
 """Attention is multiplied by this before it is added to variances."""
 SHARE = 0.09
@@ -64,11 +63,10 @@ class HoloV(GroupSelector):
         if crops < 1:
             raise UserError(f"crops={crops}: give at least 1")
         one_of("rank_by", rank_by, RankBy)
-        one_of("space", space, Space)
         self.crops, self.layer = crops, layer
         self.rank_by: RankBy = rank_by
         self.space: Space = space
-        self.stage = "post" if space == "projected" else "pre"
+        self.stage = stage_of(space)
         self.tap = f"attention@{layer}"
         self.needs = frozenset({self.tap})
 

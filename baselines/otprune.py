@@ -1,14 +1,11 @@
 """OTPrune: tokens whose distribution is close to that of all (Chen et al., CVPR 2026, arXiv 2602.20205)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from baselines.base import Groups, GroupSelector, gram, picked, rows
+from baselines.base import Groups, GroupSelector, Space, gram, picked, rows, stage_of
 from shirg import Budget, UserError, VisionFeatures
 from shirg.scoring import unit
-from shirg.validation import one_of
 
 
 class OTPrune(GroupSelector):
@@ -31,15 +28,12 @@ class OTPrune(GroupSelector):
             are projected.
     """
 
-    def __init__(
-        self, *, budget: Budget, gamma: float = 0.01, space: Literal["projected", "encoder"] = "projected"
-    ) -> None:
+    def __init__(self, *, budget: Budget, gamma: float = 0.01, space: Space = "projected") -> None:
         super().__init__(budget=budget)
         if gamma <= 0:
             raise UserError(f"gamma={gamma}: give a number above 0, or every token is worth the same")
-        one_of("space", space, Literal["projected", "encoder"])
         self.gamma, self.space = gamma, space
-        self.stage = "post" if space == "projected" else "pre"
+        self.stage = stage_of(space)
 
     def choose(self, features: VisionFeatures, groups: Groups) -> tuple[Tensor, Tensor | None]:
         kernel_BGSS = self.kernel(features, groups)
