@@ -95,7 +95,7 @@ def rescore(folder: Path, metrics: Sequence[str] | None = None) -> tuple[Mapping
             qualities = _rescore(folder, metrics)
     except Timeout:
         raise UserError(f"{WORD}={folder}: another process is running this job; wait for it") from None
-    refresh(folder.parent)
+    refresh(folder.parent, overlaps=False)
     return qualities
 
 

@@ -27,8 +27,12 @@ _MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "\n": " ", "<": "&lt;"})
 _FIRST = {BASELINE: 0, "full": 1}
 
 
-def refresh(study: Path) -> pd.DataFrame:
+def refresh(study: Path, *, overlaps: bool = True) -> pd.DataFrame:
     """Reads every job of the study and rewrites its table files; one process at a time.
+
+    Args:
+        overlaps: False leaves out how much every two systems have in common, which takes longer than all the rest: what
+            a job does, because the command adds it at its end.
 
     Returns:
         One row for each system, the baselines first, then by name; a value that a system lacks is None. No columns
@@ -37,7 +41,7 @@ def refresh(study: Path) -> pd.DataFrame:
     study.mkdir(parents=True, exist_ok=True)
     with FileLock(study / f".{NAME}.lock"):
         merge_shards(study)
-        frame = read_table(study)
+        frame = read_table(study, overlaps=overlaps)
         if not frame.empty:
             write_atomic(study / f"{NAME}.csv", frame.to_csv(index=False, lineterminator="\n"))
             write_atomic(study / f"{NAME}.parquet", _parquet(frame))
@@ -45,9 +49,9 @@ def refresh(study: Path) -> pd.DataFrame:
     return frame
 
 
-def read_table(study: Path) -> pd.DataFrame:
+def read_table(study: Path, *, overlaps: bool = True) -> pd.DataFrame:
     """The DataFrame of a study as its jobs' files are now."""
-    rows = collect(study)
+    rows = collect(study, overlaps=overlaps)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return pd.DataFrame([[row.get(key) for key in keys] for row in rows], columns=keys, dtype=object)
 
@@ -57,12 +61,13 @@ def records(frame: pd.DataFrame) -> list[Row]:
     return [dict(zip(frame.columns, values, strict=True)) for values in frame.to_numpy()]
 
 
-def collect(study: Path) -> list[Row]:
+def collect(study: Path, *, overlaps: bool = True) -> list[Row]:
     """One flat row for each evaluated system."""
     groups = run_groups(study)
     rows = [group_row(group) for group in groups]
     compare_all(groups, rows)
-    overlap_all(groups, rows)
+    if overlaps:
+        overlap_all(groups, rows)
     return sorted(rows, key=_order)
 
 

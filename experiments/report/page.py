@@ -42,8 +42,8 @@ _HERE = Path(__file__).parent
 
 
 def refresh_report(study: Path) -> None:
-    """Rebuilds the table files and the page without figures: what a job does at its end, while others go on."""
-    frame = refresh(study)
+    """Rebuilds the table files and the page, without figures and overlaps: what a job does at its end."""
+    frame = refresh(study, overlaps=False)
     if not frame.empty:
         write_report(study, frame)
 

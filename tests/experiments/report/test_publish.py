@@ -10,6 +10,7 @@ import pytest
 from experiments.analysis.columns import Cell
 from experiments.analysis.table import collect, read_table, records
 from experiments.report.__main__ import main
+from experiments.report.page import refresh_report
 from experiments.report.publish import latex, latex_cell, latex_text, publish
 
 Eval = Callable[..., Path]
@@ -58,3 +59,13 @@ def test_everything_can_be_written_again_from_the_files_alone(
     assert (study / "report.html").read_text() == page
     assert (study / "table.md").read_text() == table
     assert "report.html table.tex table.json figures deck.pptx" in capfd.readouterr().out
+
+
+def test_overlaps_come_at_the_end_of_a_command(eval_here: Eval) -> None:
+    """To compare every two systems after each job of a long sweep would take longer than the jobs."""
+    for selector in ("random", "full"):
+        study = eval_here(f"selector={selector}", "limit=6").parent
+    for refreshed, overlapping in ((lambda: refresh_report(study), 0), (lambda: publish(study), 2)):
+        refreshed()
+        header = (study / "table.csv").read_text().splitlines()[0]
+        assert len(re.findall(r"overlap [^,]* mean", header)) == overlapping
