@@ -133,7 +133,7 @@ class EvalPipeline:
             "entity": str(sample.meta.get("entity", "")),
             "n_visual": n_visual,
             "n_prefix": prefix.n_tokens[i],
-            "n_cache": int(left.mask_BT.sum()) if isinstance(self.cache, CacheSelector) else None,
+            "n_cache": moved.n_cache,
             "kept": kept_T.tolist(),
             "sources": sources,
             "recall": recall(sample.boxes, kept_T, self.geometry, size),
@@ -156,7 +156,12 @@ class EvalPipeline:
         if self.cache is None:
             return [Moved(size)] * n
         found = drift(self.model.lm, self.model.prefill(prefix), generation.cache, self.decode.max_new_tokens)
-        return [Moved(size, most, same) for most, same in zip(found.most, found.same_top1, strict=True)]
+        left: list[int | None] = [None] * n
+        if isinstance(self.cache, CacheSelector):
+            rows = mean_rows(generation.cache, len(self.model.lm.layers), n)
+            given = zip(rows, prefix.n_tokens, prefix.n_visual, strict=True)
+            left = [round(row - (total - visual)) for row, total, visual in given]
+        return [Moved(size, *each) for each in zip(found.most, found.same_top1, left, strict=True)]
 
     def _generator(self, batch: Sequence[Sample]) -> torch.Generator:
         """Seeded by the seed and the batch, so that a resumed job draws what the undisturbed one drew."""
@@ -172,6 +177,8 @@ class Moved:
     drift: float | None = None
     """Largest |difference| of a logit."""
     same_top1: float | None = None
+    n_cache: int | None = None
+    """Picture rows that a cache selector left, as a mean over layers; it never drops text."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +207,16 @@ def drift(lm: Llada, whole: PrefixCache, stored: StoredPrefix, n_answer: int) ->
         logits[..., mask_id] = float("-inf")
     same_B = (expected.argmax(-1) == found.argmax(-1)).float().mean(-1)
     return Drift(tuple(most_B.tolist()), tuple(same_B.tolist()))
+
+
+def mean_rows(cache: StoredPrefix, n_layers: int, n_prompts: int) -> list[float]:
+    """How many rows of each prompt a cache has, without padding, as a mean over layers."""
+    total = [0] * n_prompts
+    for layer in range(n_layers):
+        mask_BP = cache.mask(layer)
+        rows = [cache.n_slots(layer)] * n_prompts if mask_BP is None else mask_BP.sum(-1).tolist()
+        total = [a + b for a, b in zip(total, rows, strict=True)]
+    return [n / n_layers for n in total]
 
 
 def left_in_cache(prefix: "Prefix", cached_BP: Tensor) -> Iterator[Selection]:

@@ -3,10 +3,13 @@
 from lavida_adapter.adapter_files import load_adapter, save_adapter
 from lavida_adapter.cache_compression.adaptive_k import AdaptiveK
 from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
+from lavida_adapter.cache_compression.dart import DART
 from lavida_adapter.cache_compression.fastv import FastV
 from lavida_adapter.cache_compression.layer_retention import LayerRetention
+from lavida_adapter.cache_compression.pyramiddrop import PyramidDrop
 from lavida_adapter.cache_compression.quantize import Cast, Fp8, Int8
 from lavida_adapter.cache_compression.redvtp import RedVTP
+from lavida_adapter.cache_compression.sparsevlm import SparseVLM
 from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
 from lavida_adapter.generate import DecodeConfig, Generation
 from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
@@ -17,6 +20,7 @@ from lavida_adapter.prefix import Prefix
 from lavida_adapter.relevance import External, LmEmbed, NoRelevance, Relevance, RelevanceContext, SiglipText
 
 __all__ = [
+    "DART",
     "AdaptiveK",
     "CachePacker",
     "CacheSelector",
@@ -36,10 +40,12 @@ __all__ = [
     "NoRelevance",
     "ObjectiveConfig",
     "Prefix",
+    "PyramidDrop",
     "RedVTP",
     "Relevance",
     "RelevanceContext",
     "SiglipText",
+    "SparseVLM",
     "TrainBatch",
     "VisionConfig",
     "add_lora",

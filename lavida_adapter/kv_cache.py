@@ -74,6 +74,8 @@ class PrefixCache:
     """int64: the position of the first answer token."""
     slots: Slots | None = None
     """The buffers that keys and values are views of, when the prefill reserved slots for an answer."""
+    visual_BP: Tensor | None = None
+    """bool: the picture tokens, when they saw picture tokens only; None when every token saw every token."""
 
     @property
     def is_packed(self) -> bool:
@@ -90,13 +92,13 @@ class PrefixCache:
 
     def take(self, slot_BK: Tensor, mask_BK: Tensor | None) -> "PrefixCache":
         """A cache of the given slots; keys keep the positions that they were rotated to."""
-        index_BHKD = slot_BK[:, None, :, None].expand(-1, self.keys[0].shape[1], -1, self.keys[0].shape[3])
         return PrefixCache(
-            tuple(k.gather(2, index_BHKD) for k in self.keys),
-            tuple(v.gather(2, index_BHKD) for v in self.values),
+            tuple(take_slots(k, slot_BK) for k in self.keys),
+            tuple(take_slots(v, slot_BK) for v in self.values),
             mask_BK,
             self.positions_BP.gather(1, slot_BK),
             self.next_position_B,
+            visual_BP=None if self.visual_BP is None else self.visual_BP.gather(1, slot_BK),
         )
 
     def repeat(self, n: int) -> "PrefixCache":
@@ -107,6 +109,7 @@ class PrefixCache:
             None if self.mask_BP is None else self.mask_BP.repeat(n, 1),
             self.positions_BP.repeat(n, 1),
             self.next_position_B.repeat(n),
+            visual_BP=None if self.visual_BP is None else self.visual_BP.repeat(n, 1),
         )
 
     def digest(self) -> str:
@@ -119,3 +122,40 @@ class PrefixCache:
     @property
     def n_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True)
+class RaggedPrefix:
+    """A prefix cache with its own number of slots in every layer."""
+
+    keys: tuple[Tensor, ...]
+    """L tensors [B, H, P_l, Dh], rotated."""
+    values: tuple[Tensor, ...]
+    """L tensors [B, H, P_l, Dh]."""
+    masks: tuple[Tensor, ...]
+    """L tensors bool [B, P_l]."""
+    positions: tuple[Tensor, ...]
+    """L tensors int64 [B, P_l]: the position each key was rotated to."""
+    next_position_B: Tensor
+
+    @property
+    def is_packed(self) -> bool:
+        return False
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def n_slots(self, layer: int) -> int:
+        return self.keys[layer].shape[2]
+
+    def mask(self, layer: int) -> Tensor | None:
+        return None if bool(self.masks[layer].all()) else self.masks[layer]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.keys[layer], self.values[layer]
+
+
+def take_slots(x_BHPD: Tensor, slot_BK: Tensor) -> Tensor:
+    """Keys or values [B, H, K, Dh] of the given slots."""
+    return x_BHPD.gather(2, slot_BK[:, None, :, None].expand(-1, x_BHPD.shape[1], -1, x_BHPD.shape[3]))

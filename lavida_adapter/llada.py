@@ -287,7 +287,7 @@ class Llada(nn.Module):
             keys.append(k)
             values.append(v)
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
-        return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B, slots)
+        return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B, slots, visual_BP)
 
     def decode(self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None) -> Tensor:
         """States [B, A, D] of answer tokens, which see the cached prefix and each other; `mask_BA` is False in padding.

@@ -246,7 +246,7 @@ class SampleRow(TypedDict):
     n_prefix: int
     """All tokens of the prompt."""
     n_cache: int | None
-    """Vision tokens left in a cache that was shortened."""
+    """Vision tokens left in a cache that was shortened; the mean over layers, if these differ."""
     kept: list[int]
     """Source tokens that were kept."""
     n_steps: int

@@ -58,15 +58,16 @@ class AttentionMean:
 class ShortenedCache:
     """A shortened cache, and which slots of the prefix are still in it."""
 
-    cache: PrefixCache
+    cache: StoredPrefix
     kept_BP: Tensor
-    """bool."""
+    """bool: the slots that every layer still has."""
 
 
 class CacheSelector:
     """Keeps the `budget` best picture rows of a prefix cache; text always stays. Subclasses override `score`.
 
-    Newline rows belong to the picture: they are ranked and counted like its other rows.
+    Newline rows belong to the picture: they are ranked and counted like its other rows. A method that keeps other rows
+    in each layer overrides `__call__` instead.
     """
 
     after: ClassVar[Literal["prefill", "first_step"]]
@@ -226,17 +227,21 @@ def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], kept_B
 
 
 def reindex(cache: PrefixCache, lm: Llada) -> PrefixCache:
-    """The same rows at positions 0, 1, 2, ...: keys are rotated by the difference, and the answer follows directly.
+    """The same rows at positions 0, 1, 2, ...: keys are rotated by the difference, and the answer follows directly."""
+    b, n = cache.positions_BP.shape
+    new_BP = torch.arange(n, device=cache.positions_BP.device).expand(b, n)
+    cos, sin = turn(lm, cache.positions_BP, new_BP)
+    length_B = torch.full_like(cache.next_position_B, n) if cache.mask_BP is None else cache.mask_BP.sum(-1)
+    keys = tuple(rotate(k, cos, sin) for k in cache.keys)
+    return PrefixCache(keys, cache.values, cache.mask_BP, new_BP, length_B)
+
+
+def turn(lm: Llada, old_BP: Tensor, new_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine [B, 1, P, Dh] for `rotate` that move keys from old to new positions.
 
     The difference is taken between the float32 angles, so the result equals a prefill at the new positions up to the
     rounding of one more product.
     """
-    b, n = cache.positions_BP.shape
-    new_BP = torch.arange(n, device=cache.positions_BP.device).expand(b, n)
-    old, new = (
-        rotary_phase(p, lm.config.head_dim, lm.config.rope_theta).double() for p in (cache.positions_BP, new_BP)
-    )
-    cos, sin = (t.float() for t in cos_signed_sin(new - old))
-    length_B = torch.full_like(cache.next_position_B, n) if cache.mask_BP is None else cache.mask_BP.sum(-1)
-    keys = tuple(rotate(k, cos, sin) for k in cache.keys)
-    return PrefixCache(keys, cache.values, cache.mask_BP, new_BP, length_B)
+    old, new = (rotary_phase(p, lm.config.head_dim, lm.config.rope_theta).double() for p in (old_BP, new_BP))
+    cos, sin = cos_signed_sin(new - old)
+    return cos.float(), sin.float()

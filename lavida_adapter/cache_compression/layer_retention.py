@@ -4,57 +4,24 @@ Every layer keeps the same share of the attention that its rows receive in the p
 The numbers are profiled once on other prompts (`profile`) and then applied. "Prefix" in the paper's name is the first
 part of the list of rows sorted by importance. docs/method.md, "Layer retention".
 
-Shape letters: B batch, P prefix slots, P_l slots of layer l, K kept slots.
+Shape letters: B batch, P prefix slots, K kept slots.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lavida_adapter.cache_compression.compressor import CachePacker
-from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
+from lavida_adapter.kv_cache import PrefixCache, RaggedPrefix, StoredPrefix, take_slots
 from lavida_adapter.llada import AttentionHook, attention_weights
 from lavida_adapter.prefix import Prefix
 from shirg import MissingFileError, UserError, stable_topk
 
 FIRST, LAST = 4, 1
 """How many rows at both ends always stay, as in the paper's code."""
-
-
-@dataclass(frozen=True)
-class RaggedPrefix:
-    """A prefix cache with its own number of slots in every layer."""
-
-    keys: tuple[Tensor, ...]
-    """L tensors [B, H, P_l, Dh], rotated."""
-    values: tuple[Tensor, ...]
-    """L tensors [B, H, P_l, Dh]."""
-    masks: tuple[Tensor, ...]
-    """L tensors bool [B, P_l]."""
-    positions: tuple[Tensor, ...]
-    """L tensors int64 [B, P_l]: the position each key was rotated to."""
-    next_position_B: Tensor
-
-    @property
-    def is_packed(self) -> bool:
-        return False
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
-
-    def n_slots(self, layer: int) -> int:
-        return self.keys[layer].shape[2]
-
-    def mask(self, layer: int) -> Tensor | None:
-        return None if bool(self.masks[layer].all()) else self.masks[layer]
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.keys[layer], self.values[layer]
 
 
 class MassReceived:
@@ -125,9 +92,8 @@ def _cut(
     slot_BK = best_BK.masked_fill(~real_BK, mass_BP.shape[1]).sort(-1).values
     real_BK = slot_BK < mass_BP.shape[1]
     slot_BK = slot_BK.masked_fill(~real_BK, 0)
-    index = slot_BK[:, None, :, None].expand(-1, cache.keys[layer].shape[1], -1, cache.keys[layer].shape[3])
     positions_BK = cache.positions_BP.gather(1, slot_BK)
-    return cache.keys[layer].gather(2, index), cache.values[layer].gather(2, index), real_BK, positions_BK
+    return take_slots(cache.keys[layer], slot_BK), take_slots(cache.values[layer], slot_BK), real_BK, positions_BK
 
 
 def forgotten(n: int, share: float) -> int:

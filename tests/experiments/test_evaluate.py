@@ -68,6 +68,19 @@ def test_rows_tell_what_was_fed_and_what_was_left(
     assert 0 < result["times"]["ms_per_sample"]["cache"] < result["times"]["ms_per_sample"]["total"]
 
 
+@pytest.mark.parametrize("cache", ["sparsevlm", "dart", "pyramiddrop"])
+def test_methods_of_several_layers_leave_the_budget(eval_here: Eval, cache: str) -> None:
+    """On the shipped model, which has three layers; `pyramiddrop` has 138, 68 and 34 rows in them."""
+    job = eval_here(*FEW, f"model.path={CONF.parent / 'weights' / 'tiny'}", f"cache={cache}")
+    rows = pq.read_table(job / "samples.parquet").to_pylist()
+    for row in rows:
+        assert row["n_visual"] == 336 and row["n_cache"] == 80
+        # Keys and values of 96 numbers in 3 layers, 4 bytes each.
+        assert row["cache_bytes"] == (80 + row["n_prefix"] - 336) * 3 * 2 * 96 * 4
+        assert len(row["kept"]) <= (34 if cache == "pyramiddrop" else 80)
+    assert len({tuple(row["kept"]) for row in rows}) == len(rows), "it depends on the picture"
+
+
 def test_an_adaptive_cache_is_counted_row_by_row(eval_here: Eval) -> None:
     job = eval_here("limit=12", "selector=shirg", "cache=adaptive_k", "cache.candidates=[1000,2000]")
     rows = pq.read_table(job / "samples.parquet").to_pylist()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from lavida_adapter import CacheSelector, DecodeConfig, FastV, RedVTP
+from lavida_adapter import CacheSelector, DecodeConfig, FastV, PyramidDrop, RedVTP
 from lavida_adapter.timing import NoTimer, Pausing
 from tests.lavida_adapter.cache_compression.prompts import made_prefix, small
 
@@ -50,6 +50,7 @@ def test_the_outer_stage_goes_on_after_the_inner_one() -> None:
     ("build", "events"),
     [
         (FastV, ["prefill", "cache", "denoise"]),
+        (PyramidDrop, ["prefill", "cache", "denoise"]),
         (RedVTP, ["prefill", "denoise", "cache", "denoise"]),
     ],
 )

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines import Full, Pooled
-from lavida_adapter import AdaptiveK, CacheSelector, FastV, Lavida, RedVTP
+from lavida_adapter import DART, AdaptiveK, CacheSelector, FastV, Lavida, RedVTP, SparseVLM
 from lavida_adapter.cache_compression.compressor import reindex
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import PrefixCache
@@ -33,14 +34,22 @@ from tests.lavida_adapter.cache_compression.prompts import (
 from tests.lavida_adapter.dense import dense
 from tests.lavida_adapter.tiny import SIZES, noise, picture, tiny_model
 
+FEW_PIVOTS = partial(DART, pivots_picture=1, pivots_text=1)
+"""DART for a few rows."""
 KNOBS: dict[Callable[..., CacheSelector], dict[str, Any]] = {
     FastV: {"budget": 3, "layer": 0, "queries": "text", "positions": "reindex"},
     RedVTP: {"budget": 3, "positions": "retain"},
     AdaptiveK: {"budget": 3, "levels": (0.75, 1.0), "candidates": (2.0,), "positions": "reindex"},
+    SparseVLM: {"budget": 3, "layer": 0, "positions": "retain"},
+    FEW_PIVOTS: {"budget": 3, "layer": 1, "pivots_picture": 2, "pivots_text": 0, "positions": "reindex"},
 }
 """For every selector and each of its knobs, another value, which must change the cache."""
 CASES = list(KNOBS)
-ADAPTIVE: dict[str, Any] = {"budget": 4, "levels": (0.5, 1.0), "candidates": (20.0,)}
+BASE: dict[Callable[..., CacheSelector], dict[str, Any]] = {
+    AdaptiveK: {"budget": 4, "levels": (0.5, 1.0), "candidates": (20.0,)},
+    FEW_PIVOTS: {"budget": 4},
+}
+"""What the knobs are changed from; two rows where nothing is said."""
 
 
 @torch.no_grad()
@@ -197,7 +206,7 @@ def test_every_knob_changes_the_cache(build: Callable[..., CacheSelector], knob:
     assert KNOBS[build].keys() == inspect.signature(build).parameters.keys()
     prefix = made_prefix(3)
     cache = model.prefill(prefix)
-    base: dict[str, Any] = {"budget": 2} if build is not AdaptiveK else ADAPTIVE
+    base = BASE.get(build, {"budget": 2})
     before, after = (build(**knobs) for knobs in (base, {**base, knob: KNOBS[build][knob]}))
     one, other = (s(model.lm, cache, prefix, first_step()).cache for s in (before, after))
     assert one.digest() != other.digest()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter import FastV, Lavida
-from lavida_adapter.cache_compression.fastv import prompt_attention
+from lavida_adapter.cache_compression.prompt_rows import prompt_attention
 from tests.lavida_adapter.cache_compression.prompts import (
     N_TOKENS,
     N_VISUAL,

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 
-from lavida_adapter import AdaptiveK, CacheSelector, Cast, FastV, Int8, LayerRetention, Prefix, RedVTP
+from lavida_adapter import (
+    DART,
+    AdaptiveK,
+    CacheSelector,
+    Cast,
+    FastV,
+    Int8,
+    LayerRetention,
+    Prefix,
+    PyramidDrop,
+    RedVTP,
+    SparseVLM,
+)
 from shirg import MissingFileError, UserError
 from tests.lavida_adapter.cache_compression.prompts import DECODE, made_prefix, small
 
@@ -29,6 +41,14 @@ def shortening(selector: CacheSelector) -> Callable[[], object]:
 def unscored() -> Prefix:
     prefix = made_prefix()
     return replace(prefix, selections=tuple(replace(s, scores_BN=None) for s in prefix.selections))
+
+
+def unasked() -> Prefix:
+    """The second prompt ends with its picture."""
+    prefix = made_prefix()
+    mask_BP = prefix.mask_BP.clone()
+    mask_BP[1, 8:] = False
+    return replace(prefix, mask_BP=mask_BP)
 
 
 CASES: dict[str, Case] = {
@@ -79,6 +99,58 @@ CASES: dict[str, Case] = {
         )
         for bounds in ((3.0,), (1.0, 3.0), (3.0, 2.0))
     },
+    "a rater's layer too many": (
+        generating(cache_selector=SparseVLM(budget=2, layer=3)),
+        ["layer=3: the language model has layers 0 to 2"],
+    ),
+    **{
+        f"no text behind the picture, {build.__name__}": (
+            generating(unasked(), cache_selector=build(budget=5)),
+            [f"{build.__name__} ranks by the text behind the picture, and prompt 1 of the batch has none"],
+        )
+        for build in (SparseVLM, DART)
+    },
+    "keys before layer 0": (
+        lambda: DART(budget=4, layer=0),
+        ["layer=0: give the number of a layer, counted from 0, 1 or more"],
+    ),
+    **{
+        f"{option} {n}": (
+            lambda option=option, n=n: DART(budget=4, **{option: n}),
+            [f"{option}={n!r}: give a whole number, {least} or more"],
+        )
+        for option, n, least in (("pivots_picture", 0, 1), ("pivots_text", -1, 0), ("pivots_text", 2.5, 0))
+    },
+    "more pivots than rows": (
+        generating(cache_selector=DART(budget=3)),
+        ["DART: budget 3 is smaller than pivots_picture=4"],
+    ),
+    **{
+        f"ratio {ratio}": (
+            lambda ratio=ratio: PyramidDrop(budget=4, ratio=ratio),
+            [f"ratio={ratio!r}: give a share above 0 and at most 1"],
+        )
+        for ratio in (0.0, 1.5, True, float("nan"))
+    },
+    **{
+        f"stages {stages}": (
+            lambda stages=stages: PyramidDrop(budget=4, stages=stages),
+            [f"stages={list(stages)}: give rising shares of the depth, above 0 and below 1"],
+        )
+        for stages in ((), (0.5, 0.5), (0.0, 0.5), (0.5, 1.0), (float("nan"),))
+    },
+    "a stage behind the last layer": (
+        generating(cache_selector=PyramidDrop(budget=4, stages=(0.9,))),
+        ["stages=[0.9]: none of the 3 layers of the model lies behind them"],
+    ),
+    "less than the first stage": (
+        generating(cache_selector=PyramidDrop(budget=2, ratio=None)),
+        ["PyramidDrop: budget 2 is less than the 7 rows of the first 1 of 3 layers alone"],
+    ),
+    "stages and compiled": (
+        generating(options={"engine": "compile"}, cache_selector=PyramidDrop(budget=4)),
+        ["PyramidDrop keeps fewer rows in later layers, and decode.engine=compile needs the same number in all"],
+    ),
     "two cache methods": (
         generating(cache_selector=FastV(budget=2), cache_packer=Int8()),
         ["give cache_selector or cache_packer, not both"],
