@@ -192,11 +192,11 @@ def rows_of_stages(n: int, budget: int, sizes: Sequence[int], ratio: float | Non
     shares = _heights(n, total, sizes, ratio) if ratio is not None else _solved(n, budget, sizes)
     rows = [min(n, math.floor(share + ROUNDING)) for share in shares]
     left = total - sum(size * r for size, r in zip(sizes, rows, strict=True))
-    for i, size in enumerate(sizes):
-        # Rounding down leaves less than one row a layer; the first stages that have room get it.
-        if size <= left and rows[i] < (n if i == 0 else rows[i - 1]):
+    # Rounding down leaves less than one row a layer; the stages that lost most by it get one more.
+    for i in sorted(range(len(sizes)), key=lambda i: rows[i] - shares[i]):
+        if sizes[i] <= left and rows[i] < (n if i == 0 else rows[i - 1]):
             rows[i] += 1
-            left -= size
+            left -= sizes[i]
     return rows
 
 

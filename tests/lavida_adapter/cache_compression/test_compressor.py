@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines import Full, Pooled
-from lavida_adapter import DART, AdaptiveK, CacheSelector, FastV, Lavida, RedVTP, SparseVLM
+from lavida_adapter import DART, AdaptiveK, CacheSelector, FastV, Lavida, Prefix, PyramidDrop, RedVTP, SparseVLM
 from lavida_adapter.cache_compression.compressor import reindex
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import PrefixCache
@@ -189,15 +189,29 @@ def test_equal_scores_go_to_the_first_rows_and_slots_do_not_depend_on_content(mo
 
 
 @torch.no_grad()
-def test_scores_are_float32_in_a_bfloat16_model() -> None:
-    model = small().to(torch.bfloat16)
-    prefix = replace(made_prefix(), embeds_BPD=made_prefix().embeds_BPD.to(torch.bfloat16))
+@pytest.mark.parametrize("build", [FastV, SparseVLM, FEW_PIVOTS])
+def test_scores_are_float32_in_a_bfloat16_model(build: Callable[..., CacheSelector]) -> None:
+    model, prefix = in_bfloat16()
     cache = model.prefill(prefix)
-    assert FastV(budget=2).score(model.lm, cache, prefix, None).dtype == torch.float32
-    short = FastV(budget=2, positions="reindex")(model.lm, cache, prefix).cache
+    assert build(budget=2).score(model.lm, cache, prefix, None).dtype == torch.float32
+    short = build(budget=2, positions="reindex")(model.lm, cache, prefix).cache
     assert {t.dtype for t in (*short.keys, *short.values)} == {torch.bfloat16}
-    out = model.generate(prefix, DECODE, cache_selector=RedVTP(budget=2))
-    assert out.cached_BP is not None and out.cached_BP.sum(-1).tolist() == [9, 8]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [RedVTP, PyramidDrop])
+def test_a_bfloat16_model_is_cut(build: Callable[..., CacheSelector]) -> None:
+    model, prefix = in_bfloat16()
+    out = model.generate(prefix, DECODE, cache_selector=build(budget=2))
+    assert out.cached_BP is not None and out.cache is not None
+    last = 2 if build is RedVTP else 1
+    assert out.cached_BP.sum(-1).tolist() == [7 + last, 6 + last]
+    assert {t.dtype for t in out.cache.layer(2)} == {torch.bfloat16}
+
+
+def in_bfloat16() -> tuple[Lavida, Prefix]:
+    prefix = made_prefix()
+    return small().to(torch.bfloat16), replace(prefix, embeds_BPD=prefix.embeds_BPD.to(torch.bfloat16))
 
 
 @torch.no_grad()
