@@ -218,6 +218,15 @@ def test_a_selector_gets_the_views_that_it_asks_for(geometry: Geometry) -> None:
         assert model.encode(images[:1], questions[:1], Full(newline="none", geometry=geometry)).n_visual == (cells,)
 
 
+@pytest.mark.parametrize("geometry", ["lavida_tiles", "fovea"])
+def test_the_base_budget_is_the_models(geometry: Geometry) -> None:
+    model = tiny_model()
+    base = model.config.budgets["base"]
+    for budget, count in (("1/2 base", round(base / 2)), ("1/4 base", round(base / 4))):
+        prefix = model.encode([picture((40, 40))], ["x"], Random(budget=budget, geometry=geometry))
+        assert prefix.n_visual == (count,)
+
+
 def test_edges_of_pixels_reach_the_selector() -> None:
     model = tiny_model()
     selector = ShirgSelector(

@@ -45,6 +45,7 @@ def test_rows_of_a_batch_equal_rows_alone(model: Lavida, selector: Selector, cac
     config = DecodeConfig(max_new_tokens=N, prefix_cache=cached)
     logits, answers = first_logits(model, together, cached=cached), model.generate(together, config)
     assert answers.forwards == N
+    assert repr(answers) == f"Generation(texts={answers.texts!r}, forwards={N}, steps={answers.steps!r})"
     for i in range(5):
         alone = prefixes(model, selector, [i])
         n = alone.n_tokens[0]

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
-from lavida_adapter import Lavida
-from lavida_adapter.relevance import External, LmEmbed, NoRelevance, RelevanceContext, SiglipText
-from shirg import ShirgSelector, VisionFeatures
+from lavida_adapter import External, Lavida, LmEmbed, NoRelevance, RelevanceContext, SiglipText
+from shirg import ShirgSelector, VisionFeatures, cosine_relevance, saliency
 from tests.features import make_features
 from tests.lavida_adapter.tiny import noise, picture, tiny_model, tokenizer
 
@@ -118,6 +117,16 @@ def test_external_reads_a_file_and_a_mapping(features: VisionFeatures, embedding
     expected = torch.stack([scores[i] for i in features.ids]).float()
     for provider in (External(path=tmp_path / "scores.safetensors"), External(scores=scores)):
         assert torch.equal(provider(features, context(embedding)), expected)
+
+
+def test_plain_functions_compute_what_the_providers_do(features: VisionFeatures, embedding: nn.Embedding) -> None:
+    given, words = context(embedding), embedding.weight.detach()
+    questions = [words[ids] for ids in QUESTIONS]
+    found = cosine_relevance(
+        given.projected(), questions, agg="max", valid=features.valid_BN, text_centre=words.mean(0)
+    )
+    assert torch.equal(found, LmEmbed(agg="max")(features, given))
+    assert torch.equal(saliency(features.tokens_BND, features.valid_BN), NoRelevance()(features, given))
 
 
 def test_spaces_are_named() -> None:
