@@ -71,6 +71,7 @@ evidence: setup
 	$(EVAL) sweep=main_table $(GLYPHS)
 	$(EVAL) sweep=equal_budget $(GLYPHS)
 	$(EVAL) sweep=budget_curve $(GLYPHS)
+	$(EVAL) sweep=cache_methods $(GLYPHS)
 	$(EVAL) sweep=ablations $(GLYPHS)
 	$(EVAL) sweep=lora_rank $(GLYPHS) adapter=rank_16,rank_32,rank_64
 	$(EVAL) study=families data=synth_chart,synth_shapes selector=pooled,full,random,shirg adapter=null,own -m
