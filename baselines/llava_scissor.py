@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.base import Groups, GroupSelector, Scope, gram, with_merged
+from baselines.base import Groups, GroupSelector, Scope, Space, gram, stage_of, with_merged
 from baselines.linkage import APART, BOTTOM, components, cut, spanning_tree, sum_rows
 from shirg import Budget, Selection, UserError, VisionFeatures, gather_tokens, keep, stable_topk
-from shirg.validation import one_of
 
-Space = Literal["projected", "encoder"]
 STEPS = 4
 """Thresholds that are tried for each picture after the first."""
 ROOM = 1.5
@@ -49,10 +46,9 @@ class LlavaScissor(GroupSelector):
         self, *, budget: Budget, scope: Scope = "per_view", space: Space = "projected", tau: float | None = None
     ) -> None:
         super().__init__(budget=budget, scope=scope)
-        one_of("space", space, Space)
         if tau is not None and not -1 <= tau <= 1:
             raise UserError(f"tau={tau}: give a cosine between -1 and 1, or null for the one that meets the budget")
-        self.stage = "post" if space == "projected" else "pre"
+        self.stage = stage_of(space)
         self.space: Space = space
         self.tau = tau
 
