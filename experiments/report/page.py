@@ -5,6 +5,7 @@ It is made of the jobs' own files alone; page.html is its template, page.css its
 
 import base64
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from experiments.report.figure_style import ReportFigure
 
 NAME = "report.html"
+LAST_REFRESH = ".refresh_seconds"
+"""How long the last refresh after a job took; the file's time says when it was."""
+QUICK_REFRESH = 1.0
+"""Seconds: what takes no longer is done after every job."""
 OPEN_CARDS = 3
 """Examples that are shown at once; the others are shown on request."""
 MOST_CARDS = 8
@@ -42,10 +47,21 @@ _HERE = Path(__file__).parent
 
 
 def refresh_report(study: Path) -> None:
-    """Rebuilds the table files and the page, without figures and overlaps: what a job does at its end."""
+    """Rebuilds the table files and the page, without figures and overlaps: what a job does at its end.
+
+    In a large study this takes longer than a job. Nothing is done until nine times as long as the last time took has
+    passed, so that refreshing is at most a tenth of a sweep; the command rebuilds everything at its end.
+    """
+    last = study / LAST_REFRESH
+    if last.exists():
+        seconds = float(last.read_text())
+        if seconds > QUICK_REFRESH and time.time() - last.stat().st_mtime < 9 * seconds:
+            return
+    start = time.monotonic()
     frame = refresh(study, overlaps=False)
     if not frame.empty:
         write_report(study, frame)
+    write_atomic(last, f"{time.monotonic() - start:.3f}\n")
 
 
 def write_report(study: Path, frame: pd.DataFrame, figures: "Sequence[ReportFigure]" = ()) -> Path:
