@@ -60,9 +60,9 @@ def test_a_study_is_read_once_for_everything_that_is_published(
     study = eval_here("selector=pooled", "limit=6").parent
     reads = []
 
-    def counted(folder: Path) -> list[Row]:
+    def counted(folder: Path, *, overlaps: bool) -> list[Row]:
         reads.append(folder)
-        return collect(folder)
+        return collect(folder, overlaps=overlaps)
 
     monkeypatch.setattr("experiments.analysis.table.collect", counted)
     publish(study, files=True, show=True)
