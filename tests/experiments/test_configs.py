@@ -218,7 +218,8 @@ def documented() -> list[str]:
     Those of CONTRIBUTING.md are for a selector that is still to be written; test_contributing.py writes it.
     """
     pages = [CONF.parent / "README.md", *CONF.parent.glob("docs/**/*.md")]
-    found = [c for p in pages for c in re.findall(r"python (?:eval|train)\.py[^`#|\n]*", p.read_text())]
+    texts = [re.sub(r"\\\n *", "", p.read_text()) for p in pages]
+    found = [c for text in texts for c in re.findall(r"python (?:eval|train)\.py[^`#|\n]*", text)]
     # Groups of the command line alone (test_shorthand.py composes those), and what stands for a name of one's own.
     return sorted(
         {c.strip() for c in found if not re.search(r"\b(?:sweep|run|rescore)=|[A-Za-z]=NAME|<\w+>|\.\.\.", c)}

@@ -56,6 +56,6 @@ def test_the_toy_selector_is_evaluated(case: Case, eval_here: Eval, tmp_path: Pa
     here = ("limit=6", f"hydra.searchpath=[file://{conf}]", "selector=contrast")
     result = result_of(eval_here(*here))
     assert result["status"] == "ok" and result["tokens"]["visual"] == {"mean": 80, "min": 80, "max": 80}
-    assert result["selector"] == {"class": "Contrast", "stage": "pre", "budget": 80}
+    assert result["selector"] == {"class": "Contrast", "stage": "pre", "budget": 80, "geometry": "lavida_tiles"}
     assert result_of(eval_here(*here, "budget=matched"))["tokens"]["visual"]["mean"] == 88
     eval_here(*here, "selector.sign=2", ok=False)

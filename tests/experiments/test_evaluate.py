@@ -26,7 +26,11 @@ def test_every_selector_answers(eval_here: Eval, name: str) -> None:
     own = [] if name in WITHOUT_BUDGET else ["selector.budget=70"]  # variants of the notes do not follow budget=
     folder = eval_here(f"selector={name}", "limit=4", *own, "shots=0")
     rows = pq.read_table(folder / "samples.parquet").to_pylist()
-    assert [row["n_visual"] for row in rows] == [WITHOUT_BUDGET.get(name, 70)] * 4
+    counts = [row["n_visual"] for row in rows]
+    if name == "llava_scissor":  # how many parts a picture has follows from its content
+        assert len(counts) == 4 and all(0 < count <= 70 for count in counts) and len(set(counts)) > 1
+    else:
+        assert counts == [WITHOUT_BUDGET.get(name, 70)] * 4
     if name == "oracle":
         assert [row["recall"] for row in rows if row["recall"] is not None] == [1.0] * 4
 
