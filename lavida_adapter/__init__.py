@@ -10,8 +10,9 @@ from lavida_adapter.cache_compression.pyramiddrop import PyramidDrop
 from lavida_adapter.cache_compression.quantize import Cast, Fp8, Int8
 from lavida_adapter.cache_compression.redvtp import RedVTP
 from lavida_adapter.cache_compression.sparsevlm import SparseVLM
-from lavida_adapter.config import LavidaConfig, LladaConfig, VisionConfig
+from lavida_adapter.config import LavidaConfig, VisionConfig
 from lavida_adapter.generate import DecodeConfig, Generation
+from lavida_adapter.lm_config import DreamConfig, LanguageModelConfig, LladaConfig
 from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
 from lavida_adapter.loss import TrainBatch
 from lavida_adapter.model import Lavida
@@ -26,11 +27,13 @@ __all__ = [
     "CacheSelector",
     "Cast",
     "DecodeConfig",
+    "DreamConfig",
     "External",
     "FastV",
     "Fp8",
     "Generation",
     "Int8",
+    "LanguageModelConfig",
     "Lavida",
     "LavidaConfig",
     "LayerRetention",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
+from lavida_adapter.lm_config import LanguageModelConfig, LladaConfig
 from shirg import UserError
 
 PrefixAttention = Literal["full", "image_first"]
@@ -33,32 +34,6 @@ class VisionConfig:
     def side(self) -> int:
         """Tokens per side of a view; the remaining pixels at the right and bottom are never seen."""
         return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class LladaConfig:
-    """A LLaDA transformer; the defaults are LLaDA-8B."""
-
-    d_model: int = 4096
-    n_heads: int = 32
-    n_kv_heads: int = 32
-    n_layers: int = 32
-    mlp_hidden_size: int = 12288
-    vocab_size: int = 126464
-    max_sequence_length: int = 4096
-    rope_theta: float = 500000.0
-    rms_norm_eps: float = 1e-5
-    eos_token_id: int = 126081
-    pad_token_id: int = 126081
-    mask_token_id: int = 126336
-    init_std: float | None = 0.02
-    """Standard deviation of fresh linear layers; None keeps torch's own initialisation."""
-    emb_std: float = 0.02
-    """Standard deviation of fresh word embeddings."""
-
-    @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
 
 
 # Features of the LLaDA code base that the published model does not use; other values raise.
@@ -102,7 +77,7 @@ class LavidaConfig:
     """Everything needed to build LaViDa; `from_dict` and `to_dict` read and write the published config.json."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
-    lm: LladaConfig = field(default_factory=LladaConfig)
+    lm: LanguageModelConfig = field(default_factory=LladaConfig)
     image_aspect_ratio: Literal["anyres", "pad", "resize"] = "anyres"
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ((384, 768), (768, 384), (768, 768), (1152, 384), (384, 1152))
     """(width, height) of every canvas, in the order in which they are tried."""

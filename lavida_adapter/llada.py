@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from lavida_adapter.config import LladaConfig
 from lavida_adapter.kv_cache import PrefixCache, Slots
+from lavida_adapter.lm_config import LanguageModelConfig
 from shirg import UserError
 
 Backend = Literal["sdpa", "math", "flash"]
@@ -53,7 +53,7 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     raise UserError(f"attention backend {backend!r}: choose sdpa, math or flash")
 
 
-def kernel_of(backend: Backend, device: torch.device, dtype: torch.dtype, config: LladaConfig) -> str:
+def kernel_of(backend: Backend, device: torch.device, dtype: torch.dtype, config: LanguageModelConfig) -> str:
     """The backend, and for "sdpa" the kernel that torch chooses for an answer against a prefix without padding."""
     if backend != "sdpa":
         return backend
@@ -135,7 +135,7 @@ def rotate(x_BHLD: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
 class Block(nn.Module):
     """x += Attention(RMS(x)); x += SwiGLU(RMS(x))."""
 
-    def __init__(self, config: LladaConfig) -> None:
+    def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         d, kv = config.d_model, config.n_kv_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -202,7 +202,7 @@ class Llada(nn.Module):
     tokens only: image-first attention.
     """
 
-    def __init__(self, config: LladaConfig) -> None:
+    def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
