@@ -160,19 +160,26 @@ class Generation:
         return f"Generation(texts={self.texts!r}, forwards={self.forwards}, steps={self.steps!r})"
 
 
-def start(batch: int, config: DecodeConfig, mask_id: int, draft: Sequence[int], device: torch.device) -> Tensor:
-    """Answer slots [B, A]: a draft, then masks. Masks inside the draft are filled like the others.
+def start(
+    batch: int, config: DecodeConfig, mask_id: int, drafts: Sequence[Sequence[int]], device: torch.device
+) -> Tensor:
+    """Answer slots [B, A]: each row's draft, then masks. Masks inside a draft are filled like the others.
+
+    Args:
+        drafts: one for each row, of any length and possibly empty; none at all for answers of masks alone.
 
     Raises:
-        UserError: when the draft is longer than the answer.
+        UserError: when a draft is longer than the answer, or when there are not as many drafts as rows.
     """
-    if len(draft) > config.max_new_tokens:
-        raise UserError(
-            f"the draft has {len(draft)} tokens, the answer only {config.max_new_tokens}: raise max_new_tokens"
-        )
+    if drafts and len(drafts) != batch:
+        raise UserError(f"{len(drafts)} drafts for {batch} prompts: give one for each prompt, an empty one for none")
     ids_BA = torch.full((batch, config.max_new_tokens), mask_id, dtype=torch.int64, device=device)
-    if draft:
-        ids_BA[:, : len(draft)] = torch.tensor(list(draft), dtype=torch.int64, device=device)
+    for row, draft in enumerate(drafts):
+        if len(draft) > config.max_new_tokens:
+            raise UserError(
+                f"the draft has {len(draft)} tokens, the answer only {config.max_new_tokens}: raise max_new_tokens"
+            )
+        ids_BA[row, : len(draft)] = torch.tensor(list(draft), dtype=torch.int64, device=device)
     return ids_BA
 
 

@@ -91,17 +91,19 @@ class Lavida(LavidaModules):
         *,
         cache_selector: CacheSelector | None = None,
         cache_packer: CachePacker | None = None,
-        draft: Sequence[int] = (),
+        drafts: Sequence[Sequence[int]] = (),
         generator: torch.Generator | None = None,
         timer: Timer | None = None,
     ) -> Generation:
         """Answers for a prefix. The prefix cache is written once; with `decode.prefix_cache=False` there is none.
 
         A `cache_selector` shortens the cache once, after the prefill or after the first step; a `cache_packer` stores
-        it in less memory.
+        it in less memory. `drafts` (one for each prompt) fill the beginning of the answers: their tokens are fixed,
+        and masks in them are filled.
 
         Raises:
-            UserError: when prompt and answer exceed the model's context, or for a cache method that cannot work.
+            UserError: when prompt and answer exceed the model's context, for drafts that do not fit, or for a cache
+                method that cannot work.
         """
         timer = Pausing(timer or NoTimer())
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
@@ -116,7 +118,7 @@ class Lavida(LavidaModules):
             if method is not None:
                 method.check(prefix, decode)
         mask_id = self.config.lm.mask_token_id
-        answer_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, draft, self.device)
+        answer_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, drafts, self.device)
         cached = None
         if decode.prefix_cache:
             with timer.stage("prefill"):

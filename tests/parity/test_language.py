@@ -96,7 +96,7 @@ def test_generation_histories(golden: Golden, equal) -> None:
         out = golden.model.generate(
             Prefix(embeds, ones, ~ones),
             decode_config(call),
-            draft=call.get("draft_tokens", ()),
+            drafts=[call["draft_tokens"]] * len(embeds) if "draft_tokens" in call else (),
             generator=torch.Generator().manual_seed(call.get("torch_seed", 0)),
         )
         check_run(run, out, equal, "generation histories", embeds.shape[1])
