@@ -28,7 +28,7 @@ from experiments.profiling import Progress
 from experiments.training.run_logger import RunLogger
 from experiments.viz.examples import pick_examples, save_example
 from experiments.viz.token_map import MAPS, TokenCapture, save_map
-from lavida_adapter.llada import kernel_of
+from lavida_adapter.attention import kernel_of
 from shirg import UserError
 
 

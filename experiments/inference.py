@@ -16,7 +16,7 @@ from experiments.token_stats import TokenGeometry, check_counts, count_sources, 
 from lavida_adapter import CachePacker, CacheSelector
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.timing import StageTimer
 from shirg import Selection, Selector, Source
 
@@ -192,7 +192,7 @@ class Drift:
 
 
 @torch.inference_mode()
-def drift(lm: Llada, whole: PrefixCache, stored: StoredPrefix, n_answer: int) -> Drift:
+def drift(lm: LanguageModel, whole: PrefixCache, stored: StoredPrefix, n_answer: int) -> Drift:
     """How far the logits of a first step over `stored` are from those over `whole`, for answers of `n_answer` masks.
 
     The mask token is never an answer and is left out.

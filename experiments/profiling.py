@@ -22,7 +22,7 @@ from shirg import UserError
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement
 
-    from lavida_adapter import Lavida, LladaConfig
+    from lavida_adapter import LanguageModelConfig, Lavida
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -242,7 +242,7 @@ class LmCost:
         return Work(batch * per_row, weights + (self.cache_bytes(p, batch) if cache_bytes is None else cache_bytes))
 
 
-def cost_of(config: "LladaConfig", dtype: torch.dtype) -> LmCost:
+def cost_of(config: "LanguageModelConfig", dtype: torch.dtype) -> LmCost:
     kv = config.n_kv_heads * config.head_dim
     sizes = (config.d_model, kv, config.mlp_hidden_size, config.n_layers, config.vocab_size)
     return LmCost(*sizes, dtype.itemsize)

@@ -106,7 +106,7 @@ class PictureEncoder:
         model = self.model
         ids = [encode_text(model.tokenizer, question) for question in questions]
         ids_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in ids]
-        return RelevanceContext(group.projected, ids_Q, model.lm.wte, questions, model.model.vision_tower)
+        return RelevanceContext(group.projected, ids_Q, model.lm.embedding, questions, model.model.vision_tower)
 
 
 def rows_by_layout(encoded: Sequence[EncodedPicture], picture_of: Sequence[int]) -> list[list[int]]:

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavida_adapter.attention import AttentionHook, attention_mask
 from lavida_adapter.cache_compression.compressor import AttentionMean, CacheSelector, FirstStep, ShortenedCache
 from lavida_adapter.generate import LogitsFn
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
-from lavida_adapter.llada import AttentionHook, Llada, attention_mask
+from lavida_adapter.language_model import LanguageModel, pick
 from lavida_adapter.prefix import Prefix
 from lavida_adapter.timing import Timer
 from shirg import UserError
@@ -32,7 +33,7 @@ Step = Callable[..., Tensor]
 
 
 def step_logits(
-    lm: Llada,
+    lm: LanguageModel,
     ids_BA: Tensor,
     want_BM: Tensor | None,
     cos: Tensor,
@@ -46,24 +47,23 @@ def step_logits(
     `cos`, `sin`: the answer's rotary positions [B, 1, A, Dh]. `masks`: for each layer the keys that may be seen,
     broadcastable to [B, H, A, P + A]; None is all. A `hook` needs `want_BM=None`.
     """
-    x = lm.wte(ids_BA)
+    row_BM = lm.source_rows(want_BM, ids_BA)
+    only_BM = None if hook is not None else row_BM  # a hook sees the queries of all slots
+    x = lm.embedding(ids_BA)
     n_answer = ids_BA.shape[1]
     for i, block in enumerate(lm.layers):
-        u = block.attn_norm(x)
+        u = block.attention_norm(x)
         keys, values = open_layer(i)
         k, v = block.keys_values(u, cos, sin)
         keys[:, :, -n_answer:].copy_(k)
         values[:, :, -n_answer:].copy_(v)
-        if want_BM is not None and i + 1 == len(lm.layers):
-            x, u = pick(x, want_BM), pick(u, want_BM)
-            cos, sin = (pick(t[:, 0].expand(len(x), -1, -1), want_BM)[:, None] for t in (cos, sin))
+        if only_BM is not None and i + 1 == len(lm.layers):
+            x, u = pick(x, only_BM), pick(u, only_BM)
+            cos, sin = (pick(t[:, 0].expand(len(x), -1, -1), only_BM)[:, None] for t in (cos, sin))
         x = block.output(x, u, keys, values, cos, sin, masks[i], lm.backend, hook)
-    return lm.logits(lm.ln_f(x))
-
-
-def pick(x_BAD: Tensor, want_BM: Tensor) -> Tensor:
-    """The rows [B, M, D] of the wanted slots."""
-    return x_BAD.gather(1, want_BM[..., None].expand(-1, -1, x_BAD.shape[-1]))
+    if only_BM is None and row_BM is not None:
+        x = pick(x, row_BM)
+    return lm.logits(lm.final_norm(x))
 
 
 class PrefixReader:
@@ -93,9 +93,9 @@ class PrefixReader:
 class DecodeEngine(Protocol):
     """Runs the prefill and the denoising steps of a language model."""
 
-    lm: Llada
+    lm: LanguageModel
     prefill: Callable[..., PrefixCache]
-    """`Llada.prefill`."""
+    """`LanguageModel.prefill`."""
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The step function over one cache: ids [B, A] and wanted slots [B, M] (None: all) -> logits [B, M, W]."""
@@ -104,7 +104,7 @@ class DecodeEngine(Protocol):
 class EagerEngine:
     """Runs one kernel after the other."""
 
-    def __init__(self, lm: Llada) -> None:
+    def __init__(self, lm: LanguageModel) -> None:
         self.lm, self.prefill = lm, lm.prefill
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "DecodeSteps":
@@ -114,7 +114,7 @@ class EagerEngine:
 class DecodeSteps:
     """The eager step function over one prefix cache."""
 
-    def __init__(self, lm: Llada, cache: StoredPrefix, n_answer: int, step: Step = step_logits) -> None:
+    def __init__(self, lm: LanguageModel, cache: StoredPrefix, n_answer: int, step: Step = step_logits) -> None:
         self.lm, self.cache, self._step = lm, cache, step
         self.reader = PrefixReader(cache, len(lm.layers), n_answer)
         self._cos, self._sin = answer_angles(lm, cache, n_answer)
@@ -124,7 +124,7 @@ class DecodeSteps:
         return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, hook)
 
 
-def answer_angles(lm: Llada, cache: StoredPrefix, n_answer: int) -> tuple[Tensor, Tensor]:
+def answer_angles(lm: LanguageModel, cache: StoredPrefix, n_answer: int) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [B, 1, A, Dh] of the answer's rotary positions, which follow the prefix's last one."""
     first_B = cache.next_position_B
     return lm.angles(first_B[:, None] + torch.arange(n_answer, device=first_B.device))
@@ -145,7 +145,7 @@ class CachedSteps:
 
     def __init__(
         self,
-        lm: Llada,
+        lm: LanguageModel,
         prefix: Prefix,
         cache: StoredPrefix,
         n_answer: int,
@@ -199,14 +199,14 @@ class CompiledEngine:
     tokens is a dynamic shape.
     """
 
-    def __init__(self, lm: Llada) -> None:
+    def __init__(self, lm: LanguageModel) -> None:
         """
         Raises:
             UserError: on a CPU without a C++ compiler.
         """
         self.lm = lm
         options: dict[str, Any] | None = None
-        if lm.wte.weight.is_cuda:
+        if lm.embedding.weight.is_cuda:
             self._graphs: GraphCache | None = GraphCache(lm, compiled=True)
         else:
             self._graphs = None
@@ -288,7 +288,7 @@ class CapturedGraph:
 class GraphCache:
     """Captures the steps of one language model as CUDA graphs and keeps them by shape."""
 
-    def __init__(self, lm: Llada, *, compiled: bool = False) -> None:
+    def __init__(self, lm: LanguageModel, *, compiled: bool = False) -> None:
         """`compiled`: torch compiles the step before it is captured."""
         self.lm, self.prefill = lm, lm.prefill
         self._step = torch.compile(_resident_logits, dynamic=False) if compiled else _resident_logits
@@ -383,6 +383,6 @@ class ReplayedSteps:
         return self._graphs.replay(self._captured)
 
 
-def _resident_logits(lm: Llada, r: CapturedGraph) -> Tensor:
+def _resident_logits(lm: LanguageModel, r: CapturedGraph) -> Tensor:
     slots, masks = r.slots, [r.mask_B11K] * len(lm.layers)
     return step_logits(lm, r.ids_BA, r.want_BM, r.cos, r.sin, masks, lambda i: (slots.keys[i], slots.values[i]))

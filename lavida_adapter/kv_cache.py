@@ -76,6 +76,8 @@ class PrefixCache:
     """The buffers that keys and values are views of, when the prefill reserved slots for an answer."""
     visual_BP: Tensor | None = None
     """bool: the picture tokens, when they saw picture tokens only; None when every token saw every token."""
+    last_BD: Tensor | None = None
+    """The final state of each prompt's last token, of a language model that predicts the next token."""
 
     @property
     def is_packed(self) -> bool:
@@ -99,6 +101,7 @@ class PrefixCache:
             self.positions_BP.gather(1, slot_BK),
             self.next_position_B,
             visual_BP=None if self.visual_BP is None else self.visual_BP.gather(1, slot_BK),
+            last_BD=self.last_BD,
         )
 
     def repeat(self, n: int) -> "PrefixCache":
@@ -110,6 +113,7 @@ class PrefixCache:
             self.positions_BP.repeat(n, 1),
             self.next_position_B.repeat(n),
             visual_BP=None if self.visual_BP is None else self.visual_BP.repeat(n, 1),
+            last_BD=None if self.last_BD is None else self.last_BD.repeat(n, 1),
         )
 
     def digest(self) -> str:

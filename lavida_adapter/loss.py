@@ -38,7 +38,7 @@ def states_of_copies(
     Without `prefix_mask` prompt and answer see each other, as in LaViDa's training. With it the prompt does not see the
     answer, as in decoding.
     """
-    mask_D = model.lm.wte(torch.tensor(model.config.lm.mask_token_id, device=model.device))
+    mask_D = model.lm.embedding(torch.tensor(model.config.lm.mask_token_id, device=model.device))
     n = len(masked_CL) // len(labels_BL)
     embeds = torch.where(masked_CL[..., None], mask_D.to(whole.embeds_BPD.dtype), whole.embeds_BPD.repeat(n, 1, 1))
     if prefix_mask:
@@ -64,7 +64,12 @@ def _states_behind_prefix(model: LavidaModules, whole: Prefix, labels_BL: Tensor
     read = index_BA.repeat(n, 1).masked_fill(~real_CA, 0)[..., None].expand(-1, -1, embeds.shape[-1])
     write = index_BA.repeat(n, 1).masked_fill(~real_CA, length)[..., None].expand_as(read)
     states_CAD = model.lm.decode(embeds.gather(1, read), cache.repeat(n), None if real_CA.all() else real_CA)
-    return states_CAD.new_zeros(n * b, length + 1, embeds.shape[-1]).scatter(1, write, states_CAD)[:, :length]
+    states_CLD = states_CAD.new_zeros(n * b, length + 1, embeds.shape[-1]).scatter(1, write, states_CAD)
+    if cache.last_BD is not None:
+        before_C11 = (begin_B - 1).repeat(n)[:, None, None]
+        last_C1D = cache.last_BD.repeat(n, 1)[:, None]
+        states_CLD = states_CLD.scatter(1, before_C11.expand_as(last_C1D), last_C1D)
+    return states_CLD[:, :length]
 
 
 TEMPERATURE = 0.07
@@ -96,7 +101,7 @@ def alignment(
         ids = encode_text(model.tokenizer, batch.questions[i].strip())
         if not ids:
             raise UserError(f"objective.alignment: the question of sample {batch.ids[i]!r} has no token")
-        questions.append(model.lm.wte(torch.tensor(ids, device=model.device)).mean(0))
+        questions.append(model.lm.embedding(torch.tensor(ids, device=model.device)).mean(0))
     n = range(len(pictures))
     same = [
         [batch.images[i] is batch.images[j] or batch.questions[i].strip() == batch.questions[j].strip() for j in n]
@@ -213,7 +218,7 @@ def rows_loss(
     for i, label in enumerate(labels):
         if all(token == IGNORE for token in label):
             raise UserError(f"training row {i} has no target token: its answer was empty or cut away")
-    whole, labels_BL = splice(rows, blocks, model.lm.wte, max_length=max_length, labels=labels)
+    whole, labels_BL = splice(rows, blocks, model.lm.embedding, max_length=max_length, labels=labels)
     b, length = labels_BL.shape
     whole_b, longest = b * shard.world, shard.largest(length)
     t_B = shard.rows(sample_times(whole_b, objective.time, generator, model.device))
@@ -243,7 +248,9 @@ def draw_loss(
     copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
     masked_CL = torch.cat(copies)
     states = states_of_copies(model, whole, labels_BL, masked_CL, prefix_mask=objective.prefix_mask)
-    logits_MW, labels_M = model.lm.logits(states[masked_CL]), labels_BL.repeat(len(copies), 1)[masked_CL]
+    ahead = model.lm.shift  # a target is predicted by the position so many places before it
+    predicting = states[:, : states.shape[1] - ahead][masked_CL[:, ahead:]]
+    logits_MW, labels_M = model.lm.logits(predicting), labels_BL.repeat(len(copies), 1)[masked_CL]
     if tally is not None:
         tally.masked, tally.right = len(labels_M), (logits_MW.detach().argmax(-1) == labels_M).sum()
         if objective.adaptive_k:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lavida_adapter.llada import rotary_angles
+from lavida_adapter.language_model import rotary_angles
 from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import ObjectiveConfig
 

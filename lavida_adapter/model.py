@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
 from lavida_adapter.checkpoint import load, save
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
-from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache, pick
+from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache
 from lavida_adapter.generate import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
-from lavida_adapter.llada import AttentionHook
+from lavida_adapter.language_model import pick
 from lavida_adapter.loss import TrainBatch, batch_loss
 from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import SINGLE, ObjectiveConfig, Shard, Tally
@@ -79,7 +80,7 @@ class Lavida(LavidaModules):
         blocks, selections = encoder.blocks(PicturePrompts(images, questions, ids, boxes))
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
-            prefix, _ = splice(rows, blocks, self.lm.wte, max_length=self.config.tokenizer_model_max_length)
+            prefix, _ = splice(rows, blocks, self.lm.embedding, max_length=self.config.tokenizer_model_max_length)
         n_matched = tuple(pooled_count(image.size, self.config) for image in images)
         return replace(prefix, selections=selections, n_matched=n_matched)
 
@@ -125,8 +126,9 @@ class Lavida(LavidaModules):
                 hook = None if cache_packer is None else cache_packer.hook(prefix)
                 n_answer = decode.max_new_tokens if cache_packer is None else 0
                 cache: StoredPrefix = self.prefill(prefix, n_answer, hook, decode.engine)
+            assert isinstance(cache, PrefixCache)
+            answer_BA = self._from_prompt(answer_BA, cache.last_BD, decode)
             if cache_packer is not None:
-                assert isinstance(cache, PrefixCache)
                 with timer.stage("cache"):
                     cache = cache_packer(cache, prefix, hook)
             engine = self._engine(decode.engine)
@@ -179,12 +181,25 @@ class Lavida(LavidaModules):
             found = self._engines[key] = GraphCache(self.lm) if engine == "graph" else CompiledEngine(self.lm)
         return found
 
+    def _from_prompt(self, answer_BA: Tensor, last_BD: Tensor | None, decode: DecodeConfig) -> Tensor:
+        """The answer with the token that the prompt predicts, if it predicts one and the slot is masked."""
+        if last_BD is None:
+            return answer_BA
+        mask_id = self.config.lm.mask_token_id
+        logits_BW = self.lm.logits(last_BD).float()
+        if not decode.allow_mask_token:
+            logits_BW[:, mask_id] = float("-inf")
+        first_B = torch.where(answer_BA[:, 0] == mask_id, logits_BW.argmax(-1), answer_BA[:, 0])
+        return torch.cat([first_B[:, None], answer_BA[:, 1:]], dim=1)
+
     def _logits_whole(self, prefix: Prefix, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
-        states_BAD = self.forward_whole(prefix, self.lm.wte(ids_BA))
+        states_BAD = self.forward_whole(prefix, self.lm.embedding(ids_BA))
         return self.lm.logits(states_BAD if want_BM is None else pick(states_BAD, want_BM))
 
     def forward_whole(self, prefix: Prefix, answer_BAD: Tensor) -> Tensor:
-        """States [B, A, D] of the answer in one pass over prompt and answer, without a cache: the prompt sees it.
+        """States [B, A, D] that predict the answer, in one pass over prompt and answer, without a cache.
+
+        The prompt sees the answer. A state that predicts a slot is its own, or with a shift that of the token before.
 
         With `prefix_attention="image_first"` picture tokens see picture tokens only, as in the cache.
         """
@@ -202,7 +217,11 @@ class Lavida(LavidaModules):
             visual_BL=self.visual(torch.cat([prefix.visual_BP, ~answer_BA], dim=1)),
             positions_BL=positions_BL,
         )
-        return states_BLD[:, p:]
+        if not self.lm.shift:
+            return states_BLD[:, p:]
+        at_BA = (p - self.lm.shift + torch.arange(a, device=self.device)).expand(b, a)
+        behind_B1 = p - prefix.mask_BP.sum(-1, keepdim=True)
+        return pick(states_BLD, torch.where(at_BA < p, at_BA - behind_B1, at_BA))
 
     def loss(
         self,

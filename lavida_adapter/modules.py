@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lavida_adapter.config import LavidaConfig
-from lavida_adapter.llada import Llada
+from lavida_adapter.families import FAMILIES
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.vision import VisionTower, build_projector
 
 
@@ -19,7 +20,7 @@ class _Parts(nn.Module):
 
     def __init__(self, config: LavidaConfig) -> None:
         super().__init__()
-        self.transformer = Llada(config.lm)
+        self.transformer = FAMILIES[config.lm.family].language_model(config.lm)
         self.vision_tower = VisionTower(config.vision)
         self.mm_projector = build_projector(config.vision.hidden_size, config.lm.d_model)
         self.image_newline = nn.Parameter(torch.randn(config.lm.d_model) * config.lm.d_model**-0.5)
@@ -42,16 +43,18 @@ class LavidaModules(nn.Module):
         The default model of the tests is tiny and needs torch's defaults.
         """
         config = self.config
-        nn.init.normal_(self.lm.wte.weight, std=config.lm.emb_std)
+        nn.init.normal_(self.lm.embedding.weight, std=config.lm.emb_std)
         if config.lm.init_std is not None:
             for module in self.lm.modules():
                 if isinstance(module, nn.Linear):
                     nn.init.normal_(module.weight, std=config.lm.init_std)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
         positions = self.model.vision_tower.vision_tower.vision_model.embeddings.position_embedding
         nn.init.normal_(positions.weight, std=config.vision.hidden_size**-0.5)
 
     @property
-    def lm(self) -> Llada:
+    def lm(self) -> LanguageModel:
         """The language model."""
         return self.model.transformer
 
@@ -62,7 +65,7 @@ class LavidaModules(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the base weights; trained parameters may be float32 beside a bfloat16 base."""
-        return self.lm.wte.weight.dtype
+        return self.lm.embedding.weight.dtype
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Gradient checkpointing: blocks of tower and language model run again in the backward pass.

@@ -16,7 +16,7 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from lavida_adapter.config import VisionConfig
-from lavida_adapter.llada import run_block
+from lavida_adapter.language_model import run_block
 from shirg import Share, UserError
 
 TAPS = ("keys", "attention", "input", "post_norm", "output")

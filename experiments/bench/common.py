@@ -99,7 +99,7 @@ def load_model(name: str, device: torch.device, attention: str = "sdpa") -> "Lav
 
 def prompt_embeds(model: "Lavida", batch: int, n: int) -> Tensor:
     """Noise with the scale of the model's own word embeddings [B, P, D]; every row differs."""
-    weight = model.lm.wte.weight
+    weight = model.lm.embedding.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     noise = torch.randn(batch, n, weight.shape[1], generator=generator, device=weight.device)
     return (noise * weight.float().std()).to(weight.dtype)

@@ -71,7 +71,7 @@ def measure(
 ) -> BenchResult:
     """The plain implementation of the public reference first, then each engine, one after the other in one process."""
     from lavida_adapter import DecodeConfig
-    from lavida_adapter.llada import kernel_of
+    from lavida_adapter.attention import kernel_of
 
     lm, embeds = model.lm, prompt_embeds(model, batch, n_prompt)
     decode = DecodeConfig(max_new_tokens=n_answer, step_per_block=steps)

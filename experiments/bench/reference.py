@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lavida_adapter.attention import attend
 from lavida_adapter.generate import DecodeConfig, tokens_per_step
-from lavida_adapter.llada import Block, Llada, RMSNorm, attend, rotary_phase
+from lavida_adapter.language_model import Block, LanguageModel, RMSNorm, rotary_phase
 from shirg import Role, VisionFeatures
 
 Past = list[tuple[Tensor, Tensor]]
@@ -24,7 +25,7 @@ Past = list[tuple[Tensor, Tensor]]
 Angles = tuple[Tensor, Tensor]
 
 
-def plain_forward(lm: Llada, x_BLD: Tensor, past: Past | None, angles: Angles) -> tuple[Tensor, Past]:
+def plain_forward(lm: LanguageModel, x_BLD: Tensor, past: Past | None, angles: Angles) -> tuple[Tensor, Past]:
     """Logits [B, L, W] of the inputs, and the keys and values of the past and the inputs.
 
     `angles` are those of every position, up to the end of the answer; the reference keeps them too.
@@ -33,25 +34,24 @@ def plain_forward(lm: Llada, x_BLD: Tensor, past: Past | None, angles: Angles) -
     for i, block in enumerate(lm.layers):
         x_BLD, kept = _block(block, x_BLD, None if past is None else past[i], angles)
         present.append(kept)
-    return lm.ff_out(_norm(lm.ln_f, x_BLD)), present
+    return lm.head(_norm(lm.final_norm, x_BLD)), present
 
 
 def _block(
     block: Block, x_BLD: Tensor, past: tuple[Tensor, Tensor] | None, angles: Angles
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    u = _norm(block.attn_norm, x_BLD)
+    u = _norm(block.attention_norm, x_BLD)
     q, k, v = (
-        proj(u).unflatten(-1, (-1, block.head_dim)).transpose(1, 2)
-        for proj in (block.q_proj, block.k_proj, block.v_proj)
+        proj(u).unflatten(-1, (-1, block.head_dim)).transpose(1, 2) for proj in (block.query, block.key, block.value)
     )
     if past is not None:
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
     n = q.shape[2]
     cos, sin = (t[:, :, : k.shape[2]] for t in angles)
     out = attend(_rotate(q, cos[:, :, -n:], sin[:, :, -n:]), _rotate(k, cos, sin), v, None)
-    x_BLD = x_BLD + block.attn_out(out.transpose(1, 2).flatten(-2))
-    u = _norm(block.ff_norm, x_BLD)
-    return x_BLD + block.ff_out(F.silu(block.ff_proj(u)) * block.up_proj(u)), (k, v)
+    x_BLD = x_BLD + block.attention_out(out.transpose(1, 2).flatten(-2))
+    u = _norm(block.mlp_norm, x_BLD)
+    return x_BLD + block.down(F.silu(block.gate(u)) * block.up(u)), (k, v)
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -65,16 +65,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def angles_of(lm: Llada, n: int) -> Angles:
+def angles_of(lm: LanguageModel, n: int) -> Angles:
     """Cosines and sines of the rotary phases of positions 0 to n - 1."""
-    positions_1L = torch.arange(n, device=lm.wte.weight.device)[None]
+    positions_1L = torch.arange(n, device=lm.embedding.weight.device)[None]
     phase = rotary_phase(positions_1L, lm.config.head_dim, lm.config.rope_theta)
     return phase.cos(), phase.sin()
 
 
-def plain_step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks: list[int]) -> Tensor:
+def plain_step(lm: LanguageModel, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks: list[int]) -> Tensor:
     """One denoising step that commits `ks[row]` tokens; like ours, it never chooses the mask token."""
-    logits, _ = plain_forward(lm, lm.wte(ids_BA), past, angles)
+    logits, _ = plain_forward(lm, lm.embedding(ids_BA), past, angles)
     logits[..., mask_id] = float("-inf")
     token_BA = logits.argmax(-1)
     p = logits.to(torch.float64).softmax(-1)
@@ -86,7 +86,7 @@ def plain_step(lm: Llada, ids_BA: Tensor, past: Past, angles: Angles, mask_id: i
 
 
 @torch.inference_mode()
-def plain_generate(lm: Llada, embeds_BPD: Tensor, config: DecodeConfig, mask_id: int) -> Tensor:
+def plain_generate(lm: LanguageModel, embeds_BPD: Tensor, config: DecodeConfig, mask_id: int) -> Tensor:
     """Answers [B, A] in one block, greedy, the most confident first. Prompts have one length: there is no mask."""
     angles = angles_of(lm, embeds_BPD.shape[1] + config.max_new_tokens)
     _, past = plain_forward(lm, embeds_BPD, None, angles)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep, Positions
 from lavida_adapter.generate import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, Share, UserError
 
@@ -56,7 +56,7 @@ class AdaptiveK(CacheSelector):
                     "selector= that scores tokens"
                 )
 
-    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+    def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         score_BP = torch.zeros(prefix.visual_BP.shape, device=prefix.visual_BP.device)
         for row_P, visual_P, selection in zip(score_BP, prefix.visual_BP, prefix.selections, strict=True):
             assert selection.scores_BN is not None

@@ -14,9 +14,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from lavida_adapter.attention import AttentionHook, attention_weights
 from lavida_adapter.generate import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
-from lavida_adapter.llada import AttentionHook, Llada, attention_weights, cos_signed_sin, rotary_phase, rotate
+from lavida_adapter.language_model import LanguageModel, cos_signed_sin, rotary_phase, rotate
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, UserError, assert_finite, stable_topk
 
@@ -88,7 +89,7 @@ class CacheSelector:
             raise UserError(f"positions={positions!r}: choose retain or reindex")
         self.positions: Positions = positions
 
-    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+    def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         """Scores [B, P] in float32; larger is kept first. Only those of picture slots count.
 
         `first` is None if `after` is "prefill".
@@ -130,7 +131,9 @@ class CacheSelector:
                 )
         return wanted
 
-    def __call__(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None = None) -> ShortenedCache:
+    def __call__(
+        self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None = None
+    ) -> ShortenedCache:
         """The shortened cache; its rows stay in reading order."""
         scores_BP = self.score(lm, cache, prefix, first).float()
         assert_finite(scores_BP, prefix.visual_BP, type(self).__name__)
@@ -226,7 +229,7 @@ def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], kept_B
     return torch.zeros_like(text_BP).scatter(1, ranked_BK, is_kept_BK) | text_BP
 
 
-def reindex(cache: PrefixCache, lm: Llada) -> PrefixCache:
+def reindex(cache: PrefixCache, lm: LanguageModel) -> PrefixCache:
     """The same rows at positions 0, 1, 2, ...: keys are rotated by the difference, and the answer follows directly."""
     b, n = cache.positions_BP.shape
     new_BP = torch.arange(n, device=cache.positions_BP.device).expand(b, n)
@@ -236,7 +239,7 @@ def reindex(cache: PrefixCache, lm: Llada) -> PrefixCache:
     return PrefixCache(keys, cache.values, cache.mask_BP, new_BP, length_B)
 
 
-def turn(lm: Llada, old_BP: Tensor, new_BP: Tensor) -> tuple[Tensor, Tensor]:
+def turn(lm: LanguageModel, old_BP: Tensor, new_BP: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine [B, 1, P, Dh] for `rotate` that move keys from old to new positions.
 
     The difference is taken between the float32 angles, so the result equals a prefill at the new positions up to the

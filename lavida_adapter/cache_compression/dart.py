@@ -23,7 +23,7 @@ from lavida_adapter.cache_compression.prompt_rows import (
     text_behind,
 )
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, UserError, stable_topk
 
@@ -63,7 +63,7 @@ class DART(CacheSelector):
             )
         return wanted
 
-    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+    def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         """1 for the rows that stay, 0 for the others: there is no order among them."""
         check_depth(self.layer, lm)
         norm_BP = cache.keys[self.layer - 1].float().abs().sum(dim=(1, 3))
@@ -71,7 +71,7 @@ class DART(CacheSelector):
         picture_BJ = _largest(norm_BP, prefix.visual_BP, self.pivots_picture)
         pivot_BJ = torch.cat([picture_BJ, _largest(norm_BP, behind_BP, self.pivots_text)], dim=1)
         share_BJ = self._shares(prefix, behind_BP.sum(-1).tolist(), pivot_BJ.shape[1]).to(norm_BP.device)
-        states_BPD = F.normalize(lm.ln_f(prompt_states(lm, cache, prefix.embeds_BPD, self.layer)).float(), dim=-1)
+        states_BPD = F.normalize(lm.final_norm(prompt_states(lm, cache, prefix.embeds_BPD, self.layer)).float(), dim=-1)
         kept_BP = torch.zeros_like(behind_BP).scatter(1, picture_BJ, True)
         cosine_BJP = gather_rows(states_BPD, pivot_BJ) @ states_BPD.transpose(1, 2)
         largest = max(self.counts(prefix))

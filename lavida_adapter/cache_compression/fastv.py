@@ -20,7 +20,7 @@ from lavida_adapter.cache_compression.prompt_rows import (
     text_slots,
 )
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, UserError
 
@@ -46,7 +46,7 @@ class FastV(CacheSelector):
         self.layer = check_layer(layer)
         self.queries: Queries = queries
 
-    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+    def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         check_depth(self.layer, lm)
         if self.queries == "last":
             slot_BQ = last_slot(prefix)

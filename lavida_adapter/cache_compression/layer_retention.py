@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lavida_adapter.attention import AttentionHook, attention_weights
 from lavida_adapter.cache_compression.compressor import CachePacker
 from lavida_adapter.kv_cache import PrefixCache, RaggedPrefix, StoredPrefix, take_slots
-from lavida_adapter.llada import AttentionHook, attention_weights
 from lavida_adapter.prefix import Prefix
 from shirg import MissingFileError, UserError, stable_topk
 

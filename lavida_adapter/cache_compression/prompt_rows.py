@@ -9,13 +9,14 @@ Shape letters: B batch, P prefix slots, Q slots that run again, D width.
 import torch
 from torch import Tensor
 
+from lavida_adapter.attention import attention_mask, attention_weights
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import Llada, attention_mask, attention_weights, rotary_angles
+from lavida_adapter.language_model import LanguageModel, rotary_angles
 from lavida_adapter.prefix import Prefix
 from shirg import UserError
 
 
-def prompt_attention(lm: Llada, cache: PrefixCache, embeds_BPD: Tensor, slot_BQ: Tensor, layer: int) -> Tensor:
+def prompt_attention(lm: LanguageModel, cache: PrefixCache, embeds_BPD: Tensor, slot_BQ: Tensor, layer: int) -> Tensor:
     """The attention [B, Q, P] of the text slots `slot_BQ` in one layer, averaged over heads, in float32.
 
     Only these rows run again, up to that layer: the cost is that of Q tokens, and no [P, P] map is built.
@@ -25,12 +26,12 @@ def prompt_attention(lm: Llada, cache: PrefixCache, embeds_BPD: Tensor, slot_BQ:
     cos, sin = rotary_angles(positions_BQ, lm.config.head_dim, lm.config.rope_theta)
     mask = attention_mask(cache.mask_BP, None)
     for block, k, v in zip(lm.layers[:layer], cache.keys, cache.values, strict=False):
-        x = block.output(x, block.attn_norm(x), k, v, cos, sin, mask, lm.backend)
+        x = block.output(x, block.attention_norm(x), k, v, cos, sin, mask, lm.backend)
     block = lm.layers[layer]
-    return attention_weights(block.queries(block.attn_norm(x), cos, sin), cache.keys[layer], mask).mean(1)
+    return attention_weights(block.queries(block.attention_norm(x), cos, sin), cache.keys[layer], mask).mean(1)
 
 
-def prompt_states(lm: Llada, cache: PrefixCache, embeds_BPD: Tensor, layer: int) -> Tensor:
+def prompt_states(lm: LanguageModel, cache: PrefixCache, embeds_BPD: Tensor, layer: int) -> Tensor:
     """The states [B, P, D] of the whole prompt at the input of one layer.
 
     It costs `layer` layers of a prefill, except for their keys and values.
@@ -39,7 +40,7 @@ def prompt_states(lm: Llada, cache: PrefixCache, embeds_BPD: Tensor, layer: int)
     cos, sin = lm.angles(cache.positions_BP)
     mask = attention_mask(cache.mask_BP, cache.visual_BP)
     for block, k, v in zip(lm.layers[:layer], cache.keys, cache.values, strict=False):
-        x = block.output(x, block.attn_norm(x), k, v, cos, sin, mask, lm.backend)
+        x = block.output(x, block.attention_norm(x), k, v, cos, sin, mask, lm.backend)
     return x
 
 
@@ -89,7 +90,7 @@ def check_layer(layer: int, first: int = 0) -> int:
     return layer
 
 
-def check_depth(layer: int, lm: Llada) -> None:
+def check_depth(layer: int, lm: LanguageModel) -> None:
     """Raises UserError when the model has no such layer."""
     if layer >= len(lm.layers):
         raise UserError(f"layer={layer}: the language model has layers 0 to {len(lm.layers) - 1}")

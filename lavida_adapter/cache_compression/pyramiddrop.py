@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lavida_adapter.attention import attention_mask, attention_weights
 from lavida_adapter.cache_compression.compressor import (
     CacheSelector,
     FirstStep,
@@ -26,7 +27,7 @@ from lavida_adapter.cache_compression.compressor import (
 from lavida_adapter.cache_compression.prompt_rows import gather_rows, last_slot
 from lavida_adapter.generate import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache, RaggedPrefix, take_slots
-from lavida_adapter.llada import Llada, attention_mask, attention_weights, rotate
+from lavida_adapter.language_model import LanguageModel, rotate
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, UserError, assert_finite
 
@@ -74,7 +75,9 @@ class PyramidDrop(CacheSelector):
                 "number in all: choose decode.engine=eager or another cache="
             )
 
-    def __call__(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None = None) -> ShortenedCache:
+    def __call__(
+        self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None = None
+    ) -> ShortenedCache:
         starts = first_layers(self.stages, len(lm.layers))
         sizes = [b - a for a, b in zip(starts, [*starts[1:], len(lm.layers)], strict=True)]
         counts = [
@@ -112,7 +115,7 @@ class _Stage:
 class _LastToken:
     """The last prompt token on its way through the layers; in each it sees what its stage has kept."""
 
-    def __init__(self, lm: Llada, cache: PrefixCache, prefix: Prefix, positions: Positions) -> None:
+    def __init__(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, positions: Positions) -> None:
         self.alive_BP = prefix.mask_BP
         self._lm, self._cache, self._prefix, self._positions = lm, cache, prefix, positions
         slot_B1 = last_slot(prefix)
@@ -124,7 +127,7 @@ class _LastToken:
     def drop(self, layer: int, counts: Sequence[int]) -> _Stage:
         """Ranks the rows that are left by this layer's attention and keeps `counts` picture rows of each prompt."""
         block, stage = self._lm.layers[layer], self._stage
-        query = block.queries(block.attn_norm(self._x_B1D), self._cos, self._sin)
+        query = block.queries(block.attention_norm(self._x_B1D), self._cos, self._sin)
         weight_BK = attention_weights(query, self._rows(layer)[0], stage.mask).mean(1)[:, 0]
         weight_BK = weight_BK.masked_fill(~stage.real_BK, float("-inf"))
         score_BP = torch.full(self.alive_BP.shape, float("-inf"), device=weight_BK.device)
@@ -139,7 +142,7 @@ class _LastToken:
         k, v = self._rows(layer)
         block, x = self._lm.layers[layer], self._x_B1D
         mask = self._stage.mask
-        self._x_B1D = block.output(x, block.attn_norm(x), k, v, self._cos, self._sin, mask, self._lm.backend)
+        self._x_B1D = block.output(x, block.attention_norm(x), k, v, self._cos, self._sin, mask, self._lm.backend)
         return k, v
 
     def _rows(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep, Positions
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
 from shirg import Budget, UserError
 
@@ -28,7 +28,7 @@ class RedVTP(CacheSelector):
     def __init__(self, *, budget: Budget, positions: Positions = "reindex") -> None:
         super().__init__(budget=budget, positions=positions)
 
-    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+    def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         if first is None:
             raise UserError("RedVTP ranks by the first denoising step: pass its FirstStep")
         open_BA = first.open_BA.float()

@@ -23,7 +23,7 @@ from lavida_adapter.cache_compression.prompt_rows import (
     text_slots,
 )
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
 from shirg import Budget
 
@@ -40,7 +40,7 @@ class SparseVLM(CacheSelector):
         super().__init__(budget=budget, positions=positions)
         self.layer = check_layer(layer)
 
-    def score(self, lm: Llada, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
+    def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         check_depth(self.layer, lm)
         slot_BQ, real_BQ = text_slots(prefix, text_behind(prefix, type(self).__name__))
         weight_BQ1 = raters(prefix, slot_BQ, real_BQ).float()[..., None]

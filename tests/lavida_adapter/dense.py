@@ -28,7 +28,7 @@ def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: l
         return y / (y.pow(2).mean(-1, keepdim=True) + lm.config.rms_norm_eps).sqrt() * weight
 
     for block in lm.layers:
-        u = norm(x, block.attn_norm.weight)
+        u = norm(x, block.attention_norm.weight)
         q, k, v = spin(heads(block.q_proj(u))), spin(heads(block.k_proj(u))), heads(block.v_proj(u))
         groups = len(q) // len(k)
         scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) / dh**0.5
@@ -38,7 +38,7 @@ def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: l
         x = x + block.attn_out((weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1))
         u = norm(x, block.ff_norm.weight)
         x = x + block.ff_out(F.silu(block.ff_proj(u)) * block.up_proj(u))
-    return norm(x, lm.ln_f.weight)
+    return norm(x, lm.final_norm.weight)
 
 
 def may_see(prompt: int, answer: int, visual: Tensor | None, *, prompt_sees_answer: bool) -> Tensor:

@@ -129,7 +129,7 @@ def test_the_provider_gets_the_question_alone() -> None:
     encode(model, Probe(), provider, sizes=SIZES[:2])
     questions = [tuple(q.tolist()) for context in provider.contexts for q in context.questions]
     assert questions == [encode_text(model.tokenizer, f"digit {word}") for word in ("red", "green")]
-    assert all(context.embedding is model.lm.wte for context in provider.contexts)
+    assert all(context.embedding is model.lm.embedding for context in provider.contexts)
 
 
 @torch.no_grad()
@@ -246,7 +246,7 @@ def test_the_prefix_cache_is_exact(geometry: Geometry, knobs: dict[str, Any]) ->
     model = tiny_model()
     knobs = {name: value for name, value in knobs.items() if name != "underflow" or geometry not in SINGLE_VIEW}
     prefix = model.encode([picture((30, 22))], ["which one"], shirg(geometry, **knobs), relevance=LmEmbed())
-    answer = model.lm.wte(torch.tensor([[5, 6, 7]]))
+    answer = model.lm.embedding(torch.tensor([[5, 6, 7]]))
     with torch.no_grad():
         cache = model.prefill(prefix)
         written = [k.clone() for k in cache.keys]
@@ -273,7 +273,7 @@ def test_lora_learns_through_the_selector(geometry: Geometry) -> None:
     for step in range(2):
         optimiser.zero_grad()
         prefix = model.encode([picture((40, 40))], ["which one"], selector, relevance=LmEmbed())
-        model.lm.decode(model.lm.wte(torch.tensor([[5, 6]])), model.prefill(prefix)).square().mean().backward()
+        model.lm.decode(model.lm.embedding(torch.tensor([[5, 6]])), model.prefill(prefix)).square().mean().backward()
         for name, weight in adapters.items():
             assert weight.grad is not None
             assert bool(weight.grad.any()) == ("lora_B" in name or step > 0), name

@@ -47,7 +47,7 @@ def answers(model: Lavida) -> torch.Tensor:
 @pytest.mark.parametrize("mask", [None, MASK], ids=["equal lengths", "padded"])
 def test_steps_equal_the_differentiable_decoder(model: Lavida, mask: torch.Tensor | None, room: int) -> None:
     cache, ids = model.prefill(prefix(mask=mask), n_answer=room), answers(model)
-    expected = model.lm.logits(model.lm.decode(model.lm.wte(ids), cache))
+    expected = model.lm.logits(model.lm.decode(model.lm.embedding(ids), cache))
     before, steps = cache.digest(), DecodeSteps(model.lm, cache, A)
     want = torch.tensor([[0, 3, 5], [4, 2, 2]])
     for _ in range(2):  # what the first step leaves behind does not show in the second

@@ -200,7 +200,7 @@ def test_a_narrow_base_is_trained_in_wide_numbers(precision: str) -> None:
     lora = LoraConfig(rank=2, targets=("mm_projector.0",), train_whole=("mm_projector.2", "image_newline"))
     narrow, wide = (stage(lora, optim=ONE_RATE, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     assert {p.dtype for p in learned(narrow).values()} == {torch.float32}
-    assert narrow.model.dtype == torch.bfloat16 == narrow.model.lm.ff_out.weight.dtype
+    assert narrow.model.dtype == torch.bfloat16 == narrow.model.lm.head.weight.dtype
     start = copied(narrow)
     assert fit(narrow, 2, precision=precision) == pytest.approx(fit(wide, 2), rel=0.03)
     assert all((p - start[n]).abs().max() > 0 for n, p in learned(narrow).items() if "lora_A" not in n)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
-from lavida_adapter.llada import Llada, RMSNorm, attend, attention_mask
+from lavida_adapter.attention import attend, attention_mask
+from lavida_adapter.language_model import RMSNorm
+from lavida_adapter.llada import Llada
 from lavida_adapter.relevance import LmEmbed
 from shirg import ShirgSelector
 from tests.lavida_adapter.dense import dense, may_see

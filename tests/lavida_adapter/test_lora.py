@@ -52,7 +52,7 @@ def train(model: Lavida, steps: int, optimizer: torch.optim.Optimizer | None = N
 @torch.no_grad()
 def logits(model: Lavida) -> Tensor:
     prefix = model.encode([picture((40, 40)), picture((12, 70))], ["digit red", "letter K"], Pooled())
-    masks = model.lm.wte(torch.full((2, 3), model.config.lm.mask_token_id))
+    masks = model.lm.embedding(torch.full((2, 3), model.config.lm.mask_token_id))
     return model.lm.logits(model.lm.decode(masks, model.prefill(prefix)))
 
 

@@ -39,7 +39,7 @@ def spliced(model: Lavida, rows: list[int]) -> tuple[Prefix, Tensor]:
     return splice(
         [ROWS[i] for i in rows],
         [BLOCKS[i] for i in rows],
-        model.lm.wte,
+        model.lm.embedding,
         max_length=100,
         labels=[LABELS[i] for i in rows],
     )
@@ -67,7 +67,7 @@ def by_hand(model: Lavida, row: int, *, prefix_mask: bool, image_first: bool) ->
     )
     found = torch.zeros(n)
     for copy in (first[0], second[0]):
-        x = torch.where(copy[:, None], model.lm.wte.weight[model.config.lm.mask_token_id], whole.embeds_BPD[0])
+        x = torch.where(copy[:, None], model.lm.embedding.weight[model.config.lm.mask_token_id], whole.embeds_BPD[0])
         logits = model.lm.logits(dense(model.lm, x, allowed, torch.arange(n)))
         found = torch.where(copy, F.cross_entropy(logits, labels[0].clamp_min(0), reduction="none"), found)
     return found[target], first[0][target]
@@ -131,7 +131,7 @@ def test_gradients_of_the_prefix_mask_equal_those_of_a_dense_one() -> None:
     gradients = []
     for way in ("cache", "dense"):
         block = BLOCKS[0].clone().requires_grad_()
-        whole, labels = splice([ROWS[0]], [block], model.lm.wte, max_length=100, labels=[LABELS[0]])
+        whole, labels = splice([ROWS[0]], [block], model.lm.embedding, max_length=100, labels=[LABELS[0]])
         if way == "cache":
             value = draw_loss(model, whole, labels, TIMES[:1], draws([0], 9), ObjectiveConfig(prefix_mask=True))
         else:
@@ -140,7 +140,7 @@ def test_gradients_of_the_prefix_mask_equal_those_of_a_dense_one() -> None:
             allowed = may_see(n_prompt, 9 - n_prompt, None, prompt_sees_answer=False)
             entropies = []
             for copy in masked_targets(target[None], TIMES[:1], draws([0], 9)):
-                mask_D = model.lm.wte.weight[model.config.lm.mask_token_id]
+                mask_D = model.lm.embedding.weight[model.config.lm.mask_token_id]
                 x = torch.where(copy[0, :, None], mask_D, whole.embeds_BPD[0])
                 states = dense.__wrapped__(model.lm, x, allowed, torch.arange(9))  # type: ignore[attr-defined]
                 entropies.append(F.cross_entropy(model.lm.logits(states)[copy[0]], labels[copy], reduction="none"))
@@ -312,7 +312,7 @@ def test_alignment_is_added_to_the_loss_of_the_model() -> None:
         assert not bool(real.all())
         pictures.append(row[visual][real].mean(0))
         ids = model.tokenizer(question, add_special_tokens=False)["input_ids"]
-        questions.append(model.lm.wte.weight[ids].mean(0))
+        questions.append(model.lm.embedding.weight[ids].mean(0))
     every = {(i, j) for i in range(3) for j in range(3) if i != j}
     expected = contrast([p.tolist() for p in pictures], [q.tolist() for q in questions], every)
     assert tally.terms["alignment"].item() == pytest.approx(expected, abs=1e-4)
@@ -338,7 +338,7 @@ def test_prompts_of_one_picture_or_one_question_are_no_negatives() -> None:
         real = chosen.source_BT[0][chosen.mask_BT[0]] != int(Source.NEWLINE)
         pictures.append(row[visual][real].mean(0).tolist())
     words = [model.tokenizer(q, add_special_tokens=False)["input_ids"] for q in QUESTIONS]
-    questions = [model.lm.wte.weight[ids].mean(0).tolist() for ids in words]
+    questions = [model.lm.embedding.weight[ids].mean(0).tolist() for ids in words]
     apart = {(0, 2), (2, 0), (1, 2), (2, 1)}
     assert tally.terms["alignment"].item() == pytest.approx(contrast(pictures, questions, apart), abs=1e-4)
     for images, asked in ((IMAGES[:1], QUESTIONS[:1]), (twice[:2], QUESTIONS[:2]), (IMAGES[:2], ["same", "same "])):

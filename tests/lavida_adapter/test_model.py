@@ -30,7 +30,7 @@ def prefixes(model: Lavida, selector: Selector, rows: list[int]) -> Prefix:
 @torch.no_grad()
 def first_logits(model: Lavida, prefix: Prefix, *, cached: bool) -> Tensor:
     masks = torch.full((len(prefix.n_tokens), N), model.config.lm.mask_token_id)
-    answer = model.lm.wte(masks)
+    answer = model.lm.embedding(masks)
     states = model.lm.decode(answer, model.prefill(prefix)) if cached else model.forward_whole(prefix, answer)
     return model.lm.logits(states)
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
+from lavida_adapter.attention import attend
 from lavida_adapter.generate import denoise, start, tokens_per_step
 from lavida_adapter.lightning_module import OptimConfig
-from lavida_adapter.llada import attend
 from lavida_adapter.lora import Growth, check_parts, expand
 from lavida_adapter.loss import rows_loss
 from lavida_adapter.prefix import splice

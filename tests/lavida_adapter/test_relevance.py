@@ -183,7 +183,7 @@ def model_of(provider: SiglipText) -> Lavida:
 
 
 def asking(model: Lavida, *texts: str) -> RelevanceContext:
-    return RelevanceContext(lambda: torch.empty(0), [], model.lm.wte, texts, model.model.vision_tower)
+    return RelevanceContext(lambda: torch.empty(0), [], model.lm.embedding, texts, model.model.vision_tower)
 
 
 def test_of_one_token_it_is_siglips_own_similarity(provider: SiglipText) -> None:
@@ -237,4 +237,4 @@ def test_a_tower_that_is_not_siglips_is_refused(provider: SiglipText, folder: Pa
     with pytest.raises(ValueError, match="tolerance=0.01"):
         SiglipText(path=folder, tolerance=0.01)(features, asking(moved, "digit red"))
     with pytest.raises(ValueError, match=r"Context\.tower is None"):
-        provider(features, RelevanceContext(lambda: torch.empty(0), [], moved.lm.wte, ("digit red",)))
+        provider(features, RelevanceContext(lambda: torch.empty(0), [], moved.lm.embedding, ("digit red",)))

@@ -10,8 +10,8 @@ import lavida_adapter.loss as lavida_loss
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, ObjectiveConfig, Prefix, TrainBatch
 from lavida_adapter.generate import tokens_per_step
+from lavida_adapter.language_model import rotate
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig
-from lavida_adapter.llada import rotate
 from lavida_adapter.loss import states_of_copies
 from lavida_adapter.objective import Shard, mask_probability, masked_cross_entropy, masked_targets, pad_answers
 from lavida_adapter.prefix import splice
@@ -24,7 +24,7 @@ from tests.parity.test_vision import picture_blocks
 def test_logits_and_hidden_states(golden: Golden, close) -> None:
     saved, lm = golden.tensors("lm_forward"), golden.model.lm
     hidden: list[torch.Tensor] = []
-    states = lm(lm.wte(saved["input_ids"]), hidden=hidden)
+    states = lm(lm.embedding(saved["input_ids"]), hidden=hidden)
     for i, state in enumerate(hidden):
         close("LM hidden states", state, saved[f"hidden_{i}"], 1e-3)
     close("LM logits", lm.logits(states), saved["logits"], 1e-3)
@@ -33,7 +33,7 @@ def test_logits_and_hidden_states(golden: Golden, close) -> None:
 @torch.no_grad()
 def test_cache_and_cached_logits(golden: Golden, close) -> None:
     saved, lm = golden.tensors("prefix_cache"), golden.model.lm
-    prefix, suffix = saved["prefix_embeds"], lm.wte(saved["suffix_ids"])
+    prefix, suffix = saved["prefix_embeds"], lm.embedding(saved["suffix_ids"])
     close("prefix logits", lm.logits(lm(prefix)), saved["prefix_logits"], 1e-3)
     cache = lm.prefill(prefix)
     cos, sin = lm.angles(torch.arange(prefix.shape[1])[None])
@@ -107,13 +107,13 @@ def test_end_to_end_picture_to_answer(golden: Golden, equal, close) -> None:
     ids = golden.json("facts")["prompt_input_ids"]
     blocks = picture_blocks(golden, [golden.image("e2e.png")])
     lm = golden.model.lm
-    prefix, _ = splice([ids], blocks, lm.wte, max_length=10**6)
+    prefix, _ = splice([ids], blocks, lm.embedding, max_length=10**6)
     runs = [run for run in golden.json("generate") if run.get("e2e")]
     assert runs
     for run in runs:
         cached = run["call"]["prefix_lm"]
         config = decode_config(run["call"])
-        masks = lm.wte(torch.full((1, config.max_new_tokens), golden.ids["mask"]))
+        masks = lm.embedding(torch.full((1, config.max_new_tokens), golden.ids["mask"]))
         states = lm.decode(masks, golden.model.prefill(prefix)) if cached else golden.model.forward_whole(prefix, masks)
         saved = golden.tensors(f"e2e_logits_{'prefix' if cached else 'full'}")["first_step_logits"]
         close("end to end, first logits", lm.logits(states), saved, 1e-3)
@@ -130,7 +130,7 @@ def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
     equal("training rows", padded, saved["input_ids"].tolist())
 
     blocks = picture_blocks(golden, [golden.image(f"images/{facts['image']}")]) * len(padded)
-    whole, labels_BL = splice(padded, blocks, lm.wte, max_length=10**6, labels=padded_labels)
+    whole, labels_BL = splice(padded, blocks, lm.embedding, max_length=10**6, labels=padded_labels)
     b, length = labels_BL.shape
     u_BL = torch.ones(b, length)
     u_BL[:, length - behind :] = saved["u_after_image"]

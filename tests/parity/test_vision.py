@@ -112,7 +112,7 @@ def test_spliced_embeddings(golden: Golden, close, equal) -> None:
     images = [golden.image(f"images/{files[i]['file']}") for i in chosen]
     blocks = picture_blocks(golden, images)
 
-    prefix, _ = splice(saved["input_ids"].tolist(), blocks[:1], model.lm.wte, max_length=10**6)
+    prefix, _ = splice(saved["input_ids"].tolist(), blocks[:1], model.lm.embedding, max_length=10**6)
     close("spliced embeddings", prefix.embeds_BPD, saved["inputs_embeds"], 1e-4)
     equal("spliced embeddings (places)", prefix.visual_BP.tolist(), (saved["new_input_ids"] == -200).tolist())
 
@@ -124,7 +124,7 @@ def test_spliced_embeddings(golden: Golden, close, equal) -> None:
         row[mask].tolist()
         for row, mask in zip(saved["batch_labels_in"], saved["batch_attention_mask_in"].bool(), strict=True)
     ]
-    prefix, labels_out = splice(kept, blocks, model.lm.wte, max_length=10**6, labels=labels)
+    prefix, labels_out = splice(kept, blocks, model.lm.embedding, max_length=10**6, labels=labels)
     tail = saved["batch_embeds_row1_tail"]
     close("spliced batch (tail of row 1)", prefix.embeds_BPD[1, -len(tail) :], tail, 1e-4)
     equal("spliced batch (labels)", labels_out.tolist(), saved["batch_labels_out"].tolist())

@@ -142,7 +142,7 @@ class TextPretraining(Trainable):
     def context(self, word_BNW: Tensor) -> Tensor:
         """Word bags [B, N, D]: the sum of the words' embeddings."""
         there = (word_BNW >= 0)[..., None]
-        return (self.model.lm.wte(word_BNW.clamp_min(0)) * there).sum(dim=2)
+        return (self.model.lm.embedding(word_BNW.clamp_min(0)) * there).sum(dim=2)
 
     def glyph_bags(self, lookups: Lookups) -> Bags:
         """The char and the colour in each cell, a grey char alone, or a blank."""
@@ -174,7 +174,7 @@ class TextPretraining(Trainable):
     def _right(self, bags: Bags) -> float:
         """Share of the questions that the model answers right."""
         rows = [prompt_ids(self.model.tokenizer, question, self.model.config) for question, _ in bags.asked]
-        prefix, _ = splice(rows, list(self.context(bags.word_BNW)), self.model.lm.wte, max_length=10**6)
+        prefix, _ = splice(rows, list(self.context(bags.word_BNW)), self.model.lm.embedding, max_length=10**6)
         texts = self.model.generate(prefix, DecodeConfig(max_new_tokens=ANSWER)).texts
         return sum(t == answer for t, (_, answer) in zip(texts, bags.asked, strict=True)) / len(texts)
 

@@ -163,8 +163,8 @@ class Align(Trainable):
         model.requires_grad_(False)
         model.model.mm_projector.requires_grad_(True)
         ids = word_tokens(model.tokenizer)
-        self.class_CD = model.lm.wte.weight[torch.tensor([ids[word] for word in CLASS])].detach().clone()
-        self.blank_D = model.lm.wte.weight[glyph_tokens(model.tokenizer).blank].detach().clone()
+        self.class_CD = model.lm.embedding.weight[torch.tensor([ids[word] for word in CLASS])].detach().clone()
+        self.blank_D = model.lm.embedding.weight[glyph_tokens(model.tokenizer).blank].detach().clone()
 
     def draw(self, step: int) -> Regions:
         return draw_regions(self.model, self.seed, step, self.pictures)

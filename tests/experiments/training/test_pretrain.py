@@ -54,7 +54,7 @@ def test_a_tile_token_shows_its_cell_and_a_global_token_the_mean_of_four(model: 
 
 def test_align_wants_the_sum_of_the_words(model: Lavida) -> None:
     stage = Align(model, OPTIM, seed=0, pictures={"glyphs": 1})
-    words, wte = glyph_tokens(model.tokenizer), model.lm.wte.weight
+    words, wte = glyph_tokens(model.tokenizer), model.lm.embedding.weight
     share = torch.zeros(1, 2, len(CLASS))
     share[0, 0, CLASS["7"]] = share[0, 0, CLASS["red"]] = 1
     target = stage.target(share, torch.tensor([[1.0, 0.0]]))[0]
@@ -65,7 +65,7 @@ def test_align_wants_the_sum_of_the_words(model: Lavida) -> None:
 def test_text_stage_asks_what_the_context_holds(model: Lavida) -> None:
     stage = TextPretraining(model, OPTIM, 0, ObjectiveConfig(extra_padding=0), Curriculum(), "image_first", 0.1)
     lookups = draw_lookups(np.random.default_rng(0), batch=16, cells=12)
-    words, wte = glyph_tokens(model.tokenizer), model.lm.wte.weight
+    words, wte = glyph_tokens(model.tokenizer), model.lm.embedding.weight
     context = stage.context(stage.glyph_bags(lookups).word_BNW)
     for row, (question, answer) in enumerate(questions(lookups)):
         task, argument = question.split()
@@ -81,7 +81,7 @@ def test_text_stage_holds_the_words_of_every_family(model: Lavida) -> None:
     bags = stage.draw(0)
     tasks = [question.split()[0] for question, _ in bags.asked]
     assert tasks.count("value") == 4 and tasks.count("field") == 13 and len(tasks) == 35
-    context, wte = stage.context(bags.word_BNW), model.lm.wte.weight
+    context, wte = stage.context(bags.word_BNW), model.lm.embedding.weight
     for row, (question, answer) in enumerate(bags.asked):
         task, argument = question.split()
         if task == "field":

@@ -118,7 +118,7 @@ def logits(module: LavidaModule) -> Tensor:
     batch = collate([dataset[i] for i in range(4)])
     with torch.no_grad():
         prefix = model.encode(batch.images, batch.questions, selector, relevance=module.relevance)
-        masks = model.lm.wte(torch.full((len(batch.ids), 3), model.config.lm.mask_token_id))
+        masks = model.lm.embedding(torch.full((len(batch.ids), 3), model.config.lm.mask_token_id))
         return model.lm.logits(model.lm.decode(masks, model.prefill(prefix)))
 
 

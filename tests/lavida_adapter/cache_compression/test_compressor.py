@@ -15,7 +15,7 @@ from lavida_adapter import DART, AdaptiveK, CacheSelector, FastV, Lavida, Prefix
 from lavida_adapter.cache_compression.compressor import reindex
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.llada import rotary_angles, rotate
+from lavida_adapter.language_model import rotary_angles, rotate
 from tests.lavida_adapter.cache_compression.prompts import (
     DECODE,
     MASK,
@@ -104,7 +104,7 @@ def test_reindexed_keys_are_those_of_a_prefill_at_the_new_positions(model: Lavid
     assert torch.equal(short.positions_BP, new) and short.next_position_B.tolist() == [length // 2] * 2
     cos, sin = rotary_angles(new, lm.config.head_dim, lm.config.rope_theta)
     for i, block in enumerate(lm.layers):
-        raw = block.k_proj(block.attn_norm(hidden[i])).unflatten(-1, (-1, lm.config.head_dim))
+        raw = block.k_proj(block.attention_norm(hidden[i])).unflatten(-1, (-1, lm.config.head_dim))
         raw = torch.stack([raw[b, slots[b]] for b in range(2)]).transpose(1, 2)
         torch.testing.assert_close(short.keys[i], rotate(raw, cos, sin), rtol=0, atol=1e-5)
         for b in range(2):

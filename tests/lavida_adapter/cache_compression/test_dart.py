@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lavida_adapter import DART, Lavida
 from lavida_adapter.cache_compression.prompt_rows import prompt_states
-from lavida_adapter.llada import rotary_angles, rotate
+from lavida_adapter.language_model import rotary_angles, rotate
 from tests.lavida_adapter.cache_compression.prompts import (
     N_TOKENS,
     N_VISUAL,
@@ -40,7 +40,7 @@ def dart_by_loop(model: Lavida, seed: int, b: int, layer: int, budget: int, pict
     angles = rotary_angles(torch.arange(len(u))[None], lm.config.head_dim, lm.config.rope_theta)
     keys = rotate(raw[None], *angles)[0]
     norm = [sum(float(keys[h, p].abs().sum()) for h in range(len(keys))) for p in range(len(u))]
-    states = lm.ln_f(hidden[layer])
+    states = lm.final_norm(hidden[layer])
 
     def cosine(p: int, q: int) -> float:
         return float((states[p] * states[q]).sum() / states[p].norm() / states[q].norm())

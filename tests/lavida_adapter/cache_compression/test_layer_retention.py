@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lavida_adapter import Lavida, LayerRetention
+from lavida_adapter.attention import attention_weights
 from lavida_adapter.cache_compression.layer_retention import FIRST, MassReceived, forgotten, profile
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import RaggedPrefix
-from lavida_adapter.llada import attention_weights
 from tests.lavida_adapter.cache_compression.test_quantize import MASK, N_TOKENS, A, L, P, check_rows_alone, made
 from tests.lavida_adapter.tiny import noise, tiny_model
 

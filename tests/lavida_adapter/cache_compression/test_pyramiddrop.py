@@ -50,13 +50,13 @@ class ByHand:
 
     def raw_keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         block = self.lm.layers[layer]
-        u = block.attn_norm(self.states[layer])
+        u = block.attention_norm(self.states[layer])
         return self.heads(block.k_proj(u)), self.heads(block.v_proj(u))
 
     def weights(self, layer: int, x_QD: Tensor, at: list[int], keys_HND: Tensor) -> Tensor:
         """Attention [H, Q, N] of states at positions `at` to rotated keys."""
         block = self.lm.layers[layer]
-        q = turned(self.heads(block.q_proj(block.attn_norm(x_QD))), at, self.theta)
+        q = turned(self.heads(block.q_proj(block.attention_norm(x_QD))), at, self.theta)
         keys = keys_HND.repeat_interleave(len(q) // len(keys_HND), 0)
         return (q @ keys.transpose(1, 2) / self.lm.config.head_dim**0.5).softmax(-1)
 
@@ -90,7 +90,7 @@ class ByHand:
 
     def logits(self, kept: list[list[int]], ids: Tensor, positions: str) -> Tensor:
         """A first step in which each layer has its own prompt, with the answer directly behind it."""
-        x = self.lm.wte(ids)
+        x = self.lm.embedding(ids)
         for layer, alive in enumerate(kept):
             k, v = self.raw_keys_values(layer)
             begin = len(alive) if positions == "reindex" else self.n
@@ -102,7 +102,7 @@ class ByHand:
             keys = turned(torch.cat([k[:, alive], own_k], dim=1), here, self.theta)
             weights = self.weights(layer, x, here[-len(ids) :], keys)
             x = self.onward(layer, x, weights, torch.cat([v[:, alive], own_v], dim=1))
-        return self.lm.logits(self.lm.ln_f(x))
+        return self.lm.logits(self.lm.final_norm(x))
 
 
 def cut(model: Lavida, seed: int = 0, **options: Any) -> tuple[RaggedPrefix, Tensor]:

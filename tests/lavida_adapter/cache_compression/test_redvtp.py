@@ -49,14 +49,17 @@ def test_redvtp_from_the_first_mask_to_the_last(attention: str) -> None:
         states = []
         for b, n in enumerate(N_TOKENS):
             maps: list[Tensor] = []
-            row, allowed = row_and_mask(prefix, b, lm.wte(ids_BA[b]), attention == "image_first", hidden[b])
+            row, allowed = row_and_mask(prefix, b, lm.embedding(ids_BA[b]), attention == "image_first", hidden[b])
             states.append(dense(lm, row, allowed, torch.arange(n + A), maps)[n:])
             seen[b] = seen[b] or maps
         steps.append(lm.logits(torch.stack(states)))
         return steps[-1] if want_BM is None else pick(steps[-1], want_BM)
 
     expected, forwards, _, history = denoise(
-        logits_of, start(2, DECODE, mask_id, (), lm.wte.weight.device), replace(DECODE, keep_history=True), mask_id
+        logits_of,
+        start(2, DECODE, mask_id, (), lm.embedding.weight.device),
+        replace(DECODE, keep_history=True),
+        mask_id,
     )
     assert forwards == got.forwards == A
     assert got.cached_BP is not None
