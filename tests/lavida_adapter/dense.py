@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel
 
 
 @torch.no_grad()
-def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+def dense(
+    lm: LanguageModel, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: list[Tensor] | None = None
+) -> Tensor:
     """The transformer over one row [L, D] with an explicit mask [L, L]; heads and rotation written out.
 
     `maps` collects the attention [H, L, L] of every layer.
@@ -29,15 +31,15 @@ def dense(lm: Llada, embeds: Tensor, may_see: Tensor, positions: Tensor, maps: l
 
     for block in lm.layers:
         u = norm(x, block.attention_norm.weight)
-        q, k, v = spin(heads(block.q_proj(u))), spin(heads(block.k_proj(u))), heads(block.v_proj(u))
+        q, k, v = spin(heads(block.query(u))), spin(heads(block.key(u))), heads(block.value(u))
         groups = len(q) // len(k)
         scores = q @ k.repeat_interleave(groups, 0).transpose(1, 2) / dh**0.5
         weights = scores.masked_fill(~may_see, -torch.inf).softmax(-1)
         if maps is not None:
             maps.append(weights)
-        x = x + block.attn_out((weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1))
-        u = norm(x, block.ff_norm.weight)
-        x = x + block.ff_out(F.silu(block.ff_proj(u)) * block.up_proj(u))
+        x = x + block.attention_out((weights @ v.repeat_interleave(groups, 0)).transpose(0, 1).flatten(1))
+        u = norm(x, block.mlp_norm.weight)
+        x = x + block.down(F.silu(block.gate(u)) * block.up(u))
     return norm(x, lm.final_norm.weight)
 
 

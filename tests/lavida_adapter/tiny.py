@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from experiments.data.synthetic.tokenizer import build_tokenizer
-from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
+from lavida_adapter import DreamConfig, Lavida, LavidaConfig, LladaConfig, VisionConfig
 
 VIEW, PATCH = 20, 6
 """Two of 20 pixels are left over at the right and bottom of a view, as 6 of 384 are in the real model."""
@@ -27,10 +27,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(*, lm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **own: Any) -> LavidaConfig:
     """Torch's own initialisation and wide embeddings make the logits of random weights differ clearly."""
     words = tokenizer()
-    small = LladaConfig(
+    family = {"llada": LladaConfig, "dream": DreamConfig}[(lm or {}).get("family", "llada")]
+    small = family(
         d_model=32,
         n_heads=4,
-        n_kv_heads=4,
+        n_kv_heads=4 if family is LladaConfig else 2,
         n_layers=2,
         mlp_hidden_size=48,
         max_sequence_length=512,

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
 from lavida_adapter.attention import attend, attention_mask
-from lavida_adapter.language_model import RMSNorm
-from lavida_adapter.llada import Llada
+from lavida_adapter.language_model import LanguageModel, RMSNorm
 from lavida_adapter.relevance import LmEmbed
 from shirg import ShirgSelector
 from tests.lavida_adapter.dense import dense, may_see
@@ -50,15 +49,16 @@ VISUAL = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 0, 0]]
 PADDING = torch.tensor([[1] * 7 + [0] * 2, [1] * 9], dtype=torch.bool)
 
 
-@pytest.fixture
-def lm() -> Llada:
-    return tiny_model().lm
+@pytest.fixture(params=["llada", "dream"])
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return tiny_model(lm={"family": request.param}).lm
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_forward_against_a_second_computation(kv_heads: int) -> None:
-    lm = tiny_model(lm={"n_kv_heads": kv_heads}).lm
+def test_forward_against_a_second_computation(kv_heads: int, family: str) -> None:
+    lm = tiny_model(lm={"n_kv_heads": kv_heads, "family": family}).lm
     x = noise(2, P, D)
     everything = torch.ones(P, P, dtype=torch.bool)
     expected = torch.stack([dense(lm, row, everything, torch.arange(P)) for row in x])
@@ -71,7 +71,7 @@ def test_forward_against_a_second_computation(kv_heads: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("image_first", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_prefill_and_decode_equal_a_dense_prefix_mask(lm: Llada, padded: bool, image_first: bool) -> None:
+def test_prefill_and_decode_equal_a_dense_prefix_mask(lm: LanguageModel, padded: bool, image_first: bool) -> None:
     """The prefix sees the prefix, the answer sees everything; rows of two lengths."""
     prefix, answer = noise(2, P, D, seed=1), noise(2, A, D, seed=2)
     cache = lm.prefill(prefix, PADDING if padded else None, VISUAL if image_first else None)
@@ -87,7 +87,7 @@ def test_prefill_and_decode_equal_a_dense_prefix_mask(lm: Llada, padded: bool, i
 
 @torch.no_grad()
 @pytest.mark.parametrize("image_first", [False, True])
-def test_one_pass_with_padding_equals_rows_alone(lm: Llada, image_first: bool) -> None:
+def test_one_pass_with_padding_equals_rows_alone(lm: LanguageModel, image_first: bool) -> None:
     x = noise(2, P, D)
     states = lm(x, mask_BL=PADDING, visual_BL=VISUAL if image_first else None)
     for b in range(2):
@@ -98,7 +98,7 @@ def test_one_pass_with_padding_equals_rows_alone(lm: Llada, image_first: bool) -
 
 @torch.no_grad()
 @pytest.mark.parametrize("image_first", [False, True])
-def test_what_stands_in_padding_is_harmless(lm: Llada, image_first: bool) -> None:
+def test_what_stands_in_padding_is_harmless(lm: LanguageModel, image_first: bool) -> None:
     """Enormous numbers in padded slots change no real state by a bit, and no state is NaN."""
     x, visual = noise(2, P, D), VISUAL if image_first else None
     spoiled = x.masked_fill(~PADDING[..., None], 1e4)
@@ -113,7 +113,7 @@ def test_what_stands_in_padding_is_harmless(lm: Llada, image_first: bool) -> Non
 
 
 @torch.no_grad()
-def test_padded_answer_slots_are_not_seen(lm: Llada) -> None:
+def test_padded_answer_slots_are_not_seen(lm: LanguageModel) -> None:
     cache, answer = lm.prefill(noise(2, P, D)), noise(2, A, D, seed=4)
     real = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     states = lm.decode(answer, cache, real)
@@ -123,7 +123,7 @@ def test_padded_answer_slots_are_not_seen(lm: Llada) -> None:
 
 
 @torch.no_grad()
-def test_image_first_keys_and_values_do_not_depend_on_the_question(lm: Llada) -> None:
+def test_image_first_keys_and_values_do_not_depend_on_the_question(lm: LanguageModel) -> None:
     """Bit for bit: that is what lets one picture's cache serve many questions. With full attention they do depend."""
     first, second = noise(1, P, D, seed=5), noise(1, P, D, seed=6)
     visual = VISUAL[:1]
@@ -140,7 +140,7 @@ def test_image_first_keys_and_values_do_not_depend_on_the_question(lm: Llada) ->
 
 
 @torch.no_grad()
-def test_hidden_states_on_request(lm: Llada) -> None:
+def test_hidden_states_on_request(lm: LanguageModel) -> None:
     hidden: list[Tensor] = []
     x = noise(1, P, D)
     states = lm(x, hidden=hidden)
@@ -150,7 +150,7 @@ def test_hidden_states_on_request(lm: Llada) -> None:
 
 
 @torch.no_grad()
-def test_explicit_positions(lm: Llada) -> None:
+def test_explicit_positions(lm: LanguageModel) -> None:
     """Attention depends on distances alone, so a common shift of all positions changes nothing."""
     x = noise(1, P, D)
     shifted = lm(x, positions_BL=torch.arange(P)[None] + 17)
