@@ -20,11 +20,11 @@ from experiments.analysis.table import refresh
 from experiments.atomic_files import encode_json, read_json, write_together
 from experiments.data.sample import ids_hash
 from experiments.errors import is_user_error
+from experiments.job_names import override_key
 from experiments.jobs import results
 from experiments.jobs.results import SHOTS, SampleRow, encode_samples, read_rows
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import Scorer, score_answer, scorer_version, text_metrics
-from experiments.schema import override_key
 from experiments.sweeps import job_folders
 from shirg import MissingFileError, UserError
 

@@ -5,9 +5,7 @@ answers at once. Plug-in groups (model, selector, relevance, data, cache, logger
 (`experiments.plugins`).
 """
 
-import hashlib
 import itertools
-import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from experiments.job_names import job_name
+
 VERSION_BASE = "1.3"
 CONF = Path(__file__).resolve().parent.parent / "conf"
-
-MAX_NAME = 180
-"""File systems allow 255 bytes; suffixes of lock and temporary files need some of them."""
 
 
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
@@ -201,22 +198,6 @@ class Train(Run):
 def local_folder(path: str) -> Path | None:
     """The folder that a path names, relative to the working directory or to the repository; None if there is none."""
     return next((folder for folder in (Path(path), CONF.parent / path) if folder.is_dir()), None)
-
-
-def override_key(word: str) -> str:
-    """The key of an override: `selector.budget` of `++selector.budget=80`."""
-    return word.partition("=")[0].lstrip("+~")
-
-
-def job_name(command: str, override_dirname: str) -> str:
-    """The folder of a job, made of its overrides alone, so that the same run always lands in the same place.
-
-    No `=` and no `,`: the path must be a plain value on a later command line (`adapter=outputs/...`).
-    """
-    name = f"{command}_" + (re.sub(r"[^\w.-]+", "-", override_dirname).strip("-.") or "defaults")
-    if len(name) > MAX_NAME:
-        name = f"{name[:MAX_NAME]}-{hashlib.sha256(override_dirname.encode()).hexdigest()[:8]}"
-    return name
 
 
 def tasks_per_node(strategy: str, gpus_per_node: int | None) -> int:

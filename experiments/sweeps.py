@@ -12,7 +12,8 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from experiments.errors import ConfigError
-from experiments.schema import CONF, override_key
+from experiments.job_names import override_key
+from experiments.schema import CONF
 
 SWEEPS = CONF / "sweep"
 _REPEATED = frozenset({"model", "selector", "relevance", "budget", "ablation", "experiment", "dtype", "attention"})

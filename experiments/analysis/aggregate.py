@@ -18,6 +18,7 @@ from experiments.analysis.position_bias import probe
 from experiments.analysis.stats import Spread, estimate, over_seeds
 from experiments.atomic_files import remove_path, write_json
 from experiments.data.sample import ids_hash
+from experiments.job_names import merged_name, override_key
 from experiments.jobs.results import (
     NOT_HASHED,
     RECALL,
@@ -278,7 +279,8 @@ def merge_shards(study: Path) -> None:
     for parts in sets.values():
         ordered = [parts[number] for number in sorted(parts)]
         if len(ordered) == ordered[0][1]["config"]["shards"] and all(r["status"] == "ok" for _, r in ordered):
-            _merge_set(study / _merged_name(ordered[0][0].name), ordered)
+            names = [folder.name for folder, _ in ordered]
+            _merge_set(study / merged_name(names, ordered[0][1]["overrides"], study), ordered)
 
 
 def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
@@ -293,7 +295,7 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
         )
     rows = _in_order([read_rows(part / SAMPLES) for part, _ in parts])
     config = {**results[0]["config"], "shard": 0, "shards": 1}
-    overrides = [word for word in results[0]["overrides"] if word.partition("=")[0] != "shard"]
+    overrides = [word for word in results[0]["overrides"] if override_key(word) != "shard"]
     command = re.sub(r"shard=\d+", f"shard={','.join(map(str, range(len(parts))))}", results[0]["command"])
     remove_path(folder)
     summary = summarise(rows, tuple(results[0]["quality"]["metrics"]))
@@ -341,7 +343,3 @@ def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> d
 def _set_key(result: Result) -> str:
     """What all shards of a set share."""
     return config_hash({**result["config"], "shard": 0})
-
-
-def _merged_name(job: str) -> str:
-    return re.sub(r"_shard-\d+", "", job)

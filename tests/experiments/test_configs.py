@@ -17,7 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, schema
-from experiments.schema import CONF, VERSION_BASE, describe_groups, job_name
+from experiments.schema import CONF, VERSION_BASE, describe_groups
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig
 from lavida_adapter.lightning_module import OptimConfig
 
@@ -183,20 +183,6 @@ def test_budgets_are_names_of_the_model_or_numbers() -> None:
     for wrong in ("most", 0, -3, 1.5, True, None, "0/2 base", "1/2 most", "1/2"):
         with pytest.raises(ValueError, match=r"base \(80\).*matched, or a positive number"):
             build.resolve_budget(wrong, BUDGETS)
-
-
-def test_a_job_is_named_after_its_overrides() -> None:
-    assert job_name("eval", "") == "eval_defaults"
-    assert job_name("eval", "data.root-../my pictures_selector-shirg") == "eval_data.root-..-my-pictures_selector-shirg"
-    assert job_name("eval", "model.path-/a/b") == job_name("eval", "model.path-/a/b")
-    long = [job_name("eval", "x" * 300 + end) for end in "ab"]
-    assert long[0] != long[1]
-    assert all(len(name) < 200 for name in long)
-
-
-def test_a_path_to_a_job_is_a_plain_value_on_a_command_line() -> None:
-    name = job_name("train", "lora.rank-64_selector-shirg_data.density-[sparse,dense]")
-    assert composed("eval", f"adapter=outputs/default/{name}/adapter").adapter == f"outputs/default/{name}/adapter"
 
 
 def test_help_describes_every_option() -> None:

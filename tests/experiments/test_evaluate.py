@@ -128,10 +128,11 @@ SYSTEM = ("selector=shirg", "data.n=25", "study=s", "shots=2", "threads=1")
 
 def test_shards_equal_the_whole(eval_here: Eval) -> None:
     whole = eval_here(*SYSTEM)
+    parts = []
     for shard in (2, 0, 1):
-        assert not (whole.parent / "eval_data.n-25_selector-shirg_shards-3").exists()
-        part = eval_here(*SYSTEM, "shards=3", f"shard={shard}")
-    merged = part.parent / part.name.replace(f"_shard-{shard}", "")
+        assert {path.parent for path in whole.parent.glob("*/result.json")} == {whole, *parts}
+        parts.append(eval_here(*SYSTEM, "shards=3", f"shard={shard}"))
+    (merged,) = {path.parent for path in whole.parent.glob("*/result.json")} - {whole, *parts}
     assert [{**row, "batch": 0} for row in rows_of(merged)] == [{**row, "batch": 0} for row in rows_of(whole)]
     ours, theirs = result_of(merged), result_of(whole)
     same = ("quality", "tokens", "selection", "data", "config", "config_hash", "model", "selector", "status")
