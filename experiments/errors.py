@@ -1,22 +1,17 @@
 """Errors of commands: which ones the user can fix, what is wrong with a command line, and how a command ends with one.
 
-Nothing here loads torch, so a command line with a mistake is answered at once.
+Nothing here loads torch, so a command line with a mistake is answered at once. Hydra is loaded by what explains its
+errors alone: the GPU bench runs where there is no Hydra.
 """
 
 import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-from experiments.schema import CONF, VERSION_BASE
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 
 class ConfigError(ValueError):
@@ -28,11 +23,13 @@ class ConfigError(ValueError):
 
 def is_user_error(error: BaseException) -> bool:
     """True for an error that is raised on purpose, with a sentence for the user; False for a bug."""
-    if isinstance(error, ConfigError | OmegaConfBaseException):
+    if isinstance(error, ConfigError):
         return True
+    from omegaconf.errors import OmegaConfBaseException
+
     from shirg import UserError
 
-    return isinstance(error, UserError)
+    return isinstance(error, OmegaConfBaseException | UserError)
 
 
 def fail(sentence: str, code: int = 1) -> NoReturn:
@@ -58,6 +55,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:
     """One sentence for an error of Hydra or OmegaConf: what is wrong with the command line, and what would be right."""
+    from hydra.errors import MissingConfigException
+    from omegaconf.errors import MissingMandatoryValue
+
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if name.startswith("submitit_"):
@@ -82,6 +82,11 @@ def _first_line(text: str) -> str:
 
 def _unknown_key(key: str, command: str, argv: Sequence[str]) -> str:
     """The options that exist where the mistyped one was looked for."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    from experiments.schema import CONF, VERSION_BASE
+
     parent, _, name = key.rpartition(".")
     group = parent.split(".")[0]
     choices = _group_choices(group, argv)
@@ -109,6 +114,10 @@ def _unknown_key(key: str, command: str, argv: Sequence[str]) -> str:
 
 def _group_choices(group: str, argv: Sequence[str]) -> list[list[str]]:
     """The config choices on the command line: one list for each value that a sweep gives to `group`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from experiments.schema import CONF
+
     fixed: list[str] = []
     swept: list[str] = []
     for override in OverridesParser.create().parse_overrides([a for a in argv if not a.startswith("-")]):
@@ -120,7 +129,7 @@ def _group_choices(group: str, argv: Sequence[str]) -> list[list[str]]:
     return [[*fixed, choice] for choice in swept] or [fixed]
 
 
-def _values(override: Override) -> list[str]:
+def _values(override: "Override") -> list[str]:
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
     return [str(override.value())]

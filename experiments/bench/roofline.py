@@ -1,0 +1,115 @@
+"""`python -m experiments.bench.roofline FILE ...`: the tables of the GPU bench, with each time over its floor.
+
+The floor of a stage is its least work divided by the device's limits: bytes by the rate of a large copy, operations by
+that of a large matrix product. Limits were measured before and after the rows; the better of both counts. A time below
+its floor is shown with an exclamation mark: the limits or the time are wrong then.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.profiling import Limits, Work
+
+STAGES = ("tower", "relevance", "select", "project", "prefill", "step", "denoise", "wall")
+NOISE = 0.97
+"""A time this little below its floor is within the noise of both measurements."""
+Row = Mapping[str, Any]
+
+
+def better(first: Row, second: Row | None) -> Limits:
+    """The higher of two measurements of each limit."""
+    both = [first, second or first]
+    copy = {int(size): max(one["copy"][size] for one in both) for size in first["copy"]}
+    return Limits(copy, max(one["matmul"] for one in both))
+
+
+def times_floor(row: Row, stage: str, limits: Limits) -> float | None:
+    """The stage's median over its floor; None where its work is not known."""
+    least, ms = row.get("work", {}).get(stage), row.get("ms", {}).get(stage)
+    if least is None or ms is None:
+        return None
+    return ms / limits.floor_ms(Work(*least))
+
+
+def show(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def ratio(value: float | None) -> str:
+    return show(value) + ("!" if value is not None and value < NOISE else "")
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+
+
+def systems_table(rows: Sequence[Row], limits: Limits) -> list[str]:
+    """Milliseconds of a batch by stage, and the whole over B0's with the same engine and batch."""
+    base = {(r["engine"], r["batch"]): r["ms"]["wall"] for r in rows if r["name"] == "B0"}
+    table = [["engine", "B", "system", "tokens", "n", *STAGES, "tower x", "prefill x", "step x", "wall/B0", "GiB"]]
+    for row in rows:
+        wall = base.get((row["engine"], row["batch"]))
+        peak = row.get("peak_mib")
+        table.append(
+            [
+                row["engine"],
+                str(row["batch"]),
+                row["name"],
+                str(row["visual_tokens"]),
+                str(row["n"]),
+                *(show(row["ms"].get(stage)) for stage in STAGES),
+                *(ratio(times_floor(row, stage, limits)) for stage in ("tower", "prefill", "step")),
+                show(None if wall is None else row["ms"]["wall"] / wall, ".3f"),
+                show(None if peak is None else peak / 1024, ".1f"),
+            ]
+        )
+    return aligned(table)
+
+
+def parts_table(rows: Sequence[Row], limits: Limits) -> list[str]:
+    """One line for each time of the other parts."""
+    table = [["part", "engine", "B", "name", "what", "n", "ms", "x floor", "more"]]
+    for row in rows:
+        more = {k: v for k, v in row.items() if k in ("same", "largest_difference", "from_twin", "prefix", "kept")}
+        more |= {k: v for k, v in row.items() if k in ("relative_error", "same_token", "first_call_s", "peak_mib")}
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in more.items())
+        for stage, ms in (row.get("ms") or {"": None}).items():
+            name = [row["part"], row.get("engine", "-"), str(row.get("batch", "-")), row.get("name", "-"), stage]
+            times = times_floor(row, stage, limits)
+            table.append([*name, str(row.get("n", "-")), show(ms, ".4f"), ratio(times), shown])
+    return aligned(table)
+
+
+def lines(found: Row) -> list[str]:
+    """The tables of one file, and what failed."""
+    machine, rows = found["machine"], found["rows"]
+    limits = better(found["limits_before"], found.get("limits_after"))
+    done = [r for r in rows if "error" not in r and "skipped" not in r]
+    systems = [r for r in done if r["part"] == "systems"]
+    others = [r for r in done if r["part"] != "systems"]
+    out = [
+        f"{machine['device']}, torch {machine['torch']}, commit {machine['commit']}, "
+        + ", ".join(f"{k} {v}" for k, v in found["sizes"].items()),
+        f"copy {limits.fastest_copy / 1e12:.2f} TB/s, products {limits.matmul / 1e12:.0f} TFLOP/s; ms of a batch",
+    ]
+    out += systems_table(systems, limits) if systems else []
+    out += parts_table(others, limits) if others else []
+    for row in rows:
+        if "error" in row or "skipped" in row:
+            name = " ".join(str(row[k]) for k in ("part", "engine", "batch", "name") if k in row)
+            out.append(f"NOT MEASURED {name}: {row.get('error') or row.get('skipped')}")
+    return out
+
+
+def main(paths: Sequence[str]) -> None:
+    for path in paths:
+        print(f"\n{path}")
+        print("\n".join(lines(json.loads(Path(path).read_text()))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
