@@ -2,13 +2,14 @@
 # make test   run the tests in WORKERS=2 processes          make lint   style, types, import directions
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
 # make evidence   both for five seeds, then the sweeps of docs/results
+# make gpu    on a machine with a GPU, in nine minutes: its tests and the bench at true size, to docs/results/gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint tiny adapters ranks evidence clean
+.PHONY: setup demo test lint gpu tiny adapters ranks evidence clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The environment of this folder if there is one, else PYTHON: rented machines often bring their own torch.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.bench.gpu
 
 # Each stage starts from the weights of the stage before it. Each ends with a check (its gate); a failed check stops the
 # chain. A finished stage is not run again; to start over, delete the folder.

@@ -1,0 +1,147 @@
+"""The GPU bench, rehearsed on a CPU at toy size: its rows, its limits of time, its tables; it needs no Hydra."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.bench import gpu, roofline
+from experiments.bench.recorder import Recorder, take_turns, time_ms
+from experiments.bench.stage_times import SYSTEMS, tower_work
+from experiments.bench.true_size import published, random_model, toy
+from tests.experiments.conftest import ROOT
+
+WITHOUT_HYDRA = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("hydra", "omegaconf", "rapidfuzz"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Absent())
+from experiments.bench.true_size import main
+main(sys.argv[1:])
+"""
+
+PARTS = {"systems", "reference", "steps", "agreement", "selectors", "kernel"}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The file of a whole run at toy size, in a process that has no Hydra."""
+    file = tmp_path_factory.mktemp("gpu") / "toy.json"
+    words = ["--out", str(file), "--size", "toy", "--device", "cpu", "--dtype", "float32", "--rounds", "1"]
+    words += ["--batch", "1,2", "--engines", "eager", "--commit", "abc"]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_HYDRA, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
+def test_every_part_is_measured_without_hydra(rehearsed: dict[str, Any]) -> None:
+    rows = rehearsed["rows"]
+    assert {row["part"] for row in rows} == PARTS
+    assert [row for row in rows if "error" in row] == []
+    assert [row["part"] for row in rows if "skipped" in row] == ["kernel"], "the kernel needs a GPU"
+    systems = [row for row in rows if row["part"] == "systems"]
+    assert [(row["batch"], row["name"]) for row in systems] == [(b, name) for b in (1, 2) for name in SYSTEMS]
+    for row in systems:
+        stages = {"tower", "select", "project", "prefill", "denoise", "step", "wall"}
+        assert stages <= row["ms"].keys() and min(row["ms"].values()) > 0 and row["forwards"] == 30
+        assert sum(row["ms"][stage] for stage in stages - {"step", "wall"}) <= row["ms"]["wall"]
+    tokens = {row["name"]: row["visual_tokens"] for row in systems}
+    assert tokens == {"B0": 88, "P1": 80, "P1 matched": 88, "S1": 100, "S2": 100, "B1": 336}
+    assert {row["prefix"] - row["visual_tokens"] for row in systems} == {84}
+    assert rehearsed["machine"]["commit"] == "abc" and rehearsed["limits_after"]["matmul"] > 0
+
+
+def test_the_table_has_every_row(rehearsed: dict[str, Any]) -> None:
+    text = "\n".join(roofline.lines(rehearsed))
+    for row in rehearsed["rows"]:
+        assert str(row.get("name", row["part"])) in text
+    assert "NOT MEASURED kernel: needs CUDA" in text
+
+
+def test_a_time_below_its_floor_is_shown_with_a_mark() -> None:
+    slow = {"copy": {"100": 1e3, "1000": 2e3}, "matmul": 5e3}
+    fast = {"copy": {"100": 3e3, "1000": 1e3}, "matmul": 4e3}
+    limits = roofline.better(slow, fast)
+    assert limits.copy == {100: 3e3, 1000: 2e3} and limits.matmul == 5e3
+    row = {"ms": {"step": 400.0, "tower": 1.0}, "work": {"step": [1000.0, 1000.0]}}
+    assert roofline.times_floor(row, "step", limits) == pytest.approx(0.8)  # 1000 bytes at 2000 a second are 500 ms
+    assert roofline.ratio(0.8) == "0.80!" and roofline.ratio(0.98) == "0.98"
+    assert roofline.times_floor(row, "tower", limits) is None and roofline.ratio(None) == "-"
+
+
+def test_turns_errors_and_time_limits(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r.json", {"head": 1}, time.monotonic() + 60)
+    order: list[str] = []
+
+    def good(name: str) -> dict[str, float]:
+        order.append(name)
+        return {"x": float(len(order))}
+
+    def bad() -> dict[str, float]:
+        order.append("bad")
+        raise ValueError("no")
+
+    calls = {"a": lambda: good("a"), "bad": bad, "b": lambda: good("b")}
+    keys = {name: {"part": "p", "name": name} for name in calls}
+    take_turns(recorder, keys, calls, 2, {name: {"about": name} for name in calls})
+    assert order == ["a", "bad", "b", "a", "b", "a", "b"]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows["a"] == {"part": "p", "name": "a", "ms": {"x": 5.0}, "n": 2, "ms_all": {"x": [4.0, 6.0]}, "about": "a"}
+    assert rows["bad"]["error"] == "ValueError: no" and "raise ValueError" in rows["bad"]["traceback"]
+
+    recorder.deadline = time.monotonic() + 0.2
+    assert recorder.measure({"name": "slow"}, lambda: time.sleep(30)) is None
+    assert recorder.measure({"name": "late"}, lambda: 1) is None
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows["slow"]["error"].startswith("OutOfTime") and rows["late"]["skipped"] == "no time left"
+
+
+def test_a_process_that_hangs_is_stopped() -> None:
+    assert gpu.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.3) is None
+    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 30) == 3
+
+
+def test_the_files_with_gpu_tests(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    every = gpu.test_files()
+    assert "tests/lavida_adapter/test_engine.py" in every and "tests/experiments/test_profiling.py" in every
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    fewer = gpu.test_files()
+    assert fewer == [path for path in every if not path.startswith("tests/experiments")]
+    assert "tests/experiments/test_profiling.py" in capsys.readouterr().out
+
+
+def test_the_work_of_the_tower_is_that_of_its_matrix_products() -> None:
+    config = toy("llada")
+    tower = random_model(config, CPU, torch.float32).model.vision_tower
+    views = torch.zeros(3, 3, 64, 64)
+    counted = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal counted
+        counted += 2 * output.numel() * inputs[0].shape[-1]
+
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    tower(views)
+    n, d, layers = 64, 16, 2
+    counted += 3 * (2 * n * d * 3 * 8 * 8 + layers * 4 * n * n * d)  # patch embedding, attention
+    assert tower_work(config, 3, 4).flops == counted
+    assert published("llada").budgets["base"] == 980 and published("dream").lm.d_model == 3584
+
+
+def test_a_time_is_the_mean_of_calls_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 1.5])
+    monkeypatch.setattr("experiments.bench.recorder.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    calls: list[int] = []
+    assert time_ms(lambda: calls.append(1), CPU, 5) == 100.0
+    assert len(calls) == 5
