@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 _SWITCHES = ("prefix_attention", "drop_token_after_image")
 """Fields of the model's own config that a run may change; null leaves what the checkpoint says."""
+_SOURCE = ("revision", "vision_path")
+"""Where weights come from, beside `model.path`: a version on the hub, a SigLIP for a checkpoint without its tower."""
 
 
 def compose_command(command: str, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
@@ -102,17 +104,22 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
 
     spec = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(spec, dict)
-    known = {"path", "dtype", "config", "seed", *_SWITCHES}
+    known = {"path", "dtype", "config", "seed", *_SOURCE, *_SWITCHES}
     if unknown := sorted(str(k) for k in spec.keys() - known):
         raise UserError(f"model.{unknown[0]}: there is no such option; a model has {', '.join(sorted(known))}")
     path, sizes = spec.get("path"), spec.get("config")
     if (path is None) == (sizes is None):
         raise UserError("model: give either model.path (a checkpoint) or model.config (sizes, random weights)")
     if path is None:
+        if useless := [k for k in _SOURCE if spec.get(k) is not None]:
+            raise UserError(f"model.{useless[0]}: a model of random weights (model.config) has no such files")
         assert isinstance(sizes, dict)
         model = _random_model({str(k): v for k, v in sizes.items()}, int(spec.get("seed") or 0), cfg.dtype, device)
     else:
-        model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device)
+        source: dict[str, Any] = {k: str(spec[k]) for k in _SOURCE if spec.get(k) is not None}
+        if "vision_path" in source:
+            source["vision_path"] = local_folder(source["vision_path"]) or source["vision_path"]
+        model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device, **source)
     model.config = replace(model.config, **{k: spec[k] for k in _SWITCHES if spec.get(k) is not None})
     if cfg.attention == "flash" and find_spec("flash_attn") is None:
         raise UserError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
@@ -239,9 +246,15 @@ def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["ma
 def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.device) -> "Lavida":
     """A model of the given sizes whose tokenizer is the built-in one; its config says that it is untrained."""
     from experiments.data.synthetic.tokenizer import build_tokenizer
-    from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
+    from lavida_adapter import Lavida, LavidaConfig, VisionConfig
+    from lavida_adapter.published_config import LAYOUTS
 
-    tokenizer = build_tokenizer()
+    lm_sizes = sizes.pop("lm", {})
+    family = lm_sizes.get("family", "llada")
+    layout = next((layout for name, layout in LAYOUTS.items() if name == family), None)
+    if layout is None:
+        raise UserError(f"model.config.lm.family={family}: choose one of {', '.join(LAYOUTS)}")
+    tokenizer = build_tokenizer(family)
     special = {
         "vocab_size": len(tokenizer),
         "mask_token_id": tokenizer.mask_token_id,
@@ -250,7 +263,7 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
     }
     try:
         vision = VisionConfig(**sizes.pop("vision", {}))
-        lm = LladaConfig(**{**special, **sizes.pop("lm", {})})
+        lm = layout.config(**{**special, **lm_sizes})
         if "image_grid_pinpoints" in sizes:
             sizes["image_grid_pinpoints"] = tuple((w, h) for w, h in sizes["image_grid_pinpoints"])
         config = LavidaConfig(vision=vision, lm=lm, trained=False, **sizes)

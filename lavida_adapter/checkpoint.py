@@ -1,9 +1,11 @@
-"""Checkpoints in the published layout: loading, saving, and the checks of their files (docs/lavida.md).
+"""Checkpoints in the published layouts: loading, saving, and the comparison of their tensors with the model's.
 
-Only safetensors files are read. The model is built on the meta device and every tensor is read once, straight to its
-device and dtype, so that loading never holds a second copy of the weights. huggingface_hub's `load_torch_model` copies
-into memory that a meta model does not have, and its `load_state_dict_from_file` holds a whole file before a change of
-dtype; neither reports all missing, unexpected and misshaped tensors in one error.
+docs/lavida.md, "Checkpoint layout". The model is built on the meta device and every tensor is read once, straight to
+its device and dtype, so that loading never holds a second copy of the weights. huggingface_hub's `load_torch_model`
+copies into memory that a meta model does not have, and its `load_state_dict_from_file` holds a whole file before a
+change of dtype; neither reports all missing, unexpected and misshaped tensors in one error.
+
+Names in errors are those of the published layout, which for LLaDA are also those of our modules.
 """
 
 import hashlib
@@ -12,60 +14,71 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
+from lavida_adapter.checkpoint_files import StoredTensor, locate, open_tensors, read_json, stored_tensors
 from lavida_adapter.config import LavidaConfig
+from lavida_adapter.families import FAMILIES
 from lavida_adapter.modules import LavidaModules
-from lavida_adapter.prompt import CONTROL
+from lavida_adapter.tokenizer_files import load_tokenizer, n_rows
+from lavida_adapter.tower_files import TOWER, with_tower
 from shirg import MissingFileError, UserError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
-_VISION = "model.vision_tower.vision_tower.vision_model."
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NEWLINE = "model.image_newline"
+_LISTED = 20
+"""How many names of one kind an error lists."""
 
 M = TypeVar("M", bound=LavidaModules)
 
 
-def load(cls: type[M], source: str | Path, *, dtype: torch.dtype | str, device: torch.device) -> M:
+def load(
+    cls: type[M],
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    revision: str | None = None,
+    vision_path: str | Path | None = None,
+) -> M:
     """Builds the model on the meta device, then reads every tensor once.
 
     `dtype`: a torch dtype, its name, or "auto" for the dtype of the stored embedding. Rows of embedding and head beyond
-    the tokenizer's are cut off, as in the reference's inference.
+    the tokenizer's are cut off, as in the reference's inference. `revision` pins a version on the hub; `vision_path` is
+    a SigLIP for a checkpoint that is stored without its tower.
 
     Raises:
         MissingFileError: no checkpoint there, or no weights in it.
-        UserError: pickled weights, an unsupported config, or tensors that do not fit; one error lists them all.
+        UserError: pickled weights, an unsupported config, tensors that do not fit (one error lists them all), or
+            weights that are not finite.
     """
-    folder = locate(source)
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_tokens(config, tokenizer, folder)
-    where = tensor_files(folder)
-    shapes, stored = read_headers(where)
+    folder = locate(source, revision=revision)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, config)
+    stored = with_tower(stored_tensors(folder), vision_path, config.vision, folder)
     config = replace(config, lm=replace(config.lm, vocab_size=n_rows(tokenizer)))
     with torch.device("meta"):
         model = cls(config, tokenizer)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    absent = check_tensors(expected, shapes, folder)
-    dtype = parse_dtype(dtype, stored[WTE])
-    for path in sorted(set(where.values())):
-        with open_tensors(path) as file:
-            for name in (n for n, p in where.items() if p == path and n in expected):
-                tensor = file.get_slice(name)[: expected[name][0]]
-                _assign(model, name, tensor.to(device=device, dtype=dtype))
-    for name in absent:  # post_layernorm: in most checkpoints, but never applied
-        fill = torch.ones if name.endswith("weight") else torch.zeros
-        _assign(model, name, fill(expected[name], device=device, dtype=dtype))
+    published = published_names(model)
+    shapes = {published[own]: tuple(tensor.shape) for own, tensor in model.state_dict().items()}
+    embedding, head = (published[_name_of(model, layer.weight)] for layer in (model.lm.embedding, model.lm.head))
+    absent = check_tensors(shapes, stored, folder, config, rows=(embedding, head))
+    dtype = parse_dtype(dtype, stored[embedding].dtype)
+    broken = _read(model, {name: own for own, name in published.items()}, shapes, stored, dtype, device)
+    if broken:
+        raise UserError(
+            f"{folder} has NaN or infinity, as {str(dtype).removeprefix('torch.')}, in {_listed(broken)}: download the "
+            "checkpoint again, or choose a wider dtype"
+        )
+    for name in absent:  # in most checkpoints, but never applied
+        fill = torch.ones if name.endswith("norm.weight") else torch.zeros
+        _assign(model, name, fill(shapes[name], device=device, dtype=dtype))
     positions = torch.arange(config.vision.side**2, device=device).expand(1, -1)
     embeddings = model.model.vision_tower.vision_tower.vision_model.embeddings
     embeddings.register_buffer("position_ids", positions, persistent=False)
@@ -73,6 +86,38 @@ def load(cls: type[M], source: str | Path, *, dtype: torch.dtype | str, device: 
     if left:
         raise RuntimeError(f"tensors without memory after loading {folder}: {', '.join(left)}")
     return model.eval()
+
+
+def _read(
+    model: nn.Module,
+    own: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredTensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[str]:
+    """Reads every tensor that the model has; returns the names of those that are not finite."""
+    broken = []
+    for path in sorted({tensor.file for tensor in stored.values()}):
+        with open_tensors(path) as file:
+            for name in (n for n in shapes if n in stored and stored[n].file == path):
+                part = file.get_slice(stored[name].name)[: shapes[name][0]]
+                tensor = part.to(device=device, dtype=dtype)
+                # Smallest and largest number: one pass without memory of its own, and NaN is both.
+                if not tensor.is_meta and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                    broken.append(name)
+                _assign(model, own[name], tensor)
+    return broken
+
+
+def published_names(model: LavidaModules) -> dict[str, str]:
+    """Name of each tensor in our tree -> its name in the published layout."""
+    family = FAMILIES[model.config.lm.family]
+    return {name: family.published_name(name) for name in model.state_dict()}
+
+
+def _name_of(model: nn.Module, parameter: Tensor) -> str:
+    return next(name for name, p in model.named_parameters() if p is parameter)
 
 
 def save(model: LavidaModules, folder: Path, *, max_shard_size: int | str = "5GB") -> None:
@@ -83,7 +128,8 @@ def save(model: LavidaModules, folder: Path, *, max_shard_size: int | str = "5GB
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        names = published_names(model)
+        tensors = {names[own]: tensor.detach().cpu().contiguous() for own, tensor in state.items()}
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         (temporary / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         model.tokenizer.save_pretrained(temporary)
@@ -114,53 +160,12 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
     return sha.hexdigest()
 
 
-def locate(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a name that is no folder is downloaded from the hub."""
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise MissingFileError(f"model.path={source}: no such checkpoint folder")
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-    except Exception as error:
-        raise MissingFileError(
-            f"model.path={source}: no such local folder, and the download from the hub failed "
-            f"({type(error).__name__}); download the checkpoint once and give its folder"
-        ) from error
-
-
 def read_config(folder: Path) -> LavidaConfig:
     """The config of a checkpoint; MissingFileError without a config.json."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{folder} has no config.json: it is not a checkpoint folder")
     return LavidaConfig.from_dict(read_json(path))
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint, from its own tokenizer.json."""
-    if not (folder / "tokenizer.json").is_file():
-        raise MissingFileError(f"{folder} has no tokenizer.json: copy the tokenizer files of the checkpoint there")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises a bare Exception for a broken file
-        raise UserError(f"the tokenizer files in {folder} cannot be read: {first_line(error)}") from error
-
-
-def check_tokens(config: LavidaConfig, tokenizer: Any, folder: Path) -> None:
-    """Raises UserError unless the tokenizer has the prompt's control tokens, with the ids in config.json."""
-    known = tokenizer.get_added_vocab()
-    absent = [token for token in CONTROL if token not in known]
-    if absent:
-        raise UserError(f"the tokenizer in {folder} lacks {', '.join(absent)}: it is not LLaDA's")
-    for token, name in (("<|mdm_mask|>", "mask_token_id"), ("<|endoftext|>", "eos_token_id")):
-        if (given := getattr(config.lm, name)) != known[token]:
-            raise UserError(f"{folder}: config.json says {name}={given}, but the tokenizer's {token} is {known[token]}")
-
-
-def n_rows(tokenizer: Any) -> int:
-    """How many rows of the embedding the tokenizer can address: its length, unless its added tokens leave gaps."""
-    return max(len(tokenizer), 1 + max(tokenizer.get_added_vocab().values()))
 
 
 def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype | None) -> torch.dtype:
@@ -180,107 +185,50 @@ def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype | None) -> torch.d
     return found
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index of a sharded checkpoint or from the single file."""
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise UserError(f"{folder / INDEX} has no weight_map: download the checkpoint again")
-        absent = sorted({file for file in index.values() if not (folder / file).is_file()})
-        if absent:
-            raise MissingFileError(f"{folder}: {INDEX} names {', '.join(absent)}, which do not exist")
-        files = {name: folder / file for name, file in index.items()}
-    elif (folder / SINGLE).is_file():
-        with open_tensors(folder / SINGLE) as file:
-            files = {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118 (not a dict)
-    else:
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise UserError(
-                f"{folder} holds pickled weights only ({', '.join(pickles[:3])}): loading a pickle can run any code, "
-                "so it is refused; convert the checkpoint to safetensors"
-            )
-        raise MissingFileError(f"{folder} has no {SINGLE} and no {INDEX}: there are no weights to load")
-    for path in sorted({p for p in files.values() if p.suffix != ".safetensors"}):
-        raise UserError(
-            f"{path} is not a safetensors file: loading a pickle can run any code, so it is refused; convert the "
-            "checkpoint to safetensors"
-        )
-    return files
-
-
-def read_headers(where: Mapping[str, Path]) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype | None]]:
-    """Shape and dtype of every stored tensor, from the headers; the dtype is None if nothing can be computed in it."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype | None] = {}
-    for path in sorted(set(where.values())):
-        with open_tensors(path) as file:
-            names = [name for name, p in where.items() if p == path]
-            absent = set(names) - set(file.keys())
-            if absent:
-                raise UserError(f"{path} lacks tensors that {INDEX} lists for it: {', '.join(sorted(absent)[:5])}")
-            for name in names:
-                header = file.get_slice(name)
-                shapes[name] = tuple(header.get_shape())
-                dtypes[name] = _DTYPES.get(header.get_dtype())
-    return shapes, dtypes
-
-
 def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]], folder: Path
+    expected: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, StoredTensor],
+    folder: Path,
+    config: LavidaConfig,
+    *,
+    rows: Collection[str],
 ) -> set[str]:
     """Compares names and shapes; returns the optional tensors that are absent.
 
-    Accepted: more rows in embedding and head, a further vision layer or a pooling head (ignored), no post_layernorm.
+    Accepted: more rows in the tensors of `rows`, a further vision layer or a pooling head (ignored), no
+    post_layernorm, and no newline vector where pictures have no rows.
 
     Raises:
-        UserError: one error that lists all missing, unexpected and misshaped tensors.
+        UserError: one error that lists all missing, unexpected and misshaped tensors, and those of integers.
     """
-    optional = {name for name in expected if "post_layernorm" in name}
-    layer = re.compile(re.escape(_VISION) + r"encoder\.layers\.(\d+)\.")
+    unpads = config.mm_patch_merge_type == "spatial_unpad"
+    optional = {name for name in expected if "post_layernorm" in name or (name == NEWLINE and not unpads)}
+    layer = re.compile(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.")
     n_layers = 1 + max((int(m[1]) for name in expected if (m := layer.match(name))), default=-1)
-    ignored = re.compile(re.escape(_VISION) + rf"(head\..*|encoder\.layers\.{n_layers}\..*|embeddings\.position_ids)")
+    ignored = re.compile(re.escape(TOWER) + rf"(head\..*|encoder\.layers\.{n_layers}\..*|embeddings\.position_ids)")
     missing = sorted(expected.keys() - stored.keys() - optional)
-    extra = sorted(name for name in stored.keys() - expected.keys() if not ignored.fullmatch(name))
+    both = sorted(expected.keys() & stored.keys())
     wrong = []
-    for name in sorted(expected.keys() & stored.keys()):
-        want, have = expected[name], stored[name]
-        longer = name in (WTE, HEAD) and len(have) == 2 and have[0] >= want[0] and have[1] == want[1]
+    for name in both:
+        want, have = expected[name], stored[name].shape
+        longer = name in rows and len(have) == 2 and have[0] >= want[0] and have[1] == want[1]
         if have != want and not longer:
-            least = "at least " if name in (WTE, HEAD) else ""
-            wrong.append(f"{name} is {list(have)}, expected {least}{list(want)}")
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
-        for names, what in ((missing, "missing"), (wrong, "of the wrong shape"), (extra, "unexpected"))
-        if names
-    ]
+            wrong.append(f"{name} is {list(have)}, expected {'at least ' if name in rows else ''}{list(want)}")
+    note = f"{NEWLINE} (which mm_patch_merge_type={config.mm_patch_merge_type} puts behind every row of a picture)"
+    kinds = {
+        "missing": [note if name == NEWLINE else name for name in missing],
+        "of the wrong shape": wrong,
+        "of integers (quantised weights are not supported)": [name for name in both if stored[name].of_integers],
+        "unexpected": sorted(name for name in stored.keys() - expected.keys() if not ignored.fullmatch(name)),
+    }
+    problems = [f"{len(names)} {what}: {_listed(names)}" for what, names in kinds.items() if names]
     if problems:
         raise UserError(f"the tensors in {folder} do not fit its config.json: {'; '.join(problems)}")
     return optional - stored.keys()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; UserError names a file without one."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return found
-
-
-def open_tensors(path: Path) -> Any:
-    """Opens a safetensors file, as a context manager; UserError names a file that cannot be read."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

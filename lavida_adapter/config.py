@@ -11,6 +11,16 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from lavida_adapter.lm_config import LanguageModelConfig, LladaConfig
+from lavida_adapter.published_config import (
+    LAYOUTS,
+    family_of,
+    mistyped,
+    pick,
+    read_language_model,
+    unsupported,
+    with_rope,
+    write_language_model,
+)
 from shirg import UserError
 
 PrefixAttention = Literal["full", "image_first"]
@@ -36,36 +46,6 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
-# Features of the LLaDA code base that the published model does not use; other values raise.
-_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "block_type": ("llama",),
-    "layer_norm_type": ("rms",),
-    "activation_type": ("silu",),
-    "block_group_size": (1,),
-    "alibi": (False,),
-    "rope": (True,),
-    "rope_full_precision": (True,),
-    "attention_layer_norm": (False,),
-    "layer_norm_with_affine": (True,),
-    "bias_for_layer_norm": (False, None),
-    "include_bias": (False,),
-    "include_qkv_bias": (False, None),
-    "multi_query_attention": (None, False),
-    "input_emb_norm": (False,),
-    "scale_logits": (False,),
-    "weight_tying": (False,),
-    "attention_dropout": (0.0,),
-    "residual_dropout": (0.0,),
-    "embedding_dropout": (0.0,),
-    "mm_projector_type": ("mlp2x_gelu",),
-    "mm_resampler_type": (None,),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
-    "add_faster_video": (False,),
-    "use_pos_skipping": (False,),
-    "tokenizer_padding_side": ("right",),
-}
-
 DEFAULT_SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
@@ -86,8 +66,9 @@ class LavidaConfig:
     tokenizer_model_max_length: int = 4096
     prefix_attention: PrefixAttention = "full"
     """"full": picture and question are one bidirectional block; "image_first": picture tokens see the picture alone."""
-    drop_token_after_image: bool = True
-    """The reference loses the first token after each image at inference; False keeps it (docs/lavida.md, "Prompt")."""
+    drop_token_after_image: bool | None = None
+    """The reference of LLaDA loses the first token after each picture at inference (True), that of Dream keeps it
+    (False); None: as the family's reference (docs/lavida.md, "Prompt")."""
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
     budgets: Mapping[str, int] = field(default_factory=dict)
     """Named token budgets. The defaults follow from the largest canvas: "base" is its number of pooled tokens, "full"
@@ -96,6 +77,8 @@ class LavidaConfig:
     """False for random weights; tables and reports show it."""
 
     def __post_init__(self) -> None:
+        _check_positive(self.vision)
+        _check_positive(self.lm)
         if self.vision.hidden_size % self.vision.num_attention_heads or self.lm.d_model % (2 * self.lm.n_heads):
             raise UserError("config: the widths must be divisible by the number of heads (and head size must be even)")
         if self.lm.n_heads % self.lm.n_kv_heads:
@@ -105,6 +88,8 @@ class LavidaConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.drop_token_after_image is None:
+            object.__setattr__(self, "drop_token_after_image", LAYOUTS[self.lm.family].drops_token_after_image)
         size = self.vision.image_size
         if not self.image_grid_pinpoints:
             raise UserError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
@@ -125,34 +110,32 @@ class LavidaConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Reads a published (flat) config.json; raises one UserError that lists all unsupported values."""
+        """Reads a published (flat) config.json of either family.
+
+        Raises:
+            UserError: another model's file; or unsupported values, all of them in one error.
+        """
+        layout = LAYOUTS[family_of(raw)]
+        raw = with_rope(raw)
         tower = raw.get("vision_config") or {}
-        wrong = [
-            f"{name}={raw[name]!r} (supported: {', '.join(map(repr, allowed))})"
-            for name, allowed in _ONLY_SUPPORTED.items()
-            if name in raw and raw[name] not in allowed
-        ]
-        wrong += [*_mistyped(LladaConfig, raw), *_mistyped(cls, raw), *_mistyped(VisionConfig, tower)]
+        wrong = unsupported(raw, layout)
+        wrong += mistyped(cls, raw)
+        wrong += mistyped(VisionConfig, tower) if isinstance(tower, Mapping) else [f"vision_config={tower!r}"]
+        if not isinstance(raw.get("drop_token_after_image"), bool | None):
+            wrong.append(f"drop_token_after_image={raw['drop_token_after_image']!r} (not of type bool)")
         if wrong:
-            raise UserError("config.json has values that LaViDa-LLaDA does not support: " + "; ".join(wrong))
-        lm = _pick(LladaConfig, raw)
-        # LLaDA names the rows of its embedding `embedding_size` and falls back to `vocab_size`.
-        lm["vocab_size"] = raw.get("embedding_size") or raw.get("vocab_size", LladaConfig.vocab_size)
-        if raw.get("n_kv_heads") is None and "n_heads" in raw:
-            lm["n_kv_heads"] = raw["n_heads"]
-        if raw.get("mlp_hidden_size") is None and "d_model" in raw:
-            lm["mlp_hidden_size"] = raw["d_model"] * raw.get("mlp_ratio", 4)
-        own = _pick(cls, raw)
+            raise UserError(f"config.json has values that {layout.title} does not support: " + "; ".join(wrong))
+        own = pick(cls, raw, without=("vision", "lm"))
         if "image_aspect_ratio" in own:
             own["image_aspect_ratio"] = own["image_aspect_ratio"] or "resize"
         if "image_grid_pinpoints" in own:
             own["image_grid_pinpoints"] = _canvases(own["image_grid_pinpoints"])
-        vision = VisionConfig(**_pick(VisionConfig, tower))
+        vision = VisionConfig(**pick(VisionConfig, tower))
         if raw.get("mm_hidden_size") not in (None, vision.hidden_size):
             raise UserError(
                 f"config.json: mm_hidden_size={raw['mm_hidden_size']} but the tower is {vision.hidden_size} wide"
             )
-        own |= {"vision": vision, "lm": LladaConfig(**lm)}
+        own |= {"vision": vision, "lm": read_language_model(raw, layout)}
         return cls(**own)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,11 +144,7 @@ class LavidaConfig:
         own["image_grid_pinpoints"] = [list(p) for p in self.image_grid_pinpoints]
         own["budgets"] = dict(self.budgets)
         return {
-            "architectures": ["LlavaLLaDAModelLM"],
-            "model_type": "llava_llada",
-            **{name: allowed[0] for name, allowed in _ONLY_SUPPORTED.items()},
-            **asdict(self.lm),
-            "embedding_size": self.lm.vocab_size,
+            **write_language_model(self.lm),
             "mm_hidden_size": self.vision.hidden_size,
             "vision_config": asdict(self.vision),
             **own,
@@ -180,6 +159,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _check_positive(part: VisionConfig | LanguageModelConfig) -> None:
+    sizes = {f.name: getattr(part, f.name) for f in fields(part) if not f.name.endswith("_id")}
+    if wrong := {name: n for name, n in sizes.items() if isinstance(n, int | float) and not n > 0}:
+        given = ", ".join(f"{name}={n}" for name, n in wrong.items())
+        raise UserError(f"config: {given}: every size of {type(part).__name__} must be positive")
+
+
 def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
     """Pairs of integers; the file may hold the list as a string."""
     try:
@@ -187,19 +173,3 @@ def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
         return tuple((int(w), int(h)) for w, h in pairs)
     except (SyntaxError, TypeError, ValueError):
         raise UserError(f"config.json: image_grid_pinpoints={value!r} is not a list of [width, height]") from None
-
-
-def _mistyped(cls: type, raw: Mapping[str, Any]) -> list[str]:
-    """Descriptions of the entries of `raw` whose type differs from that of the field's default."""
-    kinds: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
-    return [
-        f"{f.name}={raw[f.name]!r} (not of type {type(f.default).__name__})"
-        for f in fields(cls)
-        if raw.get(f.name) is not None and type(f.default) in kinds and type(raw[f.name]) not in kinds[type(f.default)]
-    ]
-
-
-def _pick(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `raw` that name a plain field of the dataclass; null leaves the default where it means nothing."""
-    names = {f.name for f in fields(cls)} - {"vision", "lm"}
-    return {k: v for k, v in raw.items() if k in names and (v is not None or k in ("image_aspect_ratio", "init_std"))}

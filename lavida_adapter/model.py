@@ -39,10 +39,20 @@ class Lavida(LavidaModules):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        vision_path: str | Path | None = None,
     ) -> Self:
-        """Loads a folder or hub repository in the published layout; see `lavida_adapter.checkpoint`."""
-        return load(cls, source, dtype=dtype, device=torch.device(device))
+        """Loads a folder or hub repository in the published layout; see `lavida_adapter.checkpoint`.
+
+        `revision` pins a version on the hub; `vision_path` is a SigLIP for a checkpoint stored without its tower.
+        """
+        device = torch.device(device)
+        return load(cls, source, dtype=dtype, device=device, revision=revision, vision_path=vision_path)
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Writes the published layout: config.json, safetensors weights in one file or shards, tokenizer."""

@@ -1,16 +1,17 @@
-"""The prompt: LLaDA's chat template with a placeholder for the picture, and the targets of a training example.
+"""The prompt: turns in the language model's chat template with placeholders for pictures, and a training example.
 
-docs/lavida.md, "Prompt". The template is rendered here and not by the tokenizer, because the texts of a dataset must
-stay text: the picture is a placeholder id, and control tokens are recognised in the template only. A question that
-contains "<image>" or "<|eot_id|>" stays a question.
+docs/lavida.md, "Prompt". The picture is a placeholder id and control tokens are recognised in the template only: a
+question that contains "<image>" or "<|eot_id|>" stays a question.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
+from lavida_adapter.chat_template import ChatTemplate, Piece
 from lavida_adapter.config import LavidaConfig
+from lavida_adapter.families import FAMILIES
 from shirg import UserError
 
 IMAGE = -200
@@ -18,46 +19,41 @@ IMAGE = -200
 IGNORE = -100
 """Label of positions that are not targets."""
 
-BOS, EOT = "<|startoftext|>", "<|eot_id|>"
-CONTROL = (BOS, "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>", EOT)
-"""The control tokens of a LLaDA tokenizer."""
-
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and its answer; targets are the answer and the closing end-of-turn."""
+    """Token ids of a prompt and its answer; targets are the answer and the end of its turn."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
-class Piece(NamedTuple):
-    """A part of a prompt."""
-
-    text: str
-    is_template: bool
-    """Whether the text of a control token is that token; in a dataset's text it is ordinary text."""
+def template_of(config: LavidaConfig) -> ChatTemplate:
+    """The chat template of a model's language model."""
+    return FAMILIES[config.lm.family].template
 
 
-def header(role: str) -> str:
-    """The beginning of a turn of "system", "user" or "assistant"."""
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+def render(turns: Sequence[str], config: LavidaConfig, *, n_images: int = 1) -> tuple[tuple[Piece, ...], ...]:
+    """The prompt, cut at the pictures: `n_images` + 1 chunks.
 
-
-def render(turns: Sequence[str], config: LavidaConfig) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """The prompt before and after the picture.
-
-    `turns` alternate between user and assistant and end with the user; the picture is at the beginning of the first.
+    `turns` alternate between user and assistant and end with the user; the pictures are at the beginning of the first.
     """
     if not len(turns) % 2:
         raise UserError(f"a conversation of {len(turns)} turns does not end with the user: drop the last turn")
-    before = Piece(BOS + header("system") + config.system_prompt.strip() + EOT + header("user"), True)
-    # The line break is part of the user's message: both are tokenised as one text.
-    texts = ["\n" + turns[0].rstrip(), *(turn.strip() for turn in turns[1:])]
-    after: list[Piece] = []
-    for i, text in enumerate(texts):
-        after += [Piece(text, False), Piece(EOT + header("user" if i % 2 else "assistant"), True)]
-    return (before,), tuple(after)
+    template = template_of(config)
+    system = template.content(config.system_prompt)
+    opening = Piece(template.start + template.head("system") + system + template.end, True)
+    if n_images:
+        # The line break is part of the user's message: both are tokenised as one text.
+        first = template.content("<image>\n" + turns[0]).removeprefix("<image>")
+        chunks = [[opening, Piece(template.head("user"), True)], *([Piece(" ", False)] for _ in range(n_images - 1))]
+        chunks.append([Piece(first, False), Piece(template.end, True)])
+    else:
+        chunks = [[opening, *template.turn("user", turns[0])]]
+    for i, text in enumerate(turns[1:]):
+        chunks[-1] += template.turn("user" if i % 2 else "assistant", text)
+    chunks[-1].append(Piece(template.head("assistant"), True))
+    return tuple(map(tuple, chunks))
 
 
 def prompt_ids(
@@ -65,22 +61,27 @@ def prompt_ids(
 ) -> tuple[int, ...]:
     """Ids of the whole prompt with one `IMAGE` placeholder; `history`: earlier turns of user and assistant.
 
-    At inference the reference drops the first token after the picture (the newline); `config.drop_token_after_image`
-    reproduces that. Training keeps it.
+    At inference LLaDA's reference drops the first token after the picture (the newline);
+    `config.drop_token_after_image` reproduces that. Training keeps it.
     """
     chunks = [encode(tokenizer, pieces) for pieces in render([*history, question], config)]
-    return join_at_images(chunks, drop_first=config.drop_token_after_image and not training)
+    return join_at_images(chunks, drop_first=bool(config.drop_token_after_image) and not training)
+
+
+def answer_pieces(answer: str, config: LavidaConfig) -> tuple[Piece, ...]:
+    """The targets of a training example: the answer and the end of its turn."""
+    template = template_of(config)
+    return Piece(template.content(answer), False), Piece(template.end, True)
 
 
 def training_example(
     tokenizer: Any, question: str, answer: str, config: LavidaConfig, *, history: Sequence[str] = ()
 ) -> Example:
-    """Ids of one round of a conversation. The answer is stripped, as the template strips every message."""
-    text = answer.strip()
-    if not text:
+    """Ids of one round of a conversation. The answer is stripped where the template strips every content."""
+    if not answer.strip():
         raise UserError(f"the training example {question!r} has an empty answer: drop it from the data")
     prompt = prompt_ids(tokenizer, question, config, history=history, training=True)
-    return Example(prompt, encode(tokenizer, [Piece(text, False), Piece(EOT, True)]))
+    return Example(prompt, encode(tokenizer, answer_pieces(answer, config)))
 
 
 def encode(tokenizer: Any, pieces: Iterable[Piece]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from experiments.data.sample import Dataset, Listed, Sample
 from lavida_adapter.lightning_module import LavidaModule
-from lavida_adapter.prompt import BOS, EOT, header, prompt_ids
+from lavida_adapter.prompt import prompt_ids, template_of
 from shirg import UserError
 
 NO_ROOM = "whose prompt leaves no room for the answer"
@@ -22,12 +22,15 @@ class LengthFilter:
 
     def __init__(self, stage: LavidaModule) -> None:
         self.stage, self.config = stage, stage.model.config
-        self.template = "".join([BOS, header("system"), self.config.system_prompt, *[EOT + header("assistant")] * 2])
+        template = template_of(self.config)
+        self.turn = template.end + template.head("assistant")
+        """What is around every text; the header of the longest role."""
+        self.template = template.start + template.head("system") + self.config.system_prompt + 2 * self.turn
 
     def __call__(self, sample: Sample) -> bool:
         turns = [*sample.history, sample.prompt]
         # A token is at least one byte, so few texts have to be tokenised.
-        longest = len((self.template + "".join(turns)).encode()) + len(turns) * len(EOT + header("assistant"))
+        longest = len((self.template + "".join(turns)).encode()) + len(turns) * len(self.turn)
         limit = self.config.tokenizer_model_max_length
         if longest + self.most_visual < limit:
             return True

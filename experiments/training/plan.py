@@ -24,20 +24,22 @@ from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
 from experiments.training.stages import make_trainable, objective_config, optim_config
 from experiments.training.trainer import frozen_linears
-from lavida_adapter import Lavida, LavidaConfig
-from lavida_adapter.checkpoint import load_tokenizer, n_rows, read_config
+from lavida_adapter import DreamConfig, LanguageModelConfig, Lavida, LavidaConfig, LladaConfig
+from lavida_adapter.checkpoint import read_config
 from lavida_adapter.lightning_module import LavidaModule
 from lavida_adapter.lora import part_of
 from lavida_adapter.memory_estimate import Shape, footprint
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prompt import training_example
+from lavida_adapter.tokenizer_files import load_tokenizer, n_rows
 from lavida_adapter.views import geometry_layout, pooled_count
 from shirg import MissingFileError, Selector, UserError
 
-PUBLISHED = "jacklishufan/lavida-llada-v1.0-instruct"
-"""The published checkpoint. Its sizes are the defaults of `LavidaConfig`."""
-ROWS = 126349
-"""Rows of its embedding after loading: the tokenizer's length (docs/lavida.md, "Constants")."""
+PUBLISHED: Mapping[str, LanguageModelConfig] = {
+    "jacklishufan/lavida-llada-v1.0-instruct": LladaConfig(vocab_size=126349),
+    "jacklishufan/lavida-dream-v1.0-instruct": DreamConfig(vocab_size=151667),
+}
+"""The published checkpoints, with as many rows of the embedding as the tokenizer has (docs/lavida.md)."""
 OPTIMISER = 4 + 4 + 8
 """Bytes per trained parameter: the parameter, its gradient and AdamW's two moments, all float32."""
 SAMPLES = 8
@@ -71,7 +73,7 @@ def plan(cfg: DictConfig) -> None:
 
     Raises:
         UserError: a stage that has no plan, or input that the run itself would refuse.
-        MissingFileError: a checkpoint that is neither here nor the published one.
+        MissingFileError: a checkpoint that is neither here nor a published one.
     """
     if cfg.stage not in ("adapt", "base"):
         raise UserError(f"plan=true: stage={cfg.stage} makes the tiny model's base in minutes and has no plan")
@@ -103,14 +105,15 @@ def skeleton(cfg: DictConfig) -> Lavida:
         return build.build_model(cfg, torch.device("meta"))
     folder = local_folder(str(path))
     if folder is not None:
-        tokenizer = load_tokenizer(folder)
-        config, rows = read_config(folder), n_rows(tokenizer)
-    elif path == PUBLISHED:
-        config, tokenizer, rows = LavidaConfig(), FourCharacters(), ROWS
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder, config)
+        config = replace(config, lm=replace(config.lm, vocab_size=n_rows(tokenizer)))
+    elif path in PUBLISHED:
+        config, tokenizer = LavidaConfig(lm=PUBLISHED[path]), FourCharacters()
     else:
         raise MissingFileError(f"plan=true downloads nothing, and model.path={path} is not a folder here; give one")
     with torch.device("meta"):
-        model = Lavida(replace(config, lm=replace(config.lm, vocab_size=rows)), tokenizer)
+        model = Lavida(config, tokenizer)
     return model.to(getattr(torch, str(cfg.dtype))).eval().requires_grad_(False)
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS, LETTERS, SHAPES
-from experiments.data.synthetic.tokenizer import SPECIAL, build_tokenizer, glyph_tokens
+from experiments.data.synthetic.tokenizer import CONTROL, build_tokenizer, glyph_tokens
 
 TOKENIZER = build_tokenizer()
 WORDS = ["digit ", "letter ", "shape ", "kind", "colour", "red", "triangle", "system", "user", "assistant", "\n\n"]
@@ -53,17 +53,34 @@ def test_whole_words_only() -> None:
     assert encode("a red, red. red!").count(encode("red")[0]) == 3
 
 
-def test_special_tokens() -> None:
-    assert TOKENIZER.bos_token == "<|startoftext|>"
-    assert TOKENIZER.eos_token == TOKENIZER.pad_token == "<|endoftext|>"
-    assert TOKENIZER.mask_token == "<|mdm_mask|>"
-    ids = TOKENIZER.convert_tokens_to_ids(list(SPECIAL))
-    assert len(set(ids)) == len(SPECIAL) and min(ids) >= 256
-    prompt = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\ndigit red<|eot_id|>"
-    assert len(encode(prompt)) <= 8
-    assert TOKENIZER.decode(encode(prompt)) == prompt
-    spoken = TOKENIZER.decode(encode(prompt), skip_special_tokens=True)
-    assert spoken.endswith("digit red") and "<|" not in spoken
+@pytest.mark.parametrize(
+    ("family", "bos", "mask", "prompt", "length"),
+    [
+        (
+            "llada",
+            "<|startoftext|>",
+            "<|mdm_mask|>",
+            "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\ndigit red<|eot_id|>",
+            5,
+        ),
+        ("dream", "<|beginoftext|>", "<|mask|>", "<|im_start|>user\ndigit red<|im_end|>\n", 4),
+    ],
+)
+def test_special_tokens(family: str, bos: str, mask: str, prompt: str, length: int) -> None:
+    words = build_tokenizer(family)
+    special = CONTROL[family].special
+    assert (words.bos_token, words.mask_token) == (bos, mask)
+    assert words.eos_token == words.pad_token == "<|endoftext|>"
+    ids = words.convert_tokens_to_ids(list(special))
+    assert len(set(ids)) == len(special) and min(ids) >= 256
+    assert {bos, mask, "<|endoftext|>"} <= set(special)
+    encoded = words.encode(prompt, add_special_tokens=False)
+    assert len(encoded) == length
+    assert words.decode(encoded) == prompt
+    assert words.decode(encoded, skip_special_tokens=True) == "digit red"
+    assert [len(words.encode(text, add_special_tokens=False)) for text in CONTROL[family].joined] == [1] * len(
+        CONTROL[family].joined
+    )
 
 
 def test_nothing_is_added() -> None:

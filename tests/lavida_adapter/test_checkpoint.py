@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baselines import Pooled
-from lavida_adapter import DecodeConfig, Lavida, checkpoint
-from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE, fingerprint
+from lavida_adapter import DecodeConfig, Lavida, checkpoint, checkpoint_files
+from lavida_adapter.checkpoint import fingerprint
+from lavida_adapter.checkpoint_files import INDEX, SINGLE
 from tests.lavida_adapter.tiny import picture, tiny_model
 
+WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -258,15 +260,17 @@ def test_the_fingerprint_tells_bases_apart(model: Lavida, other: Lavida) -> None
 def test_a_hub_id_is_downloaded_without_pickles(
     model: Lavida, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[tuple[str, list[str]]] = []
+    asked: list[tuple[str, str | None, list[str]]] = []
 
-    def download(repo: str, *, allow_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
-        return str(shutil.copytree(folder, tmp_path / "hub"))
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision, allow_patterns))
+        return str(shutil.copytree(folder, tmp_path / "hub", dirs_exist_ok=True))
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", download)
     assert same(Lavida.from_pretrained("somebody/lavida"), model)
-    assert asked == [("somebody/lavida", ["*.json", "*.safetensors", "*.txt", "*.model"])]
+    assert same(Lavida.from_pretrained("somebody/lavida", revision="1a2b3c"), model)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    assert asked == [("somebody/lavida", None, patterns), ("somebody/lavida", "1a2b3c", patterns)]
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from lavida_adapter import Lavida, LoraConfig, add_lora, checkpoint
-from lavida_adapter.checkpoint import HEAD, INDEX, SINGLE, WTE
+from lavida_adapter import Lavida, LoraConfig, add_lora, checkpoint_files
+from lavida_adapter.checkpoint_files import INDEX, SINGLE
 from shirg import MissingFileError, UserError
-from tests.lavida_adapter.test_checkpoint import edit_config, rewrite
+from tests.lavida_adapter.test_checkpoint import HEAD, WTE, edit_config, rewrite
 from tests.lavida_adapter.tiny import tiny_model
 
 
@@ -159,7 +159,8 @@ def test_all_mismatches_in_one_error(folder: Path) -> None:
     rows = len(tiny_model().tokenizer)
     for part in (
         f"the tensors in {folder} do not fit its config.json: ",
-        "2 missing: model.image_newline, model.transformer.blocks.0.q_proj.weight;",
+        "2 missing: model.image_newline (which mm_patch_merge_type=spatial_unpad puts behind every row of a picture), "
+        "model.transformer.blocks.0.q_proj.weight;",
         "4 of the wrong shape: ",
         "model.mm_projector.0.weight is [31, 16], expected [32, 16]",
         "model.transformer.ln_f.weight is [32, 1], expected [32]",
@@ -210,7 +211,7 @@ def test_a_hub_that_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nLong explanation.")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", offline)
     sentence = refusal("somebody/lavida", MissingFileError)
     for word in ("model.path=somebody/lavida", "no such local folder", "LocalEntryNotFoundError", "give its folder"):
         assert word in sentence

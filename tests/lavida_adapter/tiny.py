@@ -20,14 +20,14 @@ SIZES = ((40, 40), (30, 22), (38, 16), (100, 26), (12, 70))
 
 
 @cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+def tokenizer(family: str = "llada") -> PreTrainedTokenizerFast:
+    return build_tokenizer(family)
 
 
 def tiny_config(*, lm: dict[str, Any] | None = None, vision: dict[str, Any] | None = None, **own: Any) -> LavidaConfig:
     """Torch's own initialisation and wide embeddings make the logits of random weights differ clearly."""
-    words = tokenizer()
-    family = {"llada": LladaConfig, "dream": DreamConfig}[(lm or {}).get("family", "llada")]
+    name = (lm or {}).get("family", "llada")
+    words, family = tokenizer(name), {"llada": LladaConfig, "dream": DreamConfig}[name]
     small = family(
         d_model=32,
         n_heads=4,
@@ -58,7 +58,8 @@ def tiny_model(seed: int = 0, **changes: Any) -> Lavida:
     """A fresh model; the global random state is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Lavida(tiny_config(**changes), tokenizer()).eval()
+        config = tiny_config(**changes)
+        return Lavida(config, tokenizer(config.lm.family)).eval()
 
 
 def picture(size: tuple[int, int], seed: int = 0) -> Image.Image:

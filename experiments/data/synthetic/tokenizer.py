@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: bytes, LLaDA's special tokens, and whole words for the synthetic tasks.
+"""The tiny models' tokenizers: bytes, a language model's control tokens, and whole words for the synthetic tasks.
 
 Bytes make any text round-trip; the words keep the tiny prompts short: "digit red" and "letter K" are two tokens each,
 "where red disc" is three; an answer is one token, or two characters of one token each.
@@ -15,19 +15,46 @@ from experiments.data.synthetic.board import KINDS
 from experiments.data.synthetic.glyphs.scene import ASPECTS, CHARS, COLOURS, SHAPES, TASKS
 from shirg import UserError
 
-BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
-SPECIAL = (
-    BOS,
-    EOS,
-    "<|reserved_token_1|>",
-    "<|reserved_token_2|>",
-    MASK,
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
-HEADERS = tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant"))
-"""One token each: the tiny model's contexts are short, and every further token makes look-up harder to learn."""
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The control tokens of a language model under their published names."""
+
+    bos: str
+    mask: str
+    special: tuple[str, ...]
+    joined: tuple[str, ...]
+    """What the chat template writes around a text, one token each: the tiny model's contexts are short, and every
+    further token makes look-up harder to learn."""
+    eos: str = "<|endoftext|>"
+
+
+CONTROL = {
+    "llada": ControlTokens(
+        bos="<|startoftext|>",
+        mask="<|mdm_mask|>",
+        special=(
+            "<|startoftext|>",
+            "<|endoftext|>",
+            "<|reserved_token_1|>",
+            "<|reserved_token_2|>",
+            "<|mdm_mask|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ),
+        joined=tuple(f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES),
+    ),
+    "dream": ControlTokens(
+        bos="<|beginoftext|>",
+        mask="<|mask|>",
+        special=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"),
+        joined=(*(f"<|im_start|>{role}\n" for role in ROLES), "<|im_end|>\n"),
+    ),
+}
+"""By the family of the language model."""
 BLANK = " "
 """The token of an empty cell where glyphs are written as words."""
 
@@ -44,12 +71,14 @@ class GlyphTokens:
     blank: int
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(family: str = "llada") -> PreTrainedTokenizerFast:
     """A fresh tokenizer; it adds no BOS or EOS itself. Token ids below 256 are the bytes."""
+    control = CONTROL[family]
     core = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_byte_symbols())}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *HEADERS)])
+    tokens = (*control.special, *control.joined)
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     # A task word owns the space behind it: stripping the space instead would lose it when decoding.
     core.add_tokens([AddedToken(f"{task} ", normalized=False) for task in TASKS])
     core.add_tokens([_whole(word) for word in dict.fromkeys((*ASPECTS, *COLOURS[1:], *SHAPES[1:]))])
@@ -61,10 +90,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=EOS,
-        mask_token=MASK,
+        bos_token=control.bos,
+        eos_token=control.eos,
+        pad_token=control.eos,
+        mask_token=control.mask,
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )

@@ -36,7 +36,7 @@ def test_a_cut_answer_is_learned_and_a_lost_one_is_counted(
 ) -> None:
     """Prompts around the last place that leaves room for one token of the answer, behind 80 tokens of the picture."""
     model = Lavida.from_pretrained(tiny_weights)
-    template = len(prompt_ids(model.tokenizer, "", model.config, training=True)) - 1
+    template = len(prompt_ids(model.tokenizer, "w", model.config, training=True)) - 2
     room = model.config.tokenizer_model_max_length - 80 - template
     questions = ["w" * length for length in (4, room - 1, room, room + 100)]
     job = train_here(*WORDS, "optim.steps=1", *llava(tmp_path / "data", questions))
