@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lavida_adapter import Lavida, LavidaConfig
+from lavida_adapter.families import FAMILIES
 from tests.golden_data import parity_folder
 
 _DEVIATIONS: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -43,7 +44,10 @@ class Golden:
     @cached_property
     def model(self) -> Lavida:
         model = Lavida(self.config, tokenizer=_Plain())
-        model.load_state_dict(self.tensors("model"), strict=True)
+        saved, family = self.tensors("model"), FAMILIES[self.config.lm.family]
+        own = {name: saved.pop(family.published_name(name)) for name in model.state_dict()}
+        assert not saved, f"tensors of the reference that we lack: {sorted(saved)}"
+        model.load_state_dict(own, strict=True)
         return model.eval()
 
 
@@ -58,8 +62,22 @@ class _Plain:
 
 
 @pytest.fixture(scope="session")
-def golden(request: pytest.FixtureRequest) -> Golden:
+def llada(request: pytest.FixtureRequest) -> Golden:
+    """The numbers of LaViDa on LLaDA."""
     return Golden(parity_folder(request.config.getoption("--golden"), "lavida"))
+
+
+@pytest.fixture(scope="session")
+def dream(request: pytest.FixtureRequest) -> Golden:
+    """The numbers of LaViDa on Dream."""
+    return Golden(parity_folder(request.config.getoption("--golden"), "lavida_dream"))
+
+
+@pytest.fixture(scope="session", params=["llada", "dream"])
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """The numbers of each language model, for what both have."""
+    found: Golden = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture

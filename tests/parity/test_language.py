@@ -38,7 +38,11 @@ def test_cache_and_cached_logits(golden: Golden, close) -> None:
     cache = lm.prefill(prefix)
     cos, sin = lm.angles(torch.arange(prefix.shape[1])[None])
     for i, (key, value) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        close("cached keys (rotated)", key, rotate(saved[f"past_key_{i}"], cos, sin), 1e-4)
+        # LLaDA's reference stores keys before they are rotated, Dream's stores both.
+        unrotated = saved.get(f"past_key_before_rope_{i}", saved[f"past_key_{i}"])
+        close("cached keys (rotated)", key, rotate(unrotated, cos, sin), 1e-4)
+        if f"past_key_before_rope_{i}" in saved:
+            close("cached keys", key, saved[f"past_key_{i}"], 1e-4)
         close("cached values", value, saved[f"past_value_{i}"], 1e-4)
     before = cache.digest()
     close("cached logits", lm.logits(lm.decode(suffix, cache)), saved["suffix_logits_cached"], 1e-3)
@@ -85,15 +89,15 @@ def check_run(run: dict[str, Any], out, equal, family: str, prompt: int) -> None
     equal(f"{family}, forwards", out.forwards, run["n_forward_excluding_prefill"])
 
 
-def test_generation_histories(golden: Golden, equal) -> None:
-    inputs = golden.tensors("generate_inputs")
-    runs = [run for run in golden.json("generate") if not run.get("e2e")]
+def test_generation_histories(llada: Golden, equal) -> None:
+    inputs = llada.tensors("generate_inputs")
+    runs = [run for run in llada.json("generate") if not run.get("e2e")]
     assert runs
     for run in runs:
         call = run["call"]
         embeds = inputs[f"prompt_embeds_B{call.get('batch', 1)}"]
         ones = torch.ones(embeds.shape[:2], dtype=torch.bool)
-        out = golden.model.generate(
+        out = llada.model.generate(
             Prefix(embeds, ones, ~ones),
             decode_config(call),
             drafts=[call["draft_tokens"]] * len(embeds) if "draft_tokens" in call else (),
@@ -103,33 +107,33 @@ def test_generation_histories(golden: Golden, equal) -> None:
 
 
 @torch.no_grad()
-def test_end_to_end_picture_to_answer(golden: Golden, equal, close) -> None:
-    ids = golden.json("facts")["prompt_input_ids"]
-    blocks = picture_blocks(golden, [golden.image("e2e.png")])
-    lm = golden.model.lm
+def test_end_to_end_picture_to_answer(llada: Golden, equal, close) -> None:
+    ids = llada.json("facts")["prompt_input_ids"]
+    blocks = picture_blocks(llada, [llada.image("e2e.png")])
+    lm = llada.model.lm
     prefix, _ = splice([ids], blocks, lm.embedding, max_length=10**6)
-    runs = [run for run in golden.json("generate") if run.get("e2e")]
+    runs = [run for run in llada.json("generate") if run.get("e2e")]
     assert runs
     for run in runs:
         cached = run["call"]["prefix_lm"]
         config = decode_config(run["call"])
-        masks = lm.embedding(torch.full((1, config.max_new_tokens), golden.ids["mask"]))
-        states = lm.decode(masks, golden.model.prefill(prefix)) if cached else golden.model.forward_whole(prefix, masks)
-        saved = golden.tensors(f"e2e_logits_{'prefix' if cached else 'full'}")["first_step_logits"]
+        masks = lm.embedding(torch.full((1, config.max_new_tokens), llada.ids["mask"]))
+        states = lm.decode(masks, llada.model.prefill(prefix)) if cached else llada.model.forward_whole(prefix, masks)
+        saved = llada.tensors(f"e2e_logits_{'prefix' if cached else 'full'}")["first_step_logits"]
         close("end to end, first logits", lm.logits(states), saved, 1e-3)
-        check_run(run, golden.model.generate(prefix, config), equal, "end to end, ids", prefix.embeds_BPD.shape[1])
+        check_run(run, llada.model.generate(prefix, config), equal, "end to end, ids", prefix.embeds_BPD.shape[1])
 
 
 @torch.no_grad()
-def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
-    saved, facts, lm = golden.tensors("train_loss"), golden.json("facts")["facts"]["train"], golden.model.lm
-    eos, behind = golden.ids["eos"], saved["u_after_image"].shape[1]
+def test_training_masks_labels_and_loss(llada: Golden, equal, close) -> None:
+    saved, facts, lm = llada.tensors("train_loss"), llada.json("facts")["facts"]["train"], llada.model.lm
+    eos, behind = llada.ids["eos"], saved["u_after_image"].shape[1]
     rows, labels = training_rows(saved, eos)
     extra = saved["input_ids"].shape[1] - max(map(len, rows))
     padded, padded_labels = pad_answers(*split_rows(rows, labels), eos=eos, extra=extra)
     equal("training rows", padded, saved["input_ids"].tolist())
 
-    blocks = picture_blocks(golden, [golden.image(f"images/{facts['image']}")]) * len(padded)
+    blocks = picture_blocks(llada, [llada.image(f"images/{facts['image']}")]) * len(padded)
     whole, labels_BL = splice(padded, blocks, lm.embedding, max_length=10**6, labels=padded_labels)
     b, length = labels_BL.shape
     u_BL = torch.ones(b, length)
@@ -140,7 +144,7 @@ def test_training_masks_labels_and_loss(golden: Golden, equal, close) -> None:
     equal("training masks", copies[:, -behind:].long().tolist(), saved["masked_after_image"].long().tolist())
     kept = labels_BL.repeat(2, 1).masked_fill(~copies, IGNORE)
     equal("training labels", kept[:, -behind:].tolist(), saved["labels_after_image"].tolist())
-    states = states_of_copies(golden.model, whole, labels_BL, copies, prefix_mask=False)
+    states = states_of_copies(llada.model, whole, labels_BL, copies, prefix_mask=False)
     close("training logits", lm.logits(states[:, -behind:]), saved["logits_after_image"], 1e-3)
     loss = masked_cross_entropy(lm.logits(states[copies]), kept[copies])
     close("training loss", loss[None], saved["loss"], 1e-4)
@@ -160,24 +164,24 @@ class Replay(Shard):
 
 
 @torch.no_grad()
-def test_training_loss_through_the_module(golden: Golden, close, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_loss_through_the_module(llada: Golden, close, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures in, loss out: only the text's ids and the draws are the fixture's."""
-    saved, facts = golden.tensors("train_loss"), golden.json("facts")["facts"]["train"]
-    rows, labels = training_rows(saved, golden.ids["eos"])
+    saved, facts = llada.tensors("train_loss"), llada.json("facts")["facts"]["train"]
+    rows, labels = training_rows(saved, llada.ids["eos"])
     prompts, answers = split_rows(rows, labels)
-    b, image = len(rows), golden.image(f"images/{facts['image']}")
+    b, image = len(rows), llada.image(f"images/{facts['image']}")
     ids = [str(i) for i in range(b)]
     monkeypatch.setattr(
         lavida_loss, "training_example", lambda _, i, *__, **___: Example(prompts[int(i)], answers[int(i)])
     )
     extra = saved["input_ids"].shape[1] - max(map(len, rows))
     monkeypatch.setattr(lavida_loss, "extra_padding", lambda *_: extra)
-    (block,) = picture_blocks(golden, [image])
+    (block,) = picture_blocks(llada, [image])
     u_BL = torch.ones(b, saved["input_ids"].shape[1] - 1 + len(block))
     u_BL[:, -saved["u_after_image"].shape[1] :] = saved["u_after_image"]
     u_BL[:, 0] = saved["u_min"]  # a prompt token, so that it is the row's smallest and no target
     monkeypatch.setattr(Shard, "here", lambda: Replay(t_B=saved["t"], u_BL=u_BL))
-    module = LavidaModule(golden.model, Pooled(), None, ObjectiveConfig(), OptimConfig(steps=1, lr=1.0), seed=0)
+    module = LavidaModule(llada.model, Pooled(), None, ObjectiveConfig(), OptimConfig(steps=1, lr=1.0), seed=0)
     loss = module.loss(TrainBatch([image] * b, ids, ids, ids), torch.Generator())
     close("training loss, through the module", loss[None], saved["loss"], 1e-4)
 
