@@ -45,7 +45,7 @@ def seen_by(hook: Any, weights_HQK: Tensor) -> None:
 def fastv(case: RivalCase) -> None:
     query_HD, keys_HPD, weights_HP = case["query"], case["keys"], case["attention"]
     prefix = prompt(keys_HPD.shape[1], case.given["first_visual"], case.given["n_visual"])
-    block = SimpleNamespace(attn_norm=lambda x: x, queries=lambda x, cos, sin: query_HD[None, :, None])
+    block = SimpleNamespace(attention_norm=lambda x: x, queries=lambda x, cos, sin: query_HD[None, :, None])
     lm: Any = SimpleNamespace(layers=[block], config=SimpleNamespace(head_dim=2, rope_theta=1e4))
     method, cache = FastV(budget=case.given["budget"], layer=0, queries="last", positions="retain"), cache_of(keys_HPD)
     case.close("attention", method.score(lm, cache, prefix, None)[0], weights_HP.mean(0), TOLERANCE)

@@ -76,8 +76,10 @@ def test_a_file_that_is_not_whole_fails(tmp_path: Path) -> None:
 def test_a_folder_belongs_to_one_family(tmp_path: Path) -> None:
     assert parity_folder(None, "rivals") == golden_dir("rivals")
     assert parity_folder(tmp_path, "rivals") == tmp_path and parity_folder(tmp_path, "lavida") == golden_dir("lavida")
-    (tmp_path / "config.json").write_text("{}")
-    assert parity_folder(tmp_path, "lavida") == tmp_path and parity_folder(tmp_path, "rivals") == golden_dir("rivals")
+    for family, raw in (("lavida", {"lm": {}}), ("lavida_dream", {"lm": {"model_type": "llava_dream"}})):
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        for other in ("lavida", "lavida_dream", "rivals"):
+            assert parity_folder(tmp_path, other) == (tmp_path if other == family else golden_dir(other))
 
 
 @pytest.mark.parametrize("extra", [1, 3])
