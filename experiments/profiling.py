@@ -210,6 +210,8 @@ class LmCost:
     n_layers: int
     vocab: int
     item_bytes: int
+    shift: int = 0
+    """Above 0 the last token of a prompt predicts the first one of the answer (`LanguageModel.shift`)."""
 
     @property
     def block_weights(self) -> int:
@@ -223,10 +225,13 @@ class LmCost:
         return 2 * self.n_layers * self.kv_width * p * batch * self.item_bytes
 
     def prefill(self, p: float, batch: int = 1) -> Work:
-        """The last block delivers keys and values only."""
-        blocks = self.n_layers - 1
+        """The last block delivers keys and values only; with a shift also the state of the prompt's last token."""
+        blocks, rest = self.n_layers - 1, self.block_weights - self.kv_weights
         per_row = blocks * (2 * p * self.block_weights + 4 * p * p * self.d_model) + 2 * p * self.kv_weights
         weights = (blocks * self.block_weights + self.kv_weights) * self.item_bytes
+        if self.shift:
+            per_row += 2 * rest + 4 * p * self.d_model
+            weights += rest * self.item_bytes
         return Work(batch * per_row, weights + self.cache_bytes(p, batch))
 
     def step(self, p: float, a: int, m: float, batch: int = 1, cache_bytes: float | None = None) -> Work:
@@ -243,9 +248,11 @@ class LmCost:
 
 
 def cost_of(config: "LanguageModelConfig", dtype: torch.dtype) -> LmCost:
+    from lavida_adapter.families import FAMILIES
+
     kv = config.n_kv_heads * config.head_dim
     sizes = (config.d_model, kv, config.mlp_hidden_size, config.n_layers, config.vocab_size)
-    return LmCost(*sizes, dtype.itemsize)
+    return LmCost(*sizes, dtype.itemsize, FAMILIES[config.family].language_model.shift)
 
 
 def flags(

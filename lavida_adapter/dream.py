@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from lavida_adapter.language_model import Block, LanguageModel, RMSNorm, alias
+from lavida_adapter.language_model import Block, LanguageModel, Linear, RMSNorm, alias
 from lavida_adapter.lm_config import LanguageModelConfig
 
 
@@ -19,10 +19,10 @@ class _Attention(nn.Module):
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         d, kv = config.d_model, config.n_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(d, d)
-        self.k_proj = nn.Linear(d, kv)
-        self.v_proj = nn.Linear(d, kv)
-        self.o_proj = nn.Linear(d, d, bias=False)
+        self.q_proj = Linear(d, d, config, bias=True)
+        self.k_proj = Linear(d, kv, config, bias=True)
+        self.v_proj = Linear(d, kv, config, bias=True)
+        self.o_proj = Linear(d, d, config)
 
 
 class _Mlp(nn.Module):
@@ -30,9 +30,9 @@ class _Mlp(nn.Module):
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
-        self.down_proj = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+        self.gate_proj = Linear(config.d_model, config.mlp_hidden_size, config)
+        self.up_proj = Linear(config.d_model, config.mlp_hidden_size, config)
+        self.down_proj = Linear(config.mlp_hidden_size, config.d_model, config)
 
 
 class DreamBlock(Block):
@@ -71,7 +71,7 @@ class Dream(LanguageModel):
         blocks = nn.ModuleList(DreamBlock(config) for _ in range(config.n_layers))
         self.layers = cast("Sequence[Block]", blocks)
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, config)
 
     def angles(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
         """In the dtype of the activations, in which Dream rotates; LLaDA rotates in float32."""

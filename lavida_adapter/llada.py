@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lavida_adapter.language_model import Block, LanguageModel, RMSNorm, alias
+from lavida_adapter.language_model import Block, LanguageModel, Linear, RMSNorm, alias
 from lavida_adapter.lm_config import LanguageModelConfig
 
 
@@ -26,13 +26,13 @@ class LladaBlock(Block):
         d, kv = config.d_model, config.n_kv_heads * config.head_dim
         self.attn_norm = RMSNorm(d, config.rms_norm_eps)
         self.ff_norm = RMSNorm(d, config.rms_norm_eps)
-        self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, kv, bias=False)
-        self.v_proj = nn.Linear(d, kv, bias=False)
-        self.attn_out = nn.Linear(d, d, bias=False)
-        self.ff_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
-        self.up_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
-        self.ff_out = nn.Linear(config.mlp_hidden_size, d, bias=False)
+        self.q_proj = Linear(d, d, config)
+        self.k_proj = Linear(d, kv, config)
+        self.v_proj = Linear(d, kv, config)
+        self.attn_out = Linear(d, d, config)
+        self.ff_proj = Linear(d, config.mlp_hidden_size, config)
+        self.up_proj = Linear(d, config.mlp_hidden_size, config)
+        self.ff_out = Linear(config.mlp_hidden_size, d, config)
 
 
 class Llada(LanguageModel):
@@ -49,4 +49,4 @@ class Llada(LanguageModel):
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(LladaBlock(config) for _ in range(config.n_layers))
         self.ln_f = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ff_out = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.ff_out = Linear(config.d_model, config.vocab_size, config)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lavida_adapter.language_model import rotary_angles
 from lavida_adapter.modules import LavidaModules
 from lavida_adapter.objective import ObjectiveConfig
 
@@ -97,9 +96,7 @@ def _loss(model: LavidaModules, shape: Shape, copies: int, prefix_mask: bool, dt
 
 
 def _block(model: LavidaModules, x: Tensor) -> Tensor:
-    config = model.lm.config
-    positions = torch.zeros(1, x.shape[1], dtype=torch.int64, device="meta")
-    cos, sin = rotary_angles(positions, config.head_dim, config.rope_theta)
+    cos, sin = model.lm.angles(torch.zeros(1, x.shape[1], dtype=torch.int64, device="meta"))
     return model.lm.layers[0](x, cos, sin, None, "sdpa")[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.families import FAMILIES
-from lavida_adapter.language_model import LanguageModel
+from lavida_adapter.language_model import LanguageModel, draw_normal
 from lavida_adapter.vision import VisionTower, build_projector
 
 
@@ -38,18 +38,9 @@ class LavidaModules(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Random weights with the standard deviations of the config, where it gives them; torch's defaults elsewhere.
-
-        The default model of the tests is tiny and needs torch's defaults.
-        """
+        """Random embeddings with the standard deviations of the config; all other layers have drawn their own."""
         config = self.config
-        nn.init.normal_(self.lm.embedding.weight, std=config.lm.emb_std)
-        if config.lm.init_std is not None:
-            for module in self.lm.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=config.lm.init_std)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+        draw_normal(self.lm.embedding.weight, config.lm.emb_std)
         positions = self.model.vision_tower.vision_tower.vision_model.embeddings.position_embedding
         nn.init.normal_(positions.weight, std=config.vision.hidden_size**-0.5)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lavida_adapter.attention import attention_mask, attention_weights
 from lavida_adapter.kv_cache import PrefixCache
-from lavida_adapter.language_model import LanguageModel, rotary_angles
+from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
 from shirg import UserError
 
@@ -22,8 +22,7 @@ def prompt_attention(lm: LanguageModel, cache: PrefixCache, embeds_BPD: Tensor, 
     Only these rows run again, up to that layer: the cost is that of Q tokens, and no [P, P] map is built.
     """
     x = gather_rows(embeds_BPD, slot_BQ)
-    positions_BQ = cache.positions_BP.gather(1, slot_BQ)
-    cos, sin = rotary_angles(positions_BQ, lm.config.head_dim, lm.config.rope_theta)
+    cos, sin = lm.angles(cache.positions_BP.gather(1, slot_BQ))
     mask = attention_mask(cache.mask_BP, None)
     for block, k, v in zip(lm.layers[:layer], cache.keys, cache.values, strict=False):
         x = block.output(x, block.attention_norm(x), k, v, cos, sin, mask, lm.backend)

@@ -22,7 +22,7 @@ from experiments.profiling import (
     resolve_device,
     summarise_stages,
 )
-from lavida_adapter import Lavida, LavidaConfig
+from lavida_adapter import DreamConfig, Lavida, LavidaConfig, LladaConfig
 from lavida_adapter.timing import StageTimer
 from shirg import Selector
 from tests.experiments.conftest import result_of
@@ -93,6 +93,28 @@ def test_counts_of_the_published_sizes() -> None:
     assert step.bytes == pytest.approx(15.0e9, rel=0.01)
     assert cost.prefill(1068).flops == pytest.approx(15.1e12, rel=0.01)
     assert cost.step(1068, 32, 32, batch=2).bytes - step.bytes == 2 * 1068 * 2**19
+
+
+def test_counts_of_dream() -> None:
+    """A cached token takes 56 KiB, a ninth of LLaDA's; what a step reads is hardly less."""
+    lm = DreamConfig()
+    dream, llada = (cost_of(config, torch.bfloat16) for config in (lm, LladaConfig()))
+    assert dream.cache_bytes(1) == 2 * 28 * (4 * 128) * 2 == 56 * 2**10
+    assert llada.cache_bytes(1) / dream.cache_bytes(1) == pytest.approx(9.14, abs=0.01)
+    norms_and_biases = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584
+    products = 28 * dream.block_weights + 2 * 3584 * 152064
+    assert products + norms_and_biases == 7_615_616_512
+    assert dream.step(0, 32, 32).bytes == 2 * (products - 3584 * 152064)
+
+
+def test_a_shift_costs_one_more_row_of_the_last_block() -> None:
+    sizes = {"d_model": 4, "kv_width": 2, "mlp": 6, "n_layers": 2, "vocab": 10, "item_bytes": 4}
+    plain, shifted = LmCost(**sizes), LmCost(**sizes, shift=1)
+    query_and_out, swiglu = 2 * 4 * 4, 3 * 4 * 6
+    one_row = 2 * (query_and_out + swiglu) + 2 * (2 * 5 * 4)
+    assert shifted.prefill(5, batch=3).flops - plain.prefill(5, batch=3).flops == 3 * one_row
+    assert shifted.prefill(5, batch=3).bytes - plain.prefill(5, batch=3).bytes == 4 * (query_and_out + swiglu)
+    assert shifted.step(5, 2, 1) == plain.step(5, 2, 1)
 
 
 def test_counts_by_hand() -> None:

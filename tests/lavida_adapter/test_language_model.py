@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
+from lavida_adapter import Lavida, LladaConfig, LoraConfig, ObjectiveConfig, TrainBatch, add_lora, language_model
 from lavida_adapter.attention import attend, attention_mask
-from lavida_adapter.language_model import LanguageModel, RMSNorm
+from lavida_adapter.language_model import LanguageModel, Linear, RMSNorm
 from lavida_adapter.relevance import LmEmbed
 from shirg import ShirgSelector
 from tests.lavida_adapter.dense import dense, may_see
@@ -156,6 +156,28 @@ def test_explicit_positions(lm: LanguageModel) -> None:
     shifted = lm(x, positions_BL=torch.arange(P)[None] + 17)
     torch.testing.assert_close(shifted, lm(x), rtol=0, atol=2e-5)
     assert (lm(x, positions_BL=2 * torch.arange(P)[None]) - lm(x)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fresh_weights_are_drawn_once_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part, with the given deviation; without one they are torch's own."""
+    monkeypatch.setattr(language_model, "PART", 1000)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        layer = Linear(40, 70, LladaConfig(init_std=0.5), bias=True)
+        torch.manual_seed(1)
+        own = Linear(40, 70, LladaConfig(init_std=None))
+        torch.manual_seed(1)
+        assert torch.equal(own.weight, torch.nn.Linear(40, 70, bias=False).weight)
+    finally:
+        torch.set_default_dtype(before)
+    torch.manual_seed(0)
+    expected = torch.cat([torch.empty(n).normal_(std=0.5) for n in (1000, 1000, 800)])
+    assert layer.weight.dtype == dtype and torch.equal(layer.weight.flatten(), expected.to(dtype))
+    assert not layer.bias.any()
+    assert layer.weight.float().std().item() == pytest.approx(0.5, rel=0.05)
 
 
 def test_the_norm_casts_back_before_its_weight() -> None:

@@ -1,6 +1,6 @@
 """The memory of a step that is counted without memory, against what autograd really keeps."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,12 +15,19 @@ from tests.lavida_adapter.tiny import picture, tiny_config, tiny_model, tokenize
 LAYERS = "vision_tower.vision_tower.vision_model.encoder.layers"
 TOWER = LoraConfig(rank=2, targets=("mm_projector.0", LAYERS + ".0.self_attn.{q_proj,k_proj}"))
 LANGUAGE = LoraConfig(rank=2, targets=("transformer.blocks.*.q_proj",))
-SIZES: dict[str, Any] = {"lm": {"d_model": 64, "mlp_hidden_size": 160, "n_layers": 3}, "vision": {"hidden_size": 32}}
+LANGUAGE_DREAM = LoraConfig(rank=2, targets=("transformer.layers.*.self_attn.q_proj",))
+Family = Literal["llada", "dream"]
 BATCH = TrainBatch([picture((40, 40), seed=i) for i in range(3)], ["digit red"] * 3, ["7"] * 3, list("abc"))
 
 
-def real(lora: LoraConfig, objective: ObjectiveConfig, recompute: bool) -> int:
-    model = tiny_model(**SIZES)
+def sizes(family: Family = "llada") -> dict[str, Any]:
+    """Dream here has two heads for keys and values, LLaDA four."""
+    lm = {"family": family, "d_model": 64, "mlp_hidden_size": 160, "n_layers": 3}
+    return {"lm": lm, "vision": {"hidden_size": 32}}
+
+
+def real(family: Family, lora: LoraConfig, objective: ObjectiveConfig, recompute: bool) -> int:
+    model = tiny_model(**sizes(family))
     add_lora(model, lora)
     model.checkpoint_gradients(recompute)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -38,9 +45,9 @@ def real(lora: LoraConfig, objective: ObjectiveConfig, recompute: bool) -> int:
     return sum(kept.values())
 
 
-def counted(lora: LoraConfig, objective: ObjectiveConfig, recompute: bool) -> int:
+def counted(lora: LoraConfig, objective: ObjectiveConfig, recompute: bool, family: Family = "llada") -> int:
     with torch.device("meta"):
-        model = Lavida(tiny_config(**SIZES), tokenizer())
+        model = Lavida(tiny_config(**sizes(family)), tokenizer())
         add_lora(model, lora)
     model.checkpoint_gradients(recompute)
     prompt, answer = text()
@@ -55,10 +62,15 @@ def text() -> tuple[int, int]:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("prefix_mask", [False, True])
-@pytest.mark.parametrize("lora", [TOWER, LANGUAGE], ids=["tower", "language"])
-def test_what_is_counted_is_what_is_kept(lora: LoraConfig, prefix_mask: bool, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [("llada", TOWER), ("llada", LANGUAGE), ("dream", TOWER), ("dream", LANGUAGE_DREAM)],
+    ids=["llada tower", "llada language", "dream tower", "dream language"],
+)
+def test_what_is_counted_is_what_is_kept(family: Family, lora: LoraConfig, prefix_mask: bool, recompute: bool) -> None:
     objective = ObjectiveConfig(extra_padding=0, prefix_mask=prefix_mask)
-    assert counted(lora, objective, recompute) == pytest.approx(real(lora, objective, recompute), rel=0.1)
+    expected = real(family, lora, objective, recompute)
+    assert counted(lora, objective, recompute, family) == pytest.approx(expected, rel=0.1)
 
 
 def test_a_frozen_tower_keeps_nothing_and_one_copy_half() -> None:
@@ -73,7 +85,7 @@ def test_checkpointing_keeps_less_and_runs_a_block_again() -> None:
     found = []
     for recompute in (False, True):
         with torch.device("meta"):
-            model = Lavida(tiny_config(**SIZES), tokenizer())
+            model = Lavida(tiny_config(**sizes()), tokenizer())
             add_lora(model, TOWER)
         model.checkpoint_gradients(recompute)
         shape = Shape(rows=3, views=5, view_px=20, projected=20, picture=20, prompt=30, answer=8)

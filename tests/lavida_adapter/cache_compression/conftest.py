@@ -1,12 +1,11 @@
-"""The model of this folder's tests."""
+"""The models of this folder's tests."""
 
 import pytest
 
 from lavida_adapter import Lavida
-from tests.lavida_adapter.cache_compression.prompts import small
+from tests.lavida_adapter.cache_compression.prompts import FAMILIES, small
 
 
-@pytest.fixture
-def model() -> Lavida:
-    """Three layers with grouped keys."""
-    return small()
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Lavida:
+    return small(request.param)

@@ -13,13 +13,15 @@ from tests.lavida_adapter.tiny import noise, tiny_model
 
 P, A, D = 14, 4, 32
 N_VISUAL, N_TOKENS = (7, 5), (14, 11)
+FAMILIES = ("llada", "dream")
 MASK = torch.arange(P) < torch.tensor(N_TOKENS)[:, None]
 VISUAL = (torch.arange(P) >= 3) & (torch.arange(P) < 3 + torch.tensor(N_VISUAL)[:, None])
 DECODE = DecodeConfig(max_new_tokens=A)
 
 
-def small(**changes: Any) -> Lavida:
-    return tiny_model(**{"lm": {"n_layers": 3, "n_kv_heads": 2}, **changes})
+def small(family: str = "llada", **changes: Any) -> Lavida:
+    """Three layers with grouped keys."""
+    return tiny_model(lm={"family": family, "n_layers": 3, "n_kv_heads": 2}, **changes)
 
 
 def made_prefix(seed: int = 0) -> Prefix:

@@ -8,6 +8,7 @@ from lavida_adapter import DART, Lavida
 from lavida_adapter.cache_compression.prompt_rows import prompt_states
 from lavida_adapter.language_model import rotary_angles, rotate
 from tests.lavida_adapter.cache_compression.prompts import (
+    FAMILIES,
     N_TOKENS,
     N_VISUAL,
     P,
@@ -35,8 +36,8 @@ def shares_by_loop(left: int, n_pivots: int) -> list[int]:
 
 def dart_by_loop(model: Lavida, seed: int, b: int, layer: int, budget: int, pictures: int, texts: int) -> list[int]:
     lm, hidden = model.lm, states_of(model, seed, b)
-    u = lm.layers[layer - 1].attn_norm(hidden[layer - 1])
-    raw = lm.layers[layer - 1].k_proj(u).unflatten(-1, (-1, lm.config.head_dim)).transpose(0, 1)
+    u = lm.layers[layer - 1].attention_norm(hidden[layer - 1])
+    raw = lm.layers[layer - 1].key(u).unflatten(-1, (-1, lm.config.head_dim)).transpose(0, 1)
     angles = rotary_angles(torch.arange(len(u))[None], lm.config.head_dim, lm.config.rope_theta)
     keys = rotate(raw[None], *angles)[0]
     norm = [sum(float(keys[h, p].abs().sum()) for h in range(len(keys))) for p in range(len(u))]
@@ -57,14 +58,15 @@ def dart_by_loop(model: Lavida, seed: int, b: int, layer: int, budget: int, pict
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["full", "image_first"])
 @pytest.mark.parametrize("layer", [1, 2])
 @pytest.mark.parametrize(("budget", "pictures", "texts"), [(5, 1, 1), (4, 2, 2), (5, 1, 4), (3, 3, 0), (3, 1, 9)])
 def test_dart_keeps_pivots_and_what_is_unlike_them(
-    attention: str, layer: int, budget: int, pictures: int, texts: int
+    family: str, attention: str, layer: int, budget: int, pictures: int, texts: int
 ) -> None:
     """The second prompt has three text tokens behind its picture: it has fewer pivots where more are asked for."""
-    model = small(prefix_attention=attention)
+    model = small(family, prefix_attention=attention)
     selector = DART(budget=budget, layer=layer, pivots_picture=pictures, pivots_text=texts)
     for seed in range(3):
         prefix = made_prefix(seed)
@@ -75,11 +77,12 @@ def test_dart_keeps_pivots_and_what_is_unlike_them(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["full", "image_first"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_states_that_run_again_are_those_of_the_prefill(attention: str, layer: int) -> None:
+def test_states_that_run_again_are_those_of_the_prefill(family: str, attention: str, layer: int) -> None:
     """Also of picture tokens that cannot see the question."""
-    model, prefix = small(prefix_attention=attention), made_prefix()
+    model, prefix = small(family, prefix_attention=attention), made_prefix()
     got = prompt_states(model.lm, model.prefill(prefix), prefix.embeds_BPD, layer)
     assert got.shape == (2, P, model.config.lm.d_model)
     for b, n in enumerate(N_TOKENS):

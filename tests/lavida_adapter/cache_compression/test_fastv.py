@@ -7,6 +7,7 @@ from torch import Tensor
 from lavida_adapter import FastV, Lavida
 from lavida_adapter.cache_compression.prompt_rows import prompt_attention
 from tests.lavida_adapter.cache_compression.prompts import (
+    FAMILIES,
     N_TOKENS,
     N_VISUAL,
     VISUAL,
@@ -23,11 +24,12 @@ from tests.lavida_adapter.tiny import noise
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["full", "image_first"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_rows_of_the_prompt_s_attention(attention: str, layer: int) -> None:
+def test_rows_of_the_prompt_s_attention(family: str, attention: str, layer: int) -> None:
     """Single rows run again against the cache equal the rows of the whole map."""
-    model, prefix = small(prefix_attention=attention), made_prefix()
+    model, prefix = small(family, prefix_attention=attention), made_prefix()
     slots = torch.tensor([[0, 2, 11, 13], [1, 8, 9, 10]])
     got = prompt_attention(model.lm, model.prefill(prefix), prefix.embeds_BPD, slots, layer)
     for b, n in enumerate(N_TOKENS):

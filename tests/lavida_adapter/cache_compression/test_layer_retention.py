@@ -12,12 +12,7 @@ from lavida_adapter.cache_compression.layer_retention import FIRST, MassReceived
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import RaggedPrefix
 from tests.lavida_adapter.cache_compression.test_quantize import MASK, N_TOKENS, A, L, P, check_rows_alone, made
-from tests.lavida_adapter.tiny import noise, tiny_model
-
-
-@pytest.fixture
-def model() -> Lavida:
-    return tiny_model(lm={"n_layers": L, "n_kv_heads": 2})
+from tests.lavida_adapter.tiny import noise
 
 
 @pytest.fixture

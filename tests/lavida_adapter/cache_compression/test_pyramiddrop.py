@@ -13,6 +13,7 @@ from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import RaggedPrefix
 from tests.lavida_adapter.cache_compression.prompts import (
     DECODE,
+    FAMILIES,
     MASK,
     N_TOKENS,
     N_VISUAL,
@@ -51,21 +52,21 @@ class ByHand:
     def raw_keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         block = self.lm.layers[layer]
         u = block.attention_norm(self.states[layer])
-        return self.heads(block.k_proj(u)), self.heads(block.v_proj(u))
+        return self.heads(block.key(u)), self.heads(block.value(u))
 
     def weights(self, layer: int, x_QD: Tensor, at: list[int], keys_HND: Tensor) -> Tensor:
         """Attention [H, Q, N] of states at positions `at` to rotated keys."""
         block = self.lm.layers[layer]
-        q = turned(self.heads(block.q_proj(block.attention_norm(x_QD))), at, self.theta)
+        q = turned(self.heads(block.query(block.attention_norm(x_QD))), at, self.theta)
         keys = keys_HND.repeat_interleave(len(q) // len(keys_HND), 0)
         return (q @ keys.transpose(1, 2) / self.lm.config.head_dim**0.5).softmax(-1)
 
     def onward(self, layer: int, x_QD: Tensor, weights_HQN: Tensor, values_HND: Tensor) -> Tensor:
         block = self.lm.layers[layer]
         values = values_HND.repeat_interleave(len(weights_HQN) // len(values_HND), 0)
-        x = x_QD + block.attn_out((weights_HQN @ values).transpose(0, 1).flatten(1))
-        u = block.ff_norm(x)
-        return x + block.ff_out(torch.nn.functional.silu(block.ff_proj(u)) * block.up_proj(u))
+        x = x_QD + block.attention_out((weights_HQN @ values).transpose(0, 1).flatten(1))
+        u = block.mlp_norm(x)
+        return x + block.down(torch.nn.functional.silu(block.gate(u)) * block.up(u))
 
     def places(self, alive: list[int], positions: str) -> list[int]:
         """As in the paper's code, a shorter prompt is counted anew from 0."""
@@ -95,14 +96,15 @@ class ByHand:
             k, v = self.raw_keys_values(layer)
             begin = len(alive) if positions == "reindex" else self.n
             here = [*self.places(alive, positions), *range(begin, begin + len(ids))]
-            u = self.lm.layers[layer].attn_norm(x)
-            own_k, own_v = (
-                self.heads(proj(u)) for proj in (self.lm.layers[layer].k_proj, self.lm.layers[layer].v_proj)
-            )
+            block = self.lm.layers[layer]
+            u = block.attention_norm(x)
+            own_k, own_v = self.heads(block.key(u)), self.heads(block.value(u))
             keys = turned(torch.cat([k[:, alive], own_k], dim=1), here, self.theta)
             weights = self.weights(layer, x, here[-len(ids) :], keys)
             x = self.onward(layer, x, weights, torch.cat([v[:, alive], own_v], dim=1))
-        return self.lm.logits(self.lm.final_norm(x))
+        # Of a Dream the row before predicts a slot; the row before the first one is in the prompt.
+        rows = [max(0, slot - self.lm.shift) for slot in range(len(ids))]
+        return self.lm.logits(self.lm.final_norm(x))[rows]
 
 
 def cut(model: Lavida, seed: int = 0, **options: Any) -> tuple[RaggedPrefix, Tensor]:
@@ -113,6 +115,7 @@ def cut(model: Lavida, seed: int = 0, **options: Any) -> tuple[RaggedPrefix, Ten
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["full", "image_first"])
 @pytest.mark.parametrize("positions", ["retain", "reindex"])
 @pytest.mark.parametrize(
@@ -126,10 +129,10 @@ def cut(model: Lavida, seed: int = 0, **options: Any) -> tuple[RaggedPrefix, Ten
     ],
 )
 def test_every_layer_keeps_what_the_last_token_looks_at(
-    attention: str, positions: str, options: dict[str, Any], starts: list[int], counts: list[list[int]]
+    family: str, attention: str, positions: str, options: dict[str, Any], starts: list[int], counts: list[list[int]]
 ) -> None:
     """Rows, positions, keys and values; a first step over them equals one with a prompt of its own in each layer."""
-    model = small(prefix_attention=attention)
+    model = small(family, prefix_attention=attention)
     for seed in range(3):
         cache, kept_BP = cut(model, seed, positions=positions, **options)
         ids = torch.full((2, A), model.config.lm.mask_token_id)
@@ -152,8 +155,8 @@ def test_every_layer_keeps_what_the_last_token_looks_at(
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["retain", "reindex"])
-def test_keeping_every_row_changes_no_bit(positions: str) -> None:
-    model, prefix = small(), made_prefix()
+def test_keeping_every_row_changes_no_bit(positions: str, model: Lavida) -> None:
+    prefix = made_prefix()
     whole = model.prefill(prefix)
     cache, kept_BP = cut(model, budget="matched", positions=positions)
     assert torch.equal(kept_BP, MASK)
@@ -166,9 +169,9 @@ def test_keeping_every_row_changes_no_bit(positions: str) -> None:
 
 
 @torch.no_grad()
-def test_a_ratio_of_one_is_a_single_drop_in_the_first_layer() -> None:
+def test_a_ratio_of_one_is_a_single_drop_in_the_first_layer(model: Lavida) -> None:
     """Then every layer keeps the same rows, and this is FastV at layer 0."""
-    model, prefix = small(), made_prefix()
+    prefix = made_prefix()
     cache, kept_BP = cut(model, budget=3, ratio=1.0, positions="retain")
     fastv = FastV(budget=3, layer=0)(model.lm, model.prefill(prefix), prefix)
     assert torch.equal(kept_BP, fastv.kept_BP)
@@ -179,8 +182,8 @@ def test_a_ratio_of_one_is_a_single_drop_in_the_first_layer() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", ["retain", "reindex"])
-def test_a_prompt_does_not_depend_on_its_batch_mates(positions: str) -> None:
-    model, prefix, selector = small(), made_prefix(), PyramidDrop(budget=2, positions=positions)
+def test_a_prompt_does_not_depend_on_its_batch_mates(positions: str, model: Lavida) -> None:
+    prefix, selector = made_prefix(), PyramidDrop(budget=2, positions=positions)
     together = model.generate(prefix, DECODE, cache_selector=selector)
     for b in range(2):
         by_itself = model.generate(alone(prefix, b), DECODE, cache_selector=selector)
@@ -194,8 +197,8 @@ KNOBS: dict[str, Any] = {"budget": 3, "ratio": None, "stages": (0.5,), "position
 
 @torch.no_grad()
 @pytest.mark.parametrize("knob", KNOBS)
-def test_every_knob_changes_the_cache(knob: str) -> None:
-    model, base = small(), {"budget": 4}
+def test_every_knob_changes_the_cache(knob: str, model: Lavida) -> None:
+    base = {"budget": 4}
     one, other = (cut(model, **options)[0] for options in (base, {**base, knob: KNOBS[knob]}))
     assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(one.keys, other.keys, strict=True))
 

@@ -5,17 +5,12 @@ import torch
 
 from experiments.inference import drift
 from lavida_adapter import CachePacker, Cast, DecodeConfig, Fp8, Int8, Lavida, Prefix
-from tests.lavida_adapter.tiny import noise, tiny_model
+from tests.lavida_adapter.tiny import noise
 
 P, A, L = 20, 4, 3
 N_TOKENS = (20, 13)
 MASK = torch.arange(P) < torch.tensor(N_TOKENS)[:, None]
 DECODE = DecodeConfig(max_new_tokens=A)
-
-
-@pytest.fixture
-def model() -> Lavida:
-    return tiny_model(lm={"n_layers": L, "n_kv_heads": 2})
 
 
 def made(rows: slice = slice(None), mask: torch.Tensor = MASK) -> Prefix:

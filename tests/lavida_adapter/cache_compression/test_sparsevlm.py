@@ -11,6 +11,7 @@ from lavida_adapter import Lavida, Prefix, SparseVLM
 from lavida_adapter.cache_compression.prompt_rows import text_behind, text_slots
 from lavida_adapter.cache_compression.sparsevlm import raters
 from tests.lavida_adapter.cache_compression.prompts import (
+    FAMILIES,
     MASK,
     N_TOKENS,
     N_VISUAL,
@@ -63,11 +64,12 @@ def test_equal_relations_make_every_text_token_a_rater() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["full", "image_first"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @pytest.mark.parametrize("seed", [0, 5])
-def test_sparsevlm_keeps_what_the_raters_look_at(attention: str, layer: int, seed: int) -> None:
-    model: Lavida = small(prefix_attention=attention)
+def test_sparsevlm_keeps_what_the_raters_look_at(family: str, attention: str, layer: int, seed: int) -> None:
+    model: Lavida = small(family, prefix_attention=attention)
     prefix = made_prefix(seed)
     short = SparseVLM(budget=3, layer=layer)(model.lm, model.prefill(prefix), prefix)
     for b, n in enumerate(N_TOKENS):
