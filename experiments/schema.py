@@ -23,8 +23,11 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 Dtype = StrEnum("Dtype", ["float32", "bfloat16", "float16"])
 Attention = StrEnum("Attention", ["sdpa", "math", "flash"])
 """Kernels of the language model's attention: torch's choice, plain matrix products, or the flash-attn package."""
-Schedule = StrEnum("Schedule", ["none", "shift", "cosine", "linear", "logit_normal"])
-Remasking = StrEnum("Remasking", ["low_confidence", "margin", "entropy", "random"])
+Schedule = StrEnum("Schedule", ["none", "shift", "cosine", "linear", "logit_normal", "time_grid"])
+Remasking = StrEnum(
+    "Remasking", ["low_confidence", "margin", "entropy", "random", "origin", "maskgit_plus", "topk_margin"]
+)
+"""The last two are Dream's names of low_confidence and margin."""
 Engine = StrEnum("Engine", ["eager", "compile", "graph"])
 Time = StrEnum("Time", ["uniform", "logit_normal", "mode"])
 Weighting = StrEnum("Weighting", ["none", "inverse_time"])
@@ -45,10 +48,16 @@ class Decode:
     step_per_block: int | None = None
     schedule: Schedule = Schedule.none
     shift: float = 1 / 3
+    eps: float = 1e-3
     remasking: Remasking = Remasking.low_confidence
     temperature: float = 0.0
+    top_p: float | None = None
+    top_k: Any = "model"
+    """model (what the language model's published sampler uses), a number, or null for all tokens."""
+    alg_temp: float = 0.0
     prefix_cache: bool = True
     allow_mask_token: bool = False
+    parity: bool = False
     threshold: float | None = None
     early_stop: bool = False
     engine: Engine = Engine.eager

@@ -11,7 +11,8 @@ from lavida_adapter.cache_compression.quantize import Cast, Fp8, Int8
 from lavida_adapter.cache_compression.redvtp import RedVTP
 from lavida_adapter.cache_compression.sparsevlm import SparseVLM
 from lavida_adapter.config import LavidaConfig, VisionConfig
-from lavida_adapter.generate import DecodeConfig, Generation
+from lavida_adapter.decode_config import DecodeConfig
+from lavida_adapter.generate import Generation
 from lavida_adapter.lm_config import DreamConfig, LanguageModelConfig, LladaConfig
 from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
 from lavida_adapter.loss import TrainBatch

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lavida_adapter.attention import AttentionHook, attention_mask
 from lavida_adapter.cache_compression.compressor import AttentionMean, CacheSelector, FirstStep, ShortenedCache
-from lavida_adapter.generate import LogitsFn
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, pick
 from lavida_adapter.prefix import Prefix
+from lavida_adapter.sampling import LogitsFn
 from lavida_adapter.timing import Timer
 from shirg import UserError
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from lavida_adapter import chat_template
 from lavida_adapter.chat_template import ChatTemplate
 from lavida_adapter.dream import Dream
+from lavida_adapter.dream_published import DREAM_SAMPLER
 from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.llada import Llada
 from lavida_adapter.lm_config import FamilyName
+from lavida_adapter.sampling import LLADA_SAMPLER, Sampler
 
 _QWEN_PRETOKENS = "|".join(
     (
@@ -31,6 +33,9 @@ class Family:
     """A published language model that LaViDa was trained on."""
 
     language_model: type[LanguageModel]
+    sampler: Sampler
+    """Its rules of decoding."""
+
     template: ChatTemplate
     renamed: tuple[tuple[str, str], ...] = ()
     """Beginnings of names in our tree and in the published one, where they differ; the first that fits holds."""
@@ -47,9 +52,10 @@ class Family:
 
 
 FAMILIES: Mapping[FamilyName, Family] = {
-    "llada": Family(Llada, chat_template.LLADA),
+    "llada": Family(Llada, LLADA_SAMPLER, chat_template.LLADA),
     "dream": Family(
         Dream,
+        DREAM_SAMPLER,
         chat_template.DREAM,
         (("model.transformer.lm_head.", "lm_head."), ("model.transformer.", "model.")),
         _QWEN_PRETOKENS,

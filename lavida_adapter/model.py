@@ -14,9 +14,11 @@ from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
 from lavida_adapter.checkpoint import load, save
 from lavida_adapter.config import LavidaConfig
+from lavida_adapter.decode_config import DecodeConfig, Engine
 from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache
-from lavida_adapter.generate import DecodeConfig, Engine, Generation, LogitsFn, denoise, start
+from lavida_adapter.families import FAMILIES
+from lavida_adapter.generate import Generation, denoise, start
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import pick
 from lavida_adapter.loss import TrainBatch, batch_loss
@@ -25,6 +27,7 @@ from lavida_adapter.objective import SINGLE, ObjectiveConfig, Shard, Tally
 from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.relevance import Relevance
+from lavida_adapter.sampling import LogitsFn
 from lavida_adapter.timing import NoTimer, Pausing, Timer
 from lavida_adapter.views import Views, pooled_count
 from shirg import Selector, UserError
@@ -113,10 +116,12 @@ class Lavida(LavidaModules):
         and masks in them are filled.
 
         Raises:
-            UserError: when prompt and answer exceed the model's context, for drafts that do not fit, or for a cache
-                method that cannot work.
+            UserError: when prompt and answer exceed the model's context, for drafts that do not fit, for a cache method
+                that cannot work, or for decoding options that the language model's sampler does not have.
         """
         timer = Pausing(timer or NoTimer())
+        sampler = FAMILIES[self.config.lm.family].sampler
+        sampler.check(decode)
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
         if longest > self.config.lm.max_sequence_length:
             raise UserError(
@@ -152,6 +157,7 @@ class Lavida(LavidaModules):
                 decode,
                 mask_id,
                 generator,
+                sampler=sampler,
                 eos_id=eos_id,
                 # On a GPU a step with more slots costs the same, and a captured graph needs constant shapes.
                 # torch.compile treats a dimension of size 1 as another kind of shape.

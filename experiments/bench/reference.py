@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavida_adapter.attention import attend
-from lavida_adapter.generate import DecodeConfig, tokens_per_step
+from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.language_model import Block, LanguageModel, RMSNorm, rotary_phase
+from lavida_adapter.schedules import tokens_per_step
 from shirg import Role, VisionFeatures
 
 Past = list[tuple[Tensor, Tensor]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep, Positions
-from lavida_adapter.generate import DecodeConfig
+from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache
 from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix

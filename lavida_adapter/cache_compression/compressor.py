@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter.attention import AttentionHook, attention_weights
-from lavida_adapter.generate import DecodeConfig
+from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, cos_signed_sin, rotary_phase, rotate
 from lavida_adapter.prefix import Prefix

@@ -25,7 +25,7 @@ from lavida_adapter.cache_compression.compressor import (
     turn,
 )
 from lavida_adapter.cache_compression.prompt_rows import gather_rows, last_slot
-from lavida_adapter.generate import DecodeConfig
+from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache, RaggedPrefix, take_slots
 from lavida_adapter.language_model import LanguageModel, rotate
 from lavida_adapter.prefix import Prefix

@@ -85,7 +85,8 @@ def test_the_first_token_is_the_prompts_and_a_draft_goes_before_it(model: Lavida
     logits_BW[:, mask_id] = float("-inf")
     found = model.generate(prefix, decode)
     assert found.ids_BA[:, 0].tolist() == logits_BW.argmax(-1).tolist()
-    assert found.steps == (A - 1, A - 1) and mask_id not in found.ids_BA
+    assert found.steps == (A - 2, A - 2), "the last step along the time grid commits two"
+    assert mask_id not in found.ids_BA
     drafted = model.generate(prefix, decode, drafts=[[7], [mask_id, 9]])
     assert drafted.ids_BA[0, 0] == 7 and drafted.ids_BA[1, :2].tolist() == [int(found.ids_BA[1, 0]), 9]
 

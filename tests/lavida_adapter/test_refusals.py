@@ -12,13 +12,14 @@ from torch import nn
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
 from lavida_adapter.attention import attend
-from lavida_adapter.generate import denoise, start, tokens_per_step
+from lavida_adapter.generate import denoise, start
 from lavida_adapter.lightning_module import OptimConfig
 from lavida_adapter.lora import Growth, check_parts, expand
 from lavida_adapter.loss import rows_loss
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE, IMAGE, training_example
 from lavida_adapter.relevance import External, LmEmbed, RelevanceContext, SiglipText
+from lavida_adapter.schedules import tokens_per_step
 from lavida_adapter.views import cut, make_views, ready
 from shirg import ShirgSelector, UserError
 from tests.features import make_features

@@ -9,13 +9,13 @@ import torch
 import lavida_adapter.loss as lavida_loss
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, ObjectiveConfig, Prefix, TrainBatch
-from lavida_adapter.generate import tokens_per_step
 from lavida_adapter.language_model import rotate
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig
 from lavida_adapter.loss import states_of_copies
 from lavida_adapter.objective import Shard, mask_probability, masked_cross_entropy, masked_targets, pad_answers
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE, Example
+from lavida_adapter.schedules import tokens_per_step
 from tests.parity.conftest import Golden
 from tests.parity.test_vision import picture_blocks
 

@@ -1,0 +1,157 @@
+"""LLaDA's sampler: candidates, confidence, and which slots a step commits; and what a sampler is.
+
+docs/lavida.md, "Denoising" and "Remasking". Confidence is compared in float64, as in the reference.
+
+Shape letters: B batch, A answer slots, M slots whose logits a step computes, W vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lavida_adapter.decode_config import DecodeConfig, Rule
+from lavida_adapter.schedules import EPS
+from shirg import UserError
+
+LogitsFn = Callable[[Tensor, Tensor | None], Tensor]
+"""Answer ids [B, A] and the wanted slots [B, M] (None: all) -> logits [B, M, W]. The loop may write to the result."""
+
+Denoised = tuple[Tensor, int, list[int], list[Tensor]]
+"""Ids [B, A], the number of forwards in all and for each row, and the answer after every step when asked for."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers as the reference draws them: for every slot of the answer, even if only some are wanted."""
+
+    generator: torch.Generator | None
+    n_answer: int
+    want_BM: Tensor | None
+    """The wanted slots; None: all."""
+
+    def uniform(self, batch: int, device: torch.device, width: int | None = None) -> Tensor:
+        """[B, M] or [B, M, W] in float64."""
+        shape = (batch, self.n_answer) if width is None else (batch, self.n_answer, width)
+        u = torch.rand(shape, dtype=torch.float64, device=device, generator=self.generator)
+        if self.want_BM is None:
+            return u
+        if width is None:
+            return u.gather(1, self.want_BM)
+        return u.gather(1, self.want_BM[..., None].expand(-1, -1, width))
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the published samplers of the language models do differently."""
+
+    schedule: str
+    """How many tokens a step commits where no schedule is given: a name of `tokens_per_step`."""
+    check: Callable[[DecodeConfig], None]
+    """Raises UserError for options that this sampler does not have."""
+    commit: Callable[[Tensor, Tensor, Sequence[int], Rule, Draw], tuple[Tensor, Tensor]]
+    """Logits [B, M, W], open slots [B, M], a number of tokens for each row -> candidates and which are committed
+    [B, M]."""
+    published: Callable[[LogitsFn, Tensor, DecodeConfig, int, torch.Generator | None], Denoised] | None = None
+    """The loop of `decode.parity=true`, where ours cannot repeat it."""
+
+
+def check_llada(config: DecodeConfig) -> None:
+    """Raises UserError for what LLaDA's sampler does not have."""
+    for name, unused in (("top_p", (None,)), ("top_k", (None, "model")), ("alg_temp", (0,))):
+        if getattr(config, name) not in unused:
+            raise UserError(
+                f"decode.{name}={getattr(config, name)} belongs to Dream's sampler, and this language model is a "
+                "LLaDA: leave it out"
+            )
+    check_eps(config, on_grid=config.schedule == "time_grid" or config.remasking == "origin")
+    if not config.parity:
+        return
+    if config.schedule == "time_grid" or config.remasking == "origin":
+        raise UserError(
+            f"decode.parity=true repeats LLaDA's published sampler, which has no schedule={config.schedule} with "
+            f"remasking={config.remasking}: choose others, or decode.parity=false"
+        )
+    if config.steps_per_block < 1 or None not in (config.step_ratio, config.step_per_block):
+        raise UserError(
+            f"decode: LLaDA's published sampler cannot run step_ratio={config.step_ratio} with "
+            f"step_per_block={config.step_per_block}: give one of them, with at least one step"
+        )
+
+
+def check_eps(config: DecodeConfig, *, on_grid: bool) -> None:
+    """Raises UserError for an end of the time grid where no time grid is used."""
+    if config.eps != EPS and not on_grid:
+        raise UserError(
+            f"decode.eps={config.eps} ends the time grid, and the number of tokens per step does not come from it "
+            "here: leave out eps, or choose decode.schedule=time_grid"
+        )
+
+
+TOLERANCE = 2e-5
+"""Two float32 probabilities closer than this (relative to the larger) might rank differently in float64: exp(-80) has a
+relative error of 5e-6, a sum of 100,000 exponentials one of a few 1e-7."""
+SMALLEST = 1e-37
+"""Below this value float32 has no significant digits left."""
+
+
+def commit_tokens(
+    logits_BMW: Tensor, open_BM: Tensor, ks: Sequence[int], rule: Rule, draw: Draw
+) -> tuple[Tensor, Tensor]:
+    """Candidates [B, M], and which are committed [B, M]: in each row the `ks` most confident of the open slots."""
+    tokens_BM = candidates(logits_BMW, rule.temperature, draw)
+    if rule.remasking in ("random", "origin"):
+        return tokens_BM, topk_confident(draw.uniform(len(open_BM), open_BM.device), open_BM, ks)
+    if rule.threshold is not None:
+        sure_BM = confidence(logits_BMW, tokens_BM, rule.remasking)
+        best_BM = topk_confident(sure_BM, open_BM, [1] * len(ks))
+        return tokens_BM, open_BM & ((sure_BM >= rule.threshold) | best_BM)
+    if min(ks) == open_BM.shape[1]:
+        return tokens_BM, open_BM  # all remaining slots: no ranking needed
+    # On a CPU float32 is faster and usually ranks the same. On a GPU the check would force a synchronisation.
+    if rule.remasking == "low_confidence" and open_BM.device.type == "cpu":
+        quick_BM = confidence(logits_BMW, tokens_BM, rule.remasking, torch.float32)
+        if is_clear(quick_BM, open_BM, ks):
+            return tokens_BM, topk_confident(quick_BM, open_BM, ks)
+    return tokens_BM, topk_confident(confidence(logits_BMW, tokens_BM, rule.remasking), open_BM, ks)
+
+
+def candidates(logits_BMW: Tensor, temperature: float, draw: Draw) -> Tensor:
+    """The most likely token of every slot; with a temperature T the argmax of exp(logit) / (-ln u)^T in float64."""
+    if temperature == 0:
+        return logits_BMW.max(-1).indices  # ties as in argmax, three times faster on a CPU
+    u = draw.uniform(len(logits_BMW), logits_BMW.device, logits_BMW.shape[-1])
+    return (logits_BMW.double().exp() / (-torch.log(u)) ** temperature).argmax(-1)
+
+
+def confidence(logits_BMW: Tensor, tokens_BM: Tensor, remasking: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Confidence in each candidate [B, M], from the logits without temperature."""
+    p = logits_BMW.to(dtype).softmax(-1)
+    if remasking == "low_confidence":
+        return p.gather(-1, tokens_BM[..., None])[..., 0]
+    if remasking == "margin":
+        top = p.topk(2, dim=-1).values
+        return top[..., 0] - top[..., 1]
+    return (p * torch.log(p + 1e-10)).sum(-1)
+
+
+def is_clear(quick_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> bool:
+    """Whether the `ks` largest of each row are the same in float64 for certain: the next one is well below them."""
+    ranked = quick_BM.masked_fill(~open_BM, -1.0).sort(-1, descending=True).values.tolist()
+    pairs = ((row[k - 1], row[k]) for row, k in zip(ranked, ks, strict=True) if 0 < k < len(row))
+    return all((1 - TOLERANCE) * last > max(next_one, SMALLEST) for last, next_one in pairs)
+
+
+def topk_confident(confidence_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> Tensor:
+    """bool [B, M]: the `ks` largest of each row among the open slots; ties are broken by `topk`."""
+    ranked_BM = confidence_BM.masked_fill(~open_BM, float("-inf"))
+    commit_BM = torch.zeros_like(open_BM)
+    if len(set(ks)) == 1:
+        return commit_BM.scatter(1, ranked_BM.topk(ks[0]).indices, True)
+    for row, k in enumerate(ks):
+        commit_BM[row, ranked_BM[row].topk(k).indices] = True
+    return commit_BM
+
+
+LLADA_SAMPLER = Sampler("none", check_llada, commit_tokens)
