@@ -2,10 +2,12 @@
 
     adapter_config.json         peft's LoraConfig: which layers have which rank. Missing when nothing has LoRA.
     adapter_model.safetensors   the trained tensors, named as peft names them
-    adapter.json                "lora": our LoraConfig, with its patterns; "base": the fingerprint of the base weights
+    adapter.json                "lora": our LoraConfig, with its patterns; "base": the fingerprint of the base weights;
+                                "family": the language model
 
-`peft.PeftModel.from_pretrained(model, folder)` loads the first two on a `Lavida` and gives the same weights. Parameters
-that are trained in full are stored beside LoRA's, under their own names, as peft stores embedding layers that it saves
+`peft.PeftModel.from_pretrained(model, folder)` loads the first two on a model whose modules have the published names,
+and gives the same weights. A `Lavida` on LLaDA is one; Dream's names differ from those of our modules. Parameters that
+are trained in full are stored beside LoRA's, under their own names, as peft stores embedding layers that it saves
 whole; peft's `modules_to_save` is for modules and cannot hold the newline vector, which is a bare parameter. A trained
 layer of a selector has a name that begins with "selector."; peft ignores those, and the selector has to be given to
 `load_adapter`.
@@ -26,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavida_adapter.checkpoint import fingerprint
+from lavida_adapter.families import FAMILIES
 from lavida_adapter.lora import (
     LoraConfig,
     add_lora,
@@ -52,12 +55,15 @@ def save_adapter(
     """Writes the trained tensors, their config and the base's fingerprint; an adapter in the folder is replaced."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_PREFIX + n: p.detach().cpu().contiguous() for n, p in _trained_tensors(model, selector).items()}
-    meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector)}
+    family = model.config.lm.family
+    published = FAMILIES[family].published_name
+    trained = _trained_tensors(model, selector)
+    tensors = {_PREFIX + published(n): p.detach().cpu().contiguous() for n, p in trained.items()}
+    meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector), "family": family}
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
         save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if targets := lora_targets(tree_of(model, selector), config):
-            loaded = peft_config(config, targets)
+            loaded = peft_config(config, targets, published)
             loaded.inference_mode = True
             loaded.save_pretrained(temporary)
         (Path(temporary) / META).write_text(json.dumps(meta, indent=2))
@@ -80,7 +86,7 @@ def load_adapter(model: LavidaModules, folder: str | Path, selector: Selector | 
     path = weights_file(folder)
     try:
         meta = json.loads((folder / META).read_text())
-        config, base = LoraConfig.from_dict(meta["lora"]), meta["base"]
+        config, base, family = LoraConfig.from_dict(meta["lora"]), meta["base"], meta.get("family", "llada")
         tensors = load_file(path)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
@@ -93,13 +99,19 @@ def load_adapter(model: LavidaModules, folder: str | Path, selector: Selector | 
             f"the adapter in {folder} holds {own[0]}, a layer of a selector that this one does not have: give the "
             "selector's options as train.py printed them"
         )
+    if family != model.config.lm.family:
+        raise UserError(
+            f"the adapter in {folder} was trained on another language model, {family}, and this one is "
+            f"{model.config.lm.family}: load a model of that kind (model=)"
+        )
     if base != base_fingerprint(model, config, selector):
         raise UserError(f"the adapter in {folder} was trained on another base checkpoint: load that one (model.path=)")
     add_lora(model, config, selector)
     wanted = _trained_tensors(model, selector)
-    if tensors.keys() != wanted.keys() or any(tensors[n].shape != p.shape for n, p in wanted.items()):
+    stored = {n: FAMILIES[family].published_name(n) for n in wanted}
+    if tensors.keys() != set(stored.values()) or any(tensors[stored[n]].shape != p.shape for n, p in wanted.items()):
         raise UserError(f"the tensors in {path} are not those that its {META} describes")
-    peft.set_peft_model_state_dict(_peft_tree(model, selector), tensors)
+    peft.set_peft_model_state_dict(_peft_tree(model, selector), {n: tensors[stored[n]] for n in wanted})
     return config
 
 

@@ -73,8 +73,8 @@ def load(
     broken = _read(model, {name: own for own, name in published.items()}, shapes, stored, dtype, device)
     if broken:
         raise UserError(
-            f"{folder} has NaN or infinity, as {str(dtype).removeprefix('torch.')}, in {_listed(broken)}: download the "
-            "checkpoint again, or choose a wider dtype"
+            f"{folder} has NaN or infinity, as {str(dtype).removeprefix('torch.')}, in {_listed(sorted(broken))}: "
+            "download the checkpoint again, or choose a wider dtype"
         )
     for name in absent:  # in most checkpoints, but never applied
         fill = torch.ones if name.endswith("norm.weight") else torch.zeros

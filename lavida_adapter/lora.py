@@ -6,7 +6,7 @@ Its files are in `lavida_adapter.adapter_files`.
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Self
@@ -194,9 +194,15 @@ def _inject(tree: nn.ModuleDict, config: LoraConfig, targets: list[str]) -> None
             parameter.data = parameter.data.float()
 
 
-def peft_config(config: LoraConfig, targets: Sequence[str]) -> peft.LoraConfig:
-    """The config in peft's terms, for the linear layers with these short names."""
-    ranks = {re.escape(full_name(t)): config.rank_of(t) for t in targets if config.rank_of(t) != config.rank}
+def peft_config(
+    config: LoraConfig, targets: Sequence[str], rename: Callable[[str], str] = lambda name: name
+) -> peft.LoraConfig:
+    """The config in peft's terms, for the linear layers with these short names.
+
+    `rename` maps a name of our tree to that of the model that peft is to find the layer in.
+    """
+    names = {t: re.escape(rename(full_name(t))) for t in targets}
+    ranks = {names[t]: config.rank_of(t) for t in targets if config.rank_of(t) != config.rank}
     return peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.scale * config.rank,  # type: ignore[arg-type]  # only ever divided by the rank
@@ -204,7 +210,7 @@ def peft_config(config: LoraConfig, targets: Sequence[str]) -> peft.LoraConfig:
         rank_pattern=ranks,
         alpha_pattern={name: config.scale * rank for name, rank in ranks.items()},
         # peft matches a list by suffix, which would confuse the two ff_out; an expression matches the whole name.
-        target_modules="(?:" + "|".join(re.escape(full_name(t)) for t in targets) + ")",
+        target_modules="(?:" + "|".join(names.values()) + ")",
     )
 
 

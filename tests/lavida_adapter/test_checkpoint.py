@@ -23,12 +23,20 @@ from lavida_adapter.checkpoint_files import INDEX, SINGLE
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 WTE, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
+ROWS = {"llada": (WTE, HEAD), "dream": ("model.embed_tokens.weight", "lm_head.weight")}
+"""Embedding and head of each language model."""
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
-@pytest.fixture(scope="module")
-def model() -> Lavida:
-    return tiny_model()
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def model(request: pytest.FixtureRequest) -> Lavida:
+    """On each language model: what a file keeps must not depend on it."""
+    return tiny_model(lm={"family": request.param})
+
+
+def again(model: Lavida, seed: int = 0) -> Lavida:
+    """A fresh model of the same kind."""
+    return tiny_model(seed, lm={"family": model.config.lm.family})
 
 
 @pytest.fixture
@@ -72,25 +80,35 @@ def test_round_trip_is_bit_equal(model: Lavida, folder: Path) -> None:
     assert out[0].texts == out[1].texts
 
 
-def test_the_published_names(folder: Path) -> None:
-    names = set(load_file(folder / SINGLE))
-    for name in (
-        "model.image_newline",
-        "model.mm_projector.0.weight",
-        "model.mm_projector.2.bias",
-        "model.transformer.wte.weight",
-        "model.transformer.blocks.1.attn_norm.weight",
-        "model.transformer.blocks.0.ff_out.weight",
-        "model.transformer.ff_out.weight",
-        "model.transformer.ln_f.weight",
-        f"{TOWER}embeddings.position_embedding.weight",
-        f"{TOWER}encoder.layers.1.self_attn.out_proj.bias",
-        f"{TOWER}encoder.layers.0.mlp.fc1.weight",
-        f"{TOWER}post_layernorm.bias",
-    ):
-        assert name in names
-    # Nine tensors per block, embedding, head and norm; sixteen per tower layer and five around; projector; newline.
-    assert len(names) == 9 * 2 + 3 + 16 * 2 + 5 + 2 + 4 + 1 - 2
+def layer_names(start: str, leaves: str) -> set[str]:
+    return {f"{start}.{i}.{leaf}" for i in range(2) for leaf in leaves.split()}
+
+
+def test_the_published_names(model: Lavida, folder: Path) -> None:
+    """All of them, as docs/lavida.md has them."""
+    layers = {
+        "llada": layer_names(
+            "model.transformer.blocks",
+            "attn_norm.weight ff_norm.weight q_proj.weight k_proj.weight v_proj.weight attn_out.weight ff_proj.weight "
+            "up_proj.weight ff_out.weight",
+        )
+        | {"model.transformer.ln_f.weight"},
+        "dream": layer_names(
+            "model.layers",
+            "input_layernorm.weight post_attention_layernorm.weight self_attn.q_proj.weight self_attn.q_proj.bias "
+            "self_attn.k_proj.weight self_attn.k_proj.bias self_attn.v_proj.weight self_attn.v_proj.bias "
+            "self_attn.o_proj.weight mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight",
+        )
+        | {"model.norm.weight"},
+    }
+    linears = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj layer_norm1 layer_norm2"
+    leaves = " ".join(f"{leaf}.{kind}" for leaf in f"{linears} mlp.fc1 mlp.fc2".split() for kind in ("weight", "bias"))
+    ends = "patch_embedding.weight patch_embedding.bias position_embedding.weight".split()
+    rest = {"model.image_newline", f"{TOWER}post_layernorm.weight", f"{TOWER}post_layernorm.bias"}
+    rest |= {f"model.mm_projector.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    rest |= {f"{TOWER}embeddings.{end}" for end in ends} | layer_names(f"{TOWER}encoder.layers", leaves)
+    family = model.config.lm.family
+    assert set(load_file(folder / SINGLE)) == layers[family] | set(ROWS[family]) | rest
 
 
 def test_shards(model: Lavida, tmp_path: Path) -> None:
@@ -130,13 +148,13 @@ def test_an_index_written_by_hand(model: Lavida, folder: Path) -> None:
     ],
 )
 def test_dtypes(model: Lavida, tmp_path: Path, asked: Any, expected: torch.dtype) -> None:
-    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    again(model).to(torch.bfloat16).save_pretrained(tmp_path / "half")
     loaded = Lavida.from_pretrained(tmp_path / "half", dtype=asked)
     assert {p.dtype for p in loaded.parameters()} == {expected}
     assert loaded.dtype == expected
     expected_newline = model.model.image_newline.to(torch.bfloat16).to(expected)
     assert torch.equal(loaded.model.image_newline, expected_newline)
-    assert fingerprint(loaded) == fingerprint(tiny_model().to(torch.bfloat16))
+    assert fingerprint(loaded) == fingerprint(again(model).to(torch.bfloat16))
     prefix = loaded.encode([picture((40, 40))], ["x"], Pooled())
     assert loaded.generate(prefix, DecodeConfig(max_new_tokens=2)).ids_BA.shape == (1, 2)
 
@@ -161,7 +179,8 @@ def test_cuda(folder: Path) -> None:
 
 def test_surplus_rows_of_the_vocabulary_are_cut(model: Lavida, folder: Path) -> None:
     state = load_file(folder / SINGLE)
-    longer = {name: torch.cat([state[name], torch.full((5, 32), 99.0)]) for name in (WTE, HEAD)}
+    names = ROWS[model.config.lm.family]
+    longer = {name: torch.cat([state[name], torch.full((5 + i, 32), 99.0)]) for i, name in enumerate(names)}
     rewrite(folder, **longer)
     edit_config(folder, vocab_size=len(model.tokenizer) + 5, embedding_size=len(model.tokenizer) + 5)
     loaded = Lavida.from_pretrained(folder)
@@ -217,8 +236,8 @@ def test_every_tensor_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def other() -> Iterator[Lavida]:
-    yield tiny_model(seed=1)
+def other(model: Lavida) -> Lavida:
+    return again(model, seed=1)
 
 
 @pytest.mark.parametrize("broken", ["tokenizer", "weights"])
@@ -248,9 +267,9 @@ def test_a_new_save_replaces_the_old_one_and_keeps_other_files(other: Lavida, fo
 
 
 def test_the_fingerprint_tells_bases_apart(model: Lavida, other: Lavida) -> None:
-    assert fingerprint(model) == fingerprint(tiny_model())
+    assert fingerprint(model) == fingerprint(again(model))
     assert fingerprint(model) != fingerprint(other)
-    changed = tiny_model()
+    changed = again(model)
     with torch.no_grad():
         changed.model.image_newline[3] += 0.1
     assert fingerprint(changed) != fingerprint(model)
@@ -292,7 +311,19 @@ def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path) -> No
     assert int(out.stdout) < 1.4 * size + 50e6
 
 
-def test_changes_of_the_config_are_obeyed(folder: Path) -> None:
-    edit_config(folder, prefix_attention="image_first", drop_token_after_image=False)
+def test_changes_of_the_config_are_obeyed(model: Lavida, folder: Path) -> None:
+    theta = {"rope_theta": 7.0, "rms_norm_eps": 0.25}
+    drop = not model.config.drop_token_after_image
+    edit_config(folder, prefix_attention="image_first", drop_token_after_image=drop, **theta)
     loaded = Lavida.from_pretrained(folder)
-    assert loaded.config == replace(tiny_model().config, prefix_attention="image_first", drop_token_after_image=False)
+    expected = replace(model.config, prefix_attention="image_first", drop_token_after_image=drop)
+    assert loaded.config == replace(expected, lm=replace(model.config.lm, **theta))
+    assert loaded.lm.layers[0].attention_norm.eps == 0.25
+
+
+def test_a_newline_vector_is_optional_where_pictures_have_no_rows(model: Lavida, folder: Path) -> None:
+    rewrite(folder, **{"model.image_newline": None})
+    edit_config(folder, mm_patch_merge_type="flat")
+    loaded = Lavida.from_pretrained(folder)
+    assert loaded.model.image_newline.tolist() == [0.0] * 32
+    assert torch.equal(loaded.lm.embedding.weight, model.lm.embedding.weight)
