@@ -105,6 +105,22 @@ def test_token_map_of_the_splice(golden: Golden, close, equal) -> None:
         close("token map of the splice", block, maps[name], 1e-4)
 
 
+def test_token_map_without_pooling(dream: Golden, close, equal) -> None:
+    """The checkpoint of low resolution: one view whose tokens are all fed, and one newline."""
+    config = dream.config.switched(image_aspect_ratio="resize", mm_pool=False)
+    block = token_map(dream, (300, 200), config)
+    facts = dream.json("facts")["facts"]
+    equal("token counts", len(block), facts["lowres_single_view_no_pool_spatial_unpad_tokens"])
+    close("token map of the splice", block, dream.tensors("splice_token_map")["map_single_view_no_pool"], 1e-4)
+    flat = token_map(dream, (300, 200), config.switched(mm_patch_merge_type="flat"))
+    equal("token counts", len(flat), facts["lowres_single_view_no_pool_flat_tokens"])
+    equal(
+        "token counts",
+        len(token_map(dream, (768, 768), dream.config.switched(mm_pool=False))),
+        facts["anyres_768_no_pool_tokens"],
+    )
+
+
 @torch.no_grad()
 def test_spliced_embeddings(golden: Golden, close, equal) -> None:
     saved, model = golden.tensors("splice"), golden.model

@@ -46,7 +46,7 @@ def fastv(case: RivalCase) -> None:
     query_HD, keys_HPD, weights_HP = case["query"], case["keys"], case["attention"]
     prefix = prompt(keys_HPD.shape[1], case.given["first_visual"], case.given["n_visual"])
     block = SimpleNamespace(attention_norm=lambda x: x, queries=lambda x, cos, sin: query_HD[None, :, None])
-    lm: Any = SimpleNamespace(layers=[block], config=SimpleNamespace(head_dim=2, rope_theta=1e4))
+    lm: Any = SimpleNamespace(layers=[block], angles=lambda positions: (None, None))  # the block does not rotate
     method, cache = FastV(budget=case.given["budget"], layer=0, queries="last", positions="retain"), cache_of(keys_HPD)
     case.close("attention", method.score(lm, cache, prefix, None)[0], weights_HP.mean(0), TOLERANCE)
     case.same("kept", slots(method(lm, cache, prefix).kept_BP), case["kept"].tolist())
