@@ -1,6 +1,7 @@
 # make demo   install, evaluate four selectors on the tiny model, write outputs/demo/report.html
 # make test   run the tests in WORKERS=2 processes          make lint   style, types, import directions
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
+#             (MODEL=tiny_dream trains the one on Dream)
 # make evidence   both for five seeds, then the sweeps of docs/results
 # make gpu    on a machine with a GPU, in nine minutes: its tests and the bench at true size, to docs/results/gpu
 PYTHON ?= python3
@@ -41,19 +42,21 @@ gpu:
 
 # Each stage starts from the weights of the stage before it. Each ends with a check (its gate); a failed check stops the
 # chain. A finished stage is not run again; to start over, delete the folder.
+MODEL ?= tiny
 SEED ?= 0
 THREADS ?= 2
-TINY := outputs/tiny_seed-$(SEED)
-TRAIN := $(BIN)/python train.py study=tiny_seed-$(SEED) seed=$(SEED) resume=true threads=$(THREADS)
+STUDY := $(MODEL)_seed-$(SEED)
+TINY := outputs/$(STUDY)
+TRAIN := $(BIN)/python train.py study=$(STUDY) seed=$(SEED) resume=true threads=$(THREADS)
 tiny: setup
-	$(TRAIN) stage=vision model=tiny_scratch weights=$(TINY)/vision
+	$(TRAIN) stage=vision model=$(MODEL)_scratch weights=$(TINY)/vision
 	$(TRAIN) stage=text model.path=$(TINY)/vision weights=$(TINY)/text
 	$(TRAIN) stage=align model.path=$(TINY)/text weights=$(TINY)/align
 	$(TRAIN) stage=base selector=pooled model.path=$(TINY)/align weights=$(TINY)/base
 	@echo "weights: $(TINY)/base; use them with model.path=$(TINY)/base"
 
 # One adapter for each selector, all for the same steps from the same base; `mixed` is trained on five budgets in turn.
-ADAPT = $(TRAIN) data=synth_mix_train model.path=$(TINY)/base weights=$(TINY)/base/adapters
+ADAPT = $(TRAIN) data=synth_mix_train lora=$(MODEL) model.path=$(TINY)/base weights=$(TINY)/base/adapters
 adapters: $(addprefix adapter-,pooled full random shirg saint topv mixed)
 adapter-%: setup
 	$(ADAPT)/$* selector=$*
@@ -68,7 +71,7 @@ rank-%: setup
 SEEDS ?= 0 1 2 3 5
 space := $(subst ,, )
 comma := ,
-BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/tiny_seed-$(seed)/base))
+BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/$(MODEL)_seed-$(seed)/base))
 EVAL = $(BIN)/python eval.py model.path=$(BASES) data.n=1152 threads=$(THREADS) resume=true
 GLYPHS = 'data.density=[sparse,dense,hard]'
 evidence: setup
