@@ -11,10 +11,10 @@ from experiments.schema import VERSION_BASE
 @hydra.main(version_base=VERSION_BASE, config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> JobOutcome | None:
     with acquire_slot(cfg.threads, cfg.device):
-        from experiments.evaluate import evaluate
+        from experiments.evaluate import check_data, evaluate
         from experiments.jobs.job import run_job
 
-        return run_job(cfg, evaluate, cli.update_report)
+        return run_job(cfg, evaluate, cli.update_report, check_data)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """The `eval` command: answers every sample once, scores the answers and records them as it goes.
 
-Batches are the same in every run. Each is journaled as a whole, so an interrupted job goes on with the first missing
-batch and ends with the same answers as an undisturbed one.
+Batches are the same in every run. Each is journaled as a whole, so an interrupted job goes on with the batches that are
+missing or whose samples have changed, and ends with the same answers as an undisturbed one.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,12 +17,15 @@ from PIL import Image
 
 from experiments import build, profiling
 from experiments.analysis.aggregate import summarise
+from experiments.atomic_files import remove_path
 from experiments.data.image_io import picture_of, prefetch_pictures
 from experiments.data.sample import Dataset, Sample, Traced, draw_ids, ids_hash, other_questions
 from experiments.inference import Answers, EvalPipeline
 from experiments.jobs import results
 from experiments.jobs.job import JOURNAL, Job
-from experiments.jobs.results import SHOTS, SampleRow, adapter_path, write_samples
+from experiments.jobs.results import SHOTS, adapter_path
+from experiments.jobs.sample_facts import changes, describe
+from experiments.jobs.sample_rows import SampleRow, drop_partial_digests, read_facts, write_samples
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.profiling import Progress
@@ -29,7 +33,7 @@ from experiments.training.run_logger import RunLogger
 from experiments.viz.examples import pick_examples, save_example
 from experiments.viz.token_map import MAPS, TokenCapture, save_map
 from lavida_adapter.attention import kernel_of
-from shirg import UserError
+from shirg import MissingFileError, UserError
 
 
 def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
@@ -99,6 +103,27 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         logger.begin()
         logger.end(sections, rows)
     return sections
+
+
+def check_data(cfg: DictConfig, folder: Path) -> str:
+    """Compares a finished job's samples with those that it would answer now; returns a remark where it cannot.
+
+    Raises:
+        UserError: the data has changed, and how.
+    """
+    try:
+        dataset = build.build_dataset(cfg)
+    except MissingFileError as error:
+        return f"its data cannot be compared ({error})"
+    samples = shard_of(choose_samples(dataset, cfg.limit, cfg.seed), cfg.shard, cfg.shards)
+    if not (folder / results.SAMPLES).is_file():
+        raise UserError(f"{folder} has no {results.SAMPLES}: overwrite=true answers again")
+    if found := changes(read_facts(folder / results.SAMPLES), samples):
+        raise UserError(
+            f"the data has changed since this job answered it: {describe(found)}; overwrite=true answers again, "
+            "another study= keeps both"
+        )
+    return ""
 
 
 def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
@@ -173,21 +198,50 @@ def answer_all(
     with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, examples.watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
             raise UserError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
-        done = len(journal.entries)
-        progress.advance(sum(map(len, batches[:done])))
-        coming = prefetch_pictures(batches[done:], pipeline.model.config, pipeline.selector.geometry, workers)
-        for number, (batch, pictures) in enumerate(zip(batches[done:], coming, strict=True)):
+        answered = find_answered(journal.entries, batches, job.folder)
+        missing = [i for i in range(len(batches)) if i not in answered]
+        progress.advance(sum(len(batches[i]) for i in answered))
+        todo = [batches[i] for i in missing]
+        coming = prefetch_pictures(todo, pipeline.model.config, pipeline.selector.geometry, workers)
+        for i, batch, loaded in zip(missing, todo, coming, strict=True):
             with profiling.explain_oom(pipeline.model, len(batch), pipeline.n_vision):
-                answers = pipeline.answer(batch, pictures)
+                answers = pipeline.answer(batch, loaded)
             examples.draw(batch, answers)
-            journal.append({"weights": weights, "warm_up": number == 0, "ms": answers.ms, "rows": answers.rows})
+            answered[i] = {"weights": weights, "warm_up": i == missing[0], "ms": answers.ms, "rows": answers.rows}
+            journal.append(answered[i])
             progress.advance(len(batch))
-        entries = journal.entries
+    entries = [answered[i] for i in range(len(batches))]
     shares = [{stage: ms / len(entry["rows"]) for stage, ms in entry["ms"].items()} for entry in entries]
     numbered = [(i, row) for i, entry in enumerate(entries) for row in entry["rows"]]
     rows = [cast(SampleRow, {**row, "batch": i, "ms": shares[i]}) for i, row in numbered]
+    drop_partial_digests(rows)
     timed = [share for share, entry in zip(shares, entries, strict=True) if not entry["warm_up"]] or shares
     return rows, timed
+
+
+def find_answered(
+    entries: Sequence[dict[str, Any]], batches: Sequence[Sequence[Sample]], folder: Path
+) -> dict[int, dict[str, Any]]:
+    """The journaled batches by number: those of the same samples in the same order, none of which has changed since.
+
+    Where the data has changed, this is said, and the rest is answered again.
+    """
+    by_ids = {tuple(row["id"] for row in entry["rows"]): entry for entry in entries}
+    rows = [row for entry in by_ids.values() for row in entry["rows"]]
+    ids = {row["id"] for row in rows}
+    found = changes(rows, [sample for batch in batches for sample in batch if sample.id in ids])
+    changed = {change.id for change in found}
+    answered = {}
+    for i, batch in enumerate(batches):
+        names = tuple(sample.id for sample in batch)
+        if names in by_ids and changed.isdisjoint(names):
+            answered[i] = by_ids[names]
+    if len(answered) < len(by_ids):
+        n = sum(len(entry["rows"]) for entry in answered.values())
+        why = describe(found) or "other samples are drawn"
+        print(f"data  has changed since this job stopped ({why}): {n} of its {len(ids)} answers are kept")
+        remove_path(folder / SHOTS)
+    return answered
 
 
 def prompt_hash(data: Mapping[str, Any] | DictConfig, max_new_tokens: int) -> str:

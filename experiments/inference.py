@@ -3,14 +3,15 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from experiments.data.image_io import Pictures, load_pictures, picture_of
+from experiments.data.image_io import PictureBatch, Pictures, load_batch
 from experiments.data.sample import Sample
-from experiments.jobs.results import SampleRow
+from experiments.jobs.sample_facts import facts_of
+from experiments.jobs.sample_rows import SampleRow
 from experiments.metrics.answers import Scorer, score_answer
 from experiments.token_stats import TokenGeometry, check_counts, count_sources, recall, spread_of
 from lavida_adapter import CachePacker, CacheSelector
@@ -66,14 +67,15 @@ class EvalPipeline:
         return self.geometry.count_of(budget)
 
     @torch.inference_mode()
-    def answer(self, batch: Sequence[Sample], pictures: Pictures | None = None) -> Answers:
+    def answer(self, batch: Sequence[Sample], loaded: PictureBatch | None = None) -> Answers:
         """Answers a batch. The result depends on the pipeline and the batch alone.
 
         Args:
-            pictures: those of the batch, where they were loaded ahead of time.
+            loaded: its pictures, where they were loaded ahead of time.
         """
         timer = StageTimer(self.model.device)
-        pictures = load_pictures(batch) if pictures is None else pictures
+        loaded = load_batch(batch) if loaded is None else loaded
+        pictures = loaded.pictures
         prefix = self.model.encode(
             pictures,
             [sample.question if self.asked is None else self.asked[sample.id] for sample in batch],
@@ -99,6 +101,8 @@ class EvalPipeline:
             left = tuple(left_in_cache(prefix, generation.cached_BP))
         sizes = [picture.size for picture in pictures]
         rows = [self._row(sample, sizes[i], prefix, generation, i, left[i], moved[i]) for i, sample in enumerate(batch)]
+        for row, digest in zip(rows, loaded.digests, strict=True):
+            row["picture_digest"] = digest
         return Answers(rows, pictures, left, ms)
 
     def _row(
@@ -117,20 +121,10 @@ class EvalPipeline:
         check_counts(self.selector, sources, n_visual, self.geometry, size, sample.id)
         placed = self.geometry(size)
         spread = spread_of(kept_T, placed)
-        return {
-            "id": sample.id,
-            "picture": picture_of(sample),
-            "question": sample.question,
-            "prompt": sample.prompt,
-            "answers": list(sample.answers),
-            "target": sample.target,
+        row = {
+            **facts_of(sample),
             "prediction": text,
             "scores": score_answer(self.scorers, text, sample.answers, sample.target),
-            "subtask": sample.subtask,
-            "group": str(sample.meta.get("group", "")),
-            "density": str(sample.meta.get("density", "")),
-            "place": str(sample.meta.get("place", "")),
-            "entity": str(sample.meta.get("entity", "")),
             "n_visual": n_visual,
             "n_prefix": prefix.n_tokens[i],
             "n_cache": moved.n_cache,
@@ -146,6 +140,7 @@ class EvalPipeline:
             "drift": moved.drift,
             "same_top1": moved.same_top1,
         }
+        return cast(SampleRow, row)
 
     def _drift(self, prefix: "Prefix", generation: "Generation") -> list["Moved"]:
         """For each prompt the bytes of its cache and, where the cache was made smaller, its drift; not timed."""

@@ -22,7 +22,8 @@ from experiments.data.sample import ids_hash
 from experiments.errors import is_user_error
 from experiments.job_names import override_key
 from experiments.jobs import results
-from experiments.jobs.results import SHOTS, SampleRow, encode_samples, read_rows
+from experiments.jobs.results import SHOTS
+from experiments.jobs.sample_rows import SampleRow, encode_samples, read_rows
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import Scorer, score_answer, scorer_version, text_metrics
 from experiments.sweeps import job_folders

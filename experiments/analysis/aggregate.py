@@ -19,18 +19,15 @@ from experiments.analysis.stats import Spread, estimate, over_seeds
 from experiments.atomic_files import remove_path, write_json
 from experiments.data.sample import ids_hash
 from experiments.job_names import merged_name, override_key
-from experiments.jobs.results import (
-    NOT_HASHED,
+from experiments.jobs.results import NOT_HASHED, RESULT, SAMPLES, SHOTS, config_hash, read_result
+from experiments.jobs.sample_rows import (
     RECALL,
-    RESULT,
-    SAMPLES,
-    SHOTS,
     SPREADS,
     SampleRow,
     Score,
     SpreadName,
-    config_hash,
-    read_result,
+    drop_partial_digests,
+    picture_of_row,
     read_rows,
     read_scores,
     subset_name,
@@ -122,7 +119,7 @@ def partition(rows: Sequence[SampleRow], key: Callable[[SampleRow], str]) -> dic
 
 def _score(rows: Sequence[SampleRow], metric: str, top: float = 1.0) -> dict[str, float] | None:
     """The mean in the metric's own unit; intervals are made for scores in [0, 1]."""
-    scored = [(score / top, row["picture"]) for row in rows if (score := row["scores"][metric]) is not None]
+    scored = [(score / top, picture_of_row(row)) for row in rows if (score := row["scores"][metric]) is not None]
     if not scored:
         return None
     found = asdict(estimate(*zip(*scored, strict=True)))
@@ -130,12 +127,12 @@ def _score(rows: Sequence[SampleRow], metric: str, top: float = 1.0) -> dict[str
 
 
 def _mean_recall(rows: Sequence[SampleRow]) -> dict[str, float] | None:
-    known = [(row["recall"], row["picture"]) for row in rows if row["recall"] is not None]
+    known = [(row["recall"], picture_of_row(row)) for row in rows if row["recall"] is not None]
     return asdict(estimate(*zip(*known, strict=True))) if known else None
 
 
 def _mean_spread(rows: Sequence[SampleRow], name: SpreadName) -> dict[str, float] | None:
-    known = [(value, row["picture"]) for row in rows if (value := row.get(name)) is not None]
+    known = [(value, picture_of_row(row)) for row in rows if (value := row.get(name)) is not None]
     return asdict(estimate(*zip(*known, strict=True))) if known else None
 
 
@@ -294,6 +291,7 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
             f"{folder.name}: its shards were answered with different weights ({', '.join(sorted(weights))})"
         )
     rows = _in_order([read_rows(part / SAMPLES) for part, _ in parts])
+    drop_partial_digests(rows)
     config = {**results[0]["config"], "shard": 0, "shards": 1}
     overrides = [word for word in results[0]["overrides"] if override_key(word) != "shard"]
     command = re.sub(r"shard=\d+", f"shard={','.join(map(str, range(len(parts))))}", results[0]["command"])

@@ -24,6 +24,7 @@ from experiments.analysis.aggregate import Result, RunGroup, base_config, withou
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import over_seeds, totals, wilson
 from experiments.jobs.results import SAMPLES
+from experiments.jobs.sample_rows import picture_column
 
 PREFIX = "overlap "
 """Columns of the table: `overlap JOB KEY` is a row's overlap with the row of that job."""
@@ -74,7 +75,8 @@ class KeptTokens:
 def read_kept(path: Path) -> KeptTokens:
     """What samples.parquet says about the kept tokens."""
     there = pq.read_schema(path).names
-    table = pq.read_table(path, columns=[name for name in ("id", "picture", "kept", "n_valid") if name in there])
+    picture = picture_column(path)
+    table = pq.read_table(path, columns=[name for name in ("id", picture, "kept", "n_valid") if name in there])
     ids, lists = table["id"].to_pylist(), table["kept"].to_pylist()
     valid = table["n_valid"].to_pylist() if "n_valid" in there else [None] * len(ids)
     kept_NT = np.zeros((len(ids), 1 + max((max(tokens) for tokens in lists if tokens), default=0)), dtype=bool)
@@ -84,7 +86,7 @@ def read_kept(path: Path) -> KeptTokens:
         bits_NW=np.packbits(kept_NT, axis=1),
         n_valid_N=np.asarray([n or 0 for n in valid], dtype=np.int64),
         ids=tuple(ids),
-        pictures=tuple(table["picture"].to_pylist()),
+        pictures=tuple(table[picture].to_pylist()),
     )
 
 

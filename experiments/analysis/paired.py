@@ -8,7 +8,7 @@ import numpy as np
 from experiments.analysis.aggregate import RunGroup, base_config
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import detectable, holm, over_seeds, paired_delta
-from experiments.jobs.results import Score
+from experiments.jobs.sample_rows import Score
 
 BASELINE = "pooled"
 UNABLATED = "unablated"

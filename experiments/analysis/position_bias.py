@@ -14,7 +14,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from experiments.analysis.stats import estimate, paired_delta
-from experiments.jobs.results import SampleRow
+from experiments.jobs.sample_rows import SampleRow
 from experiments.metrics.text import entity_form
 
 CENTRE = "centre"

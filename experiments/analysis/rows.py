@@ -7,7 +7,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from experiments.analysis.aggregate import POSITION, RunGroup, seed_columns, without_seed
-from experiments.jobs.results import LOCK, SPREADS
+from experiments.jobs.results import LOCK
+from experiments.jobs.sample_rows import SPREADS
 
 ROW_VERSION = 2
 _SHOWN_ELSEWHERE = frozenset(

@@ -45,7 +45,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
 
     from experiments import build
     from experiments.atomic_files import write_json
-    from experiments.data.image_io import load_pictures
+    from experiments.data.image_io import load_batch
     from experiments.evaluate import choose_samples
     from experiments.profiling import resolve_device
     from lavida_adapter.cache_compression.layer_retention import MassReceived, profile
@@ -61,7 +61,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
     with torch.inference_mode():
         for sample in samples:
             prefix = model.encode(
-                load_pictures([sample]),
+                load_batch([sample]).pictures,
                 [sample.question],
                 selector,
                 relevance=relevance,

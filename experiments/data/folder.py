@@ -4,11 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.data.image_io import load_picture
+from experiments.data.image_io import PictureFile
 from experiments.data.sample import Sample, draw_ids
 from shirg import MissingFileError, UserError
 
@@ -92,7 +91,7 @@ class Folder:
             id=row.id,
             dataset=self.name,
             split=self.split,
-            load_image=partial(load_picture, row.path),
+            load_image=PictureFile(row.path),
             size=None,
             question=row.question,
             prompt=row.question + self._suffix,

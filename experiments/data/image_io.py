@@ -3,12 +3,13 @@
 One rule decodes the files of every dataset, so that the same file always gives the same pixels.
 """
 
+import hashlib
 import io
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
@@ -53,7 +54,11 @@ def _load(file: Path | io.BytesIO, where: str) -> Image.Image:
             return to_rgb(ImageOps.exif_transpose(picture))
     # Decoders raise many kinds of errors for broken files: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
-        raise UserError(f"{where}: cannot be read as a picture ({error}); replace it or remove its rows") from error
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: cannot be read as a picture ({error}); replace it or remove its rows")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -75,17 +80,90 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def picture_of(sample: Sample) -> str:
-    """The name of the sample's picture; samples that share it are one cluster."""
+    """The dataset's name for the sample's picture."""
     return str(sample.meta.get("picture", sample.id))
 
 
-def load_pictures(batch: Sequence[Sample]) -> list[Image.Image]:
-    """One picture per sample, each loaded once."""
+@runtime_checkable
+class StoredPicture(Protocol):
+    """A `Sample.load_image` that can also give the picture as it is stored, encoded."""
+
+    where: str
+    """Names the picture in messages."""
+
+    def __call__(self) -> Image.Image: ...
+
+    def read(self) -> bytes:
+        """The encoded picture; raises what calling it raises."""
+
+    def n_bytes(self) -> int | None:
+        """About how many bytes `read` fetches; None where they come over a network."""
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """The picture in a file."""
+
+    path: Path
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    def __call__(self) -> Image.Image:
+        return load_picture(self.path)
+
+    def read(self) -> bytes:
+        try:
+            return self.path.read_bytes()
+        except OSError as error:
+            raise _unreadable(self.where, error) from error
+
+    def n_bytes(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except OSError as error:
+            raise _unreadable(self.where, error) from error
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """The pictures of a batch of samples; samples that share one share the object."""
+
+    pictures: Pictures
+    digests: tuple[str, ...]
+    """Which picture each is: a digest of its encoded bytes, or of its pixels where it is drawn."""
+
+
+def load_batch(batch: Sequence[Sample]) -> PictureBatch:
+    """One picture per sample, each loaded once, whatever names its dataset has for it."""
+    known: dict[Any, str] = {}
     pictures: dict[str, Image.Image] = {}
     for sample in batch:
-        if picture_of(sample) not in pictures:
-            pictures[picture_of(sample)] = sample.load_image()
-    return [pictures[picture_of(sample)] for sample in batch]
+        key = _source(sample)
+        if key in known:
+            continue
+        load = sample.load_image
+        if isinstance(load, StoredPicture):
+            data = load.read()
+            known[key] = digest_of(data)
+            if known[key] not in pictures:
+                pictures[known[key]] = read_picture(data, load.where)
+        else:
+            picture = load()
+            known[key] = digest_of(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+            pictures.setdefault(known[key], picture)
+    digests = tuple(known[_source(sample)] for sample in batch)
+    return PictureBatch([pictures[digest] for digest in digests], digests)
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _source(sample: Sample) -> Any:
+    """What samples of one batch share when they share a picture: its place, or the name of one that is drawn."""
+    return sample.load_image if isinstance(sample.load_image, StoredPicture) else picture_of(sample)
 
 
 @dataclass(frozen=True)
@@ -99,7 +177,7 @@ class ViewBatches:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, number: int) -> "list[Views] | Exception":
+    def __getitem__(self, number: int) -> PictureBatch | Exception:
         """An error is returned, not raised: the loader would put the worker's traceback before a user's one sentence.
 
         A bug keeps that traceback as a note.
@@ -107,18 +185,19 @@ class ViewBatches:
         from lavida_adapter.views import cut
 
         try:
-            images = load_pictures(self.batches[number])
+            batch = load_batch(self.batches[number])
         except Exception as error:
             if not isinstance(error, UserError):
                 error.add_note(f"In a worker process:\n{traceback.format_exc()}")
             return error
-        views = {id(image): cut(image, self.config, self.geometry) for image in images}
-        return [views[id(image)] for image in images]
+        images = cast(dict[str, Image.Image], dict(zip(batch.digests, batch.pictures, strict=True)))
+        views = {digest: cut(image, self.config, self.geometry) for digest, image in images.items()}
+        return PictureBatch([views[digest] for digest in batch.digests], batch.digests)
 
 
 def prefetch_pictures(
     batches: Sequence[Sequence[Sample]], config: "LavidaConfig", geometry: "Geometry", workers: int
-) -> Iterator[Pictures | None]:
+) -> Iterator[PictureBatch | None]:
     """For each batch its pictures, made into views by `workers` processes; None without workers: load them yourself.
 
     Raises:
@@ -140,7 +219,7 @@ def prefetch_pictures(
     for found in loader:
         if isinstance(found, Exception):
             raise found
-        yield cast(Pictures, found)
+        yield cast(PictureBatch, found)
 
 
 def _unchanged(views: object) -> object:

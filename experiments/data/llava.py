@@ -5,14 +5,13 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from experiments.data.image_io import load_picture
+from experiments.data.image_io import PictureFile
 from experiments.data.sample import Sample
 from shirg import MissingFileError, UserError
 
@@ -142,7 +141,7 @@ class Llava:
             id=f"{self._ids[entry].as_py()}#{number - first}",
             dataset=self.name,
             split=self.split,
-            load_image=partial(load_picture, self._images / picture),
+            load_image=PictureFile(self._images / picture),
             size=None,
             question=question,
             prompt=question + self._suffix,

@@ -53,13 +53,16 @@ Work = Callable[[DictConfig, Job], Mapping[str, Any]]
 """A command: does the work and returns the sections of result.json."""
 OnEnd = Callable[[Path], None]
 """Called with the study's folder after each of its jobs."""
+Check = Callable[[DictConfig, Path], str]
+"""Called with the folder of a finished job before it is skipped: raises UserError where the job has become another one,
+and returns what else the line must say."""
 
 
 class Refused(UserError):
     """The job must not run now; the message says what to do."""
 
 
-def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None) -> JobOutcome | None:
+def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None, check: Check | None = None) -> JobOutcome | None:
     """Runs a command as a job. None for the other ranks of a job that several processes share, unless they failed.
 
     The main rank decides whether the job runs, and keeps its record; the others only work.
@@ -79,7 +82,7 @@ def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None) -> JobOutc
             finally:
                 ranks.broadcast(identity is not None)
             if identity is None:
-                return _skip(folder, on_end)
+                return _skip(folder, on_end, check(cfg, folder) if check is not None else "")
             return _carry_out(cfg, work, Job(folder, identity, ranks), on_end)
     except Timeout:
         return _failed(folder, "another process is running this job; wait for it, or give another study=")
@@ -98,8 +101,10 @@ def _claim(cfg: DictConfig, folder: Path) -> results.Identity | None:
     return identity if _admit(cfg, folder, identity) else None
 
 
-def _skip(folder: Path, on_end: OnEnd | None) -> JobOutcome:
-    outcome = _print(JobOutcome(folder, True, f"skip  {folder.name}: finished already"))
+def _skip(folder: Path, on_end: OnEnd | None, remark: str) -> JobOutcome:
+    outcome = _print(
+        JobOutcome(folder, True, "; ".join(filter(None, (f"skip  {folder.name}: finished already", remark))))
+    )
     if on_end is not None:
         on_end(folder.parent)
     return outcome

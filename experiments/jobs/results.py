@@ -1,22 +1,19 @@
-"""The record of a job: result.json, one object for each job, and samples.parquet, one row for each sample."""
+"""The record of a job: what identifies it, and result.json."""
 
 import hashlib
-import io
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.atomic_files import read_json, write_atomic, write_json
+from experiments.atomic_files import read_json, write_json
 from experiments.errors import ConfigError
 from experiments.schema import CONF, local_folder
 
@@ -223,156 +220,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-class SampleRow(TypedDict):
-    """One answer, as inference makes it and samples.parquet keeps it; plain JSON."""
-
-    id: str
-    picture: str
-    """Names the picture; several questions may share one."""
-    question: str
-    prompt: str
-    answers: list[str]
-    target: str
-    prediction: str
-    subtask: str
-    group: str
-    density: str
-    place: str
-    entity: str
-    n_visual: int
-    """Vision tokens of the prompt."""
-    n_prefix: int
-    """All tokens of the prompt."""
-    n_cache: int | None
-    """Vision tokens left in a cache that was shortened; the mean over layers, if these differ."""
-    kept: list[int]
-    """Source tokens that were kept."""
-    n_steps: int
-    """Denoising steps."""
-    cache_bytes: float | None
-    drift: float | None
-    """Largest |difference| of a logit that a smaller cache makes."""
-    same_top1: float | None
-    """Share of answer slots whose likeliest token stays the same with a smaller cache."""
-    recall: float | None
-    """Share of the evidence's tokens that were kept."""
-    n_valid: NotRequired[int | None]
-    """Source tokens that are not padding. This and the next three are missing in studies from before they existed."""
-    coverage: NotRequired[float | None]
-    """Share of the picture's regions that hold a kept token."""
-    gini: NotRequired[float | None]
-    """Gini coefficient of the share that is kept of each region."""
-    kept_map: NotRequired[list[float | None] | None]
-    """Share that is kept of each of 8 x 8 fields of the picture."""
-    scores: dict[str, float | None]
-    """By metric."""
-    sources: dict[str, int]
-    """Tokens by where they come from."""
-    batch: NotRequired[int]
-    """Number of the batch, which the evaluation adds; likewise the times."""
-    ms: NotRequired[dict[str, float]]
-    """Milliseconds by stage: the batch's, shared out equally."""
-
-
-RECALL = "recall"
-SpreadName = Literal["coverage", "gini"]
-SPREADS: tuple[SpreadName, ...] = ("coverage", "gini")
-"""Statistics of what is kept that every sample has; older studies do not have them."""
-_COLUMNS: dict[str, pa.DataType] = {
-    "id": pa.string(),
-    "picture": pa.string(),
-    "question": pa.string(),
-    "prompt": pa.string(),
-    "answers": pa.list_(pa.string()),
-    "target": pa.string(),
-    "prediction": pa.string(),
-    "subtask": pa.string(),
-    "group": pa.string(),
-    "density": pa.string(),
-    "place": pa.string(),
-    "entity": pa.string(),
-    "n_visual": pa.int32(),
-    "n_prefix": pa.int32(),
-    "n_cache": pa.int32(),
-    "kept": pa.list_(pa.int32()),
-    "n_steps": pa.int32(),
-    "cache_bytes": pa.float64(),
-    "drift": pa.float64(),
-    "same_top1": pa.float64(),
-    RECALL: pa.float64(),
-    "n_valid": pa.int32(),
-    "coverage": pa.float64(),
-    "gini": pa.float64(),
-    "kept_map": pa.list_(pa.float64()),
-    "batch": pa.int32(),
-}
-
-
-def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
-    """Writes all rows at once."""
-    write_atomic(path, encode_samples(rows))
-
-
-def encode_samples(rows: Sequence[SampleRow]) -> bytes:
-    """A parquet file of the rows; scores, token counts by source and times are columns `score_*`, `n_*` and `ms_*`.
-
-    Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
-    """
-    flat = [_flatten(row) for row in rows]
-    kinds = {"score": pa.float64(), "ms": pa.float64(), "n": pa.int32()}
-    extra = {name: kinds[name.partition("_")[0]] for row in flat for name in row if name not in _COLUMNS}
-    schema = pa.schema([*_COLUMNS.items(), *extra.items()])
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(flat, schema=schema), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def read_rows(path: Path) -> list[SampleRow]:
-    """The rows that `write_samples` wrote."""
-    return [_unflatten(flat) for flat in pq.read_table(path).to_pylist()]
-
-
-@dataclass(frozen=True)
-class Score:
-    value: float
-    picture: str
-    group: str
-    density: str
-
-    @property
-    def subset(self) -> str:
-        """The column of the table that the sample counts in, "" when its dataset names no groups."""
-        return subset_name(self.group, self.density)
-
-
-def subset_name(group: str, density: str) -> str:
-    return " ".join(filter(None, (group, density)))
-
-
-def read_scores(path: Path, metric: str) -> dict[str, Score]:
-    """Scores by sample id; samples without one are left out.
-
-    Args:
-        metric: one of answers, or "recall", "coverage", "gini" for what was kept.
-    """
-    column = metric if metric in (RECALL, *SPREADS) else f"score_{metric}"
-    if metric in SPREADS and column not in pq.read_schema(path).names:
-        return {}
-    columns = pq.read_table(path, columns=["id", column, "picture", "group", "density"]).to_pydict().values()
-    return {i: Score(*fields) for i, *fields in zip(*columns, strict=True) if fields[0] is not None}
-
-
-def _flatten(row: SampleRow) -> dict[str, Any]:
-    flat = {key: row.get(key) for key in _COLUMNS}
-    flat |= {f"score_{name}": score for name, score in row["scores"].items()}
-    flat |= {f"n_{source}": count for source, count in row["sources"].items()}
-    return flat | {f"ms_{stage}": ms for stage, ms in row["ms"].items()}
-
-
-def _unflatten(flat: Mapping[str, Any]) -> SampleRow:
-    row: dict[str, Any] = {key: flat.get(key) for key in _COLUMNS}
-    for part, kind in (("scores", "score_"), ("sources", "n_"), ("ms", "ms_")):
-        row[part] = {key.removeprefix(kind): flat[key] for key in flat if key.startswith(kind) and key not in _COLUMNS}
-    return cast(SampleRow, row)

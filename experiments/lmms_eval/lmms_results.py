@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.atomic_files import encode_json, write_together
-from experiments.jobs.results import RESULT, SAMPLES, read_result, read_rows
+from experiments.jobs.results import RESULT, SAMPLES, read_result
+from experiments.jobs.sample_rows import picture_of_row, read_rows
 from experiments.metrics import metric
 from shirg import UserError
 
@@ -133,7 +134,7 @@ def sample(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def aggregate(rows: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | str]:
     """A metric's mean with its standard errors, of independent samples and of pictures as clusters."""
-    scored = [(row["scores"][name], row["picture"]) for row in rows if row["scores"][name] is not None]
+    scored = [(row["scores"][name], picture_of_row(row)) for row in rows if row["scores"][name] is not None]
     if not scored:
         return {}
     scores = [score for score, _ in scored]

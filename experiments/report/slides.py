@@ -11,7 +11,8 @@ from experiments.analysis.columns import columns, differences, labels
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
 from experiments.analysis.rows import Row, our_row, unequal
 from experiments.analysis.table import parts, records
-from experiments.jobs.results import RECALL, SAMPLES, SHOTS, read_result, read_scores
+from experiments.jobs.results import SAMPLES, SHOTS, read_result
+from experiments.jobs.sample_rows import RECALL, read_scores
 from experiments.report.figure_style import ReportFigure
 from experiments.report.page import RIGHT
 from experiments.report.slide_layout import Slide, Slides

@@ -15,7 +15,7 @@ from experiments.data.sample import Dataset, Listed
 from experiments.data.train_data import Draw
 from experiments.inference import EvalPipeline
 from experiments.jobs.distributed import Ranks
-from experiments.jobs.results import SampleRow
+from experiments.jobs.sample_rows import SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.token_stats import TokenGeometry
 from experiments.training.filters import drop_too_long

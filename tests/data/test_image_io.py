@@ -1,7 +1,6 @@
 """Picture files of every kind become upright RGB, and worker processes make the same views of them as this one."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.data.image_io import ViewBatches, load_picture, load_pictures, prefetch_pictures
+from experiments.data.image_io import PictureFile, ViewBatches, load_batch, load_picture, prefetch_pictures
 from experiments.data.sample import Sample
 from lavida_adapter.views import Views, cut, ready
 from shirg import UserError
@@ -107,7 +106,7 @@ def sample(folder: Path, name: str, question: str) -> Sample:
         id=f"{name}-{question}",
         dataset="d",
         split="test",
-        load_image=partial(load_picture, folder / name),
+        load_image=PictureFile(folder / name),
         size=None,
         question=question,
         prompt=question,
@@ -135,10 +134,12 @@ def test_workers_make_the_views_that_this_process_makes(batches: list[list[Sampl
     found: list[Sequence[object]] = []
     for batch in batches:
         pictures = next(coming)
-        assert pictures is not None and len(pictures) == len(batch)
-        found.append(pictures)
-        for image, views in zip(load_pictures(batch), pictures, strict=True):
-            assert isinstance(views, Views) and views.size == image.size
+        assert pictures is not None and len(pictures.pictures) == len(batch)
+        found.append(pictures.pictures)
+        loaded = load_batch(batch)
+        assert loaded.digests == pictures.digests
+        for image, views in zip(loaded.pictures, pictures.pictures, strict=True):
+            assert isinstance(image, Image.Image) and isinstance(views, Views) and views.size == image.size
             expected, there = cut(image, config, "lavida_tiles"), ready(views, config, "lavida_tiles")
             assert torch.equal(there.pixels_V3SS, expected.pixels_V3SS) and torch.equal(there.valid_N, expected.valid_N)
             assert there.layout is expected.layout and there.picture_4 == expected.picture_4

@@ -23,7 +23,7 @@ from PIL import Image
 
 from experiments.cli import update_report
 from experiments.data.synthetic.tokenizer import build_tokenizer
-from experiments.evaluate import evaluate
+from experiments.evaluate import check_data, evaluate
 from experiments.jobs.job import Work, run_job
 from experiments.jobs.results import VOLATILE
 from experiments.schema import CONF, VERSION_BASE
@@ -98,7 +98,7 @@ def _run_here(
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
-    outcome = run_job(cfg, work, update_report)
+    outcome = run_job(cfg, work, update_report, check_data if command == "eval" else None)
     assert outcome is not None and outcome.ok is ok
     return folder
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.jobs.results import read_rows, write_samples
+from experiments.jobs.sample_rows import read_rows, write_samples
 from tests.experiments.conftest import result_of
 
 

@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from experiments.data.benchmarks import hub as hub_source
 from experiments.data.benchmarks.official_files import Chartqa, Docvqa, Infovqa, Item, Raw, Reader, Textvqa, Vqav2
 from experiments.data.folder import read_folder
-from experiments.data.image_io import load_picture
+from experiments.data.image_io import PictureFile
 from experiments.data.sample import Sample
 from shirg import MissingFileError, UserError
 
@@ -153,7 +152,7 @@ def _folder_rows(root: Path, split: str) -> list[Raw]:
             fields={**row.fields, "id": row.id, "question": row.question, "answers": row.answers},
             where=f"{folder / METADATA}, {row.id}",
             picture=row.file_name,
-            load_image=partial(load_picture, row.path),
+            load_image=PictureFile(row.path),
         )
         for row in read_folder(folder, METADATA)
     ]

@@ -8,7 +8,7 @@ a machine that has no network later.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from huggingface_hub import HfFileSystem
 from PIL import Image
 
 from experiments.data.benchmarks.official_files import Raw
-from experiments.data.image_io import load_picture, read_picture
+from experiments.data.image_io import PictureFile, read_picture
 from shirg import MissingFileError, UserError
 
 PICTURE = "image"
@@ -141,7 +141,7 @@ def _stream(found: Found, columns: frozenset[str]) -> list[Raw]:
         for group, fields_of_rows in enumerate(groups):
             for index, fields in enumerate(fields_of_rows):
                 where = f"{found.name}, row {len(rows)}"
-                load = partial(_fetch, url, group, index, where)
+                load = StreamedPicture(url, group, index, where)
                 rows.append(Raw(fields=fields, where=where, picture=f"row {len(rows)}", load_image=load))
     return rows
 
@@ -155,7 +155,7 @@ def _download(found: Found, columns: frozenset[str]) -> list[Raw]:
     rows = []
     for number, fields in enumerate(table.select_columns(names).to_list()):
         where = f"{found.name}, row {number}"
-        load = partial(_pick, table, number, where)
+        load = DownloadedPicture(table, number, where)
         rows.append(Raw(fields=fields, where=where, picture=f"row {number}", load_image=load))
     return rows
 
@@ -178,26 +178,59 @@ def _pictures(url: str, group: int) -> list[Any]:
     return cells
 
 
-def _fetch(url: str, group: int, index: int, where: str) -> Image.Image:
-    try:
-        cell = _pictures(url, group)[index]
-    except Exception as error:  # errors of the network have no common class
-        raise UserError(f"{where}: the picture cannot be fetched ({_sentence(error)}); resume=true goes on") from error
-    return _decode(cell, where)
+@dataclass(frozen=True)
+class StreamedPicture:
+    """A cell of a parquet file, whose row group is fetched when it is needed."""
+
+    url: str
+    group: int
+    index: int
+    where: str
+
+    def __call__(self) -> Image.Image:
+        return read_picture(self.read(), self.where)
+
+    def read(self) -> bytes:
+        try:
+            cell = _pictures(self.url, self.group)[self.index]
+        except Exception as error:  # errors of the network have no common class
+            raise UserError(
+                f"{self.where}: the picture cannot be fetched ({_sentence(error)}); resume=true goes on"
+            ) from error
+        return _encoded(cell, self.where)
+
+    def n_bytes(self) -> int | None:
+        """The file's size shared out equally; None on the hub, where the revision tells what it is."""
+        file = Path(self.url)
+        return file.stat().st_size // _open(self.url).metadata.num_rows if file.is_file() else None
 
 
-def _pick(table: Any, index: int, where: str) -> Image.Image:
-    return _decode(table[index][PICTURE], where)
+@dataclass(frozen=True, eq=False)
+class DownloadedPicture:
+    """A cell of a table that `datasets` has downloaded."""
+
+    table: Any
+    index: int
+    where: str
+
+    def __call__(self) -> Image.Image:
+        return read_picture(self.read(), self.where)
+
+    def read(self) -> bytes:
+        return _encoded(self.table[self.index][PICTURE], self.where)
+
+    def n_bytes(self) -> None:
+        return None
 
 
-def _decode(cell: Any, where: str) -> Image.Image:
+def _encoded(cell: Any, where: str) -> bytes:
     """The picture of a cell, which is a file's bytes or a mapping with the bytes or a path."""
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if isinstance(data, bytes):
-        return read_picture(data, where)
+        return data
     path = cell.get("path") if isinstance(cell, Mapping) else None
     if path and Path(path).is_file():
-        return load_picture(Path(path))
+        return PictureFile(Path(path)).read()
     raise UserError(f"{where}: has no picture; remove the row")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from experiments.data.image_io import load_picture
+from experiments.data.image_io import PictureFile
 from experiments.data.sample import Box
 from shirg import MissingFileError, UserError
 
@@ -131,7 +131,7 @@ def disk_rows(
     for number, row in enumerate(rows):
         where = f"{path}, entry {number}"
         picture = existing(place(row, where), f"{where}: its picture")
-        yield Raw(fields=row, where=where, picture=picture.name, load_image=partial(load_picture, picture))
+        yield Raw(fields=row, where=where, picture=picture.name, load_image=PictureFile(picture))
 
 
 KINDS = ("human", "augmented")

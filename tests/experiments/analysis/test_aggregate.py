@@ -10,7 +10,7 @@ import pytest
 from experiments.analysis.aggregate import seed_of, summarise
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect, markdown
-from experiments.jobs.results import Score, read_scores, write_samples
+from experiments.jobs.sample_rows import Score, read_scores, write_samples
 from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]

@@ -15,7 +15,7 @@ from experiments.analysis.columns import alike_cell, columns
 from experiments.analysis.overlap import KeptTokens, chance_jaccard, overlap, read_kept, token_frame
 from experiments.analysis.rows import Row
 from experiments.analysis.table import collect, markdown
-from experiments.jobs.results import read_rows, write_samples
+from experiments.jobs.sample_rows import read_rows, write_samples
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]

@@ -10,7 +10,7 @@ from experiments.analysis.paired import budget_ratio
 from experiments.analysis.rows import unequal
 from experiments.analysis.stats import holm, paired_delta
 from experiments.analysis.table import collect, markdown
-from experiments.jobs.results import read_rows
+from experiments.jobs.sample_rows import read_rows
 from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]

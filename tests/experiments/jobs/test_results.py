@@ -8,15 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.jobs.results import (
-    VERSION,
-    SampleRow,
-    adapter_path,
-    config_hash,
-    read_result,
-    read_rows,
-    write_samples,
-)
+from experiments.jobs.results import VERSION, adapter_path, config_hash, read_result
+from experiments.jobs.sample_rows import SampleRow, read_rows, write_samples
 from tests.experiments.conftest import Command, result_of, rows_of
 
 STUDY = Path(__file__).parents[2] / "golden/study_format_1"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments.analysis.table import collect
-from experiments.jobs.results import read_rows
+from experiments.jobs.sample_rows import read_rows
 
 
 def answered(study: Path) -> dict[str, dict[str, bool]]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 
 from experiments.data.sample import Sample
-from experiments.jobs.results import SHOTS, SampleRow
+from experiments.jobs.results import SHOTS
+from experiments.jobs.sample_rows import SampleRow
 from experiments.viz.examples import load_examples, pick_examples, printable
 
 Eval = Callable[..., Path]

@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 from experiments.atomic_files import write_atomic, write_json
 from experiments.data.benchmarks.official_files import Item, Raw, answers_of, id_of, question_of, read_json
 from experiments.data.folder import read_folder
-from experiments.data.image_io import load_picture
+from experiments.data.image_io import PictureFile
 from experiments.data.sample import Dataset
 from shirg import MissingFileError, UserError
 
@@ -94,5 +93,5 @@ class Entitygrid:
                 fields=row.fields,
                 where=f"{folder / METADATA}, {row.id}",
                 picture=row.file_name,
-                load_image=partial(load_picture, row.path),
+                load_image=PictureFile(row.path),
             )
