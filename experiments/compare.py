@@ -13,11 +13,11 @@ from statistics import fmean, median
 
 import pandas as pd
 
-from experiments.analysis.aggregate import Result, RunGroup, base_config
 from experiments.analysis.columns import EMPTY, delta_cell, labels
-from experiments.analysis.paired import column, deltas
+from experiments.analysis.paired import column, deltas, plainness
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import holm
+from experiments.analysis.systems import Result, RunGroup, base_config
 from experiments.analysis.table import collect, run_groups, to_markdown
 from experiments.errors import CommandParser, fail, fail_or_raise
 from shirg import MissingFileError, UserError
@@ -58,7 +58,9 @@ def paired_table(study: Path, group: str, option: str) -> pd.DataFrame:
         raise MissingFileError(f"{study}: there are no finished evaluations in this folder")
     chosen = [s for s in done if _choice(s.result, group) == option]
     # Shuffled-question controls are compared with a baseline but never used as one.
-    bases = {_rest(s.result, group): s for s in chosen if not s.result["config"].get("shuffle_questions")}
+    plain = [s for s in chosen if not s.result["config"].get("shuffle_questions")]
+    # The plainest one comes last and stays.
+    bases = {_rest(s, group): s for s in sorted(plain, key=plainness, reverse=True)}
     if not bases:
         raise UserError(f"{study}: no finished evaluation has {group}={option}")
     rows = collect(study)
@@ -66,7 +68,7 @@ def paired_table(study: Path, group: str, option: str) -> pd.DataFrame:
     metric_groups = _groups(done)
     lines = []
     for rest, base in bases.items():
-        others = [s for s in done if s is not base and _rest(s.result, group) == rest]
+        others = [s for s in done if s is not base and _rest(s, group) == rest]
         differences = [deltas(s, base, option) for s in others]
         for key in (column(name, option) for name in metric_groups):
             known = [row for row in differences if f"{key} p" in row]
@@ -90,13 +92,14 @@ def _choice(result: Result, group: str) -> str:
     return "null" if chosen is None else str(chosen)
 
 
-def _rest(result: Result, group: str) -> str:
+def _rest(system: RunGroup, group: str) -> str:
     """All that must be the same in two systems that are compared."""
+    result = system.result
     free = COUPLED.get(group, {group})
     choices = sorted((k, v) for k, v in result["choices"].items() if k not in free)
     config = base_config(result)
     kept = [config[key] for key in ("model", "data", "adapter") if key != group]
-    return repr((choices, kept, result["data"]["ids"]))
+    return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 
 
 def _texts(system: RunGroup, differences: Row, groups: Sequence[str], option: str) -> dict[str, str]:

@@ -24,8 +24,8 @@ from experiments.inference import Answers, EvalPipeline
 from experiments.jobs import results
 from experiments.jobs.job import JOURNAL, Job
 from experiments.jobs.results import SHOTS, adapter_path
-from experiments.jobs.sample_facts import changes, describe
-from experiments.jobs.sample_rows import SampleRow, drop_partial_digests, read_facts, write_samples
+from experiments.jobs.sample_facts import changes, describe, facts_of
+from experiments.jobs.sample_rows import SampleRow, digests_of, drop_partial_digests, read_facts, write_samples
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.profiling import Progress
@@ -81,9 +81,11 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "n": len(rows),
             "of": len(dataset),
             "ids": ids,
+            "digests": digests_of(rows),
             "prompt": prompt_hash(cfg.data, decode.max_new_tokens),
             "cleaner": CLEANER,
             "scorer": scorer_version(),
+            **({"drawn": digests_of(list(map(facts_of, everything)))} if cfg.shards > 1 else {}),
             **({"found": dict(dataset.provenance)} if isinstance(dataset, Traced) else {}),
         },
         **summary,

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from experiments.analysis.aggregate import POSITION
 from experiments.analysis.overlap import PREFIX
 from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import stars
+from experiments.analysis.systems import POSITION
 from experiments.metrics import CLEAN
 
 EMPTY = "-"
@@ -178,8 +178,9 @@ def alike_cell(row: Row, names: Mapping[str, str]) -> Cell:
 
 
 def seeds_cell(row: Row) -> Cell:
+    """How many seeds a row has; equal ones are those of a system that draws nothing."""
     n = len(row["seeds"].split())
-    return Cell(str(n), n) if n > 1 else Cell()
+    return Cell(f"{n} equal" if row.get("seeds equal") else str(n), n) if n > 1 else Cell()
 
 
 def n_cell(row: Row) -> Cell:

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy.special import gammaln, stdtrit
 
-from experiments.analysis.aggregate import Result, RunGroup, base_config, without_seed
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import over_seeds, totals, wilson
+from experiments.analysis.systems import Result, RunGroup, base_config, without_seed
 from experiments.jobs.results import SAMPLES
 from experiments.jobs.sample_rows import picture_column
 
@@ -100,7 +100,7 @@ def overlap_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
         if len(members) < 2:
             continue
         kept = [
-            {seed: read_kept(folder / SAMPLES) for seed, folder in zip(system.seeds, system.folders, strict=True)}
+            {s: read_kept(folder / SAMPLES) for s, folder in zip(system.seeds, system.folders, strict=False)}
             for system, _ in members
         ]
         for (one, (_, row)), (other, (_, column)) in combinations(enumerate(members), 2):

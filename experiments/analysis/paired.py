@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.aggregate import RunGroup, base_config
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import detectable, holm, over_seeds, paired_delta
-from experiments.jobs.sample_rows import Score
+from experiments.analysis.systems import RunGroup, base_config, conflicts
+from experiments.job_names import UNNAMED, override_key
+from experiments.jobs.results import SAMPLES
+from experiments.jobs.sample_facts import compare_facts, describe
+from experiments.jobs.sample_rows import Score, read_facts
 
 BASELINE = "pooled"
 UNABLATED = "unablated"
@@ -27,6 +30,8 @@ def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
             if other is not None:
                 row |= deltas(system, other, name)
                 row[f"compared to {name}"] = other.result["job"]
+        if f"compared to {BASELINE}" not in row and (stranger := _other_data(system, systems)) is not None:
+            row["note"] = "; ".join(filter(None, (row["note"], _say_why(system, stranger))))
         row["budget ratio"] = budget_ratio(row, rows)
     for name in dict.fromkeys(key for row in rows for key in row if key.startswith("delta ") and key.endswith(" p")):
         against = f"compared to {other_name(name.removesuffix(' p'))}"
@@ -38,13 +43,35 @@ def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
 
 def baseline(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
     """The pooled system that answered the same questions with the same model and decoding; without adapter first."""
-    candidates = [
-        other
-        for other in _comparable(system, systems)
-        if other.result["choices"]["selector"] == BASELINE and other.result["choices"].get("cache", "none") == "none"
-    ]
-    best = min(candidates, key=lambda s: (s.result["config"]["adapter"] is not None, s.result["job"]), default=None)
+    candidates = filter(_is_baseline, _comparable(system, systems))
+    best = min(candidates, key=plainness, default=None)
     return None if best is system else best
+
+
+def plainness(system: RunGroup) -> tuple[bool, int, str, str]:
+    """Sorts the systems that may serve as a baseline: without adapter, with the fewest overrides, the oldest.
+
+    A variant that is added later, with another batch size for example, does not take the baseline's place.
+    """
+    result = system.result
+    given = [word for word in result["overrides"] if override_key(word) not in UNNAMED | {"seed"}]
+    return result["config"]["adapter"] is not None, len(given), str(result["times"].get("started")), result["job"]
+
+
+def _is_baseline(system: RunGroup) -> bool:
+    choices = system.result["choices"]
+    return choices["selector"] == BASELINE and choices.get("cache", "none") == "none"
+
+
+def _other_data(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
+    """A baseline that would be comparable, had it answered the same data."""
+    alike = _comparable(system, systems, same_data=False)
+    return next((other for other in alike if _is_baseline(other) and conflicts(system.digests, other.digests)), None)
+
+
+def _say_why(system: RunGroup, other: RunGroup) -> str:
+    theirs, ours = (read_facts(one.folders[0] / SAMPLES) for one in (other, system))
+    return f"not compared to {other.result['job']}, whose data was other: {describe(compare_facts(theirs, ours))}"
 
 
 def unablated(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
@@ -123,8 +150,12 @@ def _pair_seeds(system: RunGroup, other: RunGroup, metric: str) -> list[tuple[di
     return [(scores, theirs[seed]) for seed, scores in ours.items() if seed in theirs]
 
 
-def _comparable(system: RunGroup, systems: Sequence[RunGroup]) -> list[RunGroup]:
-    """Finished systems with the same model and decoding on the same samples, this one among them."""
+def _comparable(system: RunGroup, systems: Sequence[RunGroup], *, same_data: bool = True) -> list[RunGroup]:
+    """Finished systems with the same model and decoding on the same samples, this one among them.
+
+    Args:
+        same_data: False compares only the names of the samples, not what they were.
+    """
     if not system.finished:
         return []
 
@@ -132,7 +163,8 @@ def _comparable(system: RunGroup, systems: Sequence[RunGroup]) -> list[RunGroup]
         config = base_config(one.result)
         return [*(config[key] for key in ("model", "decode", "data")), one.result["data"]["ids"]]
 
-    return [other for other in systems if other.finished and same(other) == same(system)]
+    alike = [other for other in systems if other.finished and same(other) == same(system)]
+    return [other for other in alike if not conflicts(system.digests, other.digests)] if same_data else alike
 
 
 def budget_ratio(row: Row, rows: Sequence[Row]) -> float | None:

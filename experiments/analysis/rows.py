@@ -6,7 +6,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from experiments.analysis.aggregate import POSITION, RunGroup, seed_columns, without_seed
+from experiments.analysis.systems import POSITION, RunGroup, seed_columns, without_seed
 from experiments.jobs.results import LOCK
 from experiments.jobs.sample_rows import SPREADS
 
@@ -25,7 +25,8 @@ no value for is absent or None."""
 def group_row(group: RunGroup) -> Row:
     """The row of one job, or of the jobs of one config with several seeds."""
     row = flatten(group.result) | seed_columns(group)
-    row["seeds"] = " ".join(group.seeds)
+    row["seeds"] = " ".join(group.all_seeds)
+    row["seeds equal"] = group.seeds_equal
     row["jobs"] = " ".join(result["job"] for result in group.results)
     row["config_hash"] = " ".join(result["config_hash"] for result in group.results)
     row["command"] = "\n".join(result["command"] for result in group.results)

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.analysis.aggregate import RunGroup, group_runs, merge_shards
 from experiments.analysis.columns import columns, differences, names_in_keys, shared
 from experiments.analysis.overlap import overlap_all
 from experiments.analysis.paired import BASELINE, compare_all
 from experiments.analysis.rows import Row, group_row, unequal
+from experiments.analysis.shards import merge_shards
+from experiments.analysis.systems import RunGroup, group_runs
 from experiments.atomic_files import write_atomic
 from experiments.jobs.results import RESULT, read_result
 
@@ -174,14 +175,26 @@ def legend(rows: Sequence[Row]) -> str:
         _tests(rows),
         "Several seeds: mean of their trainings, the interval for a new seed and a new picture, ± the standard "
         "deviation of the seeds' means."
-        if any(len(row["seeds"].split()) > 1 for row in rows)
+        if any(len(row["seeds"].split()) > 1 and not row.get("seeds equal") for row in rows)
         else "",
+        "Equal seeds: nothing is drawn, every seed gives the same answers, and the row counts them once."
+        if any(row.get("seeds equal") for row in rows)
+        else "",
+        _baselines(rows),
         f"(n x): n times the visual tokens of {BASELINE}, not an equal budget."
         if any(unequal(row) for row in rows)
         else "",
         _corpus_note(rows),
     ]
     return " ".join(filter(None, sentences))
+
+
+def _baselines(rows: Sequence[Row]) -> str:
+    """Which rows the others are compared to, where there is a choice."""
+    plain = [row["job"] for row in rows if row["selector"] == BASELINE and row.get("cache") in (None, "none")]
+    used = list(dict.fromkeys(row[key] for row in rows if (key := f"compared to {BASELINE}") in row))
+    used = [job for job in used if job is not None]
+    return f"{BASELINE} is {', '.join(used)}." if used and len(plain) > len(used) else ""
 
 
 def _corpus_note(rows: Sequence[Row]) -> str:

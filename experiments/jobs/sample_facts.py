@@ -63,15 +63,20 @@ def changes(rows: Iterable[Mapping[str, Any]], samples: Sequence[Sample]) -> lis
     Raises:
         UserError: a picture cannot be read.
     """
-    before = {row["id"]: row for row in rows}
     contents = _contents(samples)
+    return compare_facts(rows, ({**facts_of(s), "picture_digest": contents.get(s.id)} for s in samples))
+
+
+def compare_facts(rows: Iterable[Mapping[str, Any]], facts: Iterable[Mapping[str, Any]]) -> list[Change]:
+    """How the second ones differ from the first; what one of the two does not tell is not compared."""
+    before = {row["id"]: row for row in rows}
     found = []
-    for sample in samples:
-        row = before.pop(sample.id, None)
+    for now in facts:
+        row = before.pop(now["id"], None)
         if row is None:
-            found.append(Change(sample.id))
-        elif differing := _differing(row, {**facts_of(sample), "picture_digest": contents.get(sample.id)}):
-            found.append(Change(sample.id, differing))
+            found.append(Change(now["id"]))
+        elif differing := _differing(row, now):
+            found.append(Change(now["id"], differing))
     return [*found, *(Change(name, gone=True) for name in before)]
 
 

@@ -1,6 +1,8 @@
 """samples.parquet: one row for each sample, what it is and how it was answered."""
 
+import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +158,27 @@ def read_facts(path: Path) -> list[dict[str, Any]]:
         path, columns=[name for name in pq.read_schema(path).names if name in wanted]
     ).to_pylist()
     return rows
+
+
+_TEXTS = ("id", "question", "prompt", "answers", "target", "subtask", "group", "density")
+_LATER = {"pictures": "picture_digest", "boxes": "boxes", "history": "history"}
+"""Facts that rows of older studies do not have."""
+
+
+def digests_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Identifies what was answered: 16 hex digits for each kind of fact, None for one that some row does not have."""
+    found: dict[str, str | None] = {"texts": _digest([[row[name] for name in _TEXTS] for row in rows])}
+    for kind, name in _LATER.items():
+        values = [row.get(name) for row in rows]
+        found[kind] = None if None in values else _digest(values)
+    return found
+
+
+def _digest(values: Sequence[Any]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

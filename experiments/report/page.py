@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.analysis.aggregate import Result
 from experiments.analysis.columns import columns, labels
 from experiments.analysis.paired import BASELINE
 from experiments.analysis.rows import Row, our_row, unequal
+from experiments.analysis.systems import Result
 from experiments.analysis.table import comparable, legend, parts, records, refresh
 from experiments.atomic_files import write_atomic
 from experiments.jobs.results import SAMPLES, SHOTS, read_result

@@ -297,7 +297,7 @@ def failures(slides: Slides, facts: StudyFacts) -> None:
 
 
 def roadmap(slides: Slides, facts: StudyFacts) -> None:
-    seeds = min(len(row["seeds"].split()) for row in facts.rows)
+    seeds = min(1 if row["seeds equal"] else len(row["seeds"].split()) for row in facts.rows)
     sets = {row["dataset"] for row in facts.rows}
     trained = all(facts.result(row)["model"]["trained"] for row in facts.rows)
     size = facts.detectable()

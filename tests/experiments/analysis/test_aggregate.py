@@ -7,8 +7,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.analysis.aggregate import seed_of, summarise
+from experiments.analysis.aggregate import summarise
 from experiments.analysis.columns import columns
+from experiments.analysis.systems import seed_of
 from experiments.analysis.table import collect, markdown
 from experiments.jobs.sample_rows import Score, read_scores, write_samples
 from tests.experiments.planting import plant

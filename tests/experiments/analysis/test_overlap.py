@@ -10,10 +10,10 @@ from statistics import fmean, stdev
 
 import pytest
 
-from experiments.analysis.aggregate import Result
 from experiments.analysis.columns import alike_cell, columns
 from experiments.analysis.overlap import KeptTokens, chance_jaccard, overlap, read_kept, token_frame
 from experiments.analysis.rows import Row
+from experiments.analysis.systems import Result
 from experiments.analysis.table import collect, markdown
 from experiments.jobs.sample_rows import read_rows, write_samples
 from tests.experiments.conftest import result_of

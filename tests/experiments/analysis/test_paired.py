@@ -10,6 +10,7 @@ from experiments.analysis.paired import budget_ratio
 from experiments.analysis.rows import unequal
 from experiments.analysis.stats import holm, paired_delta
 from experiments.analysis.table import collect, markdown
+from experiments.compare import paired_table
 from experiments.jobs.sample_rows import read_rows
 from tests.experiments.planting import plant
 
@@ -67,6 +68,36 @@ def test_an_ablation_is_compared_to_the_whole_method(eval_here: Eval) -> None:
     assert rows[less.name]["changes"].endswith(" ablation=sign_flip")
     titles = [column.title for column in columns(list(rows.values()))]
     assert "fine vs unablated" in titles and "fine vs pooled" in titles
+
+
+def test_a_baseline_keeps_its_place(eval_here: Eval) -> None:
+    """A variant of the baseline comes first in the order of names, and is added later."""
+    words = ("data.n=24", "study=s", "shots=0")
+    plain, random = eval_here("selector=pooled", *words), eval_here("selector=random", *words)
+    variant = eval_here("selector=pooled", "batch_size=8", *words)
+    assert variant.name < plain.name
+    rows = {row["job"]: row for row in collect(plain.parent)}
+    assert rows[random.name]["compared to pooled"] == rows[variant.name]["compared to pooled"] == plain.name
+    assert "compared to pooled" not in rows[plain.name]
+    assert f"pooled is {plain.name}." in markdown(list(rows.values()))
+    texts = paired_table(plain.parent, "selector", "pooled")
+    assert texts["seeds"].to_list() == ["1", "1", "1"] and texts["score, against pooled"][0] == "-"
+    assert texts["system"][0] == "pooled"
+
+
+@pytest.mark.parametrize("answer", ["one", "two"])
+def test_other_data_is_no_pair(answer: str, picture_folder: Callable[..., Path], eval_here: Eval) -> None:
+    """Labels that were corrected between two jobs, under the same ids."""
+    data = picture_folder("data", ["what?", "why?"])
+    words = ("data=folder", f"data.root={data}", "study=s", "shots=0")
+    pooled = eval_here("selector=pooled", *words)
+    lines = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(lines.replace('["one"]', f'["{answer}"]', 1))
+    other = eval_here("selector=random", *words)
+    row = {row["job"]: row for row in collect(pooled.parent)}[other.name]
+    assert ("delta vs pooled mean" in row) is (answer == "one")
+    told = f"not compared to {pooled.name}, whose data was other: 0.png#0 has another answers"
+    assert (told in row["note"]) is (answer == "two")
 
 
 @pytest.mark.parametrize(

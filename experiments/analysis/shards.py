@@ -1,0 +1,112 @@
+"""Shards: jobs that answered parts of one dataset become one job."""
+
+import json
+import re
+import shutil
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.analysis.aggregate import summarise
+from experiments.analysis.systems import Result
+from experiments.atomic_files import remove_path, write_json
+from experiments.data.sample import ids_hash
+from experiments.job_names import merged_name, override_key
+from experiments.jobs.results import RESULT, SAMPLES, SHOTS, config_hash, read_result
+from experiments.jobs.sample_rows import (
+    SampleRow,
+    digests_of,
+    drop_partial_digests,
+    read_rows,
+    write_samples,
+)
+from shirg import UserError
+
+
+def merge_shards(study: Path) -> None:
+    """Writes the merged job of every complete set of shards that has changed; call it under the table's lock."""
+    sets: dict[str, dict[int, tuple[Path, Result]]] = defaultdict(dict)
+    for path in sorted(study.glob(f"*/{RESULT}")):
+        result = read_result(path.parent)
+        if result is None or result["verb"] != "eval" or result["config"].get("shards", 1) == 1:
+            continue
+        sets[_set_key(result)][result["config"]["shard"]] = (path.parent, result)
+    for parts in sets.values():
+        ordered = [parts[number] for number in sorted(parts)]
+        if len(ordered) == ordered[0][1]["config"]["shards"] and all(r["status"] == "ok" for _, r in ordered):
+            names = [folder.name for folder, _ in ordered]
+            _merge_set(study / merged_name(names, ordered[0][1]["overrides"], study), ordered)
+
+
+def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
+    results = [result for _, result in parts]
+    stamps = [result["times"]["finished"] for result in results]
+    before = read_result(folder)
+    if before is not None and before["times"].get("shards_finished") == stamps:
+        return
+    if len(weights := {result["model"]["weights"] for result in results}) > 1:
+        raise UserError(
+            f"{folder.name}: its shards were answered with different weights ({', '.join(sorted(weights))})"
+        )
+    if len({json.dumps(result["data"].get("drawn")) for result in results}) > 1:
+        raise UserError(
+            f"{folder.name}: the data has changed between its shards; run all of them again with overwrite=true"
+        )
+    rows = _in_order([read_rows(part / SAMPLES) for part, _ in parts])
+    drop_partial_digests(rows)
+    config = {**results[0]["config"], "shard": 0, "shards": 1}
+    overrides = [word for word in results[0]["overrides"] if override_key(word) != "shard"]
+    command = re.sub(r"shard=\d+", f"shard={','.join(map(str, range(len(parts))))}", results[0]["command"])
+    remove_path(folder)
+    summary = summarise(rows, tuple(results[0]["quality"]["metrics"]))
+    write_samples(folder / SAMPLES, rows)
+    for part, _ in parts:
+        for file in (part / SHOTS).glob("*"):
+            (folder / SHOTS).mkdir(exist_ok=True)
+            shutil.copy2(file, folder / SHOTS)
+    write_json(
+        folder / RESULT,
+        {
+            **results[0],
+            "job": folder.name,
+            "command": command.replace("eval.py", "eval.py -m", 1),
+            "overrides": overrides,
+            "config": config,
+            "config_hash": config_hash(config),
+            "shards": [part.name for part, _ in parts],
+            "data": {
+                **{key: value for key, value in results[0]["data"].items() if key != "drawn"},
+                "n": len(rows),
+                "ids": ids_hash(row["id"] for row in rows),
+                "digests": digests_of(rows),
+            },
+            **summary,
+            "times": _merge_times([result["times"] for result in results], stamps),
+        },
+    )
+
+
+def _in_order(parts: Sequence[Sequence[SampleRow]]) -> list[SampleRow]:
+    """Rows of shards in the order of the dataset: shard s holds the samples s, s + shards, s + 2 shards, ..."""
+    total = sum(map(len, parts))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+
+
+def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> dict[str, Any]:
+    stages = {stage for part in times for stage in part["ms_per_sample"]}
+    return {
+        "started": min(part["started"] for part in times),
+        "finished": max(stamps),
+        "shards_finished": list(stamps),
+        "wall_s": sum(part["wall_s"] for part in times),
+        "ms_per_sample": {s: statistics.median(part["ms_per_sample"].get(s, 0.0) for part in times) for s in stages},
+        "batches_timed": sum(part["batches_timed"] for part in times),
+        "peak_memory_mib": max((peak for part in times if (peak := part["peak_memory_mib"]) is not None), default=None),
+    }
+
+
+def _set_key(result: Result) -> str:
+    """What all shards of a set share."""
+    return config_hash({**result["config"], "shard": 0})
