@@ -4,6 +4,7 @@ They are expanded before Hydra reads the command line, so that a job's folder, i
 have the real overrides. An override given by hand replaces the sweep's own.
 """
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -55,7 +56,10 @@ def sweep_overrides(command: str, name: str) -> list[list[str]]:
 
 
 def run_overrides(folder: Path) -> list[str]:
-    """The overrides that evaluate the adapter of a training job: its model and selector, and the adapter's folder."""
+    """The overrides that evaluate the adapter in a training job's folder: its model and selector, and the adapter.
+
+    The path in the record is where the adapter was written: after a move it is gone, or another training's.
+    """
     from experiments.jobs.results import read_result
 
     result = read_result(folder)
@@ -65,10 +69,22 @@ def run_overrides(folder: Path) -> list[str]:
         raise ConfigError(
             f"run={folder} is a job of {result['verb']}.py with status {result['status']}: train it first"
         )
-    artifact = result["training"]["artifact"]
-    if result["training"]["stage"] != "adapt":
-        raise ConfigError(f"run={folder} trained whole weights, not an adapter: use model.path={artifact}")
-    return [*system_of(result["overrides"]), f"adapter={artifact}"]
+    adapting = result["training"]["stage"] == "adapt"
+    found = folder / ("adapter" if adapting else "weights")
+    if not found.is_dir():
+        written, key = result["training"]["artifact"], "adapter" if adapting else "model.path"
+        raise ConfigError(f"run={folder}: there is no {found.name} in it, it was written to {written}: give {key}=DIR")
+    if not adapting:
+        raise ConfigError(f"run={folder} trained whole weights, not an adapter: use model.path={found}")
+    return [*system_of(result["overrides"]), f"adapter={quote(str(found))}"]
+
+
+def quote(value: str) -> str:
+    """A text as a value of an override: as it is where Hydra's grammar takes it so, in quotes otherwise."""
+    if "/" in value and re.fullmatch(r"[\w/][\w./@%+-]*", value, re.ASCII):
+        return value
+    # A quote needs a backslash; backslashes count only before a quote, the last one's among them.
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def system_of(overrides: Sequence[str]) -> list[str]:

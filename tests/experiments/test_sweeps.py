@@ -1,6 +1,7 @@
 """`sweep=` and `run=` are written out before Hydra sees them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from experiments.build import compose_eval
+from experiments.errors import ConfigError
 from experiments.jobs.results import VERSION
 from experiments.schema import CONF, VERSION_BASE
-from experiments.sweeps import SWEEPS, expand, sweep_overrides
+from experiments.sweeps import SWEEPS, expand, quote, sweep_overrides
 
 
 def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "ok") -> Path:
@@ -20,8 +23,9 @@ def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "
         "verb": "train",
         "status": status,
         "overrides": list(overrides),
-        "training": {"stage": stage, "artifact": f"{folder}/adapter"},
+        "training": {"stage": stage, "artifact": "outputs/elsewhere/adapter"},
     }
+    (folder / ("adapter" if stage == "adapt" else "weights")).mkdir()
     (folder / "result.json").write_text(json.dumps(result))
     return folder
 
@@ -85,3 +89,37 @@ def test_runs_by_pattern(tmp_path: Path) -> None:
     trained(tmp_path / "eval_c")
     lines = expand("eval", [f"run={tmp_path}/*"])
     assert [line[0] for line in lines] == ["selector=train_a", "selector=train_b"]
+
+
+def test_a_run_is_the_one_in_the_folder_wherever_that_was_moved(tmp_path: Path) -> None:
+    """The recorded path may be another training's by now."""
+    (tmp_path / "outputs/elsewhere/adapter").mkdir(parents=True)
+    trained(tmp_path / "here/train_a", "selector=shirg")
+    moved = (tmp_path / "here").rename(tmp_path / "a, (moved) one") / "train_a"
+    (line,) = expand("eval", [f"run={moved}"])
+    assert line == ["selector=shirg", f"adapter='{moved}/adapter'"]
+    assert compose_eval(*line).adapter == f"{moved}/adapter"
+
+
+@pytest.mark.parametrize(
+    ("stage", "sentence"),
+    [
+        ("adapt", "there is no adapter in it, it was written to outputs/elsewhere/adapter: give adapter=DIR"),
+        ("base", "there is no weights in it, it was written to outputs/elsewhere/adapter: give model.path=DIR"),
+    ],
+)
+def test_what_was_written_elsewhere_is_not_guessed(tmp_path: Path, stage: str, sentence: str) -> None:
+    folder = trained(tmp_path / "train_a", stage=stage)
+    (folder / ("adapter" if stage == "adapt" else "weights")).rmdir()
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        expand("eval", [f"run={folder}"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a/b", "run (1)", "a=b", "é/图", "it's", "a\\'b", "end\\", "a,b", "[x]", "1e3", "null", "-x", "../up", 'a"b'],
+)
+def test_any_text_is_a_value(text: str) -> None:
+    value = OverridesParser.create().parse_override(f"adapter={quote(text)}").value()
+    assert (str(value), isinstance(value, str) or "'" in quote(text)) == (text, True)
+    assert compose_eval(f"adapter={quote(text)}").adapter == text
