@@ -66,7 +66,7 @@ def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     """The dataset of `data=...`; an empty one raises."""
     if "parts" in OmegaConf.select(cfg, group):
         raise UserError(f"{group}: a mixture is for training; evaluate its parts one by one")
-    dataset = build_plugin(cfg, group)
+    dataset = build_plugin(cfg, group, ("__len__", "__getitem__"))
     assert isinstance(dataset, Dataset)
     if not len(dataset):
         raise UserError(f"{group}: {dataset.name} ({dataset.split}) has no samples")
@@ -144,9 +144,7 @@ def build_selector(cfg: DictConfig, budgets: Mapping[str, int], config: "LavidaC
     if config is not None and cfg.selector.get("coord_width") == "auto":
         projected = cfg.selector.scaffold.space == "post"
         fixed["coord_width"] = config.lm.d_model if projected else config.vision.hidden_size
-    selector = build_plugin(cfg, "selector", fixed)
-    if not isinstance(selector, Selector):
-        raise UserError(f"selector._target_={cfg.selector._target_} is not a shirg.Selector")
+    selector: Selector = build_plugin(cfg, "selector", (Selector,), fixed)
     return selector
 
 
@@ -157,9 +155,7 @@ def build_cache(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector |
     if "_target_" not in cfg.cache:
         return None
     fixed = {"budget": resolve_budget(cfg.cache.budget, budgets)} if "budget" in cfg.cache else {}
-    made = build_plugin(cfg, "cache", fixed)
-    if not isinstance(made, CacheSelector | CachePacker):
-        raise UserError(f"cache._target_={cfg.cache._target_} is not a lavida_adapter.CacheSelector or CachePacker")
+    made: CacheSelector | CachePacker = build_plugin(cfg, "cache", (CacheSelector, CachePacker), fixed)
     return made
 
 
@@ -167,7 +163,7 @@ def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
     """The provider that the selector ranks by; None for a selector that does not ask for one."""
     if not selector.uses_relevance:
         return None
-    provider: Relevance = build_plugin(cfg, "relevance")
+    provider: Relevance = build_plugin(cfg, "relevance", ("__call__",))
     return provider
 
 
@@ -209,7 +205,7 @@ def build_pipeline(
 
 def build_logger(cfg: DictConfig, fixed: Mapping[str, Any] | None = None) -> Any:
     """A Lightning logger, or None for logger=none."""
-    return build_plugin(cfg, "logger", fixed) if "_target_" in cfg.logger else None
+    return build_plugin(cfg, "logger", ("log_metrics",), fixed) if "_target_" in cfg.logger else None
 
 
 def fingerprint(model: "Lavida") -> str:

@@ -6,7 +6,7 @@ a value that the constructor refuses raise one sentence that names the group and
 
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.errors import InstantiationException
@@ -17,12 +17,19 @@ from experiments.errors import ConfigError, is_user_error
 from experiments.schema import CONF
 
 
-def build_plugin(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = None) -> Any:
-    """The object of a config group; `fixed` replaces values of the config.
+def build_plugin(
+    cfg: DictConfig, group: str, kinds: Sequence[type | str], fixed: Mapping[str, Any] | None = None
+) -> Any:
+    """The object of a config group.
+
+    Args:
+        kinds: base classes, one of which it has, or methods, all of which it has. Nothing else is built, because a
+            constructor runs any code.
+        fixed: replaces values of the config.
 
     Raises:
-        ConfigError: no `_target_`, an unknown option, a value of the wrong type, or a ValueError or TypeError of the
-            constructor. An error that the constructor raises on purpose is passed on as it is.
+        ConfigError: no `_target_`, one of another kind, an unknown option, a value of the wrong type, or a ValueError
+            or TypeError of the constructor. An error that the constructor raises on purpose is passed on as it is.
     """
     node = OmegaConf.select(cfg, group)
     if "_target_" not in node:
@@ -35,6 +42,9 @@ def build_plugin(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = 
         target = get_class(path)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{group}._target_={path}: no such class ({_one_line(error)})") from error
+    if not _is_of(target, kinds):
+        needed = " or ".join(map(_name_of, kinds))
+        raise ConfigError(f"{group}._target_={path} is of another kind: it must be or have {needed}")
     check_options(group, target, options, _defaults(group, path))
     try:
         return instantiate({"_target_": path, **options}, _convert_="all", _recursive_=False)
@@ -45,6 +55,18 @@ def build_plugin(cfg: DictConfig, group: str, fixed: Mapping[str, Any] | None = 
         if isinstance(cause, ValueError | TypeError) and not is_user_error(cause):
             raise ConfigError(f"{group}: {target.__name__} cannot be built: {_one_line(cause)}") from cause
         raise cause from None
+
+
+def _name_of(kind: type | str) -> str:
+    return kind if isinstance(kind, str) else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def _is_of(target: type, kinds: Sequence[type | str]) -> bool:
+    classes = tuple(kind for kind in kinds if isinstance(kind, type))
+    methods = [kind for kind in kinds if isinstance(kind, str)]
+    # Every class can be called, which makes an object: what counts is what its own code defines.
+    has_all = all(any(name in vars(base) for base in target.__mro__[:-1]) for name in methods)
+    return issubclass(target, classes) if classes else has_all
 
 
 def _one_line(error: BaseException) -> str:

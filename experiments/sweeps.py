@@ -17,6 +17,7 @@ from experiments.job_names import override_key
 from experiments.schema import CONF
 
 SWEEPS = CONF / "sweep"
+TRUST = "trust"
 _REPEATED = frozenset({"model", "selector", "relevance", "budget", "ablation", "experiment", "dtype", "attention"})
 """Overrides of a training that its evaluation must repeat."""
 
@@ -28,7 +29,12 @@ def expand(command: str, argv: Sequence[str]) -> list[list[str]]:
         ConfigError: a sweep that does not exist or is for the other command; a folder without a finished adapter.
     """
     sweeps, runs = ([word.partition("=")[2] for word in argv if word.startswith(f"{key}=")] for key in ("sweep", "run"))
-    given = [word for word in argv if not word.startswith(("sweep=", "run="))]
+    given = [word for word in argv if not word.startswith(("sweep=", "run=", f"{TRUST}="))]
+    trusts = [word for word in argv if word.startswith(f"{TRUST}=")]
+    if trusts and (not runs or trusts != [f"{TRUST}=true"]):
+        raise ConfigError(
+            f"{trusts[0]}: {TRUST}=true goes with run=FOLDER and builds the classes that its record names"
+        )
     if len(sweeps) + len(runs) > 1 or (runs and command != "eval"):
         raise ConfigError(
             "sweep= and run= stand for whole command lines: give one of them, once; run= is for eval.py "
@@ -39,7 +45,7 @@ def expand(command: str, argv: Sequence[str]) -> list[list[str]]:
         given = given if {"-m", "--multirun"} & set(given) else ["-m", *given]
         products = sweep_overrides(command, sweeps[0])
     elif runs:
-        products = [run_overrides(folder) for folder in job_folders("run", runs[0], "train")]
+        products = [run_overrides(folder, bool(trusts)) for folder in job_folders("run", runs[0], "train")]
     asked = {override_key(word) for word in given if "=" in word}
     return [[*given, *(word for word in product if override_key(word) not in asked)] for product in products]
 
@@ -55,10 +61,13 @@ def sweep_overrides(command: str, name: str) -> list[list[str]]:
     return [[f"{key}={value}" for key, value in product.items()] for product in products]
 
 
-def run_overrides(folder: Path) -> list[str]:
+def run_overrides(folder: Path, trust: bool = False) -> list[str]:
     """The overrides that evaluate the adapter in a training job's folder: its model and selector, and the adapter.
 
     The path in the record is where the adapter was written: after a move it is gone, or another training's.
+
+    Args:
+        trust: whether the record, which somebody else may have written, decides what Python code runs.
     """
     from experiments.jobs.results import read_result
 
@@ -71,12 +80,30 @@ def run_overrides(folder: Path) -> list[str]:
         )
     adapting = result["training"]["stage"] == "adapt"
     found = folder / ("adapter" if adapting else "weights")
-    if not found.is_dir():
-        written, key = result["training"]["artifact"], "adapter" if adapting else "model.path"
-        raise ConfigError(f"run={folder}: there is no {found.name} in it, it was written to {written}: give {key}=DIR")
+    written = found if found.is_dir() else f"DIR (they were written to {result['training']['artifact']})"
     if not adapting:
-        raise ConfigError(f"run={folder} trained whole weights, not an adapter: use model.path={found}")
-    return [*system_of(result["overrides"]), f"adapter={quote(str(found))}"]
+        raise ConfigError(f"run={folder} trained whole weights, not an adapter: use model.path={written}")
+    if not found.is_dir():
+        raise ConfigError(f"run={folder}: there is no adapter in it: give adapter={written}")
+    words = [str(word) for word in result["overrides"]]
+    if not trust:
+        _check_harmless(folder, words)
+    return [*system_of(words), f"adapter={quote(str(found))}"]
+
+
+def _check_harmless(folder: Path, words: Sequence[str]) -> None:
+    """Refuses a record that would build a class, read a variable of the environment or leave the config's folder."""
+    for word in words:
+        key, value = override_key(word), word.partition("=")[2]
+        if key.partition(".")[0] not in _REPEATED | {"recipe"}:
+            continue
+        options = CONF / key
+        strange = options.is_dir() and not (re.fullmatch(r"[\w-]+", value) and (options / f"{value}.yaml").is_file())
+        if strange or "_target_" in word or "${" in value:
+            raise ConfigError(
+                f"run={folder}: its record asks for {word}, which may run any Python code; if you trust who wrote it, "
+                f"give {TRUST}=true"
+            )
 
 
 def quote(value: str) -> str:

@@ -365,6 +365,7 @@ def test_the_yaml_says_what_the_code_does(name: str) -> None:
     assert target == f"{case.build.__module__}.{case.build.__qualname__}"
     assert set(config) == set(parameters)
     assert config.pop("budget", "${budget}") == "${budget}"
+    assert config.pop("seed", "${seed}") == "${seed}", "the run's seed reaches what draws"
     required = {"budget": 34} if "budget" in parameters else {}
     default = case.build(**required)
     for option, value in config.items():

@@ -76,6 +76,16 @@ JOBS = {
         f"{FULL} cache=redvtp cache._target_=baselines.controls.Random ~cache.positions",
         "cache._target_=baselines.controls.Random CacheSelector",
     ),
+    "file as a selector": (
+        "selector=pooled selector._target_=logging.FileHandler +selector.filename=made",
+        "selector._target_=logging.FileHandler shirg.Selector",
+    ),
+    "file as data": ("selector=pooled data._target_=logging.FileHandler", "another kind __len__ or __getitem__"),
+    "class behind our own module": (
+        "selector=pooled selector._target_=experiments.atomic_files.Journal",
+        "selector._target_=experiments.atomic_files.Journal shirg.Selector",
+    ),
+    "relevance that cannot rank": ("selector=shirg relevance._target_=zipfile.ZipFile", "another kind __call__"),
     "no selector": (
         "selector=pooled selector._target_=lavida_adapter.relevance.LmEmbed",
         "selector._target_=lavida_adapter.relevance.LmEmbed shirg.Selector",

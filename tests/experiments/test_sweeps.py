@@ -84,11 +84,11 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
 
 
 def test_runs_by_pattern(tmp_path: Path) -> None:
-    for name in ("train_b", "train_a"):
-        trained(tmp_path / name, f"selector={name}")
+    for name, selector in (("train_b", "shirg"), ("train_a", "pooled")):
+        trained(tmp_path / name, f"selector={selector}")
     trained(tmp_path / "eval_c")
     lines = expand("eval", [f"run={tmp_path}/*"])
-    assert [line[0] for line in lines] == ["selector=train_a", "selector=train_b"]
+    assert [line[0] for line in lines] == ["selector=pooled", "selector=shirg"]
 
 
 def test_a_run_is_the_one_in_the_folder_wherever_that_was_moved(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_a_run_is_the_one_in_the_folder_wherever_that_was_moved(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("stage", "sentence"),
     [
-        ("adapt", "there is no adapter in it, it was written to outputs/elsewhere/adapter: give adapter=DIR"),
-        ("base", "there is no weights in it, it was written to outputs/elsewhere/adapter: give model.path=DIR"),
+        ("adapt", "no adapter in it: give adapter=DIR (they were written to outputs/elsewhere/adapter)"),
+        ("base", "not an adapter: use model.path=DIR (they were written to outputs/elsewhere/adapter)"),
     ],
 )
 def test_what_was_written_elsewhere_is_not_guessed(tmp_path: Path, stage: str, sentence: str) -> None:
@@ -123,3 +123,36 @@ def test_any_text_is_a_value(text: str) -> None:
     value = OverridesParser.create().parse_override(f"adapter={quote(text)}").value()
     assert (str(value), isinstance(value, str) or "'" in quote(text)) == (text, True)
     assert compose_eval(f"adapter={quote(text)}").adapter == text
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "selector._target_=logging.FileHandler",
+        "++selector._target_=baselines.controls.Random",
+        "selector={_target_: zipfile.ZipFile}",
+        "selector.scaffold={_target_: zipfile.ZipFile}",
+        "experiment=../../elsewhere/evil",
+        "+selector='../evil'",
+        "recipe=../evil",
+        "model.path=${oc.env:SECRET}",
+    ],
+)
+def test_a_record_decides_what_code_runs_only_if_it_is_trusted(tmp_path: Path, word: str) -> None:
+    folder = trained(tmp_path / "train_a", "selector.budget=80", word)
+    with pytest.raises(ConfigError, match=re.escape(f"its record asks for {word}, which may run any Python code")):
+        expand("eval", [f"run={folder}"])
+    if "recipe" not in word:
+        (line,) = expand("eval", [f"run={folder}", "trust=true", "limit=3"])
+        assert line == ["limit=3", "selector.budget=80", word, f"adapter={folder}/adapter"]
+
+
+def test_other_keys_of_a_record_are_not_repeated(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "train_a", "data._target_=x.Y", "hydra.callbacks.x._target_=x.Y", "logger=../x")
+    assert expand("eval", [f"run={folder}"]) == [[f"adapter={folder}/adapter"]]
+
+
+@pytest.mark.parametrize("words", [["trust=true"], ["run=x", "trust=yes"], ["rescore=x", "trust=true"]])
+def test_trust_is_about_a_run(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"trust=true goes with run=FOLDER"):
+        expand("eval", words)

@@ -81,7 +81,7 @@ def test_a_baseline_keeps_its_place(eval_here: Eval) -> None:
     assert "compared to pooled" not in rows[plain.name]
     assert f"pooled is {plain.name}." in markdown(list(rows.values()))
     texts = paired_table(plain.parent, "selector", "pooled")
-    assert texts["seeds"].to_list() == ["1", "1", "1"] and texts["score, against pooled"][0] == "-"
+    assert texts["seeds"].to_list() == ["1", "1", "1"] and texts["fine, against pooled"][0] == "-"
     assert texts["system"][0] == "pooled"
 
 
