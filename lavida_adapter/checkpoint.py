@@ -103,6 +103,8 @@ def _read(
             for name in (n for n in shapes if n in stored and stored[n].file == path):
                 part = file.get_slice(stored[name].name)[: shapes[name][0]]
                 tensor = part.to(device=device, dtype=dtype)
+                if stored[name].shape != shapes[name]:  # a view of all rows, which could not be saved again
+                    tensor = tensor.clone()
                 # Smallest and largest number: one pass without memory of its own, and NaN is both.
                 if not tensor.is_meta and not torch.stack(torch.aminmax(tensor)).isfinite().all():
                     broken.append(name)

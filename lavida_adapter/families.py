@@ -38,15 +38,14 @@ class Family:
 
     template: ChatTemplate
     renamed: tuple[tuple[str, str], ...] = ()
-    """Beginnings of names in our tree and in the published one, where they differ; the first that fits holds."""
-
+    """Modules in our tree and in the published one, where they differ; the first that holds a name counts."""
     pretokens: str | None = None
     """The pattern that cuts a text before byte-pair merging; None: no published copy comes without a tokenizer.json."""
 
     def published_name(self, name: str) -> str:
         """The name of a tensor or module of `LavidaModules` in the published model."""
         for own, published in self.renamed:
-            if name.startswith(own):
+            if name == own or name.startswith(f"{own}."):
                 return published + name.removeprefix(own)
         return name
 
@@ -57,7 +56,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
         Dream,
         DREAM_SAMPLER,
         chat_template.DREAM,
-        (("model.transformer.lm_head.", "lm_head."), ("model.transformer.", "model.")),
+        (("model.transformer.lm_head", "lm_head"), ("model.transformer", "model")),
         _QWEN_PRETOKENS,
     ),
 }

@@ -175,6 +175,76 @@ def test_a_disk_without_space_keeps_the_adapter_that_is_there(tmp_path: Path, mo
     assert {path.name for path in tmp_path.iterdir()} == {META, *PEFT}
 
 
+@pytest.fixture
+def dream_adapter() -> tuple[Lavida, LoraConfig]:
+    """A trained adapter of Dream, at a rank of its own in the language model."""
+    targets = (*CONFIG.targets[:2], "transformer.layers.*.self_attn.{q_proj,o_proj}", "transformer.lm_head")
+    config = LoraConfig(rank=3, targets=targets, ranks={"transformer": 2}, train_whole=("image_newline",))
+    model = tiny_model(lm={"family": "dream"})
+    add_lora(model, config)
+    train(model, 2)
+    return model, config
+
+
+def test_an_adapter_of_dream_has_the_published_names(dream_adapter: tuple[Lavida, LoraConfig], tmp_path: Path) -> None:
+    model, config = dream_adapter
+    save_adapter(model, config, tmp_path)
+    names = {name.removeprefix("base_model.model.") for name in load_file(weights_file(tmp_path))}
+    assert {n for n in names if not n.startswith(("model.vision_tower.", "model.mm_projector."))} == {
+        *(
+            f"model.layers.{i}.self_attn.{leaf}.lora_{ab}.weight"
+            for i in (0, 1)
+            for leaf in ("q_proj", "o_proj")
+            for ab in "AB"
+        ),
+        *("lm_head.lora_A.weight", "lm_head.lora_B.weight", "model.image_newline"),
+    }
+    again = tiny_model(lm={"family": "dream"})
+    assert load_adapter(again, tmp_path) == config
+    assert torch.equal(logits(again), logits(model))
+    merge_lora(again)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_peft_loads_an_adapter_of_dream_on_the_published_modules(
+    dream_adapter: tuple[Lavida, LoraConfig], tmp_path: Path
+) -> None:
+    """By its own loader, onto a tree of the published names that shares its modules with a fresh model."""
+    model, config = dream_adapter
+    save_adapter(model, config, tmp_path)
+    found = tiny_model(lm={"family": "dream"})
+    published = torch.nn.Module()
+    published.config = {}  # type: ignore[assignment]  # peft looks for one
+    published.model = torch.nn.Module()
+    for name, part in found.model.transformer.named_children():
+        (published if name == "lm_head" else published.model).add_module(name, part)
+    for name in ("vision_tower", "mm_projector"):
+        published.model.add_module(name, getattr(found.model, name))
+    published.model.image_newline = found.model.image_newline
+    peft.PeftModel.from_pretrained(published, str(tmp_path))  # type: ignore[arg-type]
+    found.model.transformer.lm_head = published.lm_head  # the one module that peft replaced in the outer tree
+    assert torch.equal(logits(found), logits(model)) and not torch.equal(
+        logits(model), logits(tiny_model(lm={"family": "dream"}))
+    )
+
+
+def test_an_adapter_of_the_other_language_model(dream_adapter: tuple[Lavida, LoraConfig], tmp_path: Path) -> None:
+    save_adapter(*dream_adapter, tmp_path / "dream")
+    save_adapter(trained_model(), CONFIG, tmp_path / "llada")
+    for folder, other, model in (
+        ("dream", "llada", tiny_model()),
+        ("llada", "dream", tiny_model(lm={"family": "dream"})),
+    ):
+        with pytest.raises(UserError) as error:
+            load_adapter(model, tmp_path / folder)
+        assert f"was trained on another language model, {folder}, and this one is {other}: load a" in str(error.value)
+        assert adapted(model) == set()
+    meta = json.loads((tmp_path / "llada" / META).read_text())
+    assert meta.pop("family") == "llada"
+    (tmp_path / "llada" / META).write_text(json.dumps(meta))  # as adapters were before there was a second one
+    assert load_adapter(tiny_model(), tmp_path / "llada") == CONFIG
+
+
 def test_adapters_that_cannot_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no adapter \(adapter.json and adapter_model.safetensors\)"):
         load_adapter(tiny_model(), tmp_path)

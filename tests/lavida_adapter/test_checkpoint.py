@@ -186,6 +186,9 @@ def test_surplus_rows_of_the_vocabulary_are_cut(model: Lavida, folder: Path) -> 
     loaded = Lavida.from_pretrained(folder)
     assert same(loaded, model)
     assert loaded.config.lm.vocab_size == len(model.tokenizer)
+    loaded.save_pretrained(folder)  # and what was cut off is not in the file
+    assert len(load_file(folder / SINGLE)[names[0]]) == len(model.tokenizer)
+    assert same(Lavida.from_pretrained(folder), model)
 
 
 def test_a_further_layer_a_head_and_position_ids_are_ignored(model: Lavida, folder: Path) -> None:
