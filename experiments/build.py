@@ -23,6 +23,7 @@ from experiments.data.sample import Dataset
 from experiments.errors import ConfigError, explain
 from experiments.inference import EvalPipeline
 from experiments.metrics.answers import Scorer
+from experiments.metrics.final_answer import AnswerRule
 from experiments.plugins import build_plugin
 from experiments.schema import CONF, VERSION_BASE, local_folder
 from experiments.token_stats import TokenGeometry
@@ -186,6 +187,7 @@ def build_pipeline(
     *,
     adapter: str | None = None,
     asked: Mapping[str, str] | None = None,
+    answer_rule: AnswerRule = "whole",
 ) -> EvalPipeline:
     """The pipeline of a config around a loaded model; `adapter` names the folder of one to merge into it."""
     selector = build_selector(cfg, model.config.budgets, model.config).to(model.device).eval()
@@ -199,6 +201,7 @@ def build_pipeline(
         scorers=dict(scorers),
         geometry=TokenGeometry(model.config, selector.geometry),
         seed=cfg.seed,
+        answer_rule=answer_rule,
         asked=asked,
     )
 

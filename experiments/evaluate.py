@@ -19,7 +19,7 @@ from experiments import build, profiling
 from experiments.analysis.aggregate import summarise
 from experiments.atomic_files import remove_path
 from experiments.data.image_io import picture_of, prefetch_pictures
-from experiments.data.sample import Dataset, Sample, Traced, draw_ids, ids_hash, other_questions
+from experiments.data.sample import Dataset, Ruled, Sample, Traced, draw_ids, ids_hash, other_questions
 from experiments.inference import Answers, EvalPipeline
 from experiments.jobs import results
 from experiments.jobs.job import JOURNAL, Job
@@ -28,6 +28,7 @@ from experiments.jobs.sample_facts import changes, describe, facts_of
 from experiments.jobs.sample_rows import SampleRow, digests_of, drop_partial_digests, read_facts, write_samples
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
+from experiments.metrics.final_answer import check_rule
 from experiments.profiling import Progress
 from experiments.training.run_logger import RunLogger
 from experiments.viz.examples import pick_examples, save_example
@@ -45,6 +46,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     # The data first: an error in it should be found before the weights are loaded.
     dataset = build.build_dataset(cfg)
+    rule = check_rule(dataset.answer_rule if isinstance(dataset, Ruled) else "whole")
     everything = choose_samples(dataset, cfg.limit, cfg.seed)
     samples = shard_of(everything, cfg.shard, cfg.shards)
     ids = ids_hash(sample.id for sample in samples)
@@ -55,7 +57,9 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     model = build.build_model(cfg, device)
     asked = other_questions(everything, cfg.seed) if cfg.shuffle_questions else None
     scorers = text_metrics(dataset.metric_names)
-    pipeline = build.build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked)
+    pipeline = build.build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked, answer_rule=rule)
+    for sample in samples:  # an unusable draft should be found before any answer
+        pipeline.draft_of(sample)
     if cfg.shuffle_questions and not (pipeline.relevance is not None and pipeline.relevance.reads_question):
         raise UserError(
             "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "
@@ -249,6 +253,9 @@ def find_answered(
 def prompt_hash(data: Mapping[str, Any] | DictConfig, max_new_tokens: int) -> str:
     """How a question becomes a prompt and how long the answer may be: 16 hex digits that rows can be compared by."""
     recipe = [data.get("suffix", ""), bool(data.get("capitalise", False)), max_new_tokens]
+    more = {"draft": data.get("draft"), "answer_rule": data.get("answer_rule", "whole")}
+    if more != {"draft": None, "answer_rule": "whole"}:  # absent before, so that older rows stay comparable
+        recipe.append(more)
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 

@@ -13,13 +13,15 @@ from experiments.data.sample import Sample
 from experiments.jobs.sample_facts import facts_of
 from experiments.jobs.sample_rows import SampleRow
 from experiments.metrics.answers import Scorer, score_answer
+from experiments.metrics.final_answer import AnswerRule, extract
 from experiments.token_stats import TokenGeometry, check_counts, count_sources, recall, spread_of
 from lavida_adapter import CachePacker, CacheSelector
 from lavida_adapter.engine import DecodeSteps
+from lavida_adapter.infill import Draft, Infilled, make_draft
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.timing import StageTimer
-from shirg import Selection, Selector, Source
+from shirg import Selection, Selector, Source, UserError
 
 if TYPE_CHECKING:
     from lavida_adapter import DecodeConfig, Generation, Lavida, Prefix
@@ -51,6 +53,8 @@ class EvalPipeline:
     """Metrics of answers by name, the headline first."""
     geometry: TokenGeometry
     seed: int
+    answer_rule: AnswerRule = "whole"
+    """Which part of a generated text is the answer."""
     asked: Mapping[str, str] | None = None
     """The question that tokens are ranked by, for each sample id; None is the sample's own."""
 
@@ -74,6 +78,7 @@ class EvalPipeline:
             loaded: its pictures, where they were loaded ahead of time.
         """
         timer = StageTimer(self.model.device)
+        drafts = [self.draft_of(sample) for sample in batch]
         loaded = load_batch(batch) if loaded is None else loaded
         pictures = loaded.pictures
         prefix = self.model.encode(
@@ -91,6 +96,7 @@ class EvalPipeline:
             self.decode,
             cache_selector=self.cache if isinstance(self.cache, CacheSelector) else None,
             cache_packer=self.cache if isinstance(self.cache, CachePacker) else None,
+            drafts=[() if draft is None else draft.ids for draft in drafts] if any(drafts) else (),
             generator=self._generator(batch),
             timer=timer,
         )
@@ -100,10 +106,33 @@ class EvalPipeline:
         if generation.cached_BP is not None:
             left = tuple(left_in_cache(prefix, generation.cached_BP))
         sizes = [picture.size for picture in pictures]
-        rows = [self._row(sample, sizes[i], prefix, generation, i, left[i], moved[i]) for i, sample in enumerate(batch)]
+        written = [self._infilled(generation, i, draft) for i, draft in enumerate(drafts)]
+        rows = [
+            self._row(sample, sizes[i], prefix, generation, i, left[i], moved[i], written[i])
+            for i, sample in enumerate(batch)
+        ]
         for row, digest in zip(rows, loaded.digests, strict=True):
             row["picture_digest"] = digest
         return Answers(rows, pictures, left, ms)
+
+    def draft_of(self, sample: Sample) -> Draft | None:
+        """What a sample's answer begins with, if anything.
+
+        Raises:
+            UserError: a draft that is unusable or longer than an answer; the message names the sample.
+        """
+        if not sample.draft:
+            return None
+        try:
+            draft = make_draft(sample.draft, self.model.tokenizer, self.model.config)
+        except UserError as error:
+            raise UserError(f"{sample.id}: {error}") from None
+        if len(draft.ids) > self.decode.max_new_tokens:
+            raise UserError(
+                f"{sample.id}: the draft has {len(draft.ids)} tokens, the answer only {self.decode.max_new_tokens}: "
+                "raise decode.max_new_tokens"
+            )
+        return draft
 
     def _row(
         self,
@@ -114,17 +143,22 @@ class EvalPipeline:
         i: int,
         left: Selection,
         moved: "Moved",
+        written: Infilled,
     ) -> SampleRow:
         """The row of sample number `i` of the batch; `left` is what of its selection stayed in the cache to the end."""
         kept_T = left.index_BT[0][left.mask_BT[0] & (left.source_BT[0] == Source.KEPT)].cpu()
-        sources, n_visual, text = count_sources(prefix.selections[i]), prefix.n_visual[i], generation.texts[i]
+        sources, n_visual = count_sources(prefix.selections[i]), prefix.n_visual[i]
+        extracted = extract(self.answer_rule, written.text, written.gaps)
         check_counts(self.selector, sources, n_visual, self.geometry, size, sample.id)
         placed = self.geometry(size)
         spread = spread_of(kept_T, placed)
         row = {
             **facts_of(sample),
-            "prediction": text,
-            "scores": score_answer(self.scorers, text, sample.answers, sample.target),
+            "prediction": extracted.answer,
+            "text": written.text,
+            "has_final": extracted.found,
+            "gaps": list(written.gaps),
+            "scores": score_answer(self.scorers, extracted.answer, sample.answers, sample.target),
             "n_visual": n_visual,
             "n_prefix": prefix.n_tokens[i],
             "n_cache": moved.n_cache,
@@ -141,6 +175,12 @@ class EvalPipeline:
             "same_top1": moved.same_top1,
         }
         return cast(SampleRow, row)
+
+    def _infilled(self, generation: "Generation", i: int, draft: Draft | None) -> Infilled:
+        """The text of answer number `i`; without a draft it has no gaps."""
+        if draft is None:
+            return Infilled(generation.texts[i], ())
+        return draft.filled(generation.ids_BA[i].tolist(), self.model.tokenizer, self.model.config)
 
     def _drift(self, prefix: "Prefix", generation: "Generation") -> list["Moved"]:
         """For each prompt the bytes of its cache and, where the cache was made smaller, its drift; not timed."""

@@ -13,6 +13,7 @@ from lavida_adapter.cache_compression.sparsevlm import SparseVLM
 from lavida_adapter.config import LavidaConfig, VisionConfig
 from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.generate import Generation
+from lavida_adapter.infill import Infilled
 from lavida_adapter.lm_config import DreamConfig, LanguageModelConfig, LladaConfig
 from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
 from lavida_adapter.loss import TrainBatch
@@ -33,6 +34,7 @@ __all__ = [
     "FastV",
     "Fp8",
     "Generation",
+    "Infilled",
     "Int8",
     "LanguageModelConfig",
     "Lavida",

@@ -34,6 +34,10 @@ class ChatTemplate:
     """All control tokens that the tokenizer must have."""
     strips: bool
     """Whether contents lose the whitespace around them."""
+    infill: str | None = None
+    """Ends a gap of free length in a draft; None for a language model that no checkpoint was trained to infill."""
+    fill: str | None = None
+    """What the surplus slots of such a gap are filled with."""
 
     def head(self, role: str) -> str:
         return self.header.format(role=role)
@@ -67,6 +71,8 @@ LLADA = ChatTemplate(
         "<|eot_id|>",
     ),
     strips=True,
+    infill="<|reserved_token_1|>",
+    fill="<|reserved_token_2|>",
 )
 DREAM = ChatTemplate(
     model="Dream",

@@ -19,6 +19,7 @@ from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.generate import Generation, denoise, start
+from lavida_adapter.infill import INFILL, Infilled, make_draft, text_of
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import pick
 from lavida_adapter.loss import TrainBatch, batch_loss
@@ -163,16 +164,40 @@ class Lavida(LavidaModules):
                 # torch.compile treats a dimension of size 1 as another kind of shape.
                 least_slots=decode.block if self.device.type == "cuda" else 1 + (decode.engine == "compile"),
             )
-        texts = self.tokenizer.batch_decode(ids_BA.tolist(), skip_special_tokens=True)
         return Generation(
             ids_BA,
-            tuple(text.strip() for text in texts),
+            tuple(text_of(ids, self.tokenizer, self.config) for ids in ids_BA.tolist()),
             forwards,
             tuple(steps),
             tuple(history),
             None if cached is None else cached.cached_BP,
             None if cached is None else cached.cache,
         )
+
+    @torch.inference_mode()
+    def infill(
+        self,
+        image: Image.Image | Views,
+        template: str,
+        selector: Selector,
+        *,
+        question: str = "Describe the image.",
+        decode: DecodeConfig = INFILL,
+        relevance: Relevance | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Infilled:
+        """Fills the gaps of a text about a picture; `lavida_adapter.infill` has the syntax.
+
+        Args:
+            question: the user's message that the text answers.
+
+        Raises:
+            UserError: a text without a gap or with a wrong one, or one longer than `decode.max_new_tokens`.
+        """
+        draft = make_draft(template, self.tokenizer, self.config)
+        prefix = self.encode([image], [question], selector, relevance=relevance)
+        generation = self.generate(prefix, decode, drafts=[draft.ids], generator=generator)
+        return draft.filled(generation.ids_BA[0].tolist(), self.tokenizer, self.config)
 
     def prefill(
         self, prefix: Prefix, n_answer: int = 0, hook: AttentionHook | None = None, engine: Engine = "eager"

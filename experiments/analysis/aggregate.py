@@ -52,12 +52,19 @@ def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, An
             "cache_bytes": _mean([row["cache_bytes"] for row in rows]),
             "drift": max((row["drift"] for row in rows if row["drift"] is not None), default=None),
             "same_top1": _mean([row["same_top1"] for row in rows]),
+            "without_final_answer": _without_final(rows),
         },
         "selection": {
             **{name: _mean_spread(rows, name) for name in SPREADS},
             "position_gini": position_gini([found for row in rows if (found := row.get("kept_map"))]),
         },
     }
+
+
+def _without_final(rows: Sequence[SampleRow]) -> int | None:
+    """How many texts had no answer where `data.answer_rule` looks; None for a rule that always finds one."""
+    found = [has for row in rows if (has := row.get("has_final")) is not None]
+    return found.count(False) if found else None
 
 
 def position_gini(maps: Sequence[Sequence[float | None]]) -> float | None:

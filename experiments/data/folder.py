@@ -21,6 +21,8 @@ class FolderRow:
     path: Path
     question: str
     answers: tuple[str, ...]
+    draft: str
+    """A text with gaps; "" where the line has none."""
     fields: dict[str, Any]
     """Everything in the line."""
 
@@ -29,8 +31,8 @@ class Folder:
     """A folder of pictures and a metadata file whose lines are JSON objects.
 
     A line has "file_name" (inside the folder), "question", "answers" (a text or a list of texts; "answer" works too)
-    and optionally "question_id" or "id"; other keys are ignored. All lines are checked when the dataset is built;
-    pictures are decoded when they are needed.
+    and optionally "question_id" or "id", and "draft" (or "drafts"), a text with gaps to fill; other keys are ignored.
+    All lines are checked when the dataset is built; pictures are decoded when they are needed.
 
     Args:
         root: the folder.
@@ -38,6 +40,8 @@ class Folder:
         limit: use this many rows, drawn with `seed`; a smaller limit draws a part of a larger one's rows.
         seed: for `limit`.
         suffix: put after each question in the prompt.
+        draft: a text with gaps that the model fills, for each line without a "draft" of its own; null for free answers.
+        answer_rule: which part of the generated text is the answer: "whole", "final" or "gaps".
         max_new_tokens: longest answer in tokens.
         metrics: names of `experiments.metrics`; the first is the headline.
         name: what the dataset is called in tables; the folder's name by default.
@@ -58,6 +62,8 @@ class Folder:
         limit: int | None = None,
         seed: int = 0,
         suffix: str = "",
+        draft: str | None = None,
+        answer_rule: str = "whole",
         max_new_tokens: int = 16,
         metrics: Sequence[str] = ("exact_match", "relaxed_accuracy", "anls"),
         name: str | None = None,
@@ -70,7 +76,8 @@ class Folder:
         self.name = name or folder.resolve().name
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens
-        self._suffix = suffix
+        self.answer_rule = answer_rule
+        self._suffix, self._draft = suffix, draft or ""
         self._rows = _subset(read_folder(folder, metadata), limit, seed)
         self.dropped: Counter[str] = Counter()
 
@@ -96,6 +103,7 @@ class Folder:
             question=row.question,
             prompt=row.question + self._suffix,
             answers=row.answers,
+            draft=row.draft or self._draft,
             meta={"picture": row.file_name},
         )
 
@@ -122,6 +130,7 @@ def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
             path=_picture_path(folder, file_name, where),
             question=_text(fields, "question", where),
             answers=_answers(fields, where),
+            draft=_draft(fields, where),
             fields=fields,
         )
         if row.id in line_of_id:
@@ -157,6 +166,15 @@ def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise UserError(f"{where}: needs 'answers', a text or a list of texts (numbers in quotes), none of them empty")
     return tuple(answers)
+
+
+def _draft(fields: dict[str, Any], where: str) -> str:
+    value = fields.get("draft", fields.get("drafts"))
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: 'draft' must be a non-empty text with gaps, such as 'A photo of [GAP].'")
+    return value
 
 
 def _given_id(fields: dict[str, Any], where: str) -> str | None:

@@ -32,6 +32,8 @@ class Sample:
     """What the model is asked: the question and the dataset's own suffix."""
     answers: tuple[str, ...]
     """Accepted answers, in the dataset's order."""
+    draft: str = ""
+    """A text with gaps that the model fills instead of answering freely (`lavida_adapter.infill`); "" for none."""
     target: str = ""
     """The one answer to learn, where the dataset names one; "" is the first of `answers`."""
     subtask: str = ""
@@ -67,6 +69,14 @@ class Traced(Protocol):
     """A dataset that records where its samples came from, beyond what its config says."""
 
     provenance: Mapping[str, str]
+
+
+@runtime_checkable
+class Ruled(Protocol):
+    """A dataset that says which part of a generated text is the answer."""
+
+    answer_rule: str
+    """A rule of `experiments.metrics.final_answer`."""
 
 
 @runtime_checkable

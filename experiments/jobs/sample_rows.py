@@ -40,6 +40,13 @@ class SampleRow(SampleFacts):
     """One answer, as inference makes it and samples.parquet keeps it; plain JSON."""
 
     prediction: str
+    """The answer that is scored."""
+    text: NotRequired[str | None]
+    """The whole text that the answer was taken from. This and the next two are missing in studies from before."""
+    has_final: NotRequired[bool | None]
+    """Whether the text had an answer where `data.answer_rule` looks; None for a rule that always finds one."""
+    gaps: NotRequired[list[str] | None]
+    """What the gaps of the sample's draft got."""
     picture_digest: NotRequired[str | None]
     """Which picture it is, by its content; missing in studies from before it existed."""
     n_visual: int
@@ -91,6 +98,9 @@ _COLUMNS: dict[str, pa.DataType] = {
     "answers": pa.list_(pa.string()),
     "target": pa.string(),
     "prediction": pa.string(),
+    "text": pa.string(),
+    "has_final": pa.bool_(),
+    "gaps": pa.list_(pa.string()),
     "subtask": pa.string(),
     "group": pa.string(),
     "density": pa.string(),

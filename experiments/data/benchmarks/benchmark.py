@@ -39,6 +39,7 @@ class Benchmark:
         capitalise: write the question with one capital letter, the first, as lmms-eval does for TextVQA.
         max_new_tokens: longest answer in tokens.
         metrics: names of `experiments.metrics`; the first is the headline.
+        answer_rule: which part of the generated text is the answer: "whole" or "final".
 
     Raises:
         MissingFileError: the split, its files or a picture is not there.
@@ -60,6 +61,7 @@ class Benchmark:
         hub: Any = (),
         streaming: bool = True,
         capitalise: bool = False,
+        answer_rule: str = "whole",
     ) -> None:
         if name not in READERS:
             raise UserError(f"data.name={name} does not exist: choose one of {', '.join(READERS)}")
@@ -68,6 +70,7 @@ class Benchmark:
         self.split = split
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens
+        self.answer_rule = answer_rule
         raws, self.provenance = read(READERS[name], name, source, split, root, hub, streaming)
         items = [READERS[name].item(raw) for raw in raws]
         self._samples = samples(name, split, raws, items, suffix=suffix, capitalise=capitalise)
