@@ -68,6 +68,8 @@ class Pooled(Selector):
 def pool(grid_XSSD: Tensor, pooling: Pooling) -> Tensor:
     """Grids [X, S, S, D] shrunk to [X, p, p, D] as the base model does it, in the dtype of the tokens."""
     side, p = grid_XSSD.shape[1], pooling.side
+    if p == side:  # the base model does not pool
+        return grid_XSSD
     grid_XDSS = grid_XSSD.permute(0, 3, 1, 2)
     if pooling.mode == "bilinear":
         return F.interpolate(grid_XDSS, size=(p, p), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)

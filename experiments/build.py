@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from lavida_adapter.relevance import Relevance
 
 
-_SWITCHES = ("prefix_attention", "drop_token_after_image")
+_SWITCHES = ("prefix_attention", "drop_token_after_image", "mm_pool")
 """Fields of the model's own config that a run may change; null leaves what the checkpoint says."""
 _SOURCE = ("revision", "vision_path")
 """Where weights come from, beside `model.path`: a version on the hub, a SigLIP for a checkpoint without its tower."""
@@ -121,11 +120,16 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
         if "vision_path" in source:
             source["vision_path"] = local_folder(source["vision_path"]) or source["vision_path"]
         model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device, **source)
-    model.config = replace(model.config, **{k: spec[k] for k in _SWITCHES if spec.get(k) is not None})
+    model.config = switched(model.config, cfg.model)
     if cfg.attention == "flash" and find_spec("flash_attn") is None:
         raise UserError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
     model.lm.backend = str(cfg.attention)  # type: ignore[assignment]  # the schema allows only backends
     return model.eval().requires_grad_(False)
+
+
+def switched(config: "LavidaConfig", model: Mapping[str, Any]) -> "LavidaConfig":
+    """A checkpoint's config with the switches of `model=...`; null leaves what the checkpoint says."""
+    return config.switched(**{name: model[name] for name in _SWITCHES if model.get(name) is not None})
 
 
 def adapt(adapter: str | None, model: "Lavida", selector: Selector) -> None:

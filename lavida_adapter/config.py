@@ -7,7 +7,7 @@ docs/lavida.md, "Constants"; an unsupported value raises.
 import ast
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
 from lavida_adapter.lm_config import LanguageModelConfig, LladaConfig
@@ -63,6 +63,8 @@ class LavidaConfig:
     """(width, height) of every canvas, in the order in which they are tried."""
     mm_patch_merge_type: Literal["spatial_unpad", "flat"] = "spatial_unpad"
     mm_spatial_pool_mode: Literal["bilinear", "average", "max"] = "bilinear"
+    mm_pool: bool = True
+    """Whether views are pooled. A published config.json does not say it, and the low-resolution checkpoint does not."""
     tokenizer_model_max_length: int = 4096
     prefix_attention: PrefixAttention = "full"
     """"full": picture and question are one bidirectional block; "image_first": picture tokens see the picture alone."""
@@ -72,7 +74,7 @@ class LavidaConfig:
     system_prompt: str = DEFAULT_SYSTEM_PROMPT
     budgets: Mapping[str, int] = field(default_factory=dict)
     """Named token budgets. The defaults follow from the largest canvas: "base" is its number of pooled tokens, "full"
-    of all tokens, "wide" 60/49 of base rounded up to a multiple of 20 (1,200 for 980)."""
+    of all tokens (the same without pooling), "wide" 60/49 of base rounded up to a multiple of 20 (1,200 for 980)."""
     trained: bool = True
     """False for random weights; tables and reports show it."""
 
@@ -85,28 +87,49 @@ class LavidaConfig:
             raise UserError(f"config: n_heads={self.lm.n_heads} is not a multiple of n_kv_heads={self.lm.n_kv_heads}")
         if self.vision.num_hidden_layers < 2:
             raise UserError("config: the vision tower needs at least 2 layers, because the last one is never built")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         if self.drop_token_after_image is None:
             object.__setattr__(self, "drop_token_after_image", LAYOUTS[self.lm.family].drops_token_after_image)
+        self._check_choices()
         size = self.vision.image_size
         if not self.image_grid_pinpoints:
             raise UserError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
         for w, h in self.image_grid_pinpoints:
             if w % size or h % size or not w or not h:
                 raise UserError(f"config: canvas ({w}, {h}) is not made of whole {size}-pixel views")
+        object.__setattr__(self, "budgets", {**self._derived_budgets(), **self.budgets})
+
+    def _check_choices(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        for name in ("mm_pool", "drop_token_after_image", "trained"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"config: {name}={getattr(self, name)!r}; give true or false")
+
+    def _derived_budgets(self) -> dict[str, int]:
+        size = self.vision.image_size
         views = 1 + max((w // size) * (h // size) for w, h in self.image_grid_pinpoints)
         views = views if self.image_aspect_ratio == "anyres" else 1
-        derived = {"base": views * self.pooled_side**2, "full": views * self.vision.side**2}
-        derived["wide"] = min(derived["full"], 20 * math.ceil(derived["base"] * 3 / 49))
-        object.__setattr__(self, "budgets", {**derived, **self.budgets})
+        base, full = views * self.pooled_side**2, views * self.vision.side**2
+        return {"base": base, "full": full, "wide": min(full, 20 * math.ceil(base * 3 / 49))}
 
     @property
     def pooled_side(self) -> int:
-        """Tokens per side of a pooled view: half, rounded up for bilinear, down for the window modes."""
-        side = self.vision.side
+        """Tokens per side that LaViDa feeds of one of its own views."""
+        return self.pooled(self.vision.side)
+
+    def pooled(self, side: int) -> int:
+        """Tokens per side that pooling leaves of a view of side x side: half, rounded up for bilinear, down for the
+        window modes; all of them where views are not pooled."""
+        if not self.mm_pool:
+            return side
         return -(-side // 2) if self.mm_spatial_pool_mode == "bilinear" else side // 2
+
+    def switched(self, **changes: Any) -> Self:
+        """The config with other values of some fields. Budgets that follow from the geometry follow the new one."""
+        derived = self._derived_budgets()
+        named = {name: count for name, count in self.budgets.items() if derived.get(name) != count}
+        return replace(self, budgets=named, **changes)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:

@@ -276,12 +276,13 @@ def geometry_layout(config: LavidaConfig, geometry: Geometry) -> TokenLayout:
     own = own_pooling(config)
     canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ((0, 0),)
     most = _most(tuple(canvases), vision.image_size, vision.patch_size, own)
-    return _cached_geometry(geometry, vision, own, most, config.budgets["base"])
+    pooling = replace(own, side=config.pooled(_side(geometry, vision)), most=most)
+    return _cached_geometry(geometry, vision, pooling, config.budgets["base"])
 
 
 @lru_cache(maxsize=16)
-def _cached_geometry(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int, base: int) -> TokenLayout:
-    return replace(_layout(geometry, vision, own, most), base_budget=base)
+def _cached_geometry(geometry: Geometry, vision: VisionConfig, pooling: Pooling, base: int) -> TokenLayout:
+    return replace(_layout(geometry, vision, pooling), base_budget=base)
 
 
 @lru_cache(maxsize=16)
@@ -292,19 +293,17 @@ def _most(canvases: tuple[tuple[int, int], ...], view_px: int, patch: int, pooli
     return max(most_pooled(tiles_layout(*grid, side, patch, view_px, pooling)) for grid in grids)
 
 
-def _layout(geometry: Geometry, vision: VisionConfig, own: Pooling, most: int) -> TokenLayout:
-    patch = vision.patch_size
+def _side(geometry: Geometry, vision: VisionConfig) -> int:
+    """Tokens per side of a view in a geometry other than LaViDa's own."""
     if geometry == "fovea":
-        cells = cells_of(vision, FOVEA)
-        return fovea_layout(cells, patch, _pooling(own, cells, most))
+        return cells_of(vision, FOVEA)
+    return cells_of(vision, SINGLE_VIEW[geometry]) if geometry in SINGLE_VIEW else vision.side
+
+
+def _layout(geometry: Geometry, vision: VisionConfig, pooling: Pooling) -> TokenLayout:
+    side, patch = _side(geometry, vision), vision.patch_size
+    if geometry == "fovea":
+        return fovea_layout(side, patch, pooling)
     if geometry in SINGLE_VIEW:
-        cells = cells_of(vision, SINGLE_VIEW[geometry])
-        return single_layout(cells, patch, _pooling(own, cells, most), geometry)
-    cells = cells_of(vision, CANVAS)
-    return crops_layout(cells, vision.side, patch, _pooling(own, vision.side, most))
-
-
-def _pooling(own: Pooling, side: int, most: int) -> Pooling:
-    """The base model's pooling for a view of another side; `most` is its largest token count."""
-    pooled = math.ceil(side / 2) if own.mode == "bilinear" else side // 2
-    return Pooling(side=pooled, mode=own.mode, merge=own.merge, most=most)
+        return single_layout(side, patch, pooling, geometry)
+    return crops_layout(cells_of(vision, CANVAS), side, patch, pooling)

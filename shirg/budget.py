@@ -118,15 +118,15 @@ def matched_count_B(features: VisionFeatures) -> Tensor:
 
 
 def most_pooled(layout: TokenLayout) -> int:
-    """The largest `matched_count_B` of this layout."""
+    """The largest `matched_count_B` of this layout; without pooling its newlines can make it more than the tokens."""
     pooling = layout.known_pooling
     if pooling.most is not None:
-        return min(pooling.most, layout.n_tokens)
+        return pooling.most
     flat = layout.n_views * pooling.side**2
     if pooling.merge == "flat":
         return flat
     rows = 1 if layout.canvas == (0, 0) else layout.canvas[0] // layout.side * pooling.side
-    return min(flat + rows, layout.n_tokens)
+    return flat + rows
 
 
 def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:

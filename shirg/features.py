@@ -33,7 +33,7 @@ class Pooling:
     """How the base model itself shrinks its views; matched budgets follow from it (docs/lavida.md, "Pooling")."""
 
     side: int
-    """A view of n x n tokens becomes side x side."""
+    """A view of n x n tokens becomes side x side; side = n where the base model does not pool."""
     mode: Literal["bilinear", "average", "max"] = "bilinear"
     merge: Literal["spatial_unpad", "flat"] = "spatial_unpad"
     most: int | None = None

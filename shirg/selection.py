@@ -158,7 +158,7 @@ class Selector(nn.Module):
             raise UserError(f"{type(self).__name__} has no budget: override select, or pass budget= to Selector")
         count = count_on(self.budget, layout)
         if count == "matched":
-            return most_pooled(layout), matched_count_B(features).clamp_max(layout.n_tokens)
+            return min(most_pooled(layout), layout.n_tokens), matched_count_B(features).clamp_max(layout.n_tokens)
         self.check_count(features, count)
         return count, torch.full_like(features.size_B2[:, 0], count)
 

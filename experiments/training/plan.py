@@ -37,6 +37,8 @@ from shirg import MissingFileError, Selector, UserError
 
 PUBLISHED: Mapping[str, LanguageModelConfig] = {
     "jacklishufan/lavida-llada-v1.0-instruct": LladaConfig(vocab_size=126349),
+    "jacklishufan/lavida-llada-1.0-fim": LladaConfig(vocab_size=126349),
+    "hbXNov/lavida-llada-reason": LladaConfig(vocab_size=126349),
     "jacklishufan/lavida-dream-v1.0-instruct": DreamConfig(vocab_size=151667),
 }
 """The published checkpoints, with as many rows of the embedding as the tokenizer has (docs/lavida.md)."""
@@ -105,7 +107,7 @@ def skeleton(cfg: DictConfig) -> Lavida:
         return build.build_model(cfg, torch.device("meta"))
     folder = local_folder(str(path))
     if folder is not None:
-        config = read_config(folder)
+        config = build.switched(read_config(folder), cfg.model)
         tokenizer = load_tokenizer(folder, config)
         config = replace(config, lm=replace(config.lm, vocab_size=n_rows(tokenizer)))
     elif path in PUBLISHED:
@@ -216,7 +218,7 @@ def picture_tokens(selector: Selector, model: Lavida) -> int:
     """The largest number of tokens that a picture can have in a prompt."""
     config, geometry = model.config, selector.geometry
     canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ()
-    pooled = max((pooled_count(canvas, config) for canvas in canvases), default=config.budgets["full"])
+    pooled = max(pooled_count(canvas, config) for canvas in canvases or [(1, 1)])
     if geometry == "lavida_tiles":
         rows = max((h // config.vision.image_size for _, h in canvases), default=1) * config.vision.side
     else:

@@ -1,6 +1,7 @@
 """Pooled: LaViDa's own sequence, token for token."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,6 +70,31 @@ def test_flat_is_all_views_one_after_the_other(grid: tuple[int, int]) -> None:
     views = 1 + grid[0] * grid[1]
     assert tokens[:, 0].tolist() == [float(v) for v in range(views) for _ in range(9)]
     assert torch.equal(tokens[:9, 1:], tokens[-9:, 1:])
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "average", "max"])
+@pytest.mark.parametrize(
+    ("grid", "merge", "size", "count"),
+    [
+        ((0, 0), "spatial_unpad", (384, 384), 730),
+        ((0, 0), "flat", (640, 480), 729),
+        ((2, 2), "spatial_unpad", (768, 768), 729 + 54 * 55),
+        ((2, 2), "flat", (640, 480), 5 * 729),
+    ],
+)
+def test_a_model_that_does_not_pool_feeds_its_tokens_as_they_are(
+    grid: tuple[int, int], merge: str, size: tuple[int, int], count: int, mode: str
+) -> None:
+    """730 and 3,699 are the reference's counts (docs/lavida.md, "Other checkpoints")."""
+    layout = replace(layout_of(grid, side=27), pooling=Pooling(side=27, mode=mode, merge=merge))
+    features = make_features(layout=layout, sizes=[size], tokens=probe(layout))
+    tokens = sequence(Pooled()(features))
+    assert len(tokens) == count == int(pooled_count_B(layout, features.size_B2))
+    newline_after = tokens[:, 0] == -1
+    order = layout.order_N if merge == "spatial_unpad" else torch.arange(layout.n_tokens)
+    assert torch.equal(tokens[~newline_after], features.tokens_BND[0, order])
+    expected = [] if merge == "flat" else [729] if grid == (0, 0) else [729 + 55 * row + 54 for row in range(54)]
+    assert newline_after.nonzero().flatten().tolist() == expected
 
 
 def test_pooled_boxes_are_where_the_tokens_come_from() -> None:

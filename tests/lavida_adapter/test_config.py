@@ -80,6 +80,8 @@ def test_the_tiny_geometry() -> None:
         ({"mm_spatial_pool_mode": "max"}, 845, 3645),
         ({"image_aspect_ratio": "pad"}, 196, 729),
         ({"image_grid_pinpoints": [[384, 768], [1152, 384]]}, 4 * 196, 4 * 729),
+        ({"mm_pool": False}, 3645, 3645),
+        ({"mm_pool": False, "image_aspect_ratio": None}, 729, 729),
     ],
 )
 def test_budgets_follow_from_geometry(changes: dict[str, Any], base: int, full: int) -> None:
@@ -93,6 +95,17 @@ def test_budgets_can_be_named_and_changed() -> None:
     assert LavidaConfig.from_dict(json.loads(json.dumps(config.to_dict()))).budgets == config.budgets
 
 
+def test_a_switch_takes_the_budgets_of_the_geometry_along_and_leaves_named_ones() -> None:
+    """Also where a saved config.json lists all of them."""
+    saved = LavidaConfig(budgets={"mine": 7}, image_aspect_ratio="pad").to_dict()
+    config = LavidaConfig.from_dict(json.loads(json.dumps(saved)))
+    assert dict(config.budgets) == {"base": 196, "wide": 240, "full": 729, "mine": 7}
+    unpooled = config.switched(mm_pool=False)
+    assert dict(unpooled.budgets) == {"base": 729, "wide": 729, "full": 729, "mine": 7}
+    assert unpooled.switched(mm_pool=True) == config.switched() == config
+    assert (unpooled.pooled_side, unpooled.pooled(48), config.pooled_side, config.pooled(48)) == (27, 48, 14, 24)
+
+
 def test_every_field_survives_the_round_trip() -> None:
     """A changed value of each field is in the file, and read back from it."""
     base = tiny_config()
@@ -101,6 +114,7 @@ def test_every_field_survives_the_round_trip() -> None:
         "image_grid_pinpoints": ((40, 40),),
         "mm_patch_merge_type": "flat",
         "mm_spatial_pool_mode": "max",
+        "mm_pool": False,
         "tokenizer_model_max_length": 77,
         "prefix_attention": "image_first",
         "drop_token_after_image": False,
