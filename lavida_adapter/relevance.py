@@ -59,6 +59,17 @@ class NoRelevance:
         return saliency(features.tokens_BND, features.valid_BN)
 
 
+def mean_row(weight_WD: Tensor, rows: int = 8192) -> Tensor:
+    """The mean [D] over the rows of a table, in float32; so many rows at a time.
+
+    On a CPU torch would copy the whole table to float32: 2 GB for the published vocabulary.
+    """
+    total_D = torch.zeros(weight_WD.shape[1], dtype=torch.float32, device=weight_WD.device)
+    for part_RD in weight_WD.split(rows):
+        total_D += part_RD.sum(0, dtype=torch.float32)
+    return total_D / len(weight_WD)
+
+
 class LmEmbed:
     """Cosine of projected tokens and the question's word embeddings, both centred, in the language model's space."""
 
@@ -78,7 +89,7 @@ class LmEmbed:
         if len(row_of) < len(at):
             p, valid = (values[list(row_of.values())] for values in (p, valid))
         by_picture = dict(zip(row_of, centred_unit(p, valid), strict=True))
-        vocabulary_mean_D = context.embedding.weight.mean(0, dtype=torch.float32)
+        vocabulary_mean_D = mean_row(context.embedding.weight)
         rows = []
         for picture, ids_Q in zip(at, context.questions, strict=True):
             if not len(ids_Q):
