@@ -24,7 +24,7 @@ from experiments.bench.common import (
 from experiments.profiling import Limits, cost_of, measure_limits, peak_memory_mib, reset_peak_memory, time_call
 
 if TYPE_CHECKING:
-    from lavida_adapter import DecodeConfig, Lavida
+    from lavida_adapter import DecodeConfig, Lavida, Prefix
 
 ELSEWHERE_S = {"bench_small": 0.46, "bench_tiny": 0.069}
 """Seconds of the public reference for a prompt of 1050 and 32 tokens in 32 steps, on one thread of another machine."""
@@ -34,6 +34,7 @@ COLUMNS: Columns = {
     "x plain": ("times_faster", ".2f"),
     "prefill ms": ("prefill.ms", ".2f"),
     "prefill x floor": ("floor.prefill.times_floor", ".2f"),
+    "steps": ("forwards", "d"),
     "step ms": ("step_ms", ".2f"),
     "step x floor": ("floor.step.times_floor", ".2f"),
     "same ids": ("same_ids", lambda same: "yes" if same else "NO"),
@@ -79,7 +80,7 @@ def measure(
     mask_id, angles = model.config.lm.mask_token_id, reference.angles_of(lm, n_prompt)
     plain, expected = _row(
         "plain twin",
-        lambda: reference.plain_generate(lm, embeds, decode, mask_id),
+        lambda: (reference.plain_generate(lm, embeds, decode, mask_id), decode.steps),
         lambda: reference.plain_forward(lm, embeds, None, angles),
         model,
         embeds,
@@ -93,7 +94,7 @@ def measure(
         config = replace(decode, engine=engine)  # type: ignore[arg-type]  # DecodeConfig refuses unknown engines
         row, ids = _row(
             f"engine={engine}",
-            lambda c=config: model.generate(prefix, c).ids_BA,  # type: ignore[misc]
+            lambda c=config: _generated(model, prefix, c),  # type: ignore[misc]
             lambda c=config: model.prefill(prefix, c.max_new_tokens, engine=c.engine),  # type: ignore[misc]
             model,
             embeds,
@@ -111,9 +112,20 @@ def measure(
     return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), (note,) if elsewhere else ())
 
 
+def _generated(model: "Lavida", prefix: "Prefix", decode: "DecodeConfig") -> tuple[Tensor, int]:
+    answer = model.generate(prefix, decode)
+    return answer.ids_BA, answer.forwards
+
+
+def mean_open(counts: Sequence[int]) -> float:
+    """How many slots are masked at a step that commits some, on average."""
+    some = [k for k in counts if k]
+    return statistics.mean(sum(some[i:]) for i in range(len(some)))
+
+
 def _row(
     name: str,
-    generate: Callable[[], Tensor],
+    generate: Callable[[], tuple[Tensor, int]],
     prefill: Callable[[], object],
     model: "Lavida",
     embeds: Tensor,
@@ -121,20 +133,21 @@ def _row(
     repeats: int,
     limits: Limits,
 ) -> tuple[dict[str, Any], Tensor]:
-    """The times of one implementation, and the ids that it generates."""
+    """The times of one implementation, and the ids that it generates; `generate` returns them and its steps."""
     reset_peak_memory(model.device)
-    ids = generate()
+    ids, forwards = generate()
     whole = time_call(generate, model.device, repeats=repeats)
     prefilling = time_call(prefill, model.device, repeats=repeats)
-    step_ms = (whole.median - prefilling.median) / decode.steps
+    step_ms = (whole.median - prefilling.median) / forwards
     batch, p = embeds.shape[:2]
     cost = cost_of(model.config.lm, model.dtype)
     # The floor counts what must be computed, whatever an implementation computes: only masked slots need logits.
-    masked = statistics.mean(range(1, decode.max_new_tokens + 1))
+    masked = mean_open(reference.plain_counts(model.lm, decode))
     row = {
         "name": name,
         "whole": whole.report(),
         "prefill": prefilling.report(),
+        "forwards": forwards,
         "step_ms": step_ms,
         "peak_mib": peak_memory_mib(model.device),
         "floor": {

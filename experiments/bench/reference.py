@@ -1,13 +1,15 @@
 """Plain implementations that the benches time ours against: LaViDa's decoding, and SHIRG-980 as loops over cells.
 
-Decoding does what the public reference does (docs/lavida.md, "Quirks"): keys are cached before rotation, and at every
-step the whole cache is concatenated and rotated again; the prompt's logits are computed and not used; every answer slot
-gets logits, and their softmax is taken in float64. The weights are those of our model, so that only the computation
-differs.
+Decoding does what the public code of each language model does (docs/lavida.md, "Quirks" and "Dream's decoding"). Both
+concatenate the cache and the answer's keys at every step, compute the prompt's logits whether they are used or not, and
+give every answer slot logits at every step, also where nothing is committed. LLaDA's code caches keys before their
+rotation, rotates all of them at every step and takes the softmax in float64; Dream's caches them rotated and ranks by
+the softmax over the 50 likeliest tokens. The weights are those of our model, so that only the computation differs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -16,14 +18,41 @@ from torch import Tensor
 
 from lavida_adapter.attention import attend
 from lavida_adapter.decode_config import DecodeConfig
+from lavida_adapter.families import FAMILIES
 from lavida_adapter.language_model import Block, LanguageModel, RMSNorm, rotary_phase
+from lavida_adapter.lm_config import FamilyName
 from lavida_adapter.schedules import tokens_per_step
 from shirg import Role, VisionFeatures
 
 Past = list[tuple[Tensor, Tensor]]
-"""For each layer, keys before rotation and values [B, H, P, Dh]."""
+"""For each layer, keys and values [B, H, P, Dh]; keys rotated or not, as the public code caches them."""
 
 Angles = tuple[Tensor, Tensor]
+
+
+def wide_softmax(logits_BAW: Tensor) -> Tensor:
+    return logits_BAW.to(torch.float64).softmax(-1)
+
+
+def likeliest_softmax(logits_BAW: Tensor, k: int = 50) -> Tensor:
+    """The softmax over the `k` likeliest tokens, in the type of the logits."""
+    least_BA1 = logits_BAW.topk(min(k, logits_BAW.shape[-1])).values[..., -1:]
+    return logits_BAW.masked_fill(logits_BAW < least_BA1, torch.finfo(logits_BAW.dtype).min).softmax(-1)
+
+
+@dataclass(frozen=True)
+class PublicCode:
+    """What the public code of a language model does in its own way."""
+
+    caches_rotated: bool
+    confidence: Callable[[Tensor], Tensor]
+    """Logits [B, A, W] -> the probabilities that slots are ranked by."""
+
+
+PUBLIC: Mapping[FamilyName, PublicCode] = {
+    "llada": PublicCode(False, wide_softmax),
+    "dream": PublicCode(True, likeliest_softmax),
+}
 
 
 def plain_forward(lm: LanguageModel, x_BLD: Tensor, past: Past | None, angles: Angles) -> tuple[Tensor, Past]:
@@ -32,24 +61,28 @@ def plain_forward(lm: LanguageModel, x_BLD: Tensor, past: Past | None, angles: A
     `angles` are those of every position, up to the end of the answer; the reference keeps them too.
     """
     present: Past = []
+    rotated = PUBLIC[lm.config.family].caches_rotated
     for i, block in enumerate(lm.layers):
-        x_BLD, kept = _block(block, x_BLD, None if past is None else past[i], angles)
+        x_BLD, kept = _block(block, x_BLD, None if past is None else past[i], angles, rotated)
         present.append(kept)
     return lm.head(_norm(lm.final_norm, x_BLD)), present
 
 
 def _block(
-    block: Block, x_BLD: Tensor, past: tuple[Tensor, Tensor] | None, angles: Angles
+    block: Block, x_BLD: Tensor, past: tuple[Tensor, Tensor] | None, angles: Angles, rotated: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     u = _norm(block.attention_norm, x_BLD)
     q, k, v = (
         proj(u).unflatten(-1, (-1, block.head_dim)).transpose(1, 2) for proj in (block.query, block.key, block.value)
     )
+    n_past, n = 0 if past is None else past[0].shape[2], q.shape[2]
+    own_cos, own_sin = (t[:, :, n_past : n_past + n] for t in angles)
+    if rotated:
+        k = _rotate(k, own_cos, own_sin)
     if past is not None:
         k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-    n = q.shape[2]
-    cos, sin = (t[:, :, : k.shape[2]] for t in angles)
-    out = attend(_rotate(q, cos[:, :, -n:], sin[:, :, -n:]), _rotate(k, cos, sin), v, None)
+    keys = k if rotated else _rotate(k, *(t[:, :, : n_past + n] for t in angles))
+    out = attend(_rotate(q, own_cos, own_sin), keys, v, None)
     x_BLD = x_BLD + block.attention_out(out.transpose(1, 2).flatten(-2))
     u = _norm(block.mlp_norm, x_BLD)
     return x_BLD + block.down(F.silu(block.gate(u)) * block.up(u)), (k, v)
@@ -61,24 +94,35 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.float()
+    wide = x.to(cos.dtype)
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def angles_of(lm: LanguageModel, n: int) -> Angles:
-    """Cosines and sines of the rotary phases of positions 0 to n - 1."""
+    """Cosines and sines of the rotary phases of positions 0 to n - 1, in the type in which the model rotates."""
     positions_1L = torch.arange(n, device=lm.embedding.weight.device)[None]
-    phase = rotary_phase(positions_1L, lm.config.head_dim, lm.config.rope_theta)
-    return phase.cos(), phase.sin()
+    phase, dtype = (
+        rotary_phase(positions_1L, lm.config.head_dim, lm.config.rope_theta),
+        lm.angles(positions_1L)[0].dtype,
+    )
+    return phase.cos().to(dtype), phase.sin().to(dtype)
+
+
+def plain_counts(lm: LanguageModel, config: DecodeConfig) -> list[int]:
+    """How many tokens each step commits. A Dream's first token comes from the prompt."""
+    schedule = FAMILIES[lm.config.family].sampler.schedule if config.schedule == "none" else config.schedule
+    return tokens_per_step(config.max_new_tokens - lm.shift, config.steps_per_block, schedule, config.shift, config.eps)
 
 
 def plain_step(lm: LanguageModel, ids_BA: Tensor, past: Past, angles: Angles, mask_id: int, ks: list[int]) -> Tensor:
     """One denoising step that commits `ks[row]` tokens; like ours, it never chooses the mask token."""
     logits, _ = plain_forward(lm, lm.embedding(ids_BA), past, angles)
+    if lm.shift:
+        logits = torch.cat([logits[:, : lm.shift], logits[:, : -lm.shift]], dim=1)
     logits[..., mask_id] = float("-inf")
     token_BA = logits.argmax(-1)
-    p = logits.to(torch.float64).softmax(-1)
+    p = PUBLIC[lm.config.family].confidence(logits)
     confidence_BA = p.gather(-1, token_BA[..., None])[..., 0].masked_fill(ids_BA != mask_id, float("-inf"))
     commit_BA = torch.zeros_like(ids_BA, dtype=torch.bool)
     for row, k in enumerate(ks):
@@ -88,11 +132,17 @@ def plain_step(lm: LanguageModel, ids_BA: Tensor, past: Past, angles: Angles, ma
 
 @torch.inference_mode()
 def plain_generate(lm: LanguageModel, embeds_BPD: Tensor, config: DecodeConfig, mask_id: int) -> Tensor:
-    """Answers [B, A] in one block, greedy, the most confident first. Prompts have one length: there is no mask."""
+    """Answers [B, A] in one block, greedy, the most confident first. Prompts have one length: there is no mask.
+
+    A step that commits nothing runs like the others: our own loop leaves it out.
+    """
     angles = angles_of(lm, embeds_BPD.shape[1] + config.max_new_tokens)
-    _, past = plain_forward(lm, embeds_BPD, None, angles)
+    logits_BPW, past = plain_forward(lm, embeds_BPD, None, angles)
     ids_BA = torch.full((len(embeds_BPD), config.max_new_tokens), mask_id, device=embeds_BPD.device)
-    for k in tokens_per_step(config.max_new_tokens, config.steps_per_block, config.schedule, config.shift):
+    if lm.shift:
+        logits_BPW[:, -1, mask_id] = float("-inf")
+        ids_BA[:, 0] = logits_BPW[:, -1].argmax(-1)
+    for k in plain_counts(lm, config):
         ids_BA = plain_step(lm, ids_BA, past, angles, mask_id, [k] * len(ids_BA))
     return ids_BA
 

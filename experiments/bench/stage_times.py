@@ -134,8 +134,6 @@ def prefix_of(bench: Bench, name: str, batch: int) -> Prefix:
 def measure_reference(bench: Bench) -> None:
     """Whole answers of B0's prompt by the plain implementation of the public reference, and by each engine."""
     model = bench.model
-    if bench.lm != "llada":
-        return  # the plain implementation is LLaDA's
     prefix = prefix_of(bench, "B0", 1)
     embeds, mask_id = prefix.embeds_BPD, model.config.lm.mask_token_id
     decode = DecodeConfig(max_new_tokens=bench.n_answer, step_per_block=bench.n_steps)

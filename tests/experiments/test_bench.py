@@ -20,6 +20,7 @@ from experiments.bench import (
     end2end,
     prefill,
     profile_cache,
+    reference,
     selectors,
     training_step,
 )
@@ -29,7 +30,7 @@ from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
 from shirg import UserError
 from tests.experiments.conftest import ROOT, result_of
-from tests.lavida_adapter.tiny import tiny_model
+from tests.lavida_adapter.tiny import noise, tiny_model
 
 Eval = Callable[..., Path]
 
@@ -80,16 +81,21 @@ def test_every_selector_is_timed_beside_the_naive_one_and_the_tower() -> None:
     assert "float32" in title and len(table) == 1 + 1 + 3 + len(rows) and len({len(line) for line in table}) == 1
 
 
-def test_decode_compares_every_engine_with_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(lm={"n_layers": 3})
-    measured = decode.measure("bench_small", model, 40, 8, 4, 2, ["eager"], repeats=2)
+@pytest.mark.parametrize(("family", "ran"), [("llada", [8, 8]), ("dream", [8, 6])])
+def test_decode_compares_every_engine_with_the_plain_one(
+    family: str, ran: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Dream's time grid over seven masks, two steps commit nothing: only the plain one runs them."""
+    model = tiny_model(lm={"family": family, "n_layers": 3})
+    measured = decode.measure("bench_small", model, 40, 8, 8, 2, ["eager"], repeats=2)
     report = measured.report
     assert [(row["name"], row["same_ids"]) for row in report["rows"]] == [("plain twin", True), ("engine=eager", True)]
-    assert (report["prompt"], report["answer"], report["steps"], report["batch"]) == (40, 8, 4, 2)
+    assert (report["prompt"], report["answer"], report["steps"], report["batch"]) == (40, 8, 8, 2)
+    assert [row["forwards"] for row in report["rows"]] == ran
     assert report["attention"].startswith("sdpa (") and report["reference_elsewhere_s"] == 0.46
     for row in report["rows"]:
         assert row["times_faster"] == report["rows"][0]["whole"]["ms"] / row["whole"]["ms"]
-        assert row["step_ms"] == (row["whole"]["ms"] - row["prefill"]["ms"]) / 4
+        assert row["step_ms"] == (row["whole"]["ms"] - row["prefill"]["ms"]) / row["forwards"]
         for stage in ("prefill", "step"):
             assert row["floor"][stage]["times_floor"] > 1, "nothing is faster than the device"
     assert "on one thread of another machine" in measured.lines()[-1]
@@ -98,8 +104,31 @@ def test_decode_compares_every_engine_with_the_plain_one(monkeypatch: pytest.Mon
     assert not wrong.report["rows"][1]["same_ids"] and any("NO" in line for line in wrong.lines())
 
 
-def test_prefill_fits_exponents_and_draws_them() -> None:
-    measured = prefill.measure("toy", tiny_model(), [100, 196], 4, 1, "norm_topk", repeats=1)
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_the_plain_one_computes_what_the_model_computes(family: str) -> None:
+    """Over a prompt, and over an answer behind it; only Dream's public code caches keys that are rotated already."""
+    lm = tiny_model(lm={"family": family, "n_kv_heads": 2}).lm
+    prompt, answer = noise(2, 9, 32), noise(2, 5, 32, seed=1)
+    angles, cache = reference.angles_of(lm, 14), lm.prefill(prompt)
+    logits, past = reference.plain_forward(lm, prompt, None, angles)
+    torch.testing.assert_close(logits, lm.logits(lm(prompt)), rtol=0, atol=1e-4)
+    logits, longer = reference.plain_forward(lm, answer, past, angles)
+    torch.testing.assert_close(logits, lm.logits(lm.decode(answer, cache)), rtol=0, atol=1e-4)
+    for (keys, values), whole, own, expected in zip(past, longer, cache.keys, cache.values, strict=True):
+        assert torch.allclose(keys, own, atol=1e-5) is (family == "dream")
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+        assert whole[0].shape == (2, 2, 14, 8)
+
+
+def test_slots_that_are_open_at_the_steps_that_commit_some() -> None:
+    assert decode.mean_open([1] * 32) == 16.5
+    assert decode.mean_open([0, 0, 2, 1, 0, 1]) == (4 + 2 + 1) / 3
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_prefill_fits_exponents_and_draws_them(family: str) -> None:
+    measured = prefill.measure("toy", tiny_model(lm={"family": family}), [100, 196], 4, 1, "norm_topk", repeats=1)
     report = measured.report
     assert [row["tokens"] for row in report["rows"]] == [100, 196]
     assert set(report["exponents"]) == {"select", "prefill", "plain prefill", "step"}
@@ -115,8 +144,10 @@ def test_prefill_fits_exponents_and_draws_them() -> None:
     assert alone.figure is None and alone.report["exponents"] is None and not alone.notes
 
 
-def test_smaller_caches_save_bytes_and_the_whole_one_does_not_drift() -> None:
-    rows = {row["cache"]: row for row in cache_size.measure("toy", tiny_model(), 30, 4, 2, repeats=1).report["rows"]}
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_smaller_caches_save_bytes_and_the_whole_one_does_not_drift(family: str) -> None:
+    model = tiny_model(lm={"family": family})
+    rows = {row["cache"]: row for row in cache_size.measure("toy", model, 30, 4, 2, repeats=1).report["rows"]}
     assert rows["none"]["saved"] == 0 and rows["cast"]["saved"] == 0.5
     assert rows["fp8"]["saved"] == pytest.approx(0.75, abs=0.01)
     assert rows["none"]["max_logit_drift"] == 0 and rows["none"]["same_top1"] == 1 and rows["none"]["pack"] is None

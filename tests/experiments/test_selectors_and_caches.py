@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import DictConfig
 
 from experiments import build
 from experiments.bench.profile_cache import profile_data
@@ -49,8 +50,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def encoded(model: Lavida, name: str) -> Prefix:
-    cfg = build.compose_eval(f"selector={name}", "budget=base")
+def encoded(model: Lavida, cfg: DictConfig) -> Prefix:
     selector = build.build_selector(cfg, model.config.budgets, model.config).eval()
     prefix = model.encode(
         [picture(size) for size in SIZES],
@@ -61,7 +61,7 @@ def encoded(model: Lavida, name: str) -> Prefix:
     )
     geometry = TokenGeometry(model.config, selector.geometry)
     for chosen, n, size in zip(prefix.selections, prefix.n_visual, SIZES, strict=True):
-        check_counts(selector, count_sources(chosen), n, geometry, size, name)
+        check_counts(selector, count_sources(chosen), n, geometry, size, type(selector).__name__)
     return prefix
 
 
@@ -84,8 +84,9 @@ def answered(model: Lavida, prefix: Prefix, by: CacheSelector | CachePacker) -> 
 def test_every_selector_with_every_cache_method(name: str, models: dict[str, Lavida], profile: Path) -> None:
     model = models["dream"]
     lm, mask_id = model.lm, model.config.lm.mask_token_id
-    prefix = encoded(model, name)
-    assert prefix.n_visual == encoded(models["llada"], name).n_visual
+    cfg = build.compose_eval(f"selector={name}", "budget=base")
+    prefix = encoded(model, cfg)
+    assert prefix.n_visual == encoded(models["llada"], cfg).n_visual
     prefilled, masks = model.prefill(prefix), torch.full((2, A), mask_id)
     whole = model.generate(prefix, DECODE)
     assert whole.cache is not None and whole.forwards == A - 1, "the first token comes from the prompt"
@@ -115,7 +116,7 @@ def test_every_selector_with_every_cache_method(name: str, models: dict[str, Lav
 def test_a_cache_that_keeps_every_row_answers_as_the_whole_one(
     kind: str, models: dict[str, Lavida], profile: Path
 ) -> None:
-    prefix = encoded(models["dream"], "norm_topk")
+    prefix = encoded(models["dream"], build.compose_eval("selector=norm_topk", "budget=base"))
     (n,) = set(prefix.n_visual)
     out = answered(models["dream"], prefix, method(kind, n, profile))
     assert torch.equal(out.ids_BA, models["dream"].generate(prefix, DECODE).ids_BA)
