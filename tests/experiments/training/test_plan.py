@@ -33,6 +33,7 @@ BLOCK = 4 * D * D + 3 * D * F
 LINEAR = LM_LAYERS * BLOCK + ROWS * D + (W * D + D) + (D * D + D) + TOWER_LAYERS * (4 * (W * W + W) + 2 * W * V + V + W)
 TOTAL = 8_433_894_944
 """docs/lavida.md: what the published checkpoint holds after loading."""
+TOWER = TOTAL - LM_LAYERS * (BLOCK + 2 * D) - 2 * ROWS * D - D - (W * D + D) - (D * D + D) - D
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -100,6 +101,24 @@ def test_bytes_of_the_published_model(published: str) -> None:
         expected = [w + trained + kept for w, kept in zip(weights, (plain, less, plain, less), strict=True)]
         assert totals == pytest.approx(expected, abs=0.03)
     assert found[8][6] < 40 < found[8][5]  # 16 rows fit on a GPU of 40 GiB with checkpointing, and not without
+
+
+def test_bytes_of_the_published_dream(capsys: pytest.CaptureFixture[str]) -> None:
+    """As above; keys and values have four of 28 heads, and the head 151,667 rows."""
+    text = printed(capsys, "model=lavida_dream", "recipe=shirg_980")
+    width, kv, feed_forward, layers = 3584, 4 * 128, 18944, 28
+    picture, prompt, answer = map(int, re.findall(r"sample +(\d+) .* \+ (\d+) of text \+ (\d+) of", text)[0])
+    length = 2 * (picture + prompt + answer)
+    block = length * (8 * width + 2 * (2 * width + 2 * kv) + 4 * 28 + 6 * feed_forward)
+    tower = 3645 * (4 * W + 8 * W + 4 * 16 + 2 * V)
+    logits = answer * 151_667 * (4 + 2)
+    total = 7_615_616_512 - 2 * (152_064 - 151_667) * width + TOWER + (W + 1) * width + (width + 1) * width + width
+    assert f" of {total + 64 * (W + width) + 8 * 64 * 2 * W:,} parameters" in text
+    for gpus, (rows, base, _, plain, less, *_) in table(text).items():
+        assert rows == 128 / gpus and base == pytest.approx(total * 2 / GIB, abs=0.01)
+        assert plain == pytest.approx(rows * (layers * block + TOWER_LAYERS * tower + logits) / GIB, rel=0.05)
+        less_kept = layers * length * 2 * width + TOWER_LAYERS * 3645 * 2 * W + block + logits
+        assert less == pytest.approx(rows * less_kept / GIB, rel=0.15)
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
