@@ -124,6 +124,8 @@ def family_of(raw: Mapping[str, Any]) -> FamilyName:
     like_qwen = "hidden_size" in raw and "d_model" not in raw
     if not names:
         return "dream" if like_qwen else "llada"
+    if any(name.startswith("lavida") for name in names):  # a copy for other loaders
+        return "dream" if like_qwen else "llada"
     has_vision = any(key.startswith("mm_") for key in raw)
     families: tuple[FamilyName, ...] = tuple(LAYOUTS)
     for family in families:

@@ -3,7 +3,7 @@
 import inspect
 import re
 import shlex
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, schema
 from experiments.schema import CONF, VERSION_BASE, describe_groups
-from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConfig
+from lavida_adapter import (
+    DecodeConfig,
+    DreamConfig,
+    LanguageModelConfig,
+    LavidaConfig,
+    LladaConfig,
+    LoraConfig,
+    ObjectiveConfig,
+)
 from lavida_adapter.lightning_module import OptimConfig
 
 PLUG_INS = ("selector", "relevance", "data", "cache", "logger")
@@ -163,15 +171,34 @@ def test_small_has_the_true_geometry(tmp_path: Path) -> None:
     assert build.fingerprint(build.build_model(cfg, torch.device("cpu"))) != build.fingerprint(model)
 
 
-def test_lavida_8b_random_has_the_published_sizes() -> None:
-    sizes: dict[str, Any] = OmegaConf.to_container(composed("eval", "model=lavida_8b_random").model.config)  # type: ignore[assignment]
-    published = LavidaConfig()
+def test_small_dream_is_small_with_another_language_model() -> None:
+    model, llada = (
+        build.build_model(composed("eval", f"model={n}"), torch.device("cpu")) for n in ("small_dream", "small")
+    )
+    assert model.config.lm == replace(
+        DreamConfig(init_std=0.02),
+        **{f: getattr(llada.config.lm, f) for f in ("d_model", "n_heads", "n_layers", "mlp_hidden_size")},
+        n_kv_heads=2,
+        vocab_size=len(model.tokenizer),
+        **{f: getattr(model.tokenizer, f) for f in ("eos_token_id", "pad_token_id", "mask_token_id")},
+    )
+    assert model.config.budgets == llada.config.budgets and model.config.vision == llada.config.vision
+    assert model.tokenizer.mask_token == "<|mask|>" and model.config.drop_token_after_image is False
+
+
+@pytest.mark.parametrize(
+    ("name", "lm", "rows"),
+    [("lavida_8b_random", LladaConfig(), 126349), ("lavida_dream_random", DreamConfig(), 151667)],
+)
+def test_random_models_of_the_published_sizes(name: str, lm: LanguageModelConfig, rows: int) -> None:
+    sizes: dict[str, Any] = OmegaConf.to_container(composed("eval", f"model={name}").model.config)  # type: ignore[assignment]
+    published = LavidaConfig(lm=lm)
     for part in ("vision", "lm"):
         for name, value in sizes[part].items():
             # The checkpoint stores more embedding rows than its tokenizer has; the rest is cut off when it is loaded.
             if name != "vocab_size":
                 assert value == getattr(getattr(published, part), name), f"{part}.{name}"
-    assert sizes["lm"]["vocab_size"] == 126349
+    assert sizes["lm"]["vocab_size"] == rows
 
 
 def test_budgets_are_names_of_the_model_or_numbers() -> None:

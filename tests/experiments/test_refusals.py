@@ -46,6 +46,19 @@ JOBS = {
     "added option": ("selector=random +selector.foo=1", "selector.foo: Random no such option; it has budget, seed"),
     "weights": ("model.path=./weights/absent", "model.path=./weights/absent: no weights .*make tiny"),
     "sizes": ("model=small +model.config.lm.depth=3", "model.config: 'depth'"),
+    "language model": (
+        "model=small +model.config.lm.family=qwen",
+        "model.config.lm.family=qwen: one of llada, dream",
+    ),
+    "version of nothing": ("model=small +model.revision=main", "model.revision: a model of random weights"),
+    "version of a folder": (
+        "model.path=./weights/tiny +model.revision=main",
+        "model.revision=main: .*weights/tiny is a local folder",
+    ),
+    "second tower": (
+        "model.path=./weights/tiny +model.vision_path=./weights/tiny",
+        "model.vision_path=.*weights/tiny: .* has a vision tower of its own",
+    ),
     "switch": ("selector=pooled model.prefix_attention=sideways", "prefix_attention .*sideways"),
     "adapter": ("adapter=outputs/absent", "outputs/absent holds no adapter"),
     "device": ("device=cuda:99", r"device=cuda:99: this machine has \d+ CUDA devices"),

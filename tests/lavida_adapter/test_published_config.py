@@ -110,6 +110,12 @@ def test_without_a_name_the_fields_decide(raw: dict[str, Any]) -> None:
     assert family_of({"hidden_size": 64}) == "dream"
 
 
+@pytest.mark.parametrize("name", ["lavida", "LavidaForConditionalGeneration"])
+def test_a_copy_under_lavidas_own_name(name: str) -> None:
+    assert family_of({"model_type": name, "d_model": 4096}) == "llada"
+    assert family_of({"architectures": [name], "hidden_size": 3584}) == "dream"
+
+
 @pytest.mark.parametrize("name", ["llava_dream", "LlavaDreamForMaskedDiffusion", "Dream", "DreamModel"])
 def test_any_name_of_dream_with_a_vision_part(name: str) -> None:
     assert family_of({"model_type": name, "mm_hidden_size": 1152}) == "dream"
