@@ -123,6 +123,10 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
     model.config = switched(model.config, cfg.model)
     if cfg.attention == "flash" and find_spec("flash_attn") is None:
         raise UserError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
+    if cfg.attention == "flash" and model.dtype == torch.float32:
+        raise UserError(
+            "attention=flash computes in bfloat16 or float16 only: choose dtype=bfloat16, or attention=sdpa"
+        )
     model.lm.backend = str(cfg.attention)  # type: ignore[assignment]  # the schema allows only backends
     return model.eval().requires_grad_(False)
 

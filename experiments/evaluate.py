@@ -41,7 +41,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     """Evaluates one pipeline on one dataset; returns the sections of result.json."""
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: give at least 1")
-    device = profiling.resolve_device(cfg.device)
+    device = profiling.use_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     # The data first: an error in it should be found before the weights are loaded.
@@ -95,7 +95,9 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         **summary,
         "environment": {
             **results.environment(device, cfg.dtype),
-            "attention": kernel_of(model.lm.backend, device, model.dtype, model.config.lm),
+            "attention": kernel_of(
+                model.lm.backend, device, model.dtype, model.config.lm, replayed=decode.engine != "eager"
+            ),
         },
         "times": {**profiling.summarise_stages(timings), "peak_memory_mib": profiling.peak_memory_mib(device)},
     }

@@ -64,6 +64,14 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def use_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of `resolve_device`, made CUDA's current one: kernels and graphs are launched on that."""
+    device = resolve_device(name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def summarise_stages(timings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Medians over batches of the milliseconds per sample, by stage and in all."""
     stages = list(dict.fromkeys(stage for timing in timings for stage in timing))

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend
 
 from lavida_adapter.lm_config import LanguageModelConfig
 from shirg import UserError
+from shirg.kernels import usable
 
 Backend = Literal["sdpa", "math", "flash"]
 
@@ -28,8 +29,9 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     """
     groups = q_BHQD.shape[1] // k_BHKD.shape[1]
     if backend == "sdpa":
-        grouped = {"enable_gqa": True} if groups > 1 else {}  # a branch: torch.compile cannot trace a symbolic bool
-        return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask, **grouped)
+        if groups > 1:
+            return _attend_in_groups(q_BHQD, k_BHKD, v_BHKD, mask, groups)
+        return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)
     if backend == "math":
         k, v = k_BHKD.repeat_interleave(groups, 1), v_BHKD.repeat_interleave(groups, 1)
         scores = (q_BHQD @ k.transpose(-1, -2)).float() * q_BHQD.shape[-1] ** -0.5
@@ -49,13 +51,34 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     raise UserError(f"attention backend {backend!r}: choose sdpa, math or flash")
 
 
-def kernel_of(backend: Backend, device: torch.device, dtype: torch.dtype, config: LanguageModelConfig) -> str:
-    """The backend, and for "sdpa" the kernel that torch chooses for an answer against a prefix without padding."""
+def _attend_in_groups(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor | None, groups: int) -> Tensor:
+    """The queries of all heads that share keys as rows of one head.
+
+    Keys are then read once for all of them. With torch's own grouped heads a GPU reads them for each head, and with a
+    mask it has no fast kernel at all.
+    """
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    q_BGRD = q_BHQD.unflatten(1, (-1, groups)).flatten(2, 3)
+    out_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, attn_mask=mask)
+    return out_BGRD.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+def kernel_of(
+    backend: Backend, device: torch.device, dtype: torch.dtype, config: LanguageModelConfig, *, replayed: bool = False
+) -> str:
+    """The backend, and for "sdpa" the kernel that torch chooses for an answer against a prefix without padding.
+
+    `replayed`: the steps run as CUDA graphs where there is CUDA, which have a kernel of their own.
+    """
+    if replayed and backend != "math" and usable(device):
+        return f"{backend}, in the steps lavida_adapter.prefix_attention"
     if backend != "sdpa":
         return backend
-    q = torch.empty(1, config.n_heads, 32, config.head_dim, device=device, dtype=dtype)
+    rows = 32 * config.n_heads // config.n_kv_heads
+    q = torch.empty(1, config.n_kv_heads, rows, config.head_dim, device=device, dtype=dtype)
     k = torch.empty(1, config.n_kv_heads, 1056, config.head_dim, device=device, dtype=dtype)
-    chosen = torch._fused_sdp_choice(q, k, k, enable_gqa=config.n_heads > config.n_kv_heads)
+    chosen = torch._fused_sdp_choice(q, k, k)
     return f"sdpa ({SDPBackend(chosen).name.lower()})"
 
 

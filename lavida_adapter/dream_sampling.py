@@ -92,5 +92,6 @@ def first_largest(values_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> Tens
     """bool [B, M]: the `ks` largest of each row among the open slots; of equal ones the first."""
     ranked_BM = values_BM.masked_fill(~open_BM, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
     place_M = torch.arange(open_BM.shape[1], device=open_BM.device)
-    taken_BM = place_M < torch.tensor(ks, device=open_BM.device)[:, None]
+    # The copy does not wait for what runs on a GPU.
+    taken_BM = place_M < torch.tensor(ks).to(open_BM.device, non_blocking=True)[:, None]
     return torch.zeros_like(open_BM).scatter(1, ranked_BM, taken_BM)

@@ -6,7 +6,7 @@ encoded once.
 Shape letters: B prompts, E distinct pictures, N source tokens of a picture, T selected tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import NoRelevance, Relevance, RelevanceContext
 from lavida_adapter.timing import Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels, ready
+from lavida_adapter.vision import in_own_dtype
 from shirg import Selection, Selector, VisionFeatures
 
 Boxes = Sequence[tuple[float, float, float, float]]
@@ -100,13 +101,31 @@ class PictureEncoder:
             return features
         with self.timer.stage("relevance"):
             context = self._context(group, [prompts.questions[i].strip() for i in asking])
-            return replace(features, relevance_BN=self.relevance(features, context))
+            with in_own_dtype(features.tokens_BND.device):
+                return replace(features, relevance_BN=self.relevance(features, context))
 
     def _context(self, group: "PictureGroup", questions: list[str]) -> RelevanceContext:
         model = self.model
         ids = [encode_text(model.tokenizer, question) for question in questions]
-        ids_Q = [torch.tensor(q, dtype=torch.int64, device=model.device) for q in ids]
-        return RelevanceContext(group.projected, ids_Q, model.lm.embedding, questions, model.model.vision_tower)
+        ids_Q = [send(torch.tensor(q, dtype=torch.int64), model.device) for q in ids]
+        projected = in_precision_of_now(group.projected, model.device)
+        return RelevanceContext(projected, ids_Q, model.lm.embedding, questions, model.model.vision_tower)
+
+
+def in_precision_of_now(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """The call under the autocast of the caller, wherever it is made: trained parameters may be float32."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def run() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=enabled):
+            return call()
+
+    return run
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Small values on the model's device; the copy does not wait for what runs there, such as the vision tower."""
+    return values.to(device, non_blocking=True)
 
 
 def rows_by_layout(encoded: Sequence[EncodedPicture], picture_of: Sequence[int]) -> list[list[int]]:
@@ -168,13 +187,13 @@ class PictureGroup:
         return VisionFeatures(
             tokens_BND=self._by_prompt(self.states_END),
             layout=layout_on(views[0].layout, device),
-            valid_BN=self._by_prompt(valid_EN.to(device)),
-            picture_B4=self._by_prompt(torch.tensor([v.picture_4 for v in views], device=device)),
-            size_B2=self._by_prompt(torch.tensor([v.size for v in views], device=device)),
+            valid_BN=self._by_prompt(send(valid_EN, device)),
+            picture_B4=self._by_prompt(send(torch.tensor([v.picture_4 for v in views]), device)),
+            size_B2=self._by_prompt(send(torch.tensor([v.size for v in views]), device)),
             ids=ids,
             n_valid=tuple(n_valid[i] for i in self.picture_of),
             picture_at=tuple(self.picture_of),
-            base_count_B=None if None in base else self._by_prompt(torch.tensor(base, device=device)),
+            base_count_B=None if None in base else self._by_prompt(send(torch.tensor(base), device)),
             taps={name: self._by_prompt(tensor) for name, tensor in self._taps(pixels).items()},
         )
 
@@ -184,14 +203,14 @@ class PictureGroup:
         taps = {name: torch.stack([picture.taps[name] for picture in self.pictures]) for name in names}
         if pixels:
             patches = [patch_pixels(p.views.pixels_V3SS, p.views.layout) for p in self.pictures]
-            taps["pixels"] = torch.stack(patches).to(self.states_END.device)
+            taps["pixels"] = send(torch.stack(patches), self.states_END.device)
         return taps
 
     def _by_prompt(self, values_E: Tensor) -> Tensor:
         """Values of pictures [E, ...] by prompt [B, ...]: no copy where each prompt has a picture of its own."""
         if self.picture_of == list(range(len(self.pictures))):
             return values_E
-        return values_E[torch.tensor(self.picture_of, device=values_E.device)]
+        return values_E[send(torch.tensor(self.picture_of), values_E.device)]
 
 
 def select(features: VisionFeatures, group: PictureGroup, selector: Selector, timer: Timer) -> tuple[Selection, Tensor]:
@@ -203,7 +222,7 @@ def select(features: VisionFeatures, group: PictureGroup, selector: Selector, ti
         with timer.stage("project"):
             taps = {**features.taps, **({"encoder": features.tokens_BND} if "encoder" in selector.needs else {})}
             features = replace(features, tokens_BND=group.projected(), taps=taps)
-    with timer.stage("select"):
+    with timer.stage("select"), in_own_dtype(features.tokens_BND.device):
         selection: Selection = selector(features)
     if selector.stage == "post":
         return selection, selection.tokens_BTD

@@ -1,4 +1,4 @@
-"""The denoising step: answer ids to logits over a prefix cache; eager, compiled or as a CUDA graph.
+"""The denoising step: answer ids to logits over a prefix cache; eager, or compiled for a CPU.
 
 docs/lavida.md, "Engine". The keys of the prefix were rotated once, in the prefill. The answer's keys and values are
 written behind them in place. The last layer and the head run only for the slots whose logits are wanted.
@@ -9,7 +9,6 @@ Shape letters: B batch, P prefix slots, A answer slots, M wanted slots, K = P + 
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -76,9 +75,9 @@ class PrefixReader:
         if given is not None and given.n_answer == n_answer:
             self.slots = given
         elif cache.is_packed:
-            self.slots = Slots(cache.layer(0)[0], [max(self.lengths)], n_answer)
+            self.slots = Slots.blank(cache.layer(0)[0], [max(self.lengths)], n_answer)
         else:
-            self.slots = Slots(cache.layer(0)[0], self.lengths, n_answer)
+            self.slots = Slots.blank(cache.layer(0)[0], self.lengths, n_answer)
             for i in range(n_layers):
                 self.slots.write(i, *cache.layer(i))
 
@@ -94,8 +93,10 @@ class DecodeEngine(Protocol):
     """Runs the prefill and the denoising steps of a language model."""
 
     lm: LanguageModel
-    prefill: Callable[..., PrefixCache]
-    """`LanguageModel.prefill`."""
+
+    @property
+    def prefill(self) -> Callable[..., PrefixCache]:
+        """`LanguageModel.prefill`."""
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The step function over one cache: ids [B, A] and wanted slots [B, M] (None: all) -> logits [B, M, W]."""
@@ -193,7 +194,7 @@ class CachedSteps:
 
 
 class CompiledEngine:
-    """Compiled prefill and steps; on CUDA the compiled steps are captured as graphs too.
+    """Compiled prefill and steps for a CPU; on CUDA `lavida_adapter.captured_steps` compiles what it captures.
 
     torch compiles at the first call for each kind of input: one prompt or several, padded or not. The number of prefix
     tokens is a dynamic shape.
@@ -205,14 +206,9 @@ class CompiledEngine:
             UserError: on a CPU without a C++ compiler.
         """
         self.lm = lm
-        options: dict[str, Any] | None = None
-        if lm.embedding.weight.is_cuda:
-            self._graphs: GraphCache | None = GraphCache(lm, compiled=True)
-        else:
-            self._graphs = None
-            check_compiler()
-            store_by_column(lm)
-            options = {"cpp_wrapper": True}  # a C++ launcher saves a tenth of a small step
+        check_compiler()
+        store_by_column(lm)
+        options: dict[str, Any] = {"cpp_wrapper": True}  # a C++ launcher saves a tenth of a small step
         self._step = torch.compile(step_logits, dynamic=True, options=options)
         self._prefill: Callable[..., PrefixCache] = torch.compile(lm.prefill, dynamic=True, options=options)
         self.prefill: Callable[..., PrefixCache] = self._prefill_with_angles
@@ -222,9 +218,7 @@ class CompiledEngine:
         angles = self.lm.angles(torch.arange(embeds_BPD.shape[1], device=embeds_BPD.device)[None])
         return self._prefill(embeds_BPD, *rest, angles=angles)
 
-    def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps | CompiledSteps":
-        if self._graphs is not None:
-            return self._graphs.steps(cache, n_answer)
+    def steps(self, cache: StoredPrefix, n_answer: int) -> "CompiledSteps":
         return CompiledSteps(DecodeSteps(self.lm, cache, n_answer, self._step))
 
 
@@ -261,128 +255,3 @@ def store_by_column(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:
             layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
-BUCKET = 64
-"""Prefix lengths are rounded up to a multiple of this, so that one graph serves many prefixes."""
-MAX_GRAPHS = 4
-"""How many graphs are kept, the last used ones: each holds the keys and values of one batch."""
-
-_Key = tuple[int, int, int, int, torch.dtype, torch.device]
-
-
-@dataclass
-class CapturedGraph:
-    """One captured step and the tensors that it reads and writes: B rows, a bucket of prefix slots, A answer slots."""
-
-    slots: Slots
-    ids_BA: Tensor
-    want_BM: Tensor | None
-    cos: Tensor
-    sin: Tensor
-    mask_B11K: Tensor
-    logits_BMW: Tensor | None = None
-    graph: "torch.cuda.CUDAGraph | None" = None
-
-
-class GraphCache:
-    """Captures the steps of one language model as CUDA graphs and keeps them by shape."""
-
-    def __init__(self, lm: LanguageModel, *, compiled: bool = False) -> None:
-        """`compiled`: torch compiles the step before it is captured."""
-        self.lm, self.prefill = lm, lm.prefill
-        self._step = torch.compile(_resident_logits, dynamic=False) if compiled else _resident_logits
-        self._kept: dict[_Key, CapturedGraph] = {}
-
-    def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps":
-        return ReplayedSteps(self, cache)
-
-    def captured(self, cache: StoredPrefix, ids_BA: Tensor, want_BM: Tensor | None) -> CapturedGraph:
-        """The graph for these shapes, with the prefix copied to its buffers.
-
-        Raises:
-            UserError: for a cache that is packed, or longer in one layer than in another.
-        """
-        n = cache.n_slots(0)
-        if cache.is_packed or any(cache.n_slots(i) != n for i in range(len(self.lm.layers))):
-            raise UserError(
-                "decode.engine=graph and compile need an unpacked cache of one length in all layers: choose "
-                "decode.engine=eager or cache=none"
-            )
-        keys, _ = cache.layer(0)
-        (b, a), m = ids_BA.shape, -1 if want_BM is None else want_BM.shape[1]
-        bucket = -(-n // BUCKET) * BUCKET
-        key = (b, a, m, bucket, keys.dtype, keys.device)
-        found = self._kept.pop(key, None) or self._blank(cache, keys, bucket, ids_BA, want_BM)
-        self._kept[key] = found
-        while len(self._kept) > MAX_GRAPHS:
-            self._kept.pop(next(iter(self._kept)))
-        for i in range(len(self.lm.layers)):
-            found.slots.write(i, *cache.layer(i))
-        for target, source in zip((found.cos, found.sin), answer_angles(self.lm, cache, a), strict=True):
-            target.copy_(source.expand_as(target))
-        found.mask_B11K[..., :bucket] = False
-        mask_BP = cache.mask(0)
-        found.mask_B11K[..., :n] = True if mask_BP is None else mask_BP[:, None, None]
-        return found
-
-    def _blank(
-        self, cache: StoredPrefix, keys: Tensor, bucket: int, ids_BA: Tensor, want_BM: Tensor | None
-    ) -> CapturedGraph:
-        b, a = ids_BA.shape
-        cos, sin = (t.expand(b, -1, -1, -1).clone() for t in answer_angles(self.lm, cache, a))
-        return CapturedGraph(
-            Slots(keys, [bucket] * len(self.lm.layers), a),
-            ids_BA.clone(),
-            None if want_BM is None else want_BM.clone(),
-            cos,
-            sin,
-            torch.ones(b, 1, 1, bucket + a, dtype=torch.bool, device=keys.device),
-        )
-
-    def replay(self, captured: CapturedGraph) -> Tensor:
-        """Runs the step on the current contents of the graph's tensors; on CUDA the first call captures it."""
-        if captured.graph is not None:
-            captured.graph.replay()
-        elif captured.ids_BA.is_cuda:
-            self._capture(captured)
-        else:
-            captured.logits_BMW = self._step(self.lm, captured)
-        assert captured.logits_BMW is not None
-        return captured.logits_BMW
-
-    def _capture(self, captured: CapturedGraph) -> None:
-        """Runs the step three times on a side stream, as CUDA requires, then captures and replays it."""
-        side = torch.cuda.Stream(captured.ids_BA.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._step(self.lm, captured)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured.logits_BMW = self._step(self.lm, captured)
-        captured.graph = graph
-        graph.replay()
-
-
-class ReplayedSteps:
-    """The step function over one prefix cache, replayed from a graph."""
-
-    def __init__(self, graphs: GraphCache, cache: StoredPrefix) -> None:
-        self._graphs, self._cache = graphs, cache
-        self._captured: CapturedGraph | None = None
-
-    def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None) -> Tensor:
-        if self._captured is None:
-            self._captured = self._graphs.captured(self._cache, ids_BA, want_BM)
-        self._captured.ids_BA.copy_(ids_BA)
-        if want_BM is not None:
-            assert self._captured.want_BM is not None
-            self._captured.want_BM.copy_(want_BM)
-        return self._graphs.replay(self._captured)
-
-
-def _resident_logits(lm: LanguageModel, r: CapturedGraph) -> Tensor:
-    slots, masks = r.slots, [r.mask_B11K] * len(lm.layers)
-    return step_logits(lm, r.ids_BA, r.want_BM, r.cos, r.sin, masks, lambda i: (slots.keys[i], slots.values[i]))

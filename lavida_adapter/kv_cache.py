@@ -42,12 +42,15 @@ class Slots:
     The prefix is written once, the answer behind it at every step, so that nothing is concatenated.
     """
 
-    def __init__(self, like_BHPD: Tensor, lengths: Sequence[int], n_answer: int) -> None:
-        """`lengths`: prefix slots of each layer."""
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], n_answer: int) -> None:
+        self.keys, self.values, self.n_answer = tuple(keys), tuple(values), n_answer
+
+    @classmethod
+    def blank(cls, like_BHPD: Tensor, lengths: Sequence[int], n_answer: int) -> "Slots":
+        """Buffers of their own; `lengths`: prefix slots of each layer."""
         b, h, _, d = like_BHPD.shape
-        self.keys = tuple(like_BHPD.new_empty(b, h, n + n_answer, d) for n in lengths)
-        self.values = tuple(torch.empty_like(k) for k in self.keys)
-        self.n_answer = n_answer
+        keys = [like_BHPD.new_empty(b, h, n + n_answer, d) for n in lengths]
+        return cls(keys, [torch.empty_like(k) for k in keys], n_answer)
 
     def write(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> tuple[Tensor, Tensor]:
         """Copies a prefix to the first slots of a layer; returns views of it there."""

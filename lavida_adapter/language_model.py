@@ -7,7 +7,7 @@ Shape letters: B batch, L positions, P prefix slots, A answer slots, Q queries, 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -155,9 +155,18 @@ class Block(nn.Module):
         q = self.queries(u, cos, sin)
         if hook is not None:
             hook(q, k, mask)
-        x = x + self.attention_out(attend(q, k, v, mask, backend).transpose(1, 2).flatten(-2))
+        return self.finish(x, attend(q, k, v, mask, backend).transpose(1, 2).flatten(-2))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The block's output [B, L, D] from its input and the heads [B, L, H * Dh] that attention returned."""
+        x = x + self.attention_out(attended)
         u = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(u)) * self.up(u))
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values [B, H, L, Dh] of states before their norm."""
+        u = self.attention_norm(x)
+        return self.queries(u, cos, sin), *self.keys_values(u, cos, sin)
 
     def forward(
         self,
@@ -174,6 +183,14 @@ class Block(nn.Module):
         k, v = self.keys_values(u, cos, sin)
         seen = (k, v) if past is None else (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2))
         return self.output(x, u, *seen, cos, sin, mask, backend, hook), k, v
+
+
+class StepLayer(Protocol):
+    """What inference needs of a block, before and after attention; see `Block`."""
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor: ...
 
 
 class LanguageModel(nn.Module):
@@ -237,12 +254,17 @@ class LanguageModel(nn.Module):
         n_answer: int = 0,
         hook: AttentionHook | None = None,
         angles: tuple[Tensor, Tensor] | None = None,
+        slots: Slots | None = None,
+        layers: Sequence[StepLayer] | None = None,
     ) -> PrefixCache:
-        """Keys and values of the prefix, stored with `n_answer` free slots behind them; differentiable if that is 0.
+        """Keys and values of the prefix, stored with `n_answer` free slots behind them, or in the given `slots`.
+
+        Differentiable where they are stored in neither way.
 
         The last block computes its keys and values only, because the prefix states behind it are never read. With a
         shift, the state of each prompt's last token predicts the answer's first one, and is kept in `last_BD`.
-        `angles`: those of positions 0 to P-1, if the caller has them already.
+        `angles`: those of positions 0 to P-1, if the caller has them already. `layers`: what runs in place of the
+        blocks when keys and values are stored.
         """
         x = embeds_BPD
         b, p = x.shape[:2]
@@ -251,19 +273,25 @@ class LanguageModel(nn.Module):
         mask = attention_mask(mask_BP, visual_BP)
         length_B = torch.full((b,), p, device=x.device) if mask_BP is None else mask_BP.sum(-1)
         keys, values = [], []
-        slots: Slots | None = None
+        stores = slots is not None or n_answer > 0
         last_BD: Tensor | None = None
         for i, block in enumerate(self.layers):
             last = i + 1 == len(self.layers)
-            if n_answer or last:
+            if stores and not last:
+                layer = block if layers is None else layers[i]
+                q, k, v = layer.project(x, cos, sin)
+                slots = slots or Slots.blank(k, [p] * len(self.layers), n_answer)
+                k, v = slots.write(i, k, v)  # attention reads them faster from there
+                if hook is not None:
+                    hook(q, k, mask)
+                x = layer.finish(x, attend(q, k, v, mask, self.backend).transpose(1, 2).flatten(-2))
+            elif last:
                 u = block.attention_norm(x)
                 k, v = block.keys_values(u, cos, sin)
-                if n_answer:
-                    slots = slots or Slots(k, [p] * len(self.layers), n_answer)
-                    k, v = slots.write(i, k, v)  # attention reads them faster from there
-                if not last:
-                    x = block.output(x, u, k, v, cos, sin, mask, self.backend, hook)
-                elif hook is not None:
+                if stores:
+                    slots = slots or Slots.blank(k, [p] * len(self.layers), n_answer)
+                    k, v = slots.write(i, k, v)
+                if hook is not None:
                     hook(block.queries(u, cos, sin), k, mask)
                 if last and self.shift:
                     at_B1 = length_B[:, None] - 1

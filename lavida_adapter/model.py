@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
+from lavida_adapter.captured_steps import GraphCache
 from lavida_adapter.checkpoint import load, save
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.decode_config import DecodeConfig, Engine
 from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
-from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine, GraphCache
+from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.generate import Generation, denoise, start
 from lavida_adapter.infill import INFILL, Infilled, make_draft, text_of
@@ -218,9 +219,18 @@ class Lavida(LavidaModules):
             raise UserError("decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager on a CPU")
         key = engine, self.device.type
         found = self._engines.get(key)
-        if found is None or found.lm is not self.lm:
-            found = self._engines[key] = GraphCache(self.lm) if engine == "graph" else CompiledEngine(self.lm)
-        return found
+        if found is not None and found.lm is self.lm:
+            return found
+        if self.device.type == "cuda":
+            made: DecodeEngine = GraphCache(self.lm, compiled=engine == "compile")
+        else:
+            made = CompiledEngine(self.lm)
+        self._engines[key] = made
+        return made
+
+    def release_engines(self) -> None:
+        """Frees what the engines other than `eager` keep: graphs, and memory for the longest prompts they have seen."""
+        self._engines.clear()
 
     def _from_prompt(self, answer_BA: Tensor, last_BD: Tensor | None, decode: DecodeConfig) -> Tensor:
         """The answer with the token that the prompt predicts, if it predicts one and the slot is masked."""

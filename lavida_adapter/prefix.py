@@ -31,22 +31,23 @@ class Prefix:
     """One per prompt, each with B = 1."""
     n_matched: tuple[int, ...] = ()
     """How many tokens LaViDa itself would feed for each picture, newlines included: the budget "matched"."""
+    counts: tuple[tuple[int, int], ...] | None = None
+    """Tokens and picture tokens of each prompt, where they are known without asking the device, which takes a wait."""
 
     @cached_property
     def padding(self) -> Tensor | None:
-        """The mask, or None when no row is padded: then attention is faster and equals a single prompt's.
+        """The mask, or None when no row is padded: then attention is faster and equals a single prompt's."""
+        return self.mask_BP if min(self.n_tokens) < self.mask_BP.shape[1] else None
 
-        Cached, because the check waits for the device, and decoding without a cache needs it at every step.
-        """
-        return None if bool(self.mask_BP.all()) else self.mask_BP
-
-    @property
+    @cached_property
     def n_visual(self) -> tuple[int, ...]:
-        return tuple(self.visual_BP.sum(-1).tolist())
+        """How many picture tokens each prompt has; counted on the device where `splice` did not say."""
+        return tuple(self.visual_BP.sum(-1).tolist()) if self.counts is None else tuple(n for _, n in self.counts)
 
-    @property
+    @cached_property
     def n_tokens(self) -> tuple[int, ...]:
-        return tuple(self.mask_BP.sum(-1).tolist())
+        """How many tokens each prompt has, without padding."""
+        return tuple(self.mask_BP.sum(-1).tolist()) if self.counts is None else tuple(n for n, _ in self.counts)
 
 
 def picture_block(selection: Selection, tokens_TD: Tensor, newline_D: Tensor) -> Tensor:
@@ -85,10 +86,13 @@ def splice(
         ids.append(torch.tensor([*row[:at], *[0] * n, *row[at + 1 :]]))
         visual.append(torch.tensor([*[False] * at, *[True] * n, *[False] * (len(row) - at - 1)]))
         targets.append(torch.tensor([*label[:at], *[IGNORE] * n, *label[at + 1 :]]))
-    ids_BP = pad_sequence(ids, batch_first=True).to(device)
-    visual_BP = pad_sequence(visual, batch_first=True).to(device)
-    mask_BP = (torch.arange(ids_BP.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]).to(device)
+    counts = tuple((len(row), len(block)) for row, block in zip(ids, blocks, strict=True))
+    ids_BP = pad_sequence(ids, batch_first=True).to(device, non_blocking=True)
+    visual_BP = pad_sequence(visual, batch_first=True).to(device, non_blocking=True)
+    mask_BP = (torch.arange(ids_BP.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]).to(
+        device, non_blocking=True
+    )
     embeds_BPD = wte(ids_BP) * mask_BP[..., None]
     embeds_BPD = embeds_BPD.masked_scatter(visual_BP[..., None], torch.cat(list(blocks)).to(embeds_BPD.dtype))
-    targets_BP = pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(device)
-    return Prefix(embeds_BPD, mask_BP, visual_BP), targets_BP
+    targets_BP = pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(device, non_blocking=True)
+    return Prefix(embeds_BPD, mask_BP, visual_BP, counts=counts), targets_BP

@@ -80,22 +80,35 @@ class LmEmbed:
         if agg not in ("mean", "max", "pooled"):
             raise UserError(f"relevance.agg={agg!r}: choose mean, max or pooled")
         self.agg = agg
+        self._mean: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         at = range(len(features.ids)) if features.picture_at is None else features.picture_at
         row_of = {picture: row for row, picture in enumerate(at)}  # all rows of a picture are equal
         p, valid = context.projected(), features.valid_BN
-        if len(row_of) < len(at):
-            p, valid = (values[list(row_of.values())] for values in (p, valid))
-        by_picture = dict(zip(row_of, centred_unit(p, valid), strict=True))
-        vocabulary_mean_D = mean_row(context.embedding.weight)
-        rows = []
-        for picture, ids_Q in zip(at, context.questions, strict=True):
-            if not len(ids_Q):
-                raise UserError("relevance=lm_embed needs a question, and this one has no tokens: use relevance=none")
-            rows.append(aggregate_cosines(by_picture[picture], context.embedding(ids_Q), self.agg, vocabulary_mean_D))
-        return torch.stack(rows)
+        mean_D = self._mean_word(context.embedding.weight)
+        rows: dict[int, Tensor] = {}
+        for picture, row in row_of.items():
+            # One picture at a time: in float32 the tokens of a batch take gigabytes.
+            unit_ND = centred_unit(p[row : row + 1], valid[row : row + 1])[0]
+            for i in (i for i, other in enumerate(at) if other == picture):
+                ids_Q = context.questions[i]
+                if not len(ids_Q):
+                    raise UserError(
+                        "relevance=lm_embed needs a question, and this one has no tokens: use relevance=none"
+                    )
+                rows[i] = aggregate_cosines(unit_ND, context.embedding(ids_Q), self.agg, mean_D)
+        return torch.stack([rows[i] for i in range(len(at))])
+
+    def _mean_word(self, weight: Tensor) -> Tensor:
+        """float32 [D]: the mean of all word embeddings, computed again only after they have changed."""
+        if weight.is_inference():  # such a tensor does not count its changes
+            return mean_row(weight)
+        state = weight.data_ptr(), weight._version, weight.dtype, weight.device
+        if self._mean is None or self._mean[0] != state:
+            self._mean = state, mean_row(weight)
+        return self._mean[1]
 
 
 class External:

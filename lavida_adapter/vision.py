@@ -7,8 +7,9 @@ Shape letters: V views, S pixels a side, n tokens of a view, H heads, D width.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +128,15 @@ def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 1
         proj(h_BND).unflatten(-1, (heads, -1)).transpose(1, 2).float() for proj in (attention.q_proj, attention.k_proj)
     )
     total = torch.zeros(h_BND.shape[:2], device=h_BND.device)
-    for part in q.split(chunk, dim=2):
-        total += (part @ k.transpose(-1, -2) * attention.scale).softmax(-1).sum(dim=(1, 2))
+    with in_own_dtype(h_BND.device):
+        for part in q.split(chunk, dim=2):
+            total += (part @ k.transpose(-1, -2) * attention.scale).softmax(-1).sum(dim=(1, 2))
     return total / (heads * h_BND.shape[1])
+
+
+def in_own_dtype(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast, which a training with a bfloat16 base runs under: tokens are ranked as in an evaluation."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def build_projector(vision_width: int, lm_width: int) -> nn.Sequential:

@@ -70,11 +70,12 @@ def summary_token(features: VisionFeatures, usable_BN: Tensor, kept_BN: Tensor) 
     weight_BN = left_BN.float() / left_BN.sum(-1, keepdim=True).clamp_min(1)
     mean_B1D = weight_BN[:, order_N][:, None] @ features.tokens_BND[:, order_N].float()
     mask_B1 = left_BN.any(-1, keepdim=True)
+    whole_4 = (torch.arange(4, device=mask_B1.device) >= 2).float()  # made there: a copy would wait for the device
     return Selection(
         tokens_BTD=mean_B1D.to(features.tokens_BND.dtype),
         index_BT=torch.full_like(mask_B1, -1, dtype=torch.int64),
         source_BT=torch.full_like(mask_B1, int(Source.SUMMARY), dtype=torch.int64),
-        box_BT4=torch.tensor([0.0, 0.0, 1.0, 1.0], device=mask_B1.device).expand(len(mask_B1), 1, 4),
+        box_BT4=whole_4.expand(len(mask_B1), 1, 4),
         mask_BT=mask_B1,
     )
 

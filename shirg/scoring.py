@@ -14,6 +14,7 @@ from torch import Tensor, unflatten
 from shirg.dedup import CellAssignment
 from shirg.features import TokenLayout, VisionFeatures
 from shirg.kernels import score as kernel
+from shirg.kernels import usable
 from shirg.layouts import layout_tables
 from shirg.options import CropTerm, Metric, Norm, ShirgOptions
 from shirg.validation import UserError
@@ -254,7 +255,7 @@ class ScoreTerms:
     def _fits_kernel(self, states_BND: Tensor) -> bool:
         return (
             states_BND.is_cuda
-            and kernel.available()
+            and usable(states_BND.device)
             and self.options.weights.neighbor > 0
             and self.options.neighbor.metric in ("feature_l2", "feature_cos")
             and self.options.norm in ("zscore", "none")

@@ -70,7 +70,7 @@ def effective_number(scores_BP: Tensor, usable_BP: Tensor, temperature: float) -
 
 def count_by_entropy(scores_BP: Tensor, usable_BP: Tensor, levels: Sequence[int], temperature: float) -> Tensor:
     """The smallest level [B] that holds the effective number of relevant tokens, else the largest."""
-    level_L = torch.tensor(sorted(levels), device=scores_BP.device)
+    level_L = torch.tensor(sorted(levels)).to(scores_BP.device, non_blocking=True)
     effective_B1 = effective_number(scores_BP, usable_BP, temperature)[:, None]
     too_small_BL = level_L < effective_B1 * (1 - 1e-5)
     return level_L[too_small_BL.sum(-1).clamp_max(len(levels) - 1)]
@@ -119,7 +119,7 @@ def adaptive_budget(
     counts = [max(1, Share.of(share).down(k)) for share in options.levels]
     if head is not None:
         level_B, expected_B = head(scores_BP, usable_BP, level)
-        return torch.tensor(counts, device=scores_BP.device)[level_B], expected_B
+        return torch.tensor(counts).to(scores_BP.device, non_blocking=True)[level_B], expected_B
     with torch.no_grad():
         if options.mode == "entropy":
             return count_by_entropy(scores_BP, usable_BP, counts, options.temperature), None

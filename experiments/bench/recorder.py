@@ -99,7 +99,7 @@ class Bench:
 
     def rounds_at(self, batch: int) -> int:
         """Fewer at a larger batch, whose times vary less and take longer."""
-        return self.rounds if batch == 1 else max(1, self.rounds // 2)
+        return self.rounds if batch == 1 else max(1, self.rounds // 3)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ so that `experiments.bench.roofline` can divide by the limits of the device.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from baselines import Full, Pooled, Saint, TopV
 from experiments.bench import reference
 from experiments.bench.recorder import Bench, synchronise, take_turns, time_ms
-from experiments.profiling import LmCost, Work, cost_of, peak_memory_mib, reset_peak_memory
+from experiments.profiling import LmCost, Work, cost_of, peak_memory_mib, release, reset_peak_memory
 from lavida_adapter import DecodeConfig, LavidaConfig, LmEmbed, Prefix
-from lavida_adapter.engine import CompiledEngine, DecodeEngine, EagerEngine, GraphCache
+from lavida_adapter.captured_steps import GraphCache
+from lavida_adapter.engine import DecodeEngine, EagerEngine
 from lavida_adapter.timing import StageTimer
 from shirg import Selector, ShirgSelector
 
@@ -34,7 +36,7 @@ SYSTEMS: dict[str, Callable[[Mapping[str, int]], Selector]] = {
 ENGINES: dict[str, Callable[[Any], DecodeEngine]] = {
     "eager": EagerEngine,
     "graph": GraphCache,
-    "compile": CompiledEngine,
+    "compile": partial(GraphCache, compiled=True),
 }
 STEPS_IN_A_ROW = 20
 
@@ -65,7 +67,8 @@ class Answering:
         ms["wall"] = 1000 * (time.perf_counter() - began)
         ms["step"] = ms["denoise"] / answer.forwards
         peak = peak_memory_mib(bench.device)
-        self.about["peak_mib"] = max(self.about.get("peak_mib") or 0.0, peak) if peak is not None else None
+        # Of the first answer: later ones find an arena that has grown to the longest prompt.
+        self.about.setdefault("peak_mib", peak)
         if "visual_tokens" not in self.about:
             self._describe(prefix, answer.ids_BA, answer.forwards)
         return ms
@@ -108,17 +111,14 @@ def measure_systems(bench: Bench) -> None:
     budgets = bench.model.config.budgets
     for batch in bench.batches:
         for engine in bench.engines:
-            names = [name for name in SYSTEMS if fits(name, engine, batch)]
+            bench.model.release_engines()
+            release()
             runs = {
-                name: Answering(bench, SYSTEMS[name](budgets).to(bench.device).eval(), engine, batch) for name in names
+                name: Answering(bench, make(budgets).to(bench.device).eval(), engine, batch)
+                for name, make in SYSTEMS.items()
             }
-            keys = {name: key_of(bench, "systems", engine, batch, name) for name in names}
+            keys = {name: key_of(bench, "systems", engine, batch, name) for name in runs}
             take_turns(bench.recorder, keys, runs, bench.rounds_at(batch), {n: run.about for n, run in runs.items()})
-
-
-def fits(name: str, engine: str, batch: int) -> bool:
-    """Graphs keep the cache of every prompt length: in 80 GB there is room for two lengths of a large batch."""
-    return engine == "eager" or batch == 1 or name in ("B0", "P1")
 
 
 def key_of(bench: Bench, part: str, engine: str, batch: int, name: str) -> dict[str, Any]:

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.bench import captured_selectors, stage_times
+from experiments.bench import attention_kernels, captured_selectors, stage_times
 from experiments.bench.recorder import Bench, Recorder, machine
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.errors import CommandParser
-from experiments.profiling import measure_limits, resolve_device
+from experiments.profiling import measure_limits, use_device
 from lavida_adapter import DreamConfig, LanguageModelConfig, Lavida, LavidaConfig, LladaConfig, VisionConfig
 from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.views import make_views
@@ -41,6 +41,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "steps": stage_times.measure_steps,
     "selectors": captured_selectors.measure_selectors,
     "kernel": captured_selectors.measure_kernel,
+    "attention": attention_kernels.measure_attention,
 }
 
 
@@ -118,9 +119,7 @@ def limits_of(device: torch.device, dtype: torch.dtype) -> Mapping[str, Any]:
 def main(arguments: list[str]) -> None:
     began = time.monotonic()
     given = parse(arguments)
-    device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device, dtype = use_device(given.device), getattr(torch, given.dtype)
     head = {
         "command": shlex.join(["python", "-m", "experiments.bench.true_size", *arguments]),
         "machine": machine(device, given.commit),

@@ -68,7 +68,8 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
-    return [str(i) for i in range(len(listed.stdout.splitlines()))] if listed.returncode == 0 else []
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # parts of a GPU have lines too
+    return [str(i) for i in range(len(gpus))] if listed.returncode == 0 else []
 
 
 def _names(devices: str) -> list[str]:

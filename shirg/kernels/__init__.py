@@ -1,1 +1,33 @@
-"""CUDA kernels; each has an equivalent in torch. Triton is optional, and imported when a kernel first runs."""
+"""CUDA kernels in Triton, each with an equivalent in torch. Triton is imported when a kernel first runs."""
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
+def usable(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device; if not, one warning says why, and the equivalents in torch run.
+
+    Triton comes with torch for CUDA, but it compiles its launcher with the machine's C compiler, which small images do
+    not have.
+    """
+    return _usable(device)
+
+
+@cache
+def _usable(device: torch.device) -> bool:
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    try:
+        from shirg.kernels.trial_triton import store_one
+
+        with torch.cuda.device(device):
+            store_one[(1,)](torch.empty(1, dtype=torch.int32, device=device))
+    except Exception as error:  # whatever a compiler or driver may raise
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        warnings.warn(f"Triton kernels do not run on {device}, the slower torch code does: {reason}", stacklevel=3)
+        return False
+    return True

@@ -6,17 +6,10 @@ once.
 """
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@cache
-def available() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
 
 
 @torch.library.custom_op("shirg::relevance_and_neighbours", mutates_args=())
@@ -52,29 +45,31 @@ def relevance_and_neighbours(
     score_BP = torch.empty(batch, cells, dtype=torch.float32, device=states_BND.device)
     distance_BP = torch.empty_like(score_BP)
     done_B = torch.zeros(batch, dtype=torch.int32, device=states_BND.device)
-    _kernel()[(cells, batch)](
-        states_BND.contiguous(),
-        token_BP.contiguous(),
-        usable_BP.contiguous(),
-        relevance_BP.contiguous(),
-        distance_BP,
-        done_B,
-        score_BP,
-        n,
-        width,
-        cells,
-        n_global,
-        global_cols,
-        canvas_cols,
-        similarity,
-        neighbor,
-        eps,
-        clamp,
-        SQUARED=squared,
-        ZSCORE=zscore,
-        WIDTH=_power_of_two(width),
-        CELLS=_power_of_two(max(n_global, cells - n_global)),
-    )
+    # Triton launches on the current device, not on that of the tensors.
+    with torch.cuda.device(states_BND.device if states_BND.is_cuda else -1):
+        _kernel()[(cells, batch)](
+            states_BND.contiguous(),
+            token_BP.contiguous(),
+            usable_BP.contiguous(),
+            relevance_BP.contiguous(),
+            distance_BP,
+            done_B,
+            score_BP,
+            n,
+            width,
+            cells,
+            n_global,
+            global_cols,
+            canvas_cols,
+            similarity,
+            neighbor,
+            eps,
+            clamp,
+            SQUARED=squared,
+            ZSCORE=zscore,
+            WIDTH=_power_of_two(width),
+            CELLS=_power_of_two(max(n_global, cells - n_global)),
+        )
     return score_BP
 
 

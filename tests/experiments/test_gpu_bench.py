@@ -14,7 +14,7 @@ import torch
 from experiments.bench import gpu, roofline
 from experiments.bench.recorder import Recorder, take_turns, time_ms
 from experiments.bench.stage_times import SYSTEMS, tower_work
-from experiments.bench.true_size import published, random_model, toy
+from experiments.bench.true_size import main, published, random_model, toy
 from tests.experiments.conftest import ROOT
 
 WITHOUT_HYDRA = """
@@ -28,7 +28,7 @@ from experiments.bench.true_size import main
 main(sys.argv[1:])
 """
 
-PARTS = {"systems", "reference", "steps", "agreement", "selectors", "kernel"}
+PARTS = {"systems", "reference", "steps", "agreement", "selectors", "kernel", "attention"}
 CPU = torch.device("cpu")
 
 
@@ -47,7 +47,7 @@ def test_every_part_is_measured_without_hydra(rehearsed: dict[str, Any]) -> None
     rows = rehearsed["rows"]
     assert {row["part"] for row in rows} == PARTS
     assert [row for row in rows if "error" in row] == []
-    assert [row["part"] for row in rows if "skipped" in row] == ["kernel"], "the kernel needs a GPU"
+    assert [row["part"] for row in rows if "skipped" in row] == ["kernel", "attention"], "they need a GPU"
     systems = [row for row in rows if row["part"] == "systems"]
     assert [(row["batch"], row["name"]) for row in systems] == [(b, name) for b in (1, 2) for name in SYSTEMS]
     for row in systems:
@@ -112,7 +112,7 @@ def test_a_process_that_hangs_is_stopped() -> None:
 
 def test_the_files_with_gpu_tests(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     every = gpu.test_files()
-    assert "tests/lavida_adapter/test_engine.py" in every and "tests/experiments/test_profiling.py" in every
+    assert "tests/lavida_adapter/test_captured_steps.py" in every and "tests/experiments/test_profiling.py" in every
     monkeypatch.setattr(gpu, "find_spec", lambda name: None)
     fewer = gpu.test_files()
     assert fewer == [path for path in every if not path.startswith("tests/experiments")]
@@ -145,3 +145,15 @@ def test_a_time_is_the_mean_of_calls_in_a_row(monkeypatch: pytest.MonkeyPatch) -
     calls: list[int] = []
     assert time_ms(lambda: calls.append(1), CPU, 5) == 100.0
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("lm", ["llada", "dream"])
+def test_the_captured_step_is_rehearsed_too(lm: str, tmp_path: Path) -> None:
+    """Without a graph, as everywhere on a CPU; its logits are those of the eager engine."""
+    file = tmp_path / "steps.json"
+    words = ["--size", "toy", "--device", "cpu", "--dtype", "float32", "--rounds", "1", "--batch", "2", "--lm", lm]
+    main(["--out", str(file), *words, "--parts", "steps", "--engines", "eager,graph", "--commit", "abc"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["engine"] for row in rows if row["part"] == "steps"] == ["eager", "graph"]
+    apart = {row["engine"]: row for row in rows if row["part"] == "agreement"}
+    assert apart["graph"]["relative_error"] < 1e-5 and apart["graph"]["same_token"] == 1

@@ -9,18 +9,14 @@ from torch import nn
 from experiments.bench import reference
 from lavida_adapter import DecodeConfig, Lavida, Prefix
 from lavida_adapter.engine import (
-    MAX_GRAPHS,
     CompiledEngine,
     CompiledSteps,
     DecodeSteps,
-    GraphCache,
-    ReplayedSteps,
     check_compiler,
     pick,
     step_logits,
     store_by_column,
 )
-from lavida_adapter.generate import denoise, start
 from tests.lavida_adapter.tiny import noise, tiny_model
 
 A, MASK = 6, torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
@@ -56,54 +52,6 @@ def test_steps_equal_the_differentiable_decoder(model: Lavida, mask: torch.Tenso
         steps(torch.zeros_like(ids))
     assert cache.digest() == before
     assert (steps.reader.slots is cache.slots) == (room == A)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("knobs", [{}, {"block_length": 3}, {"step_ratio": 0.5, "schedule": "shift"}])
-@pytest.mark.parametrize("n_prompt", [5, 64, 70])
-def test_a_graph_answers_like_single_kernels(model: Lavida, n_prompt: int, knobs: dict[str, Any]) -> None:
-    """The function that a GPU captures, run without a graph: buckets, masks and buffers are all used."""
-    graphs = GraphCache(model.lm)
-    decode = DecodeConfig(max_new_tokens=A, **knobs)
-    mask_id = model.config.lm.mask_token_id
-    for seed in range(2):
-        prompt = prefix(n_prompt, MASK if n_prompt == 5 else None, seed)
-        cache, ids = model.prefill(prompt), answers(model)
-        logits = ReplayedSteps(graphs, cache)(ids).clone()
-        torch.testing.assert_close(logits, DecodeSteps(model.lm, cache, A)(ids), rtol=0, atol=1e-5)
-        blank = start(2, decode, mask_id, (), torch.device("cpu"))
-        found, forwards, _, _ = denoise(ReplayedSteps(graphs, cache), blank, decode, mask_id, least_slots=decode.block)
-        expected = model.generate(prompt, decode)
-        assert torch.equal(found, expected.ids_BA) and forwards == expected.forwards
-    assert len(graphs._kept) == (2 if "block_length" in knobs else 1), "one for each shape, whatever the prompt"
-
-
-@torch.inference_mode()
-def test_few_graphs_are_kept(model: Lavida) -> None:
-    graphs, ids = GraphCache(model.lm), answers(model)
-    for n in range(1, MAX_GRAPHS + 3):
-        ReplayedSteps(graphs, model.prefill(prefix(64 * n)))(ids)
-    assert [key[3] for key in graphs._kept] == [64 * n for n in range(3, MAX_GRAPHS + 3)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("engine", ["graph", "compile"])
-@pytest.mark.parametrize("knobs", [{}, {"block_length": 3}, {"threshold": 0.5}, {"temperature": 1.0}])
-def test_graphs_give_the_same_ids(model: Lavida, engine: Any, knobs: dict[str, Any]) -> None:
-    model = model.cuda()
-    for n, mask in ((5, None), (5, MASK), (70, None), (6, None)):
-        given = prefix(n, mask, seed=n)
-        prompt = Prefix(given.embeds_BPD.cuda(), given.mask_BP.cuda(), given.visual_BP.cuda())
-        ids = [
-            model.generate(
-                prompt,
-                DecodeConfig(max_new_tokens=A, engine=e, **knobs),
-                generator=torch.Generator("cuda").manual_seed(0),
-            ).ids_BA
-            for e in ("eager", engine)
-        ]
-        assert torch.equal(*ids)
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavida_adapter.prefix import splice
+from lavida_adapter.prefix import Prefix, splice
 from lavida_adapter.prompt import IGNORE, IMAGE
 from tests.lavida_adapter.tiny import noise
 
@@ -29,6 +29,8 @@ def test_places_padding_and_masks(wte: nn.Embedding) -> None:
     assert (labels == IGNORE).all()
     assert prefix.padding is prefix.mask_BP
     assert splice(ROWS[:1], BLOCKS[:1], wte, max_length=5)[0].padding is None
+    counted = Prefix(prefix.embeds_BPD, prefix.mask_BP, prefix.visual_BP)  # without the numbers that splice knows
+    assert (counted.n_visual, counted.n_tokens) == ((2, 1), (5, 2)) and counted.padding is counted.mask_BP
 
 
 def test_labels_move_with_their_tokens(wte: nn.Embedding) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipVisionConfig
 
 from lavida_adapter import External, Lavida, LmEmbed, NoRelevance, RelevanceContext, SiglipText
+from lavida_adapter.relevance import mean_row
 from shirg import ShirgSelector, VisionFeatures, cosine_relevance, saliency
 from tests.features import make_features
 from tests.lavida_adapter.tiny import noise, picture, tiny_model, tokenizer
@@ -59,6 +60,26 @@ def test_lm_embed_against_a_loop(features: VisionFeatures, embedding: nn.Embeddi
                 each = [cosine(p[n] - centre, word) for word in q]
                 expected = max(each) if agg == "max" else sum(each) / len(each)
             assert found[b, n].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_mean_word_is_computed_once_and_again_after_a_change(
+    features: VisionFeatures, embedding: nn.Embedding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, provider, computed = context(embedding), LmEmbed(), []
+
+    def counted(weight: Tensor) -> Tensor:
+        computed.append(weight)
+        return mean_row(weight)
+
+    monkeypatch.setattr("lavida_adapter.relevance.mean_row", counted)
+    for _ in range(2):
+        provider(features, given)
+    assert len(computed) == 1
+    with torch.no_grad():
+        embedding.weight[:5] += 1
+    found = provider(features, given)
+    assert len(computed) == 2
+    torch.testing.assert_close(found, LmEmbed()(features, given))
 
 
 def test_aggregations_differ_for_several_words_and_agree_for_one(

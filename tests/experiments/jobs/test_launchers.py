@@ -5,6 +5,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,3 +139,11 @@ def test_a_slurm_job_has_a_task_for_each_gpu_of_a_shared_training(
         launcher = compose(command, ["hydra/launcher=slurm", *words], return_hydra_config=True).hydra.launcher
     assert launcher._target_.endswith("SlurmLauncher")
     assert (launcher.nodes, launcher.tasks_per_node, launcher.timeout_min) == (nodes, tasks, 1440)
+
+
+def test_a_gpu_in_parts_is_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "GPU 0: H100 (UUID: GPU-1)\n  MIG 3g.40gb Device 0: (UUID: MIG-1)\nGPU 1: H100 (UUID: GPU-2)\n"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(launchers.shutil, "which", lambda name: name)
+    monkeypatch.setattr(launchers.subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=listed, returncode=0))
+    assert launchers.visible_gpus() == ["0", "1"]
