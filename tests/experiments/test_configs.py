@@ -5,7 +5,6 @@ import re
 import shlex
 from dataclasses import MISSING, fields, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,10 +156,15 @@ def test_the_typed_spine_mirrors_the_adapter(mirror: type, original: type, unuse
             assert (default.value if isinstance(default, Enum) else default) == theirs[name].default, name
 
 
-def test_small_has_the_true_geometry(tmp_path: Path) -> None:
-    cfg = composed("eval", "model=small")
+@pytest.mark.parametrize(
+    ("name", "family", "shape"), [("small", "llada", (0, 4, 4)), ("small_dream", "dream", (1, 4, 2))]
+)
+def test_small_has_the_true_geometry(name: str, family: str, shape: tuple[int, int, int]) -> None:
+    cfg = composed("eval", f"model={name}")
     model = build.build_model(cfg, torch.device("cpu"))
     published = LavidaConfig()
+    assert model.config.lm.family == family
+    assert (model.lm.shift, model.config.lm.n_heads, model.config.lm.n_kv_heads) == shape
     assert dict(model.config.budgets) == {"base": 980, "wide": 1200, "full": 3645} == dict(published.budgets)
     assert model.config.image_grid_pinpoints == published.image_grid_pinpoints
     assert (model.config.vision.side, model.config.pooled_side) == (27, 14)

@@ -1,4 +1,4 @@
-"""The shipped tiny model: its weights are those that its history names, and it shows what it was made to show."""
+"""The shipped tiny models: weights are those that their history names, and show what they were made to show."""
 
 import hashlib
 import json
@@ -17,7 +17,8 @@ from lavida_adapter import DecodeConfig, Lavida, load_adapter, merge_lora
 from lavida_adapter.relevance import LmEmbed
 from shirg import Selector, ShirgSelector
 
-WEIGHTS = CONF.parent / "weights" / "tiny"
+SHIPPED = CONF.parent / "weights"
+MODELS = ("tiny", "tiny_dream")
 SELECTORS: dict[str, Callable[[], Selector]] = {
     "pooled": Pooled,
     "full": Full,
@@ -41,12 +42,15 @@ def accuracy(model: Lavida, selector: Selector, n: int = 288, batch: int = 32) -
     return {group: sum(hits) / len(hits) for group, hits in right.items()}
 
 
-@pytest.fixture(scope="module")
-def base() -> Lavida:
-    return Lavida.from_pretrained(WEIGHTS)
+@pytest.fixture(scope="module", params=MODELS)
+def base(request: pytest.FixtureRequest) -> Lavida:
+    return Lavida.from_pretrained(SHIPPED / request.param)
 
 
-@pytest.mark.parametrize("folder", [WEIGHTS, *sorted((WEIGHTS / "adapters").glob("*"))], ids=lambda p: p.name)
+FOLDERS = [f for name in MODELS for f in (SHIPPED / name, *sorted((SHIPPED / name / "adapters").glob("*")))]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: str(path.relative_to(SHIPPED)))
 def test_weights_are_those_that_their_history_names(folder: Path) -> None:
     history = json.loads((folder / "training.json").read_text())
     assert history["sha256"]
@@ -57,8 +61,17 @@ def test_weights_are_those_that_their_history_names(folder: Path) -> None:
     assert all(stage["git"] and not stage["git_dirty"] for stage in history["stages"])
 
 
-def test_weights_are_small_enough_to_ship() -> None:
-    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*") if file.is_file()) <= 12 * 2**20
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_small_enough_to_ship(name: str) -> None:
+    assert sum(file.stat().st_size for file in (SHIPPED / name).rglob("*") if file.is_file()) <= 12 * 2**20
+
+
+def test_the_second_model_is_of_the_other_family_and_of_equal_width() -> None:
+    llada, dream = (Lavida.from_pretrained(SHIPPED / name).config for name in MODELS)
+    assert (llada.lm.family, dream.lm.family) == ("llada", "dream")
+    assert dream.vision == llada.vision and dream.budgets == llada.budgets
+    assert (dream.lm.d_model, dream.lm.n_layers, dream.lm.n_heads) == (llada.lm.d_model, llada.lm.n_layers, 4)
+    assert dream.lm.n_kv_heads == 2 < llada.lm.n_kv_heads == 4
 
 
 def test_choosing_beats_pooling_and_chance_on_the_pooled_base(base: Lavida) -> None:
@@ -69,16 +82,18 @@ def test_choosing_beats_pooling_and_chance_on_the_pooled_base(base: Lavida) -> N
     assert scores["pooled"]["guard"] >= 0.9
 
 
+@pytest.mark.parametrize("folder", MODELS)
 @pytest.mark.parametrize("name", ["pooled", "full"])
-def test_adapted_systems_keep_the_guard(name: str) -> None:
-    model = Lavida.from_pretrained(WEIGHTS)
-    load_adapter(model, WEIGHTS / "adapters" / name)
+def test_adapted_systems_keep_the_guard(name: str, folder: str) -> None:
+    model = Lavida.from_pretrained(SHIPPED / folder)
+    load_adapter(model, SHIPPED / folder / "adapters" / name)
     merge_lora(model)
     scores = accuracy(model, SELECTORS[name]())
     assert scores["guard"] >= 0.9
     assert scores["fine"] >= 0.75 if name == "full" else scores["fine"] <= 0.65
 
 
+@pytest.mark.parametrize("base", ["tiny"], indirect=True)
 def test_what_is_kept_does_not_depend_on_batch_threads_or_random_state(base: Lavida) -> None:
     data = SynthGlyphs(split="test", n=36, density="sparse,dense")
     samples = [data[i] for i in range(36)]

@@ -13,10 +13,12 @@ from experiments.data.synthetic.glyphs import draw_lookups, draw_patchwork, labe
 from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS
 from experiments.data.synthetic.tokenizer import glyph_tokens
 from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
-from experiments.training.pretrain.text_stage import Curriculum, questions
+from experiments.training.pretrain.text_stage import Bags, Curriculum, questions
 from experiments.training.pretrain.vision_stage import CLASS, draw_regions
 from lavida_adapter import Lavida, ObjectiveConfig
+from lavida_adapter.families import FAMILIES
 from lavida_adapter.lightning_module import OptimConfig
+from tests.lavida_adapter.tiny import tiny_model
 
 N_CHARS = 30
 """Digits and letters are the first classes."""
@@ -101,11 +103,12 @@ def test_boards_name_their_cells(model: Lavida) -> None:
         assert regions.filled_BN[0, token] == bool(stamp.words)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_text_stage_teaches_image_first_and_settles_on_the_shipped_attention(
-    model: Lavida, monkeypatch: pytest.MonkeyPatch
+    family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In a single layer nothing reads the prefix states, so the mask would not show.
-    deeper = Lavida(replace(model.config, lm=replace(model.config.lm, n_layers=2)), model.tokenizer)
+    deeper = tiny_model(lm={"family": family, "n_layers": 2})
     curriculum = Curriculum(tokens=200, settle=0.5, hold=0.2, ramp=0.2)
     objective = ObjectiveConfig(prefix_mask=True, extra_padding=0)
     losses = {}
@@ -117,6 +120,23 @@ def test_text_stage_teaches_image_first_and_settles_on_the_shipped_attention(
     assert losses["image_first", 0] != losses["full", 0]
     assert losses["image_first", 9] == losses["full", 9]
     assert deeper.config.prefix_attention == "full"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_stage_learns_the_token_that_the_gate_reads(family: str) -> None:
+    """A model that is trained to give one answer gives it at the gate: loss and decoding mean the same place."""
+    model = tiny_model(lm={"family": family}, drop_token_after_image=False)  # the prompt of training
+    objective = ObjectiveConfig(prefix_mask=True, extra_padding=0)
+    stage = TextPretraining(model, OPTIM, 0, objective, Curriculum(), "full", 0.0)
+    asked = [("digit red", "57")] * 8
+    bags = Bags(torch.full((8, 4, 1), 32), asked)
+    assert stage._right(bags) == 0
+    optimizer = torch.optim.Adam(model.lm.parameters(), lr=1e-2)
+    for step in range(30):
+        optimizer.zero_grad()
+        stage.loss(bags, torch.Generator().manual_seed(step)).backward()
+        optimizer.step()
+    assert stage._right(bags) == 1
 
 
 def test_vision_stage_trains_the_tower_and_what_reads_it(model: Lavida) -> None:
