@@ -1,4 +1,4 @@
-# make demo   install, evaluate four selectors on the tiny model, write outputs/demo/report.html
+# make demo   install, evaluate four selectors on the tiny model and two on the one with Dream, write a report
 # make test   run the tests in WORKERS=2 processes          make lint   style, types, import directions
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
 #             (MODEL=tiny_dream trains the one on Dream)
@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python eval.py -m study=demo threads=1 resume=true adapter=null,own selector=pooled,full,random,shirg
+	$(BIN)/python eval.py -m study=demo threads=1 resume=true model=tiny_dream adapter=own selector=pooled,shirg
 	@echo "report: outputs/demo/report.html"
 
 # A file's tests share one process, and with it what they prepare; files in their order, since a slow one must not be last.
