@@ -35,7 +35,7 @@ def _lm(name: str, engines: str, parts: str, batch: str = "1,16", rounds: int = 
 
 
 GROUPS = {
-    "llada": Group(185, _lm("llada", "eager,graph,compile", "steps,attention,systems,reference")),
+    "llada": Group(185, _lm("llada", "eager,graph,compile", "steps,attention,systems,reference,kernels")),
     "dream": Group(165, _lm("dream", "eager,graph,compile", "steps,attention,systems")),
     "kernels": Group(45, _lm("llada", "eager", "kernel,selectors")),
 }

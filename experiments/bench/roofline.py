@@ -98,6 +98,8 @@ def lines(found: Row) -> list[str]:
     ]
     out += systems_table(systems, limits) if systems else []
     out += parts_table(others, limits) if others else []
+    for row in others:
+        out += [f"{row['name']}: {ms:.3f} ms, {n} x {kernel}" for kernel, ms, n in row.get("kernels", ())]
     for row in rows:
         if "error" in row or "skipped" in row:
             name = " ".join(str(row[k]) for k in ("part", "engine", "batch", "name") if k in row)
