@@ -143,8 +143,8 @@ class Lavida(LavidaModules):
                 hook = None if cache_packer is None else cache_packer.hook(prefix)
                 n_answer = decode.max_new_tokens if cache_packer is None else 0
                 cache: StoredPrefix = self.prefill(prefix, n_answer, hook, decode.engine)
-            assert isinstance(cache, PrefixCache)
-            answer_BA = self._from_prompt(answer_BA, cache.last_BD, decode)
+                assert isinstance(cache, PrefixCache)
+                answer_BA = self._from_prompt(answer_BA, cache.last_BD, decode)
             if cache_packer is not None:
                 with timer.stage("cache"):
                     cache = cache_packer(cache, prefix, hook)

@@ -28,15 +28,17 @@ def shapes(tmp_path: Path) -> Path:
     return folder
 
 
-def test_true_geometry_on_pictures_of_all_shapes(eval_here: Eval, shapes: Path) -> None:
+@pytest.mark.parametrize("model", ["small", "small_dream"])
+def test_true_geometry_on_pictures_of_all_shapes(model: str, eval_here: Eval, shapes: Path) -> None:
     """By hand: 196 pooled tokens of the base view, then rows x (columns + newline) of the mosaic without padding."""
-    common = ("model=small", "data=folder", f"data.root={shapes}", "batch_size=3", "data.max_new_tokens=2")
+    common = (f"model={model}", "data=folder", f"data.root={shapes}", "batch_size=3", "data.max_new_tokens=2")
     jobs = {
         name: eval_here(*common, *overrides)
         for name, overrides in {
             "pooled": ["selector=pooled"],
             "matched": ["selector=random", "budget=matched"],
             "base": ["selector=shirg"],
+            "full": ["selector=full"],
         }.items()
     }
     counts = {
@@ -49,6 +51,7 @@ def test_true_geometry_on_pictures_of_all_shapes(eval_here: Eval, shapes: Path) 
     assert counts["pooled"]["icon"] == 196 + 14 * 15
     assert counts["matched"] == counts["pooled"]
     assert set(counts["base"].values()) == {980}
+    assert counts["full"]["square"] == 729 + 54 * 55
     assert result_of(jobs["base"])["tokens"]["by_source"]["scaffold"] == 64
     shown = [Image.open(path).size for path in sorted((jobs["base"] / "shots").glob("*_kept.jpg"))]
     assert len(shown) == len(SHAPES)
