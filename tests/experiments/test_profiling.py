@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from experiments import build
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect
 from experiments.profiling import (
@@ -21,10 +22,11 @@ from experiments.profiling import (
     known_limits,
     resolve_device,
     summarise_stages,
+    use_device,
 )
 from lavida_adapter import DreamConfig, Lavida, LavidaConfig, LladaConfig
 from lavida_adapter.timing import StageTimer
-from shirg import Selector
+from shirg import Selector, UserError
 from tests.experiments.conftest import result_of
 
 Eval = Callable[..., Path]
@@ -179,6 +181,25 @@ def test_stage_times_add_up_and_start_over(monkeypatch: pytest.MonkeyPatch) -> N
     assert timer.collect() == {}
     got = summarise_stages([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 2.0}, {"a": 9.0, "b": 1.0}])
     assert got == {"ms_per_sample": {"a": 2.0, "b": 2.0, "total": 4.0}, "batches_timed": 3}
+
+
+@pytest.mark.parametrize(("name", "made_current"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])
+def test_the_device_of_a_job_becomes_the_current_one(
+    name: str, made_current: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton and CUDA graphs use the current device, whatever device the tensors are on."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    assert use_device(name) == torch.device(name) and seen == made_current
+
+
+def test_flash_attention_in_float32_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_spec", lambda name: object())
+    cfg = build.compose_eval("model=tiny", "attention=flash", "dtype=float32")
+    with pytest.raises(UserError, match="attention=flash computes in bfloat16 or float16 only"):
+        build.build_model(cfg, torch.device("cpu"))
 
 
 @pytest.mark.gpu
