@@ -19,6 +19,7 @@ from experiments.errors import ConfigError
 from experiments.inference import EvalPipeline
 from experiments.jobs.results import adapter_path
 from experiments.profiling import Progress
+from lavida_adapter.families import FAMILIES
 from shirg import UserError
 
 _GREEDY = {"num_beams": (None, 1), "top_k": (None, 0), "top_p": (None, 0, 1)}
@@ -97,13 +98,19 @@ class Answerer:
             )
         if not options.get("do_sample"):
             return replace(self._pipeline, decode=build.build_decode(self.cfg, int(length)))
-        if unknown := [key for key, ignored in _GREEDY.items() if options.get(key) not in ignored]:
+        asked = {key: options[key] for key, ignored in _GREEDY.items() if options.get(key) not in ignored}
+        if "num_beams" in asked:
             raise UserError(
-                f"{request.id}: its task samples with {unknown[0]}={options[unknown[0]]}, but a masked diffusion model "
-                "has only a temperature; add --gen_kwargs do_sample=False for the likeliest answer"
+                f"{request.id}: its task samples with num_beams={asked['num_beams']}, but a masked diffusion model has "
+                "no beams; add --gen_kwargs do_sample=False for the likeliest answer"
             )
         decode = build.build_decode(self.cfg, int(length))
-        return replace(self._pipeline, decode=replace(decode, temperature=float(options.get("temperature", 1.0))))
+        decode = replace(decode, temperature=float(options.get("temperature", 1.0)), **asked)
+        try:
+            FAMILIES[self._pipeline.model.config.lm.family].sampler.check(decode)
+        except UserError as error:
+            raise UserError(f"{request.id}: its task samples. {error}, by --gen_kwargs do_sample=False") from None
+        return replace(self._pipeline, decode=decode)
 
 
 def _config(overrides: Sequence[str]) -> tuple[DictConfig, str]:

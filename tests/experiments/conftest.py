@@ -32,6 +32,8 @@ from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 
 ROOT = CONF.parent
 Here = Callable[..., Path]
+RANDOM = {f"model={name}" for name in ("small", "small_dream", "tiny_dream_scratch")}
+"""Models that are built without a checkpoint."""
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +90,7 @@ def _run_here(
     root.mkdir(exist_ok=True)
     monkeypatch.chdir(root)
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=command):
-        weights = [] if {"model=small", "model=small_dream"} & {*overrides} else [f"model.path={tiny_weights}"]
+        weights = [] if RANDOM & {*overrides} else [f"model.path={tiny_weights}"]
         cfg = compose(command, [*weights, *overrides], return_hydra_config=True)
     with open_dict(cfg):
         folder = root / str(cfg.hydra.run.dir)

@@ -71,6 +71,25 @@ def test_answers_are_those_of_our_own_evaluation(answerer: Answerer, eval_here: 
     assert len({a.text for a in answers}) > 5, "random weights would say one thing"
 
 
+def test_a_dream_is_loaded_answers_and_samples_by_top_p(eval_here: Eval) -> None:
+    words = (
+        "selector=shirg",
+        "model=tiny_dream_scratch",
+        "device=cpu",
+        "shots=0",
+        f"data.n={N}",
+        "data.density=sparse",
+    )
+    rows = rows_of(eval_here(*words))
+    answerer = Answerer({"selector": "shirg", "model": "tiny_dream_scratch", "batch_size": 16, "device": "cpu"})
+    answers = answerer.answer(requests())
+    assert [(a.text, a.n_prefix) for a in answers] == [(row["prediction"], row["n_prefix"]) for row in rows]
+    likeliest, loose = (
+        answerer.answer(requests(do_sample=True, temperature=5.0, top_p=top_p)) for top_p in (1e-6, 0.99)
+    )
+    assert likeliest == answers != loose
+
+
 def test_a_task_says_how_long_and_until_where(tiny_weights: Path) -> None:
     """Random weights fill an answer to its end."""
     answerer = Answerer({"selector": "pooled", "model.path": tiny_weights, "batch_size": 16, "device": "cpu"})
@@ -110,7 +129,16 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "a film": (["film.mp4"], {}, "this one comes with str"),
     "two pictures": ([PICTURE] * 2, {}, "this one comes with Image, Image"),
     "no length": ([PICTURE], {"max_new_tokens": None}, "names no max_new_tokens; add decode.max_new_tokens=N"),
-    "beams": ([PICTURE], {"do_sample": True, "num_beams": 4}, "samples with num_beams=4, but a masked diffusion model"),
+    "beams": (
+        [PICTURE],
+        {"do_sample": True, "num_beams": 4},
+        "samples with num_beams=4, but a masked diffusion model has no beams",
+    ),
+    "top-p": (
+        [PICTURE],
+        {"do_sample": True, "top_p": 0.5},
+        "t/0: its task samples. decode.top_p=0.5 belongs to Dream's",
+    ),
 }
 """Pictures and options of a request, and words of the sentence that refuses it."""
 
