@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -15,7 +18,8 @@ from experiments.errors import ConfigError
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file beside the target, renamed when the block ends well: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Process ids are unique on one machine alone.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -25,6 +29,24 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}\.tmp|\d+)")
+"""What killed processes leave; older versions put the process id at the end."""
+
+
+def clear_temporaries(folder: Path, min_age_s: float = 0.0) -> None:
+    """Removes what killed processes have left beside the files of a folder.
+
+    Args:
+        min_age_s: least age, where another process may be writing into the folder now.
+    """
+    for path in folder.glob(".*"):
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        with suppress(FileNotFoundError):  # another process has removed or renamed it
+            if time.time() - path.lstat().st_mtime >= min_age_s:
+                path.unlink()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -56,9 +78,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid JSON ({error}): delete it and run the job again") from None
-    assert isinstance(value, dict)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object: delete it and run the job again")
     return value
 
 

@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -46,6 +47,17 @@ def fail_or_raise(error: Exception) -> NoReturn:
     fail(str(error))
 
 
+def leave_out(path: Path, why: object) -> None:
+    """Says, once in a process, that a damaged file or folder of a study is left out, and why."""
+    line = f"left out  {path}: {' '.join(str(why).split())}"
+    if line not in _LEFT_OUT:
+        _LEFT_OUT.add(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+_LEFT_OUT: set[str] = set()
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that ends with one sentence and exit code 1, as every command of this project does."""
 
@@ -72,6 +84,8 @@ def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key or text.split(":", 1)[-1].split()[0]
         return f"{key} has no value; give {key}=..."
+    if match := re.match(r"\w+ raised while resolving interpolation: (.*)", text):
+        return match[1]
     where = getattr(error, "full_key", None)
     return f"{where}: {_first_line(text)}" if where else " ".join(line.strip() for line in text.splitlines() if line)
 

@@ -18,6 +18,7 @@ UNNAMED = frozenset(
 """Keys that do not make another job."""
 _DROPPED = re.compile(r"[^\w.-]+")
 """No `=` and no `,` stays: the path must be a plain value on a later command line (`adapter=outputs/...`)."""
+_ONE_FOLDER = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 _LIKE_ANOTHER = re.compile(r"_.*-")
 """In a value: the name `a-x_b-y` could mean a=x_b-y, or a=x and b=y."""
 
@@ -57,6 +58,20 @@ def merged_name(parts: Sequence[str], overrides: Sequence[str], study: Path) -> 
     common = [word for word in overrides if override_key(word) != "shard"]
     name = job_name("eval", common, study)
     return name if name not in parts else job_name("eval", [*common, "shard=all"], study)
+
+
+def study_folder(study: str) -> str:
+    """The folder of a study in outputs/.
+
+    Raises:
+        ValueError: the name is not that of one folder.
+    """
+    if not _ONE_FOLDER.fullmatch(study) or not study.strip(" .") or study[0] == "." or len(study.encode()) > MAX_BYTES:
+        raise ValueError(
+            f"study={study[:80]}: a study is a folder in outputs/; give a name of at most {MAX_BYTES} bytes without "
+            "slashes, control characters and a dot at its beginning"
+        )
+    return f"outputs/{study}"
 
 
 def _named(overrides: Sequence[str]) -> list[str]:

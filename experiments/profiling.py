@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from experiments.atomic_files import read_json, write_json
+from experiments.errors import ConfigError
 from shirg import UserError
 
 if TYPE_CHECKING:
@@ -196,7 +197,10 @@ def known_limits(folder: Path, device: torch.device, dtype: torch.dtype) -> Limi
     """The limits of this device, measured once for each folder, type and number of threads."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     key = f"{name}, {str(dtype).removeprefix('torch.')}"
-    known = read_json(folder / LIMITS) or {}
+    try:
+        known = read_json(folder / LIMITS) or {}
+    except ConfigError:  # a torn file; what it held is measured again
+        known = {}
     if key not in known:
         known[key] = measure_limits(device, dtype).report()
         write_json(folder / LIMITS, known)

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from experiments.job_names import job_name
+from experiments.job_names import job_name, study_folder
 
 VERSION_BASE = "1.3"
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -243,6 +243,7 @@ def register() -> None:
     for name, node in (("eval", Eval), ("train", Train)):
         store.store(group="schema", name=name, node=node, provider="experiments")
     OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+    OmegaConf.register_new_resolver("study_folder", study_folder, replace=True)
     OmegaConf.register_new_resolver("tasks_per_node", tasks_per_node, replace=True)
     OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis.aggregate import summarise
+from experiments.analysis.study import read_study
 from experiments.analysis.systems import Result
 from experiments.atomic_files import remove_path, write_json
 from experiments.data.sample import ids_hash
+from experiments.errors import leave_out
 from experiments.job_names import merged_name, override_key
 from experiments.jobs.results import RESULT, SAMPLES, SHOTS, config_hash, read_result
 from experiments.jobs.sample_rows import (
@@ -28,16 +30,18 @@ from shirg import UserError
 def merge_shards(study: Path) -> None:
     """Writes the merged job of every complete set of shards that has changed; call it under the table's lock."""
     sets: dict[str, dict[int, tuple[Path, Result]]] = defaultdict(dict)
-    for path in sorted(study.glob(f"*/{RESULT}")):
-        result = read_result(path.parent)
-        if result is None or result["verb"] != "eval" or result["config"].get("shards", 1) == 1:
-            continue
-        sets[_set_key(result)][result["config"]["shard"]] = (path.parent, result)
+    for folder, result in read_study(study).items():
+        if result["verb"] == "eval" and result["config"].get("shards", 1) > 1:
+            sets[_set_key(result)][result["config"]["shard"]] = (folder, result)
     for parts in sets.values():
         ordered = [parts[number] for number in sorted(parts)]
         if len(ordered) == ordered[0][1]["config"]["shards"] and all(r["status"] == "ok" for _, r in ordered):
             names = [folder.name for folder, _ in ordered]
-            _merge_set(study / merged_name(names, ordered[0][1]["overrides"], study), ordered)
+            merged = study / merged_name(names, ordered[0][1]["overrides"], study)
+            try:
+                _merge_set(merged, ordered)
+            except UserError as error:
+                leave_out(merged, error)
 
 
 def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
@@ -47,13 +51,9 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
     if before is not None and before["times"].get("shards_finished") == stamps:
         return
     if len(weights := {result["model"]["weights"] for result in results}) > 1:
-        raise UserError(
-            f"{folder.name}: its shards were answered with different weights ({', '.join(sorted(weights))})"
-        )
+        raise UserError(f"its shards were answered with different weights ({', '.join(sorted(weights))})")
     if len({json.dumps(result["data"].get("drawn")) for result in results}) > 1:
-        raise UserError(
-            f"{folder.name}: the data has changed between its shards; run all of them again with overwrite=true"
-        )
+        raise UserError("the data has changed between its shards; run all of them again with overwrite=true")
     rows = _in_order([read_rows(part / SAMPLES) for part, _ in parts])
     drop_partial_digests(rows)
     config = {**results[0]["config"], "shard": 0, "shards": 1}

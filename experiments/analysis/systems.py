@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -86,7 +86,12 @@ def _answers(path: Path) -> pa.Table:
 def data_digests(folder: Path, result: Result) -> Mapping[str, str | None]:
     """What a finished job answered (`digests_of`), from its samples where it is from before its record had this."""
     known: Mapping[str, str | None] | None = result["data"].get("digests")
-    return known if known is not None else digests_of(read_facts(folder / SAMPLES))
+    return known if known is not None else _digests_of(folder / SAMPLES, (folder / SAMPLES).stat().st_mtime_ns)
+
+
+@cache
+def _digests_of(path: Path, changed: int) -> Mapping[str, str | None]:
+    return digests_of(read_facts(path))
 
 
 def conflicts(ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) -> list[str]:

@@ -19,12 +19,15 @@ from experiments.analysis.overlap import overlap_all
 from experiments.analysis.paired import BASELINE, compare_all
 from experiments.analysis.rows import Row, group_row, unequal
 from experiments.analysis.shards import merge_shards
+from experiments.analysis.study import read_study
 from experiments.analysis.systems import RunGroup, group_runs
-from experiments.atomic_files import write_atomic
-from experiments.jobs.results import RESULT, read_result
+from experiments.atomic_files import clear_temporaries, write_atomic
 
 NAME = "table"
-_MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "\n": " ", "<": "&lt;"})
+OLD_S = 3600.0
+"""Age in seconds of a temporary file that no process is writing any more."""
+_MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;"})
+_FORMULA = ("=", "+", "-", "@")
 _FIRST = {BASELINE: 0, "full": 1}
 
 
@@ -40,11 +43,12 @@ def refresh(study: Path, *, overlaps: bool = True) -> pd.DataFrame:
         where nothing was evaluated.
     """
     study.mkdir(parents=True, exist_ok=True)
+    clear_temporaries(study, min_age_s=OLD_S)
     with FileLock(study / f".{NAME}.lock"):
         merge_shards(study)
         frame = read_table(study, overlaps=overlaps)
         if not frame.empty:
-            write_atomic(study / f"{NAME}.csv", frame.to_csv(index=False, lineterminator="\n"))
+            write_atomic(study / f"{NAME}.csv", to_csv(frame))
             write_atomic(study / f"{NAME}.parquet", _parquet(frame))
             write_atomic(study / f"{NAME}.md", markdown(records(frame)))
     return frame
@@ -74,9 +78,7 @@ def collect(study: Path, *, overlaps: bool = True) -> list[Row]:
 
 def run_groups(study: Path) -> list[RunGroup]:
     """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
-    folders = sorted(path.parent for path in study.glob(f"*/{RESULT}"))
-    results = {folder: result for folder in folders if (result := read_result(folder))}
-    results = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
+    results = {folder: result for folder, result in read_study(study).items() if result["verb"] == "eval"}
     merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
     return group_runs({folder: result for folder, result in results.items() if folder.name not in merged_shards})
 
@@ -93,6 +95,22 @@ def _order(row: Row) -> tuple[object, ...]:
         tokens,
         row["job"],
     )
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """The DataFrame as text. A text that a spreadsheet would run as a formula begins with an apostrophe."""
+
+    def harmless(value: object) -> object:
+        return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
+
+    values = [[harmless(value) for value in row] for row in frame.to_numpy()]
+    plain = pd.DataFrame(values, columns=[harmless(name) for name in frame.columns], dtype=object)
+    return str(plain.to_csv(index=False, lineterminator="\n"))
+
+
+def visible(text: str) -> str:
+    """The text in one line, control characters as escapes: a terminal or a Markdown reader must not obey them."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:
@@ -132,9 +150,13 @@ def _markdown(rows: Sequence[Row], among: Sequence[Row]) -> str:
 
 def to_markdown(frame: pd.DataFrame, right: Sequence[bool]) -> str:
     """A Markdown table of texts; `right`: which columns are aligned to the right."""
-    plain = frame.map(lambda text: text.translate(_MARKDOWN))
+    plain = frame.map(_cell).rename(columns=_cell)
     align = ["right" if numeric else "left" for numeric in right]
     return str(plain.to_markdown(index=False, disable_numparse=True, colalign=align))
+
+
+def _cell(text: str) -> str:
+    return visible(text).translate(_MARKDOWN)
 
 
 def print_table(frame: pd.DataFrame, study: Path) -> None:
@@ -155,9 +177,9 @@ def _print(rows: Sequence[Row], among: Sequence[Row]) -> None:
     shown = [column for column in columns(rows, among) if not column.page_only]
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in shown:
-        table.add_column(column.title, justify="right" if column.numeric else "left", overflow="fold")
+        table.add_column(escape(visible(column.title)), justify="right" if column.numeric else "left", overflow="fold")
     for i in range(len(rows)):
-        table.add_row(*(escape(column.texts[i]) for column in shown))
+        table.add_row(*(escape(visible(column.texts[i])) for column in shown))
     console = Console()
     wide = Console(width=max(console.width, 40 + sum(max(map(len, [c.title, *c.texts])) + 2 for c in shown)))
     (console if console.is_terminal else wide).print(table)

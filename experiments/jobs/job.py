@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import profiling
-from experiments.atomic_files import Journal, remove_path, write_atomic
+from experiments.atomic_files import Journal, clear_temporaries, remove_path, write_atomic
 from experiments.errors import explain, is_user_error
 from experiments.jobs import results
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
@@ -81,7 +81,10 @@ def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None, check: Che
                 identity = _claim(cfg, folder)
             finally:
                 ranks.broadcast(identity is not None)
+            for place in (folder, folder / results.SHOTS):
+                clear_temporaries(place)
             if identity is None:
+                remove_path(folder / JOURNAL)  # of a process that was killed between the record and this
                 return _skip(folder, on_end, check(cfg, folder) if check is not None else "")
             return _carry_out(cfg, work, Job(folder, identity, ranks), on_end)
     except Timeout:

@@ -15,8 +15,9 @@ from experiments.analysis.columns import differences, headlines, labels, short
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
 from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import ALPHA
+from experiments.analysis.study import read_study
 from experiments.analysis.table import parts, records
-from experiments.jobs.results import RESULT, SHOTS, read_result
+from experiments.jobs.results import SHOTS
 from experiments.report.figure_style import (
     ACCENT,
     GRID,
@@ -346,10 +347,10 @@ def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
 def training(study: Path) -> ReportFigure | None:
     """One line for each training with points in metrics.csv, also unfinished ones."""
     runs = {}
-    for path in sorted(study.glob(f"*/{RESULT}")):
-        result, metrics = read_result(path.parent), path.parent / METRICS
-        if result is not None and result["verb"] == "train" and metrics.exists() and (points := read_points(metrics)):
-            runs[path.parent.name.removeprefix("train_")] = (result["choices"]["selector"], points)
+    for folder, result in read_study(study).items():
+        metrics = folder / METRICS
+        if result["verb"] == "train" and metrics.exists() and (points := read_points(metrics)):
+            runs[folder.name.removeprefix("train_")] = (result["choices"]["selector"], points)
     names = [name for name in CURVES if any(name in point for _, points in runs.values() for point in points)]
     if not names:
         return None

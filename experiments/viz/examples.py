@@ -10,6 +10,7 @@ from PIL import Image
 
 from experiments.atomic_files import read_json, write_atomic, write_json
 from experiments.data.sample import Box, Sample
+from experiments.errors import ConfigError, leave_out
 from experiments.token_stats import TokenGeometry
 from experiments.viz.kept_tokens import heat_map, kept_map, overlay
 from shirg import Selection
@@ -77,18 +78,33 @@ def save_example(
 
 
 def load_examples(folder: Path) -> list[ExampleRecord]:
-    """What `save_example` wrote, in order."""
+    """What `save_example` wrote, in order; what is damaged is left out, with a word."""
     examples = []
     for path in sorted(folder.glob("*.json")):
-        pictures = [path.with_suffix(".jpg"), path.with_name(f"{path.stem}_kept.jpg")]
-        record = read_json(path)
-        if record is not None and all(picture.exists() for picture in pictures):
-            heat = path.with_name(f"{path.stem}_heat.jpg")
-            plain, kept = (picture.read_bytes() for picture in pictures)
-            examples.append(
-                ExampleRecord(int(path.stem), record, plain, kept, heat.read_bytes() if heat.exists() else None)
-            )
+        try:
+            examples.append(_load_example(path))
+        except (ValueError, OSError) as error:
+            leave_out(path, error)
     return examples
+
+
+def _load_example(path: Path) -> ExampleRecord:
+    if not path.stem.isdecimal():
+        raise ConfigError("is no example: their names are numbers")
+    record = None if path.is_symlink() else read_json(path)
+    if record is None or not set(_STORED) <= record.keys():
+        raise ConfigError("is not the record of an example")
+    plain, kept, heat = (path.with_name(f"{path.stem}{part}.jpg") for part in ("", "_kept", "_heat"))
+    drawn = _jpeg_of(heat) if heat.exists() else None
+    return ExampleRecord(int(path.stem), record, _jpeg_of(plain), _jpeg_of(kept), drawn)
+
+
+def _jpeg_of(path: Path) -> bytes:
+    """The file; a link could lead to any file of this machine, which the page would then hold."""
+    data = b"" if path.is_symlink() else path.read_bytes()
+    if not data.startswith(b"\xff\xd8"):
+        raise ConfigError(f"{path.name} is no JPEG file")
+    return data
 
 
 def printable(text: str, longest: int = LONGEST_TEXT) -> str:

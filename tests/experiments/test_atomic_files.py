@@ -1,11 +1,12 @@
 """Files that survive a process."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from experiments.atomic_files import Journal, read_json, write_atomic, write_json
+from experiments.atomic_files import Journal, clear_temporaries, read_json, replacing, write_atomic, write_json
 
 
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
@@ -52,3 +53,27 @@ def test_reading_what_is_not_there_and_what_is_broken(tmp_path: Path) -> None:
     write_atomic(tmp_path / "broken.json", "{")
     with pytest.raises(ValueError, match="delete it and run the job again"):
         read_json(tmp_path / "broken.json")
+
+
+def test_two_machines_with_one_process_id_do_not_share_a_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    with replacing(path) as one:
+        one.write(b"one")
+        with replacing(path) as other:  # the same process id, as two containers may have it
+            other.write(b"other")
+        assert path.read_bytes() == b"other"
+    assert path.read_bytes() == b"one" and [file.name for file in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [".table.csv.0123456789ab.tmp", ".result.json.4711"]
+    kept = [".lock", ".table.lock", ".refresh_seconds", "result.json", ".last.ckpt.tmp", ".notes.tmp"]
+    for name in (*left, *kept):
+        (tmp_path / name).write_text("")
+    clear_temporaries(tmp_path, min_age_s=60)
+    assert len(list(tmp_path.iterdir())) == len(left) + len(kept)
+    os.utime(tmp_path / left[0], (0, 0))
+    clear_temporaries(tmp_path, min_age_s=60)
+    assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()
+    clear_temporaries(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)

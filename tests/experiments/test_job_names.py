@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.build import compose_eval
-from experiments.job_names import MAX_BYTES, job_name, merged_name
+from experiments.job_names import MAX_BYTES, job_name, merged_name, study_folder
 from tests.experiments.conftest import Command, result_of, rows_of
 from tests.experiments.jobs.test_results import KILLED, STUDY
 
@@ -131,3 +131,17 @@ def test_plain_names_of_old_studies_are_those_of_today(tmp_path: Path) -> None:
     for folder in study.glob("eval_*"):
         assert job_name("eval", result_of(folder)["overrides"], study) == folder.name
     assert (study / KILLED).is_dir()
+
+
+@pytest.mark.parametrize("study", ["../x", "a/b", "/abs", ".", "..", ".hidden", " ", "x" * 300, "图" * 72, "a\\b"])
+def test_a_study_cannot_leave_its_place(study: str, command: Command, tmp_path: Path) -> None:
+    for words in ([f"study='{study}'"], ["-m", f"study='{study}'"]):
+        ended = command("eval", *words, "selector=pooled", "limit=2", cwd=tmp_path / "deep/er")
+        assert (ended.code, ended.out, len(ended.err)) == (1, "", 1)
+        assert ended.err[0].startswith("error: study=") and "a study is a folder in outputs/" in ended.err[0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_other_names_of_studies_are_theirs() -> None:
+    for name in ("main_table", "run (1)", "a=b", "étude", "图", "1", "x.y"):
+        assert study_folder(name) == f"outputs/{name}"

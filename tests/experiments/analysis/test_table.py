@@ -4,12 +4,25 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from experiments.analysis.columns import columns
 from experiments.analysis.rows import Row
-from experiments.analysis.table import collect, legend, markdown, parts, print_table, read_table, records, refresh
+from experiments.analysis.table import (
+    collect,
+    legend,
+    markdown,
+    parts,
+    print_table,
+    read_table,
+    records,
+    refresh,
+    to_csv,
+    to_markdown,
+    visible,
+)
 from experiments.report.publish import publish
 from tests.experiments.planting import change_result
 
@@ -105,3 +118,15 @@ def test_why_every_job_failed_is_in_the_table(eval_here: Eval) -> None:
     for selector in ("random", "shirg"):
         study = eval_here(f"selector={selector}", "model.path=./weights/absent", ok=False).parent
     assert markdown(collect(study)).count("model.path=./weights/absent: there are no weights there") == 2
+
+
+def test_a_cell_is_no_formula_no_line_and_no_command() -> None:
+    """For a spreadsheet, a Markdown reader and a terminal."""
+    cells = ["=cmd|' /C calc'!A0", "+1", "-x", "@SUM(A1)", "\t=1", "plain", -1.5]
+    rows = list(csv.reader(to_csv(pd.DataFrame({"=a": cells}, dtype=object)).splitlines()))
+    texts = ["'=a", "'=cmd|' /C calc'!A0", "'+1", "'-x", "'@SUM(A1)", "'\t=1", "plain", "-1.5"]
+    assert [row[0] for row in rows] == texts
+    text = to_markdown(pd.DataFrame({"a\nb|c": ["x\n| y |\r<b>\x1b[2J\u2028"]}), [False])
+    assert len(text.splitlines()) == 3 and "a b\\|c" in text
+    assert r"x \| y \|\\x0d&lt;b>\\x1b[2J\\x2028" in text
+    assert visible("\x1b]0;title\x07é图") == r"\x1b]0;title\x07é图"
