@@ -17,9 +17,9 @@ def main(cfg: DictConfig) -> JobOutcome | None:
         return None
     with acquire_slot(cfg.threads, cfg.device):
         from experiments.jobs.job import run_job
-        from experiments.train import train
+        from experiments.train import check_data, train
 
-        return run_job(cfg, train, cli.update_report)
+        return run_job(cfg, train, cli.update_report, check_data)
 
 
 if __name__ == "__main__":

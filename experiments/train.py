@@ -18,20 +18,23 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import build, profiling
-from experiments.atomic_files import write_atomic
+from experiments.atomic_files import read_json, write_atomic, write_json
 from experiments.data.train_data import TrainData
 from experiments.jobs import results
 from experiments.jobs.distributed import Ranks
 from experiments.jobs.job import CHECKPOINT, Job
 from experiments.jobs.results import SHOTS
+from experiments.jobs.sample_facts import content_of
 from experiments.sweeps import quote, system_of
 from experiments.training.run_logger import RunLogger, logs_images
 from experiments.training.stages import build_stage, lora_config
 from experiments.training.trainer import build_trainer, gather_base
 from lavida_adapter import Lavida, save_adapter
 from lavida_adapter.lightning_module import LavidaModule, Trainable
-from shirg import UserError
+from shirg import MissingFileError, UserError
 
+DATA = "data.json"
+"""File in a job's folder: what identifies the data of its training."""
 PROVENANCE = "training.json"
 """File beside trained weights: their SHA-256 sums, and every stage that made them and their base."""
 
@@ -49,13 +52,15 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     model = build.build_model(cfg, device)
     stage = build_stage(cfg, model, job.ranks)
+    contents = {name: facts["content"] for name, facts in stage.data.items()}
+    last = job.folder / CHECKPOINT
+    keep_data(job, contents, going_on=cfg.resume and last.exists())
     data = TrainData(stage.draw, cfg.optim.steps, cfg.trainer.workers)
     model.train()
     trainable = sum(p.numel() for p in stage.module.parameters() if p.requires_grad)
     total = sum(p.numel() for p in stage.module.parameters())
     print(f"stage {cfg.stage}: {trainable:,} of {total:,} parameters are trained")
 
-    last = job.folder / CHECKPOINT
     began = time.perf_counter()
     trainer, throughput = build_trainer(cfg, job.ranks, device, job.folder, last.parent, run_logger)
     run_logger.begin()
@@ -95,6 +100,40 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
         print(how_to_evaluate(cfg.stage, job.identity.overrides, path))
     run_logger.end(sections, shown)
     return sections
+
+
+def keep_data(job: Job, contents: Mapping[str, str | None], *, going_on: bool) -> None:
+    """Records which data a training has; for one that goes on, raises UserError where it is not what it began with."""
+    why = ""
+    if job.ranks.is_main:
+        before = (read_json(job.folder / DATA) if going_on else None) or {}
+        why = changed_data(before, contents)
+        if not why and any(contents.values()):
+            write_json(job.folder / DATA, dict(contents))
+    if why := job.ranks.broadcast(why):
+        raise UserError(f"{why} since this training began; overwrite=true trains again, another study= keeps both")
+
+
+def changed_data(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> str:
+    """Which data is not what it was, in words; "" where all is. What was not recorded is not compared."""
+    known = {name: content for name, content in before.items() if content is not None}
+    changed = [name for name, content in now.items() if content is not None and known.get(name, content) != content]
+    return f"the data of {', '.join(changed)} has changed" if changed else ""
+
+
+def check_data(cfg: DictConfig, folder: Path) -> str:
+    """Compares a finished training's data with that of now: a remark where it cannot, UserError where it changed."""
+    result = results.read_result(folder)
+    before = {name: facts.get("content") for name, facts in (result or {}).get("data", {}).items()}
+    if not any(before.values()):
+        return ""
+    try:
+        parts = build.build_parts(cfg)
+    except MissingFileError as error:
+        return f"its data cannot be compared ({error})"
+    if why := changed_data(before, {name: content_of(part) for name, part in parts.items()}):
+        raise UserError(f"{why} since this training ended; overwrite=true trains again, another study= keeps both")
+    return ""
 
 
 def starting_point(last: Path, resume: bool, ranks: Ranks) -> Path | None:

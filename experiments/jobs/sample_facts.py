@@ -4,12 +4,14 @@ Answers belong to the samples that they were given to. A dataset whose labels we
 row, is other data under the same name.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.data.image_io import PictureFile, StoredPicture, digest_of, picture_of
-from experiments.data.sample import Sample
+from experiments.data.sample import Dataset, Listed, Sample
 from experiments.jobs.sample_rows import SampleFacts
 
 QUICK_BYTES = 2**28
@@ -41,6 +43,18 @@ def facts_of(sample: Sample) -> SampleFacts:
         "history": list(sample.history),
         "picture_bytes": load.n_bytes() if isinstance(load, PictureFile) else None,
     }
+
+
+def content_of(dataset: Dataset) -> str | None:
+    """Identifies the samples of a dataset of files by their facts: 16 hex digits. None for one whose samples are drawn,
+    because its options say all about it.
+    """
+    if not isinstance(dataset, Listed):
+        return None
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        digest.update(json.dumps(facts_of(dataset[i]), ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from experiments.data.sample import Dataset, Listed
 from experiments.data.train_data import Draw
 from experiments.inference import EvalPipeline
 from experiments.jobs.distributed import Ranks
+from experiments.jobs.sample_facts import content_of
 from experiments.jobs.sample_rows import SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.token_stats import TokenGeometry
@@ -166,6 +167,7 @@ def make_trainable(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
 
 def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     parts = build.build_parts(cfg)
+    contents = {name: content_of(part) for name, part in parts.items()}
     selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device)
     relevance = build.build_relevance(cfg, selector)
     make_trainable(cfg, model, selector)
@@ -193,7 +195,8 @@ def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     batches = Batches(
         build.build_stream(cfg, parts), cfg.batch_size, prepare=Cutter.of(stage), rank=ranks.rank, world=ranks.world
     )
-    return Stage(stage, batches, gate, show, {name: _facts(part) for name, part in parts.items()})
+    facts = {name: {**_facts(part), "content": contents[name]} for name, part in parts.items()}
+    return Stage(stage, batches, gate, show, facts)
 
 
 @dataclass(frozen=True)

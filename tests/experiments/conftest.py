@@ -27,6 +27,7 @@ from experiments.evaluate import check_data, evaluate
 from experiments.jobs.job import Work, run_job
 from experiments.jobs.results import VOLATILE
 from experiments.schema import CONF, VERSION_BASE
+from experiments.train import check_data as check_training
 from experiments.train import train
 from lavida_adapter import Lavida, LavidaConfig, LladaConfig, VisionConfig
 
@@ -100,7 +101,7 @@ def _run_here(
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
-    outcome = run_job(cfg, work, update_report, check_data if command == "eval" else None)
+    outcome = run_job(cfg, work, update_report, check_data if command == "eval" else check_training)
     assert outcome is not None and outcome.ok is ok
     return folder
 

@@ -1,6 +1,7 @@
 """Training on conversations, folders and mixtures: examples without room for an answer are dropped and counted."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def test_a_cut_answer_is_learned_and_a_lost_one_is_counted(
     printed = capfd.readouterr().out
     assert "talks train: 2 examples; dropped 2 whose prompt leaves no room for the answer" in printed
     (data,) = result_of(job)["data"].values()
+    assert re.fullmatch("[0-9a-f]{16}", data.pop("content"))
     assert data == {
         "name": "talks",
         "split": "train",
