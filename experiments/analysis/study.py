@@ -37,7 +37,11 @@ def read_study(study: Path) -> dict[Path, Result]:
 
 
 def _checked(folder: Path, result: Mapping[str, Any]) -> Result:
-    """The record, after whatever the table reads from it has been read once."""
+    """The record, after whatever the table reads from it has been read once.
+
+    Raises:
+        ValueError, KeyError, ...: one of `_DAMAGED`, where it is not what a job writes.
+    """
     if result["verb"] != "eval":
         return result
     row = flatten(result)
