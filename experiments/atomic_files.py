@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -92,32 +92,53 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+Entry = dict[str, Any]
+
+
 class Journal:
     """An append-only file of JSON objects, one per line; each is on disk before `append` returns.
 
     A process that dies while writing leaves a torn last line. Opening the journal again drops it; a torn line anywhere
     else means that the file was edited, and raises.
+
+    Args:
+        slim: what of an entry stays in memory; `load` reads the whole one from the disk.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, slim: Callable[[Entry], Entry] | None = None) -> None:
         self.path = path
-        self.entries: list[dict[str, Any]] = []
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                self.entries.append(json.loads(line))
-            except ValueError:
-                raise ConfigError(f"{path}, line {number} is not JSON: run the job again with overwrite=true") from None
+        self.entries: list[Entry] = []
+        """What `slim` leaves of each entry."""
+        self._slim, self._begins = slim, [0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by __exit__)
-        self._file.truncate(len(whole))
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        self._file.seek(0)
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                self._file.truncate(self._begins[-1])
+                break
+            try:
+                self._keep(json.loads(line), len(line))
+            except ValueError:
+                self._file.close()
+                raise ConfigError(f"{path}, line {number} is not JSON: run the job again with overwrite=true") from None
 
-    def append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+    def append(self, entry: Entry) -> None:
+        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.entries.append(entry)
+        self._keep(entry, len(line))
+
+    def load(self, number: int) -> Entry:
+        """Entry number `number` as it was appended."""
+        self._file.seek(self._begins[number])
+        entry: Entry = json.loads(self._file.readline())
+        return entry
+
+    def _keep(self, entry: Entry, n_bytes: int) -> None:
+        self.entries.append(entry if self._slim is None else self._slim(entry))
+        self._begins.append(self._begins[-1] + n_bytes)
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ from PIL import Image
 
 from experiments import build, profiling
 from experiments.analysis.aggregate import summarise
-from experiments.atomic_files import remove_path
+from experiments.atomic_files import Entry, Journal, remove_path
 from experiments.data.image_io import picture_of, prefetch_pictures
 from experiments.data.sample import Dataset, Ruled, Sample, Traced, draw_ids, ids_hash, other_questions
 from experiments.inference import Answers, EvalPipeline
@@ -25,7 +25,7 @@ from experiments.jobs import results
 from experiments.jobs.job import JOURNAL, Job
 from experiments.jobs.results import SHOTS, adapter_path
 from experiments.jobs.sample_facts import changes, describe, facts_of
-from experiments.jobs.sample_rows import SampleRow, digests_of, drop_partial_digests, read_facts, write_samples
+from experiments.jobs.sample_rows import SampleRow, digests_of, drop_partial_digests, read_facts, stream_samples
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.metrics.final_answer import check_rule
@@ -68,9 +68,13 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     weights = build.fingerprint(model)
     profiling.reset_peak_memory(device)
     examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
-    rows, timings = answer_all(pipeline, samples, examples, job, weights, cfg.batch_size, cfg.workers)
-    summary = summarise(rows, tuple(pipeline.scorers))
-    write_samples(job.folder / results.SAMPLES, rows)
+    with job.journal(without_kept) as journal:
+        rows, timings, numbers = answer_all(
+            pipeline, samples, examples, job, journal, weights, cfg.batch_size, cfg.workers
+        )
+        summary = summarise(rows, tuple(pipeline.scorers))
+        kept = (row["kept"] for number in numbers for row in journal.load(number)["rows"])
+        stream_samples(job.folder / results.SAMPLES, rows, kept)
     sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
@@ -194,16 +198,18 @@ def answer_all(
     samples: Sequence[Sample],
     examples: Examples,
     job: Job,
+    journal: Journal,
     weights: str,
     batch_size: int,
     workers: int,
-) -> tuple[list[SampleRow], list[dict[str, float]]]:
-    """Every sample's row, and for every batch the milliseconds per sample by stage.
+) -> tuple[list[SampleRow], list[dict[str, float]], list[int]]:
+    """Every sample's row without its kept tokens, for every batch the milliseconds per sample by stage, and the numbers
+    of the batches in the journal.
 
     The first batch of a session warms caches and allocators up; its times are left out unless there are no others.
     """
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    with job.journal() as journal, Progress(job.identity.job, len(samples)) as progress, examples.watch:
+    with Progress(job.identity.job, len(samples)) as progress, examples.watch:
         if journal.entries and journal.entries[0]["weights"] != weights:
             raise UserError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
         answered = find_answered(journal.entries, batches, job.folder)
@@ -215,27 +221,34 @@ def answer_all(
             with profiling.explain_oom(pipeline.model, len(batch), pipeline.n_vision):
                 answers = pipeline.answer(batch, loaded)
             examples.draw(batch, answers)
-            answered[i] = {"weights": weights, "warm_up": i == missing[0], "ms": answers.ms, "rows": answers.rows}
-            journal.append(answered[i])
+            answered[i] = len(journal.entries)
+            entry = {"weights": weights, "warm_up": i == missing[0], "ms": answers.ms, "rows": answers.rows}
+            journal.append(entry)
             progress.advance(len(batch))
-    entries = [answered[i] for i in range(len(batches))]
+    numbers = [answered[i] for i in range(len(batches))]
+    entries = [journal.entries[number] for number in numbers]
     shares = [{stage: ms / len(entry["rows"]) for stage, ms in entry["ms"].items()} for entry in entries]
     numbered = [(i, row) for i, entry in enumerate(entries) for row in entry["rows"]]
     rows = [cast(SampleRow, {**row, "batch": i, "ms": shares[i]}) for i, row in numbered]
     drop_partial_digests(rows)
     timed = [share for share, entry in zip(shares, entries, strict=True) if not entry["warm_up"]] or shares
-    return rows, timed
+    return rows, timed, numbers
 
 
-def find_answered(
-    entries: Sequence[dict[str, Any]], batches: Sequence[Sequence[Sample]], folder: Path
-) -> dict[int, dict[str, Any]]:
-    """The journaled batches by number: those of the same samples in the same order, none of which has changed since.
+def without_kept(entry: Entry) -> Entry:
+    """A journaled batch without its kept tokens, which are most of it."""
+    return {**entry, "rows": [{**row, "kept": []} for row in entry["rows"]]}
+
+
+def find_answered(entries: Sequence[Entry], batches: Sequence[Sequence[Sample]], folder: Path) -> dict[int, int]:
+    """Where in the journal batches are, by their numbers.
+
+    Those count that are of the same samples in the same order, none of which has changed since.
 
     Where the data has changed, this is said, and the rest is answered again.
     """
-    by_ids = {tuple(row["id"] for row in entry["rows"]): entry for entry in entries}
-    rows = [row for entry in by_ids.values() for row in entry["rows"]]
+    by_ids = {tuple(row["id"] for row in entry["rows"]): number for number, entry in enumerate(entries)}
+    rows = [row for number in by_ids.values() for row in entries[number]["rows"]]
     ids = {row["id"] for row in rows}
     found = changes(rows, [sample for batch in batches for sample in batch if sample.id in ids])
     changed = {change.id for change in found}
@@ -245,7 +258,7 @@ def find_answered(
         if names in by_ids and changed.isdisjoint(names):
             answered[i] = by_ids[names]
     if len(answered) < len(by_ids):
-        n = sum(len(entry["rows"]) for entry in answered.values())
+        n = sum(len(batches[i]) for i in answered)
         why = describe(found) or "other samples are drawn"
         print(f"data  has changed since this job stopped ({why}): {n} of its {len(ids)} answers are kept")
         remove_path(folder / SHOTS)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import profiling
-from experiments.atomic_files import Journal, clear_temporaries, remove_path, write_atomic
+from experiments.atomic_files import Entry, Journal, clear_temporaries, remove_path, write_atomic
 from experiments.errors import explain, is_user_error
 from experiments.jobs import results
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
@@ -45,8 +45,8 @@ class Job:
     ranks: Ranks
     """The processes that work together; only the main one writes into the folder."""
 
-    def journal(self) -> Journal:
-        return Journal(self.folder / JOURNAL)
+    def journal(self, slim: Callable[[Entry], Entry] | None = None) -> Journal:
+        return Journal(self.folder / JOURNAL, slim)
 
 
 Work = Callable[[DictConfig, Job], Mapping[str, Any]]

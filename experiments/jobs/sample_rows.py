@@ -3,15 +3,16 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from experiments.atomic_files import write_atomic
+from experiments.atomic_files import replacing, write_atomic
 
 
 class SampleFacts(TypedDict):
@@ -125,6 +126,9 @@ _COLUMNS: dict[str, pa.DataType] = {
 }
 
 
+_ROW_GROUP = 1024
+
+
 def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
     """Writes all rows at once."""
     write_atomic(path, encode_samples(rows))
@@ -136,12 +140,29 @@ def encode_samples(rows: Sequence[SampleRow]) -> bytes:
     Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
     """
     flat = [_flatten(row) for row in rows]
-    kinds = {"score": pa.float64(), "ms": pa.float64(), "n": pa.int32()}
-    extra = {name: kinds[name.partition("_")[0]] for row in flat for name in row if name not in _COLUMNS}
-    schema = pa.schema([*_COLUMNS.items(), *extra.items()])
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(flat, schema=schema), buffer, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(flat, schema=_schema(rows)), buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def stream_samples(path: Path, rows: Sequence[SampleRow], kept: Iterable[Sequence[int]]) -> None:
+    """Writes rows whose kept tokens come one by one: they are most of a row, and need not all be in memory."""
+    schema = _schema(rows)
+    whole = (cast(SampleRow, {**row, "kept": tokens}) for row, tokens in zip(rows, kept, strict=True))
+    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while part := [_flatten(row) for row in islice(whole, _ROW_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(part, schema=schema))
+
+
+def _schema(rows: Sequence[SampleRow]) -> pa.Schema:
+    kinds = {"score": pa.float64(), "n": pa.int32(), "ms": pa.float64()}
+    extra = {
+        f"{kind}_{name}": kinds[kind]
+        for row in rows
+        for kind, names in (("score", row["scores"]), ("n", row["sources"]), ("ms", row["ms"]))
+        for name in names
+    }
+    return pa.schema([*_COLUMNS.items(), *extra.items()])
 
 
 def read_rows(path: Path) -> list[SampleRow]:
