@@ -209,11 +209,12 @@ def _admit(cfg: DictConfig, folder: Path, identity: results.Identity) -> bool:
     started = any((folder / trace).exists() and (folder / trace).stat().st_size for trace in (JOURNAL, CHECKPOINT))
     if before is None or not (before["status"] == "ok" or started):
         return True
-    if before["config_hash"] != identity.config_hash:
-        keys = ", ".join(results.changed_keys(before["config"], identity.config)[:6])
+    # A key that did not exist then, and is null now, makes another digest and no other job.
+    keys = results.changed_keys(before["config"], identity.config)
+    if before["config_hash"] != identity.config_hash and keys:
         raise Refused(
-            f"{_short(folder)} was run with another config (different now: {keys}); overwrite=true starts again, "
-            "another study= keeps both"
+            f"{_short(folder)} was run with another config (different now: {', '.join(keys[:6])}); overwrite=true starts "
+            "again, another study= keeps both"
         )
     if not cfg.resume:
         state = "is finished" if before["status"] == "ok" else "was stopped in the middle"

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.atomic_files import read_json, write_json
 from experiments.errors import ConfigError
-from experiments.schema import CONF, local_folder
+from experiments.schema import CONF, Decode, local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -176,15 +177,33 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         ConfigError: a format that this code does not know.
     """
     result = read_json(folder / RESULT)
-    if result is None or result.get("version") == VERSION:
-        return result
+    if result is None:
+        return None
+    if result.get("version") == VERSION:
+        return _with_later_keys(result)
     if result.get("version") != 1:
         raise ConfigError(
             f"{folder / RESULT} has format {result.get('version')}, this code writes {VERSION}: use another study= or "
             "overwrite=true"
         )
     config = without_targets(result["config"])
-    return {**result, "version": VERSION, "config": config, "config_hash": config_hash(config)}
+    return _with_later_keys({**result, "version": VERSION, "config": config, "config_hash": config_hash(config)})
+
+
+def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
+    """The record with the defaults of decoding options that did not exist when it was written."""
+    decode = result.get("config", {}).get("decode")
+    if decode is None or not (later := {key: value for key, value in _decode_defaults().items() if key not in decode}):
+        return result
+    config = {**result["config"], "decode": {**decode, **later}}
+    return {**result, "config": config, "config_hash": config_hash(config)}
+
+
+@cache
+def _decode_defaults() -> dict[str, Any]:
+    container = OmegaConf.to_container(OmegaConf.structured(Decode), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
 
 
 def environment(device: "torch.device", dtype: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,25 @@ def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
         journal.append({"batch": 2})
     assert [json.loads(line)["batch"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_what_is_slim_in_memory_is_whole_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    entries = [{"batch": i, "kept": list(range(i)), "text": "ä\r\u2028"} for i in range(4)]
+
+    def slim(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**entry, "kept": []}
+
+    with Journal(path, slim) as journal:
+        for entry in entries[:2]:
+            journal.append(entry)
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    with Journal(path, slim) as journal:
+        assert [journal.load(i) for i in (1, 0)] == [entries[1], entries[0]]
+        for entry in entries[2:]:
+            journal.append(entry)
+        assert journal.entries == list(map(slim, entries))
+        assert [journal.load(i) for i in (3, 0, 2, 1)] == [entries[i] for i in (3, 0, 2, 1)]
 
 
 def test_a_broken_line_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:

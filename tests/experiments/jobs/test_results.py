@@ -4,12 +4,13 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import cast
 
 import pyarrow.parquet as pq
 import pytest
 
 from experiments.jobs.results import VERSION, adapter_path, config_hash, read_result
-from experiments.jobs.sample_rows import SampleRow, read_rows, write_samples
+from experiments.jobs.sample_rows import SampleRow, read_rows, stream_samples, write_samples
 from tests.experiments.conftest import Command, result_of, rows_of
 
 STUDY = Path(__file__).parents[2] / "golden/study_format_1"
@@ -77,6 +78,18 @@ def test_columns_are_the_keys_of_a_row(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.parquet", [row])
     schema = pq.read_schema(tmp_path / "samples.parquet")
     assert sorted(schema.names) == sorted([*plain, *(column for columns in spread.values() for column in columns)])
+
+
+def test_streamed_rows_are_those_that_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In three row groups, kept tokens from elsewhere."""
+    monkeypatch.setattr("experiments.jobs.sample_rows._ROW_GROUP", 20)
+    rows = read_rows(STUDY / "completed" / "samples.parquet")
+    light = [cast(SampleRow, {**row, "kept": []}) for row in rows]
+    stream_samples(tmp_path / "streamed.parquet", light, (row["kept"] for row in rows))
+    write_samples(tmp_path / "whole.parquet", rows)
+    assert pq.ParquetFile(tmp_path / "streamed.parquet").num_row_groups == 3
+    assert pq.read_table(tmp_path / "streamed.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
+    assert any(row["kept"] for row in rows) and not any(row["kept"] for row in light)
 
 
 @pytest.fixture
