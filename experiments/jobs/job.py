@@ -212,9 +212,10 @@ def _admit(cfg: DictConfig, folder: Path, identity: results.Identity) -> bool:
     # A key that did not exist then, and is null now, makes another digest and no other job.
     keys = results.changed_keys(before["config"], identity.config)
     if before["config_hash"] != identity.config_hash and keys:
+        shown = ", ".join(keys[:6])
         raise Refused(
-            f"{_short(folder)} was run with another config (different now: {', '.join(keys[:6])}); overwrite=true starts "
-            "again, another study= keeps both"
+            f"{_short(folder)} was run with another config (different now: {shown}); overwrite=true starts again, "
+            "another study= keeps both"
         )
     if not cfg.resume:
         state = "is finished" if before["status"] == "ok" else "was stopped in the middle"
