@@ -115,6 +115,7 @@ def record(name: str = "random", **config: object) -> Result:
     return {
         "selector": {},
         "choices": {"selector": name},
+        "overrides": [],
         "data": {"name": "d"},
         "config": {"model": model, "adapter": None, "data": {"n": 4}, "selector": {}} | config,
     }
