@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from lavida_adapter.checkpoint_files import StoredTensor, locate, open_tensors, 
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.modules import LavidaModules
+from lavida_adapter.published_config import unlike_published
 from lavida_adapter.tokenizer_files import load_tokenizer, n_rows
 from lavida_adapter.tower_files import TOWER, with_tower
 from shirg import MissingFileError, UserError
@@ -167,7 +169,10 @@ def read_config(folder: Path) -> LavidaConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{folder} has no config.json: it is not a checkpoint folder")
-    return LavidaConfig.from_dict(read_json(path))
+    config = LavidaConfig.from_dict(read_json(path))
+    if unlike := unlike_published(config.lm):
+        warnings.warn(f"{path} is followed, but differs from the published model: {', '.join(unlike)}", stacklevel=2)
+    return config
 
 
 def parse_dtype(dtype: torch.dtype | str, stored: torch.dtype | None) -> torch.dtype:

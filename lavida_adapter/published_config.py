@@ -32,7 +32,7 @@ class ConfigLayout:
     title: str
     model_type: str
     architecture: str
-    config: type[LanguageModelConfig]
+    config: type[LladaConfig] | type[DreamConfig]
     supported: Mapping[str, tuple[Any, ...]]
     """Values of features that the published model does not use; other values raise."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -176,6 +176,22 @@ def read_language_model(raw: Mapping[str, Any], layout: ConfigLayout) -> Languag
     if "n_kv_heads" not in found and "n_heads" in found:
         found["n_kv_heads"] = found["n_heads"]
     return layout.config(**found)
+
+
+def unlike_published(lm: LanguageModelConfig) -> list[str]:
+    """What differs from the published model in a config of its width and depth; such a file is followed all the same.
+
+    Rows, context and the scales of fresh weights are left out: copies have other ones.
+    """
+    layout = LAYOUTS[lm.family]
+    known = layout.config()
+    if (lm.d_model, lm.n_layers) != (known.d_model, known.n_layers):
+        return []
+    free = {"vocab_size", "max_sequence_length", "init_std", "emb_std", "family"}
+    pairs = {f.name: (getattr(lm, f.name), getattr(known, f.name)) for f in fields(lm) if f.name not in free}
+    return [
+        f"{layout.name(own)}={ours} (published {theirs})" for own, (ours, theirs) in pairs.items() if ours != theirs
+    ]
 
 
 def write_language_model(lm: LanguageModelConfig) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """config.json of Dream, in both directions; and the sentence for every other model."""
 
 import json
+import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lavida_adapter import DreamConfig, LavidaConfig, LladaConfig
+from lavida_adapter.checkpoint import read_config
 from lavida_adapter.published_config import LAYOUTS, family_of
 from tests.lavida_adapter.tiny import tiny_config
 
@@ -176,3 +179,19 @@ def test_both_directions(family: str, heads: int, groups: int, layers: int, thet
     sizes = {"d_model": 4 * heads * groups, "n_heads": heads * groups, "n_kv_heads": heads, "n_layers": layers}
     config = replace(tiny_config(), lm=kind(**sizes, rope_theta=theta, init_std=std))
     assert LavidaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("family", "depth"), [("llada", "n_layers"), ("dream", "num_hidden_layers")])
+def test_a_file_unlike_the_published_one_is_followed_and_reported(family: str, depth: str, tmp_path: Path) -> None:
+    theta, eps = "rope_theta", "rms_norm_eps"
+    raw = LavidaConfig(lm={"llada": LladaConfig, "dream": DreamConfig}[family]()).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with warnings.catch_warnings(action="error"):
+        assert read_config(tmp_path).to_dict() == raw
+    (tmp_path / "config.json").write_text(json.dumps(raw | {theta: 7e5, eps: 1e-4, "vocab_size": 200000}))
+    with pytest.warns(UserWarning, match=f"{theta}=700000.0 .published {raw[theta]}.*{eps}=0.0001") as seen:
+        assert read_config(tmp_path).lm.rope_theta == 7e5
+    assert len(seen) == 1 and "vocab_size" not in str(seen[0].message)
+    (tmp_path / "config.json").write_text(json.dumps(raw | {theta: 7e5, depth: 4}))
+    with warnings.catch_warnings(action="error"):
+        assert read_config(tmp_path).lm.n_layers == 4
