@@ -7,7 +7,6 @@ from importlib.util import find_spec
 import torch
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch does not annotate it
 def usable(device: torch.device) -> bool:
     """Whether Triton kernels run on a device; if not, one warning says why, and the equivalents in torch run.
 
@@ -15,6 +14,11 @@ def usable(device: torch.device) -> bool:
     not have.
     """
     return _usable(device)
+
+
+# What torch.compiler.assume_constant_result sets: the compiler takes the answer for a constant and does not trace the
+# trial. Calling that function would import the whole compiler, which a selector does not need.
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 
 from shirg import ShirgSelector, VisionFeatures
 from shirg.dedup import assign_cells
+from shirg.kernels import usable
 from shirg.kernels.score import relevance_and_neighbours
 from shirg.scoring import CLAMP, EPS
 from tests.features import geometry_layout, make_features
@@ -81,6 +82,14 @@ def test_equals_torch_in_the_interpreter() -> None:
 def test_triton_is_not_imported_before_it_is_needed() -> None:
     code = "import sys, shirg, shirg.kernels.score; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_compilers_mark_is_what_torch_sets() -> None:
+    def marked() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked) == {name: getattr(usable, name) for name in vars(marked)} != {}
 
 
 def on_cuda(features: VisionFeatures) -> VisionFeatures:
