@@ -143,7 +143,7 @@ def is_shared(selector: Selector, relevance: Relevance | None) -> bool:
 def run_tower(model: LavidaModules, views: Sequence[Views], taps: frozenset[str]) -> list[EncodedPicture]:
     """Tower states and recordings of each picture, all views in one batch; without a graph when the tower is frozen."""
     tower = model.model.vision_tower
-    pixels = torch.cat([v.pixels_V3SS for v in views]).to(model.device, model.dtype)
+    pixels = send_pixels(views, model.device, model.dtype)
     counts = [len(v.pixels_V3SS) for v in views]
     learns = torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
     with torch.set_grad_enabled(learns):
@@ -155,6 +155,14 @@ def run_tower(model: LavidaModules, views: Sequence[Views], taps: frozenset[str]
         EncodedPicture(v, states_END[e], {name: tensors[e] for name, tensors in taps_E.items()})
         for e, v in enumerate(views)
     ]
+
+
+def send_pixels(views: Sequence[Views], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Pixels [V, 3, S, S] of all pictures on the device; a GPU fetches them from pinned memory, without a wait."""
+    parts = [v.pixels_V3SS for v in views]
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    joined = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.cat(parts, out=joined).to(device, non_blocking=True)
 
 
 class PictureGroup:

@@ -133,8 +133,8 @@ def by_kernel(
 
 
 def splits_for(programs: int, tiles: int, device: torch.device) -> int:
-    """Two programs for each multiprocessor, where there are keys enough."""
-    return max(1, min(2 * _multiprocessors(device) // programs, tiles, MOST_SPLITS))
+    """One program for each multiprocessor, where there are keys enough: docs/results/gpu, "Attention"."""
+    return max(1, min(_multiprocessors(device) // programs, tiles, MOST_SPLITS))
 
 
 def _inner_contiguous(x: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ class VisionTower(nn.Module):
         recorded: dict[str, Tensor] = {}
         resized = pixels_V3SS.shape[-1] != self.config.image_size
         x = self.vision_tower.vision_model.embeddings(pixels_V3SS, interpolate_pos_encoding=resized)
+        # The patches of a convolution lie channel by channel. Every later sum would keep that order, and each norm
+        # would copy it.
+        x = x.contiguous()
         for i, layer in enumerate(self.layers):
             here = frozenset(what for what, at in wanted.values() if at == i)
             x, found = run_block(self.recompute, _through, layer, x, here)

@@ -56,7 +56,7 @@ def with_taps(features: VisionFeatures, needs: Set[str], who: str) -> VisionFeat
     Raises:
         UserError: a tap is missing; the message says what it is and how to record it.
     """
-    missing = sorted(needs - features.taps.keys())
+    missing = sorted([name for name in needs if name not in features.taps])
     if not missing:
         return features
     found = {name: f"{name.partition('@')[0]}@{ANY_LAYER}" for name in missing if "@" in name}

@@ -1,6 +1,7 @@
 """What the parts of the GPU bench share: the model and its inputs, rows that are written at once, turns, clocks."""
 
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ class Recorder:
                 return call()
         except Exception as error:
             text = f"{type(error).__name__}: {str(error)[:500]}"
-            self.put(key, {"error": text, "traceback": traceback.format_exc()[-6000:]})
+            self.put(key, {"error": short(text), "traceback": short(traceback.format_exc())[-6000:]})
         release()
         return None
 
@@ -100,6 +101,11 @@ class Bench:
     def rounds_at(self, batch: int) -> int:
         """Fewer at a larger batch, whose times vary less and take longer."""
         return self.rounds if batch == 1 else max(1, self.rounds // 3)
+
+
+def short(text: str) -> str:
+    """A text without the folders of this machine: paths relative to the repository, of others the last two names."""
+    return re.sub(r"(?<![\w.])/(?:[^/\s\"':]+/)*([^/\s\"':]+/[^/\s\"':]+)", r"\1", text.replace(f"{ROOT}/", ""))
 
 
 @contextmanager

@@ -51,10 +51,12 @@ class Answering:
     batch: int
     about: dict[str, Any] = field(default_factory=dict)
     """Filled by the calls: sizes, peak memory, a digest of the answers, the work of each stage."""
+    relevance: LmEmbed = field(default_factory=LmEmbed)
+    """One for all calls, as in an evaluation: it keeps the mean word embedding."""
 
     def __call__(self) -> dict[str, float]:
         model, bench = self.bench.model, self.bench
-        timer, relevance = StageTimer(bench.device), LmEmbed() if self.selector.uses_relevance else None
+        timer, relevance = StageTimer(bench.device), self.relevance if self.selector.uses_relevance else None
         decode = DecodeConfig(max_new_tokens=bench.n_answer, step_per_block=bench.n_steps, engine=self.engine)  # type: ignore[arg-type]  # DecodeConfig refuses unknown engines
         reset_peak_memory(bench.device)
         synchronise(bench.device)

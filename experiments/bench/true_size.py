@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from experiments.bench import attention_kernels, captured_selectors, kernel_times, stage_times
-from experiments.bench.recorder import Bench, Recorder, machine
+from experiments.bench.recorder import Bench, Recorder, machine, short
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.errors import CommandParser
 from experiments.profiling import measure_limits, use_device
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
     given = parse(arguments)
     device, dtype = use_device(given.device), getattr(torch, given.dtype)
     head = {
-        "command": shlex.join(["python", "-m", "experiments.bench.true_size", *arguments]),
+        "command": short(shlex.join(["python", "-m", "experiments.bench.true_size", *arguments])),
         "machine": machine(device, given.commit),
         "sizes": {"lm": given.lm, "size": given.size, "dtype": given.dtype, "answer": N_ANSWER, "steps": N_STEPS},
     }

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from experiments.bench import gpu, roofline
-from experiments.bench.recorder import Recorder, take_turns, time_ms
+from experiments.bench.recorder import Recorder, short, take_turns, time_ms
 from experiments.bench.stage_times import SYSTEMS, tower_work
 from experiments.bench.true_size import main, published, random_model, toy
 from tests.experiments.conftest import ROOT
@@ -101,12 +101,22 @@ def test_turns_errors_and_time_limits(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows["a"] == {"part": "p", "name": "a", "ms": {"x": 5.0}, "n": 2, "ms_all": {"x": [4.0, 6.0]}, "about": "a"}
     assert rows["bad"]["error"] == "ValueError: no" and "raise ValueError" in rows["bad"]["traceback"]
+    assert str(ROOT) not in rows["bad"]["traceback"] and "experiments/bench/recorder.py" in rows["bad"]["traceback"]
 
     recorder.deadline = time.monotonic() + 0.2
     assert recorder.measure({"name": "slow"}, lambda: time.sleep(30)) is None
     assert recorder.measure({"name": "late"}, lambda: 1) is None
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows["slow"]["error"].startswith("OutOfTime") and rows["late"]["skipped"] == "no time left"
+
+
+def test_result_files_name_no_folder_of_the_machine(rehearsed: dict[str, Any]) -> None:
+    assert short(f'File "{ROOT}/shirg/taps.py", line 2') == 'File "shirg/taps.py", line 2'
+    assert short("--out /data/me/out/gpu/llada.json --lm llada") == "--out gpu/llada.json --lm llada"
+    assert short("3 samples/s, a / b, docs/results/gpu") == "3 samples/s, a / b, docs/results/gpu"
+    command = rehearsed["command"].split()
+    assert command[:3] == ["python", "-m", "experiments.bench.true_size"]
+    assert command[command.index("--out") + 1].count("/") == 1
 
 
 def test_a_process_that_hangs_is_stopped() -> None:

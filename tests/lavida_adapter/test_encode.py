@@ -9,6 +9,7 @@ from torch import Tensor
 
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, Lavida, LoraConfig, Prefix, add_lora
+from lavida_adapter.encode import send_pixels
 from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import LmEmbed, NoRelevance, RelevanceContext
 from lavida_adapter.views import SINGLE_VIEW, cut, make_views
@@ -44,6 +45,13 @@ class Question:
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         self.contexts.append(context)
         return context.projected().detach().sum(-1)
+
+
+def test_pixels_are_joined_in_the_type_of_the_model() -> None:
+    views = [make_views(picture(size), tiny_model().config) for size in SIZES[:2]]
+    expected = torch.cat([v.pixels_V3SS for v in views]).to(torch.bfloat16)
+    assert len(views[0].pixels_V3SS) != len(expected)
+    assert torch.equal(send_pixels(views, torch.device("cpu"), torch.bfloat16), expected)
 
 
 def encode(model: Lavida, selector: Selector, relevance: Any, sizes: Any = SIZES) -> Prefix:

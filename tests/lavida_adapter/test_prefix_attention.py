@@ -82,7 +82,8 @@ def test_the_kernel_equals_torch_in_the_interpreter() -> None:
 def test_splits_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavida_adapter.prefix_attention._multiprocessors", lambda device: 132)
     device = torch.device("cpu")
-    assert splits_for(32, 18, device) == 8, "one prompt of 32 heads"
+    assert splits_for(32, 18, device) == 4, "one prompt of 32 heads"
+    assert splits_for(16, 18, device) == 8, "one prompt of 28 heads that share four heads of keys, in 16 pieces"
     assert splits_for(32, 3, device) == 3, "not more than there are tiles of keys"
     assert splits_for(512, 18, device) == 1 and splits_for(4, 100, device) == 16
 

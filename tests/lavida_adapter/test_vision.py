@@ -78,6 +78,14 @@ def test_one_layer_less_than_configured_and_no_final_norm(tower: VisionTower, pi
 
 
 @torch.no_grad()
+def test_states_lie_token_by_token(tower: VisionTower, pixels: Tensor) -> None:
+    """Otherwise every norm copies them: a third of the tower's time on a GPU."""
+    states, taps = tower(pixels, ["input@0", "output@-1"])
+    assert tower.vision_tower.vision_model.embeddings(pixels).stride() == (N * WIDTH, 1, N)
+    assert states.stride() == taps["input@0"].stride() == taps["output@-1"].stride() == (N * WIDTH, WIDTH, 1)
+
+
+@torch.no_grad()
 def test_the_final_norm_is_stored_but_not_applied(tower: VisionTower, pixels: Tensor) -> None:
     before, _ = tower(pixels)
     tower.vision_tower.vision_model.post_layernorm.weight.fill_(torch.nan)

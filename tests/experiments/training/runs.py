@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wandb.proto.wandb_internal_pb2 import Record
+import pytest
 
 from experiments.training.callbacks import read_points
 from experiments.training.trainer import SafeCheckpoints
+
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK = 2**15
 """Bytes of a block in wandb's file."""
@@ -38,7 +41,7 @@ def last_step(folder: Path) -> int:
 class Run:
     """What lies in the file of an offline run."""
 
-    records: list[Record]
+    records: "list[Record]"
 
     def one(self, kind: str) -> Any:
         return next(getattr(r, kind) for r in self.records if r.WhichOneof("record_type") == kind)
@@ -64,6 +67,7 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Reads wandb's file: records of its own protocol in blocks of LevelDB's log format, after a head of 7 bytes."""
+    record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
 
     def pieces(data: bytes) -> Iterator[tuple[int, bytes]]:
         at = 7
@@ -78,7 +82,7 @@ def read_run(path: Path) -> Run:
     for kind, piece in pieces(path.read_bytes()):
         whole = piece if kind in (1, 2) else whole + piece  # whole or first, then middle or last
         if kind in (1, 4):
-            records.append(Record.FromString(whole))
+            records.append(record.FromString(whole))
     return Run(records)
 
 

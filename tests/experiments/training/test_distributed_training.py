@@ -16,6 +16,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
     """By torchrun, DDP and then the sharded base; the same batches, padding and draws, one folder for each run."""
+    pytest.importorskip("wandb")
     words = ["selector=shirg", "optim.steps=3", "batch_size=6", "trainer.log_every=1", "trainer.checkpoint_every=2"]
     words += ["objective.extra_padding=5", "objective.prefix_mask=false"]
     alone = train_here(*words, "study=alone")

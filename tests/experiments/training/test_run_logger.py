@@ -4,13 +4,14 @@ import signal
 from pathlib import Path
 
 import pytest
-import wandb
 
 from experiments.training.callbacks import read_points
 from lavida_adapter import Lavida
 from tests.experiments.conftest import Command, Here, finish, result_of, start
 from tests.experiments.training.runs import last_step, runs_of, wait_for_step
 from tests.lavida_adapter.training_runs import poisoned
+
+wandb = pytest.importorskip("wandb")
 
 WORDS = ["selector=shirg", "optim.steps=4", "batch_size=4", "trainer.log_every=2", "study=s", "logger=wandb"]
 CHECK = "{_target_: experiments.data.synthetic.glyphs.SynthGlyphs, split: val, n: 8, density: sparse, qa_per_image: 2}"
