@@ -51,7 +51,7 @@ def clear_temporaries(folder: Path, min_age_s: float = 0.0) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
@@ -69,7 +69,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """Half a character, which UTF-8 cannot hold, is written as the escape that JSON has for it."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -119,12 +120,15 @@ class Journal:
                 break
             try:
                 self._keep(json.loads(line), len(line))
-            except ValueError:
+            # A line of another program may be any value: `slim` does not find what it reads there.
+            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
                 self._file.close()
-                raise ConfigError(f"{path}, line {number} is not JSON: run the job again with overwrite=true") from None
+                raise ConfigError(
+                    f"{path}, line {number} is not one of this job's: run the job again with overwrite=true"
+                ) from None
 
     def append(self, entry: Entry) -> None:
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -236,8 +236,9 @@ def answer_all(
 
 
 def without_kept(entry: Entry) -> Entry:
-    """A journaled batch without its kept tokens, which are most of it."""
-    return {**entry, "rows": [{**row, "kept": []} for row in entry["rows"]]}
+    """A journaled batch without its kept tokens, which are most of it; KeyError for what is none."""
+    rows = [{**row, "id": row["id"], "kept": []} for row in entry["rows"]]
+    return {**{key: entry[key] for key in ("weights", "warm_up", "ms")}, "rows": rows}
 
 
 def find_answered(entries: Sequence[Entry], batches: Sequence[Sequence[Sample]], folder: Path) -> dict[int, int]:

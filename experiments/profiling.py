@@ -199,12 +199,13 @@ def known_limits(folder: Path, device: torch.device, dtype: torch.dtype) -> Limi
     key = f"{name}, {str(dtype).removeprefix('torch.')}"
     try:
         known = read_json(folder / LIMITS) or {}
-    except ConfigError:  # a torn file; what it held is measured again
+        if key in known:
+            return Limits({int(size): float(rate) for size, rate in known[key]["copy"].items()}, known[key]["matmul"])
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # damaged; all of it is measured again
         known = {}
-    if key not in known:
-        known[key] = measure_limits(device, dtype).report()
-        write_json(folder / LIMITS, known)
-    return Limits({int(size): rate for size, rate in known[key]["copy"].items()}, known[key]["matmul"])
+    measured = measure_limits(device, dtype)
+    write_json(folder / LIMITS, {**known, key: measured.report()})
+    return measured
 
 
 def _best_s(call: Callable[[], object], device: torch.device, repeats: int) -> float:

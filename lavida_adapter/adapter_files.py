@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavida_adapter.checkpoint import fingerprint
+from lavida_adapter.checkpoint_files import read_json
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.lora import (
     LoraConfig,
@@ -85,11 +86,13 @@ def load_adapter(model: LavidaModules, folder: str | Path, selector: Selector | 
     folder = Path(folder)
     path = weights_file(folder)
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = read_json(folder / META)
         config, base, family = LoraConfig.from_dict(meta["lora"]), meta["base"], meta.get("family", "llada")
         tensors = load_file(path)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
+    if broken := [n for n, t in tensors.items() if not (t.is_floating_point() and t.float().isfinite().all())]:
+        raise UserError(f"{path} has NaN, infinity or whole numbers in {broken[0]}: train it again")
     if path.name == OLD_WEIGHTS:
         tensors = {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}

@@ -4,6 +4,7 @@ Only safetensors files are read, because loading a pickle can run any code.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             names = [name for name, p in files.items() if p == path]
             absent = set(names) - set(file.keys())
             if absent:
-                raise UserError(f"{path} lacks tensors that {INDEX} lists for it: {', '.join(sorted(absent)[:5])}")
+                raise UserError(f"{path} lacks tensors that {INDEX} lists for it: {_few(sorted(absent))}")
             for name in names:
                 header = file.get_slice(name)
                 found[name] = StoredTensor(path, name, tuple(header.get_shape()), header.get_dtype())
@@ -97,9 +98,14 @@ def _files(folder: Path) -> dict[str, Path]:
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"{folder / INDEX} has no weight_map: download the checkpoint again")
-        absent = sorted({file for file in index.values() if not (folder / file).is_file()})
+        names = {str(file): isinstance(file, str) and Path(file).name == file for file in index.values()}
+        if foreign := [file for file, is_name in names.items() if not is_name]:
+            raise UserError(
+                f"{folder / INDEX} names {foreign[0][:80]!r}: the files of a checkpoint lie beside it"
+            )
+        absent = sorted(file for file in names if not is_regular(folder / file))
         if absent:
-            raise MissingFileError(f"{folder}: {INDEX} names {', '.join(absent)}, which do not exist")
+            raise MissingFileError(f"{folder}: {INDEX} names {_few(absent)}, which do not exist")
         files = {name: folder / file for name, file in index.items()}
     elif (folder / SINGLE).is_file():
         with open_tensors(folder / SINGLE) as file:
@@ -120,10 +126,41 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(ascii(name)[1:-1][:80] for name in names[:5])
+
+
+def is_regular(path: Path) -> bool:
+    """Whether there is a file of bytes: no folder, no link to nothing, no pipe or device, which never ends."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have, a link to itself
+        return False
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: it is not valid, too deep to read, or has halves of characters (lone surrogates), which no file can
+            hold and no tokenizer reads.
+    """
+    text = text.decode() if isinstance(text, bytes) else text
+    try:
+        found = json.loads(text)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("too many brackets inside each other") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a character, {error.object[error.start : error.end]!a}") from None
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; UserError names a file without one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):

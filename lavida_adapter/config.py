@@ -79,8 +79,12 @@ class LavidaConfig:
     """False for random weights; tables and reports show it."""
 
     def __post_init__(self) -> None:
-        _check_positive(self.vision)
-        _check_positive(self.lm)
+        _check_sizes(self.vision)
+        _check_sizes(self.lm)
+        if max(self.vision.num_hidden_layers, self.lm.n_layers) > MOST_LAYERS:
+            raise UserError(f"config: a model of more than {MOST_LAYERS:,} layers cannot be built; check n_layers")
+        if not 0 < self.tokenizer_model_max_length:
+            raise UserError(f"config: tokenizer_model_max_length={self.tokenizer_model_max_length} must be positive")
         if self.vision.hidden_size % self.vision.num_attention_heads or self.lm.d_model % (2 * self.lm.n_heads):
             raise UserError("config: the widths must be divisible by the number of heads (and head size must be even)")
         if self.lm.n_heads % self.lm.n_kv_heads:
@@ -90,18 +94,27 @@ class LavidaConfig:
         if self.drop_token_after_image is None:
             object.__setattr__(self, "drop_token_after_image", LAYOUTS[self.lm.family].drops_token_after_image)
         self._check_choices()
+        self._check_canvases()
+        _check_budgets(self.budgets)
+        object.__setattr__(self, "budgets", {**self._derived_budgets(), **self.budgets})
+
+    def _check_canvases(self) -> None:
         size = self.vision.image_size
         if not self.image_grid_pinpoints:
             raise UserError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
         for w, h in self.image_grid_pinpoints:
-            if w % size or h % size or not w or not h:
+            if w % size or h % size or w <= 0 or h <= 0:
                 raise UserError(f"config: canvas ({w}, {h}) is not made of whole {size}-pixel views")
-        object.__setattr__(self, "budgets", {**self._derived_budgets(), **self.budgets})
+            if (w // size) * (h // size) > MOST_VIEWS:
+                raise UserError(f"config: canvas ({w}, {h}) has more than {MOST_VIEWS} views of {size} pixels")
 
     def _check_choices(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"config: {name}={getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+                raise UserError(f"config: {name}={getattr(self, name)!r:.80}; choose one of {', '.join(allowed)}")
+        if self.vision.hidden_act not in _ACTIVATIONS:
+            given = f"vision_config.hidden_act={self.vision.hidden_act!r:.80}"
+            raise UserError(f"config: {given}; choose one of {', '.join(_ACTIVATIONS)}")
         for name in ("mm_pool", "drop_token_after_image", "trained"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"config: {name}={getattr(self, name)!r}; give true or false")
@@ -182,11 +195,22 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _check_positive(part: VisionConfig | LanguageModelConfig) -> None:
+_ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "gelu_new", "quick_gelu")
+MOST_LAYERS, MOST_VIEWS, MOST = 1000, 400, 2**40
+"""No model has more; a file that says so would be built, or would cut pictures, until memory is full."""
+
+
+def _check_sizes(part: VisionConfig | LanguageModelConfig) -> None:
     sizes = {f.name: getattr(part, f.name) for f in fields(part) if not f.name.endswith("_id")}
-    if wrong := {name: n for name, n in sizes.items() if isinstance(n, int | float) and not n > 0}:
-        given = ", ".join(f"{name}={n}" for name, n in wrong.items())
-        raise UserError(f"config: {given}: every size of {type(part).__name__} must be positive")
+    if wrong := {name: n for name, n in sizes.items() if isinstance(n, int | float) and not 0 < n < MOST}:
+        given = ", ".join(f"{name}={n:.6g}" for name, n in wrong.items())
+        raise UserError(f"config: {given}: every size of {type(part).__name__} must be positive and below 2^40")
+
+
+def _check_budgets(budgets: object) -> None:
+    whole = isinstance(budgets, Mapping) and all(type(n) is int and 0 < n < MOST for n in budgets.values())
+    if not whole:
+        raise UserError(f"config: budgets={budgets!r:.80}; give names and positive numbers of tokens")
 
 
 def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
@@ -194,5 +218,5 @@ def _canvases(value: Any) -> tuple[tuple[int, int], ...]:
     try:
         pairs = ast.literal_eval(value) if isinstance(value, str) else value
         return tuple((int(w), int(h)) for w, h in pairs)
-    except (SyntaxError, TypeError, ValueError):
-        raise UserError(f"config.json: image_grid_pinpoints={value!r} is not a list of [width, height]") from None
+    except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError):
+        raise UserError(f"config.json: image_grid_pinpoints={value!r:.80} is not a list of [width, height]") from None

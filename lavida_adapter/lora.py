@@ -22,6 +22,10 @@ PARTS = ("vision_tower", "mm_projector", "image_newline", "transformer", "select
 """Parts of the model that can have a rank and a learning rate of their own: the first word of a parameter's name."""
 
 
+MOST_RANKS, MOST_NAMES = 65_536, 10_000
+"""Beyond any model's width and number of layers; a file that says more would fill the memory."""
+
+
 def part_of(name: str) -> str:
     """The part that a parameter belongs to; any number of `model.` before its name is skipped."""
     return next(word for word in name.split(".") if word != "model")
@@ -74,6 +78,7 @@ class LoraConfig:
     """Start with fewer ranks than `rank` and add the others during training."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.rank < 0 or not 0 <= self.dropout < 1:
             raise UserError(
                 f"lora.rank={self.rank}, lora.dropout={self.dropout}: give a rank >= 0 and a dropout in [0, 1)"
@@ -88,9 +93,27 @@ class LoraConfig:
         if self.grow is not None and self.grow.start >= self.rank:
             raise UserError(f"lora.grow.start={self.grow.start}: give a rank below lora.rank={self.rank}, or no grow")
 
+    def _check_types(self) -> None:
+        """A file may hold anything: see `from_dict`."""
+        if not isinstance(self.ranks, Mapping):
+            raise UserError(f"lora.ranks={self.ranks!r:.80}: give parts of the model and their ranks")
+        for name, rank in {"rank": self.rank, **{f"ranks.{part}": rank for part, rank in self.ranks.items()}}.items():
+            if type(rank) is not int or rank > MOST_RANKS:
+                raise UserError(f"lora.{name}={rank!r:.80}: give a whole number of at most {MOST_RANKS:,}")
+        for name, number in (("alpha", self.alpha), ("dropout", self.dropout)):
+            if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
+                raise UserError(f"lora.{name}={number!r:.80}: give a number")
+        for name, patterns in (("targets", self.targets), ("train_whole", self.train_whole)):
+            if not isinstance(patterns, tuple) or not all(isinstance(p, str) and len(p) < 1000 for p in patterns):
+                raise UserError(f"lora.{name}={patterns!r:.80}: give a list of names or patterns of layers")
+            if len(patterns) > MOST_NAMES:
+                raise UserError(f"lora.{name} has {len(patterns):,} patterns: give at most {MOST_NAMES:,}")
+
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Self:
         """The config from the plain values of a YAML or JSON file: lists become tuples, `grow` becomes a Growth."""
+        if not isinstance(plain, Mapping):
+            raise UserError(f"lora={plain!r:.80}: give the options of an adapter")
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
         if fields.get("grow") is not None:
             fields["grow"] = Growth(**fields["grow"])
@@ -284,7 +307,14 @@ def expand(pattern: str, names: Sequence[str]) -> list[str]:
     heads = [""]
     for piece in re.split(r"(\{[^}]*\})", pattern):
         if piece.startswith("{"):
-            heads = [head + choice for head in heads for choice in _choices(piece[1:-1], pattern, head, names)]
+            grown: list[str] = []
+            for head in heads:
+                grown += [head + choice for choice in _choices(piece[1:-1], pattern, head, names)]
+                if len(grown) > MOST_NAMES:
+                    raise UserError(
+                        f"lora: {pattern!r:.80} stands for more than {MOST_NAMES:,} names: write it shorter"
+                    )
+            heads = grown
         else:
             heads = [head + piece for head in heads]
     found: list[str] = []
@@ -303,7 +333,8 @@ def _choices(text: str, pattern: str, head: str, names: Sequence[str]) -> list[s
     if span := re.fullmatch(r"(\d+)-(\d+)", text):
         if int(span[1]) > int(span[2]):
             raise UserError(f"lora: the range {{{text}}} in {pattern!r} is empty: write the smaller number first")
-        return [str(i) for i in range(int(span[1]), int(span[2]) + 1)]
+        # One more than is allowed, so that `expand` refuses it without making them all.
+        return [str(i) for i in range(int(span[1]), min(int(span[2]), int(span[1]) + MOST_NAMES) + 1)]
     if share := re.fullmatch(r":([1-9]\d*)/([1-9]\d*)", text):
         if int(share[1]) > int(share[2]):
             raise UserError(f"lora: the share {{{text}}} in {pattern!r} is more than all layers: give at most 1")

@@ -119,7 +119,8 @@ def family_of(raw: Mapping[str, Any]) -> FamilyName:
     """
     listed = raw.get("architectures")
     given = [raw.get("model_type"), *(listed if isinstance(listed, list) else ())]
-    names = [re.sub(r"[_.-]", "", name.lower()) for name in given if isinstance(name, str)]
+    given = [name for name in given if isinstance(name, str) and name.strip("_.- ")]
+    names = [re.sub(r"[_.-]", "", name.lower()) for name in given]
     # The names of the fields alone tell LLaDA-V from LaViDa: both have the same model type.
     like_qwen = "hidden_size" in raw and "d_model" not in raw
     if not names:
@@ -134,7 +135,7 @@ def family_of(raw: Mapping[str, Any]) -> FamilyName:
                 raise _other("LLaDA-V, which has other layers, another picture layout and another way of decoding")
             return family
     known = next((what for name in names for start, what in _OTHERS.items() if name.startswith(start)), None)
-    raise _other(known or f"a model of another kind, {next(name for name in given if name)}")
+    raise _other(known or f"a model of another kind, {given[0][:80]}")
 
 
 def _other(what: str) -> UserError:
@@ -145,7 +146,7 @@ def _other(what: str) -> UserError:
 def unsupported(raw: Mapping[str, Any], layout: ConfigLayout) -> list[str]:
     """Descriptions of the language model's entries that have a wrong type, or a value that the family does not have."""
     wrong = [
-        f"{name}={raw[name]!r} (supported: {', '.join(map(repr, allowed))})"
+        f"{name}={raw[name]!r:.80} (supported: {', '.join(map(repr, allowed))})"
         for name, allowed in layout.supported.items()
         if name in raw and raw[name] not in allowed
     ]
@@ -153,11 +154,16 @@ def unsupported(raw: Mapping[str, Any], layout: ConfigLayout) -> list[str]:
         wrong.append("quantization_config (supported: weights that are not quantised)")
     if layout.names:  # what transformers writes for models of Qwen2's kind
         kinds = raw.get("layer_types")
-        if kinds is not None and set(kinds) != {"full_attention"}:
-            wrong.append(f"layer_types={sorted(set(kinds))} (supported: 'full_attention')")
+        if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+            wrong.append(f"layer_types={kinds!r:.80} (supported: 'full_attention')")
         width, heads, head_dim = (raw.get(name) for name in ("hidden_size", "num_attention_heads", "head_dim"))
-        if head_dim is not None and width is not None and heads and head_dim * heads != width:
-            wrong.append(f"head_dim={head_dim!r} (supported: hidden_size / num_attention_heads)")
+        if head_dim is not None and width is not None and heads:
+            whole = all(type(n) is int for n in (width, heads, head_dim))
+            if not whole or head_dim * heads != width:
+                wrong.append(f"head_dim={head_dim!r:.80} (supported: hidden_size / num_attention_heads)")
+    else:
+        sizes = {name: raw[name] for name in ("embedding_size", "mlp_ratio") if raw.get(name) is not None}
+        wrong += [f"{name}={size!r:.80} (not of type int)" for name, size in sizes.items() if type(size) is not int]
     return wrong + mistyped(layout.config, raw, layout.names)
 
 
@@ -172,7 +178,7 @@ def read_language_model(raw: Mapping[str, Any], layout: ConfigLayout) -> Languag
         rows = raw.get("embedding_size") or raw.get("vocab_size")
         found |= {} if rows is None else {"vocab_size": rows}
         if "mlp_hidden_size" not in found and "d_model" in raw:
-            found["mlp_hidden_size"] = raw["d_model"] * raw.get("mlp_ratio", 4)
+            found["mlp_hidden_size"] = raw["d_model"] * (raw.get("mlp_ratio") or 4)
     if "n_kv_heads" not in found and "n_heads" in found:
         found["n_kv_heads"] = found["n_heads"]
     return layout.config(**found)
@@ -225,7 +231,7 @@ def mistyped(cls: type, raw: Mapping[str, Any], names: Mapping[str, str] | None 
     kinds: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
     pairs = [((names or {}).get(f.name, f.name), type(f.default)) for f in fields(cls)]
     return [
-        f"{name}={raw[name]!r} (not of type {kind.__name__})"
+        f"{name}={raw[name]!r:.80} (not of type {kind.__name__})"
         for name, kind in pairs
         if raw.get(name) is not None and kind in kinds and type(raw[name]) not in kinds[kind]
     ]

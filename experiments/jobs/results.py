@@ -104,7 +104,8 @@ def files_digest(path: str | None) -> str | None:
     if folder is None:
         return None
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    # A pipe or a link to a device has no end, and no checkpoint is read from it.
+    for file in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
         digest.update(file.read_bytes() if size < QUICK_BYTES else f"{file.name} {size} {changed}".encode())
     return _before_conversion(folder, digest.hexdigest()[:16])
@@ -115,10 +116,12 @@ def _before_conversion(folder: Path, digest: str) -> str:
 
     adapter.json names both digests. The old one counts only while the files are those that the conversion wrote.
     """
+    if not (folder / "adapter.json").is_file():
+        return digest
     try:
         converted = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))["converted"]
         return str(converted["from"]) if converted["to"] == digest else digest
-    except (OSError, ValueError, KeyError, TypeError):  # no adapter, not converted, or one that load_adapter refuses
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not converted, or load_adapter refuses it
         return digest
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from experiments.atomic_files import Journal, clear_temporaries, read_json, replacing, write_atomic, write_json
+from experiments.errors import ConfigError
+from experiments.evaluate import without_kept
 
 
 def test_a_torn_last_line_is_dropped_and_written_again(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_what_is_slim_in_memory_is_whole_on_disk(tmp_path: Path) -> None:
 def test_a_broken_line_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"batch": 0}\n{"bat\n{"batch": 2}\n')
-    with pytest.raises(ValueError, match="line 2 is not JSON"):
+    with pytest.raises(ValueError, match="line 2 is not one of this job's"):
         Journal(path)
 
 
@@ -97,3 +99,19 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()
     clear_temporaries(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "null", '"text"', "{}", '{"rows": [3]}', '{"rows": [{}]}', "[" * 100_000])
+def test_lines_of_another_program(tmp_path: Path, line: str) -> None:
+    (tmp_path / "journal.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match="line 1 is not one of this job's"):
+        Journal(tmp_path / "journal.jsonl", without_kept)
+
+
+def test_half_a_character_is_kept(tmp_path: Path) -> None:
+    """UTF-8 has no bytes for it, JSON has an escape."""
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.append({"answer": "\ud800é"})
+        assert journal.load(0) == {"answer": "\ud800é"}
+    write_json(tmp_path / "record.json", {"answer": "\ud800é"})
+    assert read_json(tmp_path / "record.json") == {"answer": "\ud800é"}

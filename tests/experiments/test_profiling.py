@@ -156,6 +156,18 @@ def test_limits_are_measured_once(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "limits.json").read_text())) == 1
 
 
+@pytest.mark.parametrize("damage", ["[]", "[", "null", "[" * 100_000, "3", "{}", '{"copy": 3}', '{"copy": {"a": 1}}'])
+def test_damaged_limits_are_measured_again(tmp_path: Path, damage: str) -> None:
+    """All of the file, or the entry of this device."""
+    path = tmp_path / "limits.json"
+    known_limits(tmp_path, CPU, torch.float32)
+    (device,) = json.loads(path.read_text())
+    for text in (damage, f'{{"{device}": {damage}}}'):
+        path.write_text(text)
+        assert known_limits(tmp_path, CPU, torch.float32).matmul > 1e9
+        assert json.loads(path.read_text())[device]["matmul"] > 1e9
+
+
 def test_a_row_that_beats_its_machine_says_so(eval_here: Callable[..., Path]) -> None:
     job = eval_here("selector=random", "limit=4")
     assert result_of(job)["times"]["flags"] == {}

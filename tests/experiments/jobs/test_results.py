@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import cast
@@ -9,7 +10,8 @@ from typing import cast
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.jobs.results import VERSION, adapter_path, config_hash, read_result
+from experiments.atomic_files import remove_path
+from experiments.jobs.results import VERSION, adapter_path, config_hash, files_digest, read_result
 from experiments.jobs.sample_rows import SampleRow, read_rows, stream_samples, write_samples
 from tests.experiments.conftest import Command, result_of, rows_of
 
@@ -111,3 +113,14 @@ def test_an_adapter_that_is_not_there(model: dict[str, str]) -> None:
         adapter_path("own", model, "saint")
     with pytest.raises(ValueError, match="it has none"):
         adapter_path("own", {"path": "org/model"}, "shirg")
+
+
+@pytest.mark.parametrize("name", ["extra.safetensors", "adapter.json"])
+def test_only_files_of_bytes_are_read_for_the_digest(tmp_path: Path, name: str) -> None:
+    """A pipe or a device has no end."""
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    alone = files_digest(str(tmp_path))
+    for make in (os.mkfifo, os.mkdir, lambda path: path.symlink_to("gone"), lambda path: path.symlink_to("/dev/zero")):
+        make(tmp_path / name)
+        assert files_digest(str(tmp_path)) == alone
+        remove_path(tmp_path / name)
