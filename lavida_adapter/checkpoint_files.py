@@ -100,9 +100,7 @@ def _files(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder / INDEX} has no weight_map: download the checkpoint again")
         names = {str(file): isinstance(file, str) and Path(file).name == file for file in index.values()}
         if foreign := [file for file, is_name in names.items() if not is_name]:
-            raise UserError(
-                f"{folder / INDEX} names {foreign[0][:80]!r}: the files of a checkpoint lie beside it"
-            )
+            raise UserError(f"{folder / INDEX} names {foreign[0][:80]!r}: the files of a checkpoint lie beside it")
         absent = sorted(file for file in names if not is_regular(folder / file))
         if absent:
             raise MissingFileError(f"{folder}: {INDEX} names {_few(absent)}, which do not exist")
