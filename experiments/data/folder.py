@@ -1,6 +1,5 @@
 """`data=folder`: your own pictures, with one question a line in metadata.jsonl."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.image_io import PictureFile
-from experiments.data.sample import Sample, draw_ids
+from experiments.data.sample import MOST_CHARACTERS, Sample, draw_ids
+from lavida_adapter.checkpoint_files import parse_json
 from shirg import MissingFileError, UserError
 
 
@@ -145,8 +145,8 @@ def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(line)
+    except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
     if not isinstance(fields, dict):
         raise UserError(f"{where}: must be a JSON object with file_name, question and answers")
@@ -157,7 +157,15 @@ def _text(fields: dict[str, Any], key: str, where: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: needs a non-empty text {key!r}")
+    _check_length((value,), where)
     return value
+
+
+def _check_length(texts: Sequence[str], where: str) -> None:
+    if longest := [text for text in texts if len(text) > MOST_CHARACTERS]:
+        raise UserError(
+            f"{where}: a text of {len(longest[0]):,} characters; give at most {MOST_CHARACTERS:,}, or remove the row"
+        )
 
 
 def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -165,6 +173,7 @@ def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise UserError(f"{where}: needs 'answers', a text or a list of texts (numbers in quotes), none of them empty")
+    _check_length(answers, where)
     return tuple(answers)
 
 
@@ -174,6 +183,7 @@ def _draft(fields: dict[str, Any], where: str) -> str:
         return ""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: 'draft' must be a non-empty text with gaps, such as 'A photo of [GAP].'")
+    _check_length((value,), where)
     return value
 
 

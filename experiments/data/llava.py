@@ -5,14 +5,14 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
 from experiments.data.image_io import PictureFile
-from experiments.data.sample import Sample
+from experiments.data.sample import MOST_CHARACTERS, Sample
+from lavida_adapter.checkpoint_files import parse_json
 from shirg import MissingFileError, UserError
 
 PLACEHOLDER = "<image>"
@@ -155,8 +155,7 @@ class Llava:
             where = f"{path}, entry {number}"
             if not isinstance(fields, dict):
                 raise UserError(f"{where}: must be an object with image and conversations, not {fields!r:.60}")
-            pictures = fields.get("image") or []
-            pictures = [pictures] if isinstance(pictures, str) else pictures
+            pictures = _pictures(fields, where)
             rounds = list(_rounds(fields.get("conversations"), where))
             if len(pictures) != 1:
                 self.dropped["with several pictures" if pictures else "without a picture"] += 1
@@ -189,15 +188,25 @@ class Llava:
         return found
 
 
+def _pictures(fields: dict[str, Any], where: str) -> list[str]:
+    """The paths in "image", or in "images" as other tools write it; null and "" are none."""
+    given = fields.get("image") or fields.get("images") or []
+    pictures = [given] if isinstance(given, str) else given
+    if not isinstance(pictures, list) or not all(isinstance(picture, str) and picture for picture in pictures):
+        raise UserError(f"{where}: image must be the path of a picture or a list of paths, not {given!r:.60}")
+    return pictures
+
+
 def _read(path: Path) -> list[Any]:
     """The entries of a JSON list or of JSON lines."""
-    text = path.read_text(encoding="utf-8-sig")
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            entries: list[Any] = loads(text)
+            entries: list[Any] = parse_json(text)
             return entries
-        return [loads(line) for line in text.splitlines() if line.strip()]
-    except JSONDecodeError as error:
+        # Not `splitlines`: a text in JSON may hold other ends of lines, U+2028 for example.
+        return [parse_json(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
         raise UserError(f"{path} is neither a JSON list nor JSON lines ({error})") from None
 
 
@@ -210,6 +219,8 @@ def _rounds(turns: Any, where: str) -> Iterator[tuple[str, str]]:
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise UserError(f"{where}: a turn must be an object with from and value, not {turn!r:.60}")
         speaker, text = turn.get("from"), turn["value"].replace(PLACEHOLDER, "").strip()
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(f"{where}: a turn of {len(text):,} characters; give at most {MOST_CHARACTERS:,}")
         if speaker in USER:
             asked = text
         elif speaker in ASSISTANT:

@@ -15,6 +15,10 @@ Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1) as fractions of the picture, origin at the top left."""
 
 
+MOST_CHARACTERS = 200_000
+"""Longest text of a sample. Tokenizers need gigabytes for one of megabytes, which no model could read anyway."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One question about one picture."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 from transformers import AutoTokenizer
@@ -26,7 +28,7 @@ from experiments.data.synthetic.glyphs import SynthGlyphs, ask, draw_lookups, dr
 from experiments.data.synthetic.mixture import SynthMix
 from experiments.data.synthetic.tokenizer import build_tokenizer, glyph_tokens
 from experiments.data.train_data import TrainData
-from shirg import MissingFileError
+from shirg import MissingFileError, UserError
 from tests.data.test_entitygrid import grid
 from tests.data.test_loader import glyphs
 from tests.experiments.test_configs import composed
@@ -148,6 +150,8 @@ def root(tmp_path: Path) -> Path:
     (folder / "blank.jsonl").write_text("\n\n  \n")
     (folder / "none.json").write_text("[]")
     (folder / "torn.json").write_text('[{"id": 1')
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "latin.json").write_bytes('[{"id": "\xe9"}]'.encode("latin-1"))
     Image.new("F", (2, 2), 0.5).save(folder / "float.tiff")
     return folder
 
@@ -168,6 +172,8 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing picture": (talks, "1 of 2 pictures are not in ... the first is deep/b.png ... missing=drop"),
     "empty list": (lambda root: talks(root, "none.json"), "none.json: nothing in it can be learned from (it is empty)"),
     "torn list": (lambda root: talks(root, "torn.json"), "torn.json is neither a JSON list nor JSON lines"),
+    "deep list": (lambda root: talks(root, "deep.json"), "deep.json is neither a JSON list nor JSON lines"),
+    "Latin-1": (lambda root: talks(root, "latin.json"), "latin.json is neither a JSON list nor JSON lines"),
     "talks, limit": (lambda root: talks(root, limit=0), "data.limit=0 must be a positive number"),
     "grid, no files": (
         lambda root: grid(source="disk", root=str(root), split="val"),
@@ -187,6 +193,21 @@ LINES: list[tuple[dict[str, Any] | str | bytes, str]] = [
     ("[" * 100_000, "not valid JSON"),
     (b'{"file_name": "\xff\xfe"}', "not valid JSON"),
     ('["a.png"]', "must be a JSON object"),
+    *((text, "must be a JSON object") for text in ("3", "null", "NaN", '"text"')),
+    ('{"file_name":' * 100_000, "not valid JSON"),
+    (json.dumps(row(question="half \ud800")), "half a character, '\\ud800'"),
+    (json.dumps(row(answers=["\udfff"])), "half a character"),
+    (json.dumps(row(file_name="\ud800.png")), "half a character"),
+    (json.dumps(row(question_id="\ud800")), "half a character"),
+    (json.dumps(row(question="Où?"), ensure_ascii=False).encode("latin-1"), "not valid JSON"),
+    (row(question="why " * 2_500_000), "a text of 10,000,000 characters; give at most 200,000"),
+    (row(answers=["a", "why " * 60_000]), "a text of 240,000 characters"),
+    (row(draft="why " * 60_000), "a text of 240,000 characters"),
+    *((row(question=value), "needs a non-empty text 'question'") for value in ([], {}, True, float("nan"))),
+    *((row(file_name=value), "needs a non-empty text 'file_name'") for value in ([], {}, True, float("nan"))),
+    *((row(answers=value), "needs 'answers'") for value in ({}, True, float("nan"), [[]], [None])),
+    *((row(question_id=value), "the id must be a text or a whole number") for value in ([], {}, float("nan"))),
+    *((row(draft=value), "'draft' must be a non-empty text") for value in (3, [], {}, " ")),
     (row(file_name=None), "needs a non-empty text 'file_name'"),
     (row(file_name=""), "needs a non-empty text 'file_name'"),
     (row(question=None), "needs a non-empty text 'question'"),
@@ -232,6 +253,14 @@ ENTRIES: list[tuple[Any, str]] = [
     ({"image": "a.png", "conversations": ["hi"]}, "entry 0: a turn must be an object with from and value"),
     ({**TALK, "conversations": [{"from": "cat", "value": "x"}]}, "from 'cat': it must be from human or gpt"),
     ({**TALK, "image": "../secret.jpg"}, "is outside ... : give paths that start there"),
+    *(
+        ({**TALK, "image": value}, "entry 0: image must be the path of a picture")
+        for value in (3, {"path": "a.png"}, float("nan"), [3], [None], [["a.png"]], True)
+    ),
+    *(({**TALK, "conversations": value}, "needs conversations, a list of turns") for value in (3, "hi", {}, None)),
+    ({**TALK, "conversations": [{"from": "human", "value": "?" * 300_000}]}, "a turn of 300,000 characters"),
+    *(({**TALK, "conversations": [turn]}, "a turn must be an object") for turn in (3, None, [], {"from": "human"})),
+    ({**TALK, "id": "\ud800"}, "is neither a JSON list nor JSON lines ... half a character"),
     ({"conversations": TALK["conversations"]}, "nothing in it can be learned from (1 without a picture)"),
 ]
 
@@ -240,6 +269,45 @@ ENTRIES: list[tuple[Any, str]] = [
 def test_entries_of_conversations(root: Path, entry: Any, words: str) -> None:
     (root / "talks.json").write_text(json.dumps([entry]))
     assert_says(message_of(lambda: talks(root)), words)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x1e", "\x0b"])
+def test_other_ends_of_lines_are_part_of_a_text(root: Path, end: str) -> None:
+    """JSON allows them in a text, except for control characters, which it has escapes for."""
+    text = f"one{end}two"
+    (root / "metadata.jsonl").write_text(json.dumps(row(question=text), ensure_ascii=False), encoding="utf-8")
+    assert Folder(root=root)[0].question == text
+    talk = {**TALK, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}
+    lines = [json.dumps({**talk, **fields}, ensure_ascii=False) for fields in ({}, {"image": ["a.png"]})]
+    (root / "lines.json").write_text("\n".join(lines), encoding="utf-8")
+    assert [sample.question for sample in (talks(root, "lines.json")[i] for i in range(2))] == [text, text]
+
+
+def test_pictures_in_the_plural(root: Path) -> None:
+    entry = {"images": ["a.png"], "conversations": TALK["conversations"]}
+    (root / "talks.json").write_text(json.dumps([entry, {**entry, "images": ["a.png", "b.png"]}]))
+    data = talks(root)
+    assert (len(data), data[0].meta["picture"]) == (1, "a.png")
+    assert data.dropped == {"with several pictures": 1}
+
+
+FIELD = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6), st.lists(st.text(max_size=3), max_size=2)
+)
+
+
+@given(st.dictionaries(st.sampled_from([*ROW, "answer", "question_id", "id", "draft", "drafts"]), FIELD), st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_line_is_read_or_refused(root: Path, changes: dict[str, Any], data: st.DataObject) -> None:
+    line = json.dumps({**ROW, **changes}, ensure_ascii=data.draw(st.booleans())).encode(errors="surrogatepass")
+    cut = data.draw(st.integers(1, len(line)))
+    (root / "metadata.jsonl").write_bytes(line[:cut] if data.draw(st.booleans()) else line)
+    try:
+        (sample,) = Folder(root=root)  # type: ignore[misc]  # a sequence of samples can be unpacked
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert sample.question.strip() and all(answer.strip() for answer in sample.answers)
 
 
 def test_a_missing_file_is_also_a_file_not_found_error(root: Path) -> None:
