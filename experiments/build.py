@@ -62,6 +62,23 @@ def compose_eval(*overrides: str) -> DictConfig:
     return compose_command("eval", overrides)[0]
 
 
+MOST_THREADS, MOST_IN_BATCH = 1024, 2**20
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Refuses numbers of a run that torch cannot hold or that would fill the memory.
+
+    Raises:
+        UserError: names the key.
+    """
+    if cfg.threads is not None and not 1 <= cfg.threads <= MOST_THREADS:
+        raise UserError(f"threads={cfg.threads}: give a number from 1 to {MOST_THREADS:,}")
+    if not 1 <= cfg.batch_size <= MOST_IN_BATCH:
+        raise UserError(f"batch_size={cfg.batch_size}: give at least 1 and at most {MOST_IN_BATCH:,}")
+    if not 0 <= cfg.seed < 2**63:
+        raise UserError(f"seed={cfg.seed}: give a number from 0 to 2^63 - 1")
+
+
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     """The dataset of `data=...`; an empty one raises."""
     if "parts" in OmegaConf.select(cfg, group):

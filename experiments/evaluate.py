@@ -39,8 +39,9 @@ from shirg import MissingFileError, UserError
 
 def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     """Evaluates one pipeline on one dataset; returns the sections of result.json."""
-    if cfg.batch_size < 1:
-        raise UserError(f"batch_size={cfg.batch_size}: give at least 1")
+    build.check_numbers(cfg)
+    if cfg.shots < 0:
+        raise UserError(f"shots={cfg.shots}: give 0 or more")
     device = profiling.use_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -46,6 +46,7 @@ def train(cfg: DictConfig, job: Job) -> dict[str, Any]:
 
 
 def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
+    build.check_numbers(cfg)
     device = profiling.use_device(cfg.device, job.ranks.local_rank)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)

@@ -7,6 +7,7 @@ from shirg import UserError
 
 BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
 """The hash of a picture's content, modulo 100, decides the one split that it may appear in."""
+MOST = 2_000_000
 
 
 class SyntheticDataset:
@@ -19,6 +20,8 @@ class SyntheticDataset:
             raise UserError(f"data.split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
         if n < 1 or qa_per_image < 1:
             raise UserError(f"data.n={n} and data.qa_per_image={qa_per_image} must be positive")
+        if n > MOST:
+            raise UserError(f"data.n={n} is too many to draw: give at most {MOST:,}")
         self.split = split
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens
