@@ -1,4 +1,12 @@
-"""LLaDA, a masked-diffusion language model (arXiv 2502.09992), under the names of its published checkpoint."""
+"""LLaDA, a masked-diffusion language model (arXiv 2502.09992), under the names of its published checkpoint.
+
+docs/lavida.md, "Language model". It was trained from scratch as a diffusion model: the output at a masked position is
+the prediction for that position. There are no biases, every query head has a key head of its own in the published
+sizes, and rotary positions are applied in float32 whatever the weights are.
+
+Two modules have the name `ff_out`: the down-projection of a block, and the head below the model. LoRA targets must name
+them in full.
+"""
 
 from typing import ClassVar
 

@@ -14,7 +14,6 @@ SHORTEST = 60
 PLUG_IN_FOLDERS = (
     "baselines",
     "lavida_adapter/cache_compression",
-    "lavida_adapter/llada.py",
     "experiments/bench",
     "experiments/data/benchmarks",
     "experiments/data/synthetic",
