@@ -69,7 +69,7 @@ def test_a_job_that_dies_takes_no_other_with_it(two_jobs: list[str], calm: Path,
     (row,) = (row for row in table_without_times(study) if row["status"] == "ok")
     (whole,) = (other for other in table_without_times(calm) if other["job"] == row["job"])
     for key in (key for key in whole if key.startswith(("exact_match", "subset", "recall", "visual tokens", "ids"))):
-        assert row[key] == whole[key], key
+        assert row.get(key, "") == whole[key], key  # a column without a value in any row is not there
     assert result_of(journal.parent)["status"] == "running"
 
 
