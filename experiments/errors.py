@@ -33,10 +33,15 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, OmegaConfBaseException | UserError)
 
 
+def visible(text: str) -> str:
+    """The text in one line, control characters as escapes: a terminal or a Markdown reader must not obey them."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
 def fail(sentence: str, code: int = 1) -> NoReturn:
     """Ends the command with one sentence on standard error."""
     sys.stdout.flush()
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {visible(sentence)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -49,7 +54,7 @@ def fail_or_raise(error: Exception) -> NoReturn:
 
 def leave_out(path: Path, why: object) -> None:
     """Says, once in a process, that a damaged file or folder of a study is left out, and why."""
-    line = f"left out  {path}: {' '.join(str(why).split())}"
+    line = visible(f"left out  {path}: {' '.join(str(why).split())}")
     if line not in _LEFT_OUT:
         _LEFT_OUT.add(line)
         print(line, file=sys.stderr, flush=True)

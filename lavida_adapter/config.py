@@ -100,6 +100,8 @@ class LavidaConfig:
 
     def _check_canvases(self) -> None:
         size = self.vision.image_size
+        if not self.pooled_side:
+            raise UserError(f"config: a view of {size} pixels has no token with patch_size={self.vision.patch_size}")
         if not self.image_grid_pinpoints:
             raise UserError("config: image_grid_pinpoints is empty; give the (width, height) of at least one canvas")
         for w, h in self.image_grid_pinpoints:

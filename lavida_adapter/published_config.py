@@ -177,8 +177,8 @@ def read_language_model(raw: Mapping[str, Any], layout: ConfigLayout) -> Languag
     if not layout.names:  # LLaDA names the rows of its embedding `embedding_size` and falls back to `vocab_size`.
         rows = raw.get("embedding_size") or raw.get("vocab_size")
         found |= {} if rows is None else {"vocab_size": rows}
-        if "mlp_hidden_size" not in found and "d_model" in raw:
-            found["mlp_hidden_size"] = raw["d_model"] * (raw.get("mlp_ratio") or 4)
+        if "mlp_hidden_size" not in found and "d_model" in found:
+            found["mlp_hidden_size"] = found["d_model"] * (raw.get("mlp_ratio") or 4)
     if "n_kv_heads" not in found and "n_heads" in found:
         found["n_kv_heads"] = found["n_heads"]
     return layout.config(**found)

@@ -8,6 +8,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The suite draws the same inputs each time, so that it passes or fails by the code alone;
+# `pytest --hypothesis-profile=search` draws new ones.
+settings.register_profile("suite", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -72,7 +72,7 @@ def ranks_alone(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_budget_mask_order_and_rank(name: str, data: st.DataObject) -> None:
     """The budget is met by valid tokens in reading order; where a selector ranks, by the best of them."""
@@ -99,7 +99,7 @@ def test_budget_mask_order_and_rank(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_a_drawn_picture_does_not_depend_on_its_batch_mates(name: str, data: st.DataObject) -> None:
     """Of noise alone: where all tokens are alike, the rounding of another batch size decides."""

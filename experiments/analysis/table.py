@@ -22,6 +22,7 @@ from experiments.analysis.shards import merge_shards
 from experiments.analysis.study import read_study
 from experiments.analysis.systems import RunGroup, group_runs
 from experiments.atomic_files import clear_temporaries, write_atomic
+from experiments.errors import visible
 
 NAME = "table"
 OLD_S = 3600.0
@@ -106,11 +107,6 @@ def to_csv(frame: pd.DataFrame) -> str:
     values = [[harmless(value) for value in row] for row in frame.to_numpy()]
     plain = pd.DataFrame(values, columns=[harmless(name) for name in frame.columns], dtype=object)
     return str(plain.to_csv(index=False, lineterminator="\n"))
-
-
-def visible(text: str) -> str:
-    """The text in one line, control characters as escapes: a terminal or a Markdown reader must not obey them."""
-    return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _parquet(frame: pd.DataFrame) -> bytes:

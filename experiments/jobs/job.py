@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import profiling
 from experiments.atomic_files import Entry, Journal, clear_temporaries, remove_path, write_atomic
-from experiments.errors import explain, is_user_error
+from experiments.errors import explain, is_user_error, visible
 from experiments.jobs import results
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
 from experiments.jobs.launchers import JobOutcome
@@ -232,7 +232,7 @@ def _print(outcome: JobOutcome) -> JobOutcome:
 
 def _failed(folder: Path, sentence: str) -> JobOutcome:
     where = f"{folder.name}: " if HydraConfig.get().mode == RunMode.MULTIRUN else ""
-    return _print(JobOutcome(folder, False, f"error: {where}{' '.join(sentence.split())}"))
+    return _print(JobOutcome(folder, False, visible(f"error: {where}{' '.join(sentence.split())}")))
 
 
 def _short(folder: Path) -> str:

@@ -232,6 +232,6 @@ def test_any_config_is_read_or_refused(fields: dict[str, Any], tower: dict[str, 
     try:
         config = LavidaConfig.from_dict({"vision_config": tower, **fields})
     except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1500
+        assert 20 < len(str(error)) < 1500
     else:
         assert LavidaConfig.from_dict(config.to_dict()) == config

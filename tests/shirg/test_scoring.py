@@ -84,7 +84,7 @@ def test_minmax_and_rank_by_hand() -> None:
     assert normalise(values, valid, "none").tolist() == values.tolist()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
     values=st.lists(st.integers(-50, 50), min_size=3, max_size=12),
     norm=st.sampled_from(["zscore", "minmax", "rank"]),

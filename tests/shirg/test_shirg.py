@@ -129,7 +129,7 @@ def test_relevance_decides() -> None:
     assert wanted[0] != wanted[1]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(token=st.integers(0, 323), by=st.floats(0.01, 5), norm=st.sampled_from(["none", "rank"]))
 def test_more_relevance_never_evicts(token: int, by: float, norm: str) -> None:
     features = make_features((2, 2), sizes=[(640, 480)])

@@ -21,8 +21,8 @@ from experiments.analysis.table import (
     refresh,
     to_csv,
     to_markdown,
-    visible,
 )
+from experiments.errors import visible
 from experiments.report.publish import publish
 from tests.experiments.planting import change_result
 
