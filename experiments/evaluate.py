@@ -18,8 +18,9 @@ from PIL import Image
 from experiments import build, profiling
 from experiments.analysis.aggregate import summarise
 from experiments.atomic_files import Entry, Journal, remove_path
+from experiments.data.chosen_samples import choose_samples, shard_of
 from experiments.data.image_io import picture_of, prefetch_pictures
-from experiments.data.sample import Dataset, Ruled, Sample, Traced, draw_ids, ids_hash, other_questions
+from experiments.data.sample import Ruled, Sample, Traced, ids_hash, other_questions
 from experiments.inference import Answers, EvalPipeline
 from experiments.jobs import results
 from experiments.jobs.job import JOURNAL, Job
@@ -50,7 +51,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     rule = check_rule(dataset.answer_rule if isinstance(dataset, Ruled) else "whole")
     everything = choose_samples(dataset, cfg.limit, cfg.seed)
     samples = shard_of(everything, cfg.shard, cfg.shards)
-    ids = ids_hash(sample.id for sample in samples)
+    ids = ids_hash(samples.ids)
     print(f"data  {dataset.name} {dataset.split}: {len(samples)} of {len(dataset)} samples, ids {ids}")
     logger = RunLogger.of(cfg, job)
     decode = build.build_decode(cfg, dataset.max_new_tokens)
@@ -137,26 +138,6 @@ def check_data(cfg: DictConfig, folder: Path) -> str:
             "another study= keeps both"
         )
     return ""
-
-
-def choose_samples(dataset: Dataset, limit: int | None, seed: int) -> list[Sample]:
-    """All samples, or `limit` of them drawn with the seed by their ids; the dataset's order stays."""
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: give a positive number of samples, or null for all of them")
-    samples = [dataset[i] for i in range(len(dataset))]
-    if len({sample.id for sample in samples}) < len(samples):
-        raise UserError(f"data: {dataset.name} has two samples with the same id, so answers are ambiguous")
-    drawn = draw_ids([sample.id for sample in samples], limit, seed)
-    return [sample for sample in samples if sample.id in drawn]
-
-
-def shard_of(samples: list[Sample], shard: int, shards: int) -> list[Sample]:
-    """Every `shards`-th sample, from number `shard` on."""
-    if not 0 <= shard < shards:
-        raise UserError(f"shard={shard} shards={shards}: shards are numbered from 0 to shards - 1")
-    if len(samples) < shards:
-        raise UserError(f"shards={shards}: there are only {len(samples)} samples")
-    return samples[shard::shards]
 
 
 @dataclass

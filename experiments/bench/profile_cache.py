@@ -45,8 +45,8 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
 
     from experiments import build
     from experiments.atomic_files import write_json
+    from experiments.data.chosen_samples import choose_samples
     from experiments.data.image_io import load_batch
-    from experiments.evaluate import choose_samples
     from experiments.profiling import resolve_device
     from lavida_adapter.cache_compression.layer_retention import MassReceived, profile
 

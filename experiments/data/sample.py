@@ -101,6 +101,14 @@ class Listed(Protocol):
         """Drops the samples that do not fit, and counts them in `dropped`."""
 
 
+@runtime_checkable
+class Ranked(Protocol):
+    """A dataset that finds a sample by the rank of its id, without making all samples."""
+
+    def at_rank(self, rank: int) -> int:
+        """The index of the sample whose id is number `rank` among all ids in sorted order."""
+
+
 def draw_ids(ids: Sequence[str], limit: int | None, seed: int) -> frozenset[str]:
     """The first `limit` ids of an order drawn with the seed: a smaller limit draws a subset of a larger one's.
 
@@ -109,8 +117,14 @@ def draw_ids(ids: Sequence[str], limit: int | None, seed: int) -> frozenset[str]
     if limit is None or limit >= len(ids):
         return frozenset(ids)
     order = sorted(ids)
+    return frozenset(order[rank] for rank in draw_ranks(len(ids), limit, seed))
+
+
+def draw_ranks(n: int, limit: int, seed: int) -> list[int]:
+    """The ranks that the ids of `draw_ids` have among n sorted ids."""
+    order = list(range(n))
     random.Random(seed).shuffle(order)
-    return frozenset(order[:limit])
+    return order[:limit]
 
 
 def ids_hash(ids: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from experiments.atomic_files import read_json, write_atomic, write_json
+from experiments.data.image_io import picture_of
 from experiments.data.sample import Box, Sample
 from experiments.errors import ConfigError, leave_out
 from experiments.token_stats import TokenGeometry
@@ -41,19 +42,25 @@ def pick_examples(samples: Sequence[Sample], n: int) -> dict[str, int]:
 
     The choice depends on the dataset alone, so that the jobs of a study show the same samples.
     """
-    kinds: dict[tuple[str, ...], list[Sample]] = {}
-    for sample in samples:
+    kinds: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    pictures: dict[tuple[str, ...], set[str]] = {}
+    for sample in samples if n else ():
         key = (str(sample.meta.get("group", "")), str(sample.meta.get("density", "")), sample.subtask)
-        kinds.setdefault(key, []).append(sample)
+        queue, known = kinds.setdefault(key, []), pictures.setdefault(key, set())
+        picture = picture_of(sample)
+        # Of a kind no more than n are chosen: its first ones, or the first ones about its first n pictures.
+        if len(queue) < n or (len(known) < n and picture not in known):
+            queue.append((sample.id, picture))
+            known.add(picture)
     chosen: list[str] = []
     seen: set[str] = set()
     while len(chosen) < min(n, len(samples)):
         for queue in kinds.values():
-            fresh = next((s for s in queue if s.meta.get("picture", s.id) not in seen), queue[0] if queue else None)
+            fresh = next((pair for pair in queue if pair[1] not in seen), queue[0] if queue else None)
             if fresh is not None and len(chosen) < n:
                 queue.remove(fresh)
-                seen.add(fresh.meta.get("picture", fresh.id))
-                chosen.append(fresh.id)
+                seen.add(fresh[1])
+                chosen.append(fresh[0])
     return {sample: number for number, sample in enumerate(chosen)}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect
-from experiments.evaluate import choose_samples
+from experiments.data.chosen_samples import choose_samples
 from experiments.schema import CONF
 from shirg import UserError
 from tests.experiments.conftest import result_of, rows_of

@@ -6,11 +6,13 @@ from functools import lru_cache, partial
 from random import Random
 from typing import ClassVar
 
+from PIL import Image
+
 from experiments.data.sample import Sample
 from experiments.data.synthetic.board import Board, Stamp, box_of, generator, to_image
 from experiments.data.synthetic.glyphs.render import PICTURE_PX
 from experiments.data.synthetic.glyphs.scene import MAX_ATTEMPTS
-from experiments.data.synthetic.synthetic_dataset import BUCKETS, SyntheticDataset, densities_of
+from experiments.data.synthetic.synthetic_dataset import BUCKETS, CACHED_SCENES, SyntheticDataset, densities_of
 from shirg import UserError
 
 DENSITIES = {"sparse": (0.0, 0.0), "dense": (1.0, 1.0), "train": (0.0, 1.0)}
@@ -78,7 +80,7 @@ class SynthTask(SyntheticDataset):
             raise UserError(f"data.tasks={list(tasks)} must name some of {', '.join(self.TASKS)}")
         self._densities, self._tasks, self._seed, self._suffix = densities, tasks, seed, suffix
         # Refuses too many questions when the dataset is built.
-        self._question(self.draw(seed, split, 0, densities[0]), qa_per_image - 1)
+        self._question(0, qa_per_image - 1)
 
     @classmethod
     def compose(cls, rng: Random, crowd: float) -> Board:
@@ -95,28 +97,34 @@ class SynthTask(SyntheticDataset):
         """All questions by subtask, in a random order in which the first answers are balanced."""
         raise NotImplementedError(f"{cls.__name__} must list its questions")
 
-    def sample(self, picture: int, turn: int) -> Sample:
+    def _scene(self, picture: int) -> tuple[int, str, int, str]:
+        """The arguments of `draw`."""
         number, which = divmod(picture, len(self._densities))
-        density = self._densities[which]
-        board = self.draw(self._seed, self.split, number, density)
-        subtask, question = self._question(board, turn)
-        picture_id = f"{self.name}-{self.split}-{self._seed}-{density}-{number:05d}"
+        return self._seed, self.split, number, self._densities[which]
+
+    def picture_id(self, picture: int) -> str:
+        seed, split, number, density = self._scene(picture)
+        return f"{self.name}-{split}-{seed}-{density}-{number:05d}"
+
+    def sample(self, picture: int, turn: int) -> Sample:
+        subtask, question = self._question(picture, turn)
+        scene, picture_id = self._scene(picture), self.picture_id(picture)
         return Sample(
             id=f"{picture_id}-{question.text.replace(' ', '-')}",
             dataset=self.name,
             split=self.split,
-            load_image=partial(to_image, board),
+            load_image=partial(draw_image, type(self), *scene),
             size=(PICTURE_PX, PICTURE_PX),
             question=question.text,
             prompt=question.text + self._suffix,
             answers=(question.answer,),
             subtask=subtask,
             boxes=tuple(map(box_of, question.evidence)),
-            meta={"picture": picture_id, "density": density, "group": "guard" if self.GUARD else "fine"},
+            meta={"picture": picture_id, "density": scene[-1], "group": "guard" if self.GUARD else "fine"},
         )
 
     @classmethod
-    @lru_cache(maxsize=64)
+    @lru_cache(maxsize=CACHED_SCENES)
     def draw(cls, seed: int, split: str, index: int, density: str) -> Board:
         """Board number `index` of a split; drawn again until the hash of its content falls into the split's bucket."""
         for attempt in range(MAX_ATTEMPTS):
@@ -126,14 +134,26 @@ class SynthTask(SyntheticDataset):
                 return board
         raise RuntimeError(f"no picture of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
 
-    def _question(self, board: Board, turn: int) -> tuple[str, Question]:
-        """Question number `turn` and its subtask; they depend on the board alone."""
+    @classmethod
+    @lru_cache(maxsize=CACHED_SCENES)
+    def _asked(cls, seed: int, split: str, index: int, density: str) -> Mapping[str, list[Question]]:
+        """All questions about a board; they depend on the board alone."""
+        board = cls.draw(seed, split, index, density)
+        return cls.questions(board, Random(board.look))
+
+    def _question(self, picture: int, turn: int) -> tuple[str, Question]:
+        """Question number `turn` about a picture, and its subtask."""
         nth, which = divmod(turn, len(self._tasks))
         subtask = self._tasks[which]
-        asked = self.questions(board, Random(board.look))[subtask]
+        asked = self._asked(*self._scene(picture))[subtask]
         if nth >= len(asked):
             raise UserError(
                 f"data.qa_per_image={self.questions_per_picture} is more than a picture can answer with tasks "
                 f"{list(self._tasks)}: lower it"
             )
         return subtask, asked[nth]
+
+
+def draw_image(task: type[SynthTask], seed: int, split: str, index: int, density: str) -> Image.Image:
+    """The picture of board number `index`."""
+    return to_image(task.draw(seed, split, index, density))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments.data.sample import Dataset, Sample
+from experiments.data.sample import Sample
 from experiments.data.synthetic.board_task import SynthTask
 from experiments.data.synthetic.chart import SynthChart
 from experiments.data.synthetic.doc import SynthDoc
@@ -62,13 +62,21 @@ class SynthMix(SyntheticDataset):
         self._shares = dict(shares)
         options: dict[str, Any] = {"split": split, "n": n, "seed": seed, "qa_per_image": qa_per_image, "suffix": suffix}
         options |= {"max_new_tokens": max_new_tokens, "metrics": metrics, "density": density}
-        self._parts: dict[str, Dataset] = {
+        self._parts: dict[str, SyntheticDataset] = {
             family: (SynthGlyphs if family == GLYPHS else FAMILIES[family])(**options) for family, _ in self._round
         }
 
-    def sample(self, picture: int, turn: int) -> Sample:
+    def _origin(self, picture: int) -> tuple[str, int]:
+        """The family of a picture, and its number there."""
         rounds, place = divmod(picture, len(self._round))
         family, nth = self._round[place]
-        own = rounds * self._shares[family] + nth
-        sample = self._parts[family][own * self.questions_per_picture + turn]
+        return family, rounds * self._shares[family] + nth
+
+    def picture_id(self, picture: int) -> str:
+        family, own = self._origin(picture)
+        return self._parts[family].picture_id(own)
+
+    def sample(self, picture: int, turn: int) -> Sample:
+        family, own = self._origin(picture)
+        sample = self._parts[family].sample(own, turn)
         return sample if family == GLYPHS else replace(sample, meta={**sample.meta, "group": family})

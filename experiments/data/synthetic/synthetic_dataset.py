@@ -1,6 +1,11 @@
-"""The base class of synthetic datasets: pictures are drawn by number, and consecutive questions share a picture."""
+"""The base class of synthetic datasets: pictures are drawn by number, and consecutive questions share a picture.
+
+Nothing is drawn before it is needed: a sample's question and its place in the order of ids need its own scene alone,
+and its pixels are drawn when they are loaded.
+"""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 from experiments.data.sample import Sample
 from shirg import UserError
@@ -8,6 +13,8 @@ from shirg import UserError
 BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
 """The hash of a picture's content, modulo 100, decides the one split that it may appear in."""
 MOST = 2_000_000
+CACHED_SCENES = 64
+"""How many scenes a process keeps, because consecutive samples share one."""
 
 
 class SyntheticDataset:
@@ -31,6 +38,27 @@ class SyntheticDataset:
     def sample(self, picture: int, turn: int) -> Sample:
         """The sample of question number `turn` about picture number `picture`, both from 0."""
         raise NotImplementedError(f"{type(self).__name__} must make the sample of a number")
+
+    def picture_id(self, picture: int) -> str:
+        """The name of a picture; the ids of its samples are this, "-" and the question."""
+        raise NotImplementedError(f"{type(self).__name__} must name its pictures")
+
+    def at_rank(self, rank: int) -> int:
+        """The index of the sample whose id is number `rank` in sorted order; draws the scene of its picture alone."""
+        k = self.questions_per_picture
+        missing = -self._n % k  # questions that the last picture has fewer than the others
+        if missing and rank >= self._pictures.index(self._n // k) * k + k - missing:
+            rank += missing
+        first = self._pictures[rank // k] * k
+        ids = [self[i].id for i in range(first, min(first + k, self._n))]
+        if len(set(ids)) < len(ids):
+            raise UserError(f"data: {self.name} has two samples with the same id, so answers are ambiguous")
+        return first + ids.index(sorted(ids)[rank % k])
+
+    @cached_property
+    def _pictures(self) -> list[int]:
+        """The pictures in the order of their samples' ids."""
+        return sorted(range(-(-self._n // self.questions_per_picture)), key=lambda i: self.picture_id(i) + "-")
 
     def __len__(self) -> int:
         return self._n

@@ -32,6 +32,7 @@ def test_examples_take_kinds_of_question_in_turn_and_new_pictures_first() -> Non
     ]
     assert pick_examples(samples, 4) == {"a-digit": 0, "b-letter": 1, "c-digit": 2, "a-letter": 3}
     assert len(pick_examples(samples, 20)) == 6
+    assert pick_examples(samples[:2], 2) == {"a-digit": 0, "a-letter": 1}  # no other picture is left
 
 
 def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:

@@ -3,14 +3,27 @@
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
+from PIL import Image
+
 from experiments.data.sample import Sample
-from experiments.data.synthetic.glyphs.questions import questions
+from experiments.data.synthetic.glyphs.questions import GlyphQuestion, questions
 from experiments.data.synthetic.glyphs.render import PICTURE_PX, to_image
 from experiments.data.synthetic.glyphs.scene import DENSITIES, TASKS, draw_scene
-from experiments.data.synthetic.synthetic_dataset import SyntheticDataset, densities_of
+from experiments.data.synthetic.synthetic_dataset import CACHED_SCENES, SyntheticDataset, densities_of
 
-_scene = lru_cache(maxsize=64)(draw_scene)
-"""Cached, because consecutive samples share a picture."""
+scene_of = lru_cache(maxsize=CACHED_SCENES)(draw_scene)
+
+
+@lru_cache(maxsize=CACHED_SCENES)
+def _asked(
+    seed: int, split: str, index: int, density: str, n: int, tasks: tuple[str, ...]
+) -> tuple[GlyphQuestion, ...]:
+    return tuple(questions(scene_of(seed, split, index, density), n=n, tasks=tasks))
+
+
+def draw_image(seed: int, split: str, index: int, density: str) -> Image.Image:
+    """The picture of scene number `index`."""
+    return to_image(scene_of(seed, split, index, density))
 
 
 class SynthGlyphs(SyntheticDataset):
@@ -49,24 +62,32 @@ class SynthGlyphs(SyntheticDataset):
         self._seed = seed
         self._suffix = suffix
         # Refuses wrong tasks when the dataset is built.
-        questions(_scene(seed, split, 0, self._densities[0]), n=qa_per_image, tasks=self._tasks)
+        self._questions(0)
+
+    def _scene(self, picture: int) -> tuple[int, str, int, str]:
+        """The arguments of `draw_scene`."""
+        number, which = divmod(picture, len(self._densities))
+        return self._seed, self.split, number, self._densities[which]
+
+    def _questions(self, picture: int) -> tuple[GlyphQuestion, ...]:
+        return _asked(*self._scene(picture), self.questions_per_picture, self._tasks)
+
+    def picture_id(self, picture: int) -> str:
+        seed, split, number, density = self._scene(picture)
+        return f"{split}-{seed}-{density}-{number:05d}"
 
     def sample(self, picture: int, turn: int) -> Sample:
-        number, which = divmod(picture, len(self._densities))
-        density = self._densities[which]
-        scene = _scene(self._seed, self.split, number, density)
-        question = questions(scene, n=turn + 1, tasks=self._tasks)[turn]
-        picture_id = f"{self.split}-{self._seed}-{density}-{number:05d}"
+        question, picture_id = self._questions(picture)[turn], self.picture_id(picture)
         return Sample(
             id=f"{picture_id}-{question.text.replace(' ', '-')}",
             dataset=self.name,
             split=self.split,
-            load_image=partial(to_image, scene),
+            load_image=partial(draw_image, *self._scene(picture)),
             size=(PICTURE_PX, PICTURE_PX),
             question=question.text,
             prompt=question.text + self._suffix,
             answers=(question.answer,),
             subtask=question.subtask,
             boxes=(question.box,),
-            meta={"picture": picture_id, "density": density, "group": question.group},
+            meta={"picture": picture_id, "density": self._scene(picture)[-1], "group": question.group},
         )
