@@ -255,6 +255,13 @@ def adapter_size(adapter: str | None) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
 
 
+def trains_selector(adapter: str) -> bool:
+    """Whether the adapter holds trained layers of a selector."""
+    from lavida_adapter.adapter_files import holds_selector
+
+    return holds_selector(_adapter_folder(adapter))
+
+
 def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["matched"]:
     """A budget's number of tokens; names are the model's, and "768/980 base" is that share of one, rounded."""
     with suppress(UserError):

@@ -27,6 +27,7 @@ from experiments.jobs.job import JOURNAL, Job
 from experiments.jobs.results import SHOTS, adapter_path
 from experiments.jobs.sample_facts import changes, describe, facts_of
 from experiments.jobs.sample_rows import SampleRow, digests_of, drop_partial_digests, read_facts, stream_samples
+from experiments.kept_between_jobs import take_dataset, take_model
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.metrics.final_answer import check_rule
@@ -47,7 +48,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     # The data first: an error in it should be found before the weights are loaded.
-    dataset = build.build_dataset(cfg)
+    dataset = take_dataset(cfg)
     rule = check_rule(dataset.answer_rule if isinstance(dataset, Ruled) else "whole")
     everything = choose_samples(dataset, cfg.limit, cfg.seed)
     samples = shard_of(everything, cfg.shard, cfg.shards)
@@ -56,10 +57,12 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     logger = RunLogger.of(cfg, job)
     decode = build.build_decode(cfg, dataset.max_new_tokens)
     adapter = adapter_path(cfg.adapter, cfg.model, job.identity.choices["selector"])
-    model = build.build_model(cfg, device)
+    shared = take_model(cfg, device, adapter, job.identity.config["stored"])
+    model = shared.model
     asked = other_questions(everything, cfg.seed) if cfg.shuffle_questions else None
     scorers = text_metrics(dataset.metric_names)
-    pipeline = build.build_pipeline(cfg, model, decode, scorers, adapter=adapter, asked=asked, answer_rule=rule)
+    pipeline = build.build_pipeline(cfg, model, decode, scorers, adapter=shared.unmerged, asked=asked, answer_rule=rule)
+    shared.settle(pipeline.selector)
     for sample in samples:  # an unusable draft should be found before any answer
         pipeline.draft_of(sample)
     if cfg.shuffle_questions and not (pipeline.relevance is not None and pipeline.relevance.reads_question):
@@ -67,12 +70,11 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "
             "that reads the question"
         )
-    weights = build.fingerprint(model)
     profiling.reset_peak_memory(device)
     examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
     with job.journal(without_kept) as journal:
         rows, timings, numbers = answer_all(
-            pipeline, samples, examples, job, journal, weights, cfg.batch_size, cfg.workers
+            pipeline, samples, examples, job, journal, shared.weights, cfg.batch_size, cfg.workers
         )
         summary = summarise(rows, tuple(pipeline.scorers))
         kept = (row["kept"] for number in numbers for row in journal.load(number)["rows"])
@@ -82,7 +84,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "trained": model.config.trained,
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": build.adapter_size(adapter),
-            "weights": weights,
+            "weights": shared.weights,
         },
         **_describe(pipeline),
         "data": {
@@ -116,6 +118,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     with logger:  # only now: its threads would be timed, too
         logger.begin()
         logger.end(sections, rows)
+    shared.keep()
     return sections
 
 
@@ -126,7 +129,7 @@ def check_data(cfg: DictConfig, folder: Path) -> str:
         UserError: the data has changed, and how.
     """
     try:
-        dataset = build.build_dataset(cfg)
+        dataset = take_dataset(cfg)
     except MissingFileError as error:
         return f"its data cannot be compared ({error})"
     samples = shard_of(choose_samples(dataset, cfg.limit, cfg.seed), cfg.shard, cfg.shards)

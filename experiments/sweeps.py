@@ -1,16 +1,25 @@
-"""Sweep expansion: `sweep=NAME` and `run=FOLDER` stand for several overrides.
+"""Sweeps: `sweep=NAME` and `run=FOLDER` stand for several overrides; the config of each job is composed once.
 
-They are expanded before Hydra reads the command line, so that a job's folder, its record and the command in its row
-have the real overrides. An override given by hand replaces the sweep's own.
+The words are expanded before Hydra reads the command line, so that a job's folder, its record and the command in its
+row have the real overrides. An override given by hand replaces the sweep's own.
+
+Hydra composes every config of a sweep before it starts the first job, so that a mistake in one of them is found at
+once, and composes each again when its job starts. A composition takes a tenth of a second, as long as the answers of a
+small job; kept in between, a config takes a few kilobytes.
 """
 
+import pickle
 import re
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import ConfigError
 from experiments.job_names import override_key
@@ -154,3 +163,33 @@ def job_folders(word: str, pattern: str, command: str) -> list[Path]:
 def _sweeps() -> dict[str, dict[str, list[dict[str, Any]]]]:
     loaded = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(SWEEPS.glob("*.yaml"))}
     return cast(dict[str, dict[str, list[dict[str, Any]]]], loaded)
+
+
+class ComposedConfigs(ConfigLoaderImpl):
+    """A loader that keeps the config of a job from its first composition to the next request for it."""
+
+    def __init__(self, loader: ConfigLoaderImpl) -> None:
+        super().__init__(loader.config_search_path)
+        self._composed: dict[tuple[str, ...], bytes] = {}
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        kept = self._composed.pop(tuple(sweep_overrides), None)
+        if kept is not None:
+            config: DictConfig = pickle.loads(zlib.decompress(kept))
+            return config
+        config = super().load_sweep_config(master_config, sweep_overrides)
+        self._composed[tuple(sweep_overrides)] = zlib.compress(pickle.dumps(config), level=1)
+        return config
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the process of a job that a launcher starts, which composes its own config alone."""
+        return {**self.__dict__, "_composed": {}}
+
+
+class ComposeOnce(Callback):
+    """Gives the sweep that begins such a loader."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None and isinstance(hydra.config_loader, ConfigLoaderImpl)
+        hydra.config_loader = ComposedConfigs(hydra.config_loader)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import peft
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -130,6 +130,15 @@ def weights_file(folder: Path) -> Path:
     raise MissingFileError(
         f"{folder} holds no adapter ({META} and {SAFETENSORS_WEIGHTS_NAME}): give the folder that train.py named"
     )
+
+
+def holds_selector(folder: Path) -> bool:
+    """Whether an adapter has trained layers of a selector; raises what `weights_file` raises."""
+    try:
+        with safe_open(weights_file(folder), framework="pt") as file:
+            return any(part_of(name.removeprefix(_PREFIX)) == "selector" for name in file.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"the adapter in {folder} cannot be read ({error}): train it again") from error
 
 
 def base_fingerprint(model: LavidaModules, config: LoraConfig, selector: Selector | None = None) -> str:

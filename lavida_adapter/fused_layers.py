@@ -98,3 +98,12 @@ def join(parameters: Sequence[Tensor]) -> Tensor:
     for p, part in zip(parameters, whole.split(sizes), strict=True):
         p.data = part
     return whole
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def store_apart(module: nn.Module) -> None:
+    """Gives each parameter a storage of its own, row by row, as a checkpoint is loaded; the values do not change."""
+    for p in module.parameters():
+        if not p.is_contiguous() or p.untyped_storage().nbytes() != p.numel() * p.element_size():
+            p.data = p.data.clone(memory_format=torch.contiguous_format)

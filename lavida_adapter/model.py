@@ -19,6 +19,7 @@ from lavida_adapter.decode_config import DecodeConfig, Engine
 from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine
 from lavida_adapter.families import FAMILIES
+from lavida_adapter.fused_layers import store_apart
 from lavida_adapter.generate import Generation, denoise, start
 from lavida_adapter.infill import INFILL, Infilled, make_draft, text_of
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
@@ -229,8 +230,13 @@ class Lavida(LavidaModules):
         return made
 
     def release_engines(self) -> None:
-        """Frees what the engines other than `eager` keep: graphs, and memory for the longest prompts they have seen."""
-        self._engines.clear()
+        """Frees what the engines other than `eager` keep: graphs, and memory for the longest prompts they have seen.
+
+        The weights that they have joined or reordered are stored again as they were loaded.
+        """
+        if self._engines:
+            self._engines.clear()
+            store_apart(self.lm)
 
     def _from_prompt(self, answer_BA: Tensor, last_BD: Tensor | None, decode: DecodeConfig) -> Tensor:
         """The answer with the token that the prompt predicts, if it predicts one and the slot is masked."""

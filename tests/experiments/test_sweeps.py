@@ -1,19 +1,26 @@
-"""`sweep=` and `run=` are written out before Hydra sees them."""
+"""`sweep=` and `run=` are written out before Hydra sees them; the configs of a sweep are composed once each."""
 
 import json
+import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.build import compose_eval
 from experiments.errors import ConfigError
 from experiments.jobs.results import VERSION
 from experiments.schema import CONF, VERSION_BASE
-from experiments.sweeps import SWEEPS, expand, quote, sweep_overrides
+from experiments.sweeps import SWEEPS, ComposedConfigs, ComposeOnce, expand, quote, sweep_overrides
+from tests.experiments.conftest import Command
 
 
 def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "ok") -> Path:
@@ -156,3 +163,50 @@ def test_other_keys_of_a_record_are_not_repeated(tmp_path: Path) -> None:
 def test_trust_is_about_a_run(words: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"trust=true goes with run=FOLDER"):
         expand("eval", words)
+
+
+JOBS = [["selector=shirg", "budget=70"], ["selector=random", "cache=fastv"]]
+
+
+@pytest.fixture
+def loader() -> Iterator[ConfigLoaderImpl]:
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name="eval"):
+        found = GlobalHydra.instance().config_loader()
+        assert isinstance(found, ConfigLoaderImpl)
+        yield found
+
+
+def master_of(loader: ConfigLoaderImpl) -> DictConfig:
+    return loader.load_configuration("eval", ["selector=shirg,random"], RunMode.MULTIRUN)
+
+
+def test_a_kept_config_is_the_composed_one(loader: ConfigLoaderImpl, monkeypatch: pytest.MonkeyPatch) -> None:
+    master = master_of(loader)
+    expected = [loader.load_sweep_config(master, job) for job in JOBS]
+    ComposeOnce().on_multirun_start(master)
+    keeping = GlobalHydra.instance().config_loader()
+    first = [keeping.load_sweep_config(master, job) for job in JOBS]
+    with monkeypatch.context() as patch:
+        patch.delattr(ConfigLoaderImpl, "load_sweep_config")
+        second = [keeping.load_sweep_config(master, job) for job in JOBS]
+    for configs in (first, second):
+        assert configs == expected
+        assert [OmegaConf.to_yaml(config) for config in configs] == [OmegaConf.to_yaml(config) for config in expected]
+        assert all(OmegaConf.is_struct(config) and not OmegaConf.is_readonly(config.hydra) for config in configs)
+        assert OmegaConf.get_type(configs[0]) is OmegaConf.get_type(expected[0])
+    second[0].budget = 1  # as jobs do
+    assert keeping.load_sweep_config(master, JOBS[0]) == expected[0]
+
+
+def test_a_launcher_does_not_send_the_other_jobs(loader: ConfigLoaderImpl) -> None:
+    master, keeping = master_of(loader), ComposedConfigs(loader)
+    before = len(pickle.dumps(keeping))
+    composed = keeping.load_sweep_config(master, JOBS[0])
+    assert len(pickle.dumps(keeping)) <= before
+    assert pickle.loads(pickle.dumps(keeping)).load_sweep_config(master, JOBS[0]) == composed
+
+
+def test_a_mistake_in_any_job_is_found_before_the_first(command: Command) -> None:
+    ended = command("eval", "-m", "selector=pooled,nosuch", "study=s")
+    assert ended.code == 1 and "ok " not in ended.out
+    assert ended.err[-1].startswith("error: selector=nosuch: there is no such option")
