@@ -35,7 +35,7 @@ from experiments.profiling import Progress
 from experiments.training.run_logger import RunLogger
 from experiments.viz.examples import pick_examples, save_example
 from experiments.viz.token_map import MAPS, TokenCapture, save_map
-from lavida_adapter.attention import kernel_of
+from lavida_adapter.joined_prompts import kernels_of
 from shirg import MissingFileError, UserError
 
 
@@ -103,8 +103,13 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         **summary,
         "environment": {
             **results.environment(device, cfg.dtype),
-            "attention": kernel_of(
-                model.lm.backend, device, model.dtype, model.config.lm, replayed=decode.engine != "eager"
+            "attention": kernels_of(
+                model.lm.backend,
+                device,
+                model.dtype,
+                model.config.lm,
+                model.batchings,
+                replayed=decode.engine != "eager",
             ),
         },
         "times": {**profiling.summarise_stages(timings), "peak_memory_mib": profiling.peak_memory_mib(device)},

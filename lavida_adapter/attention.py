@@ -9,11 +9,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
-from lavida_adapter.lm_config import LanguageModelConfig
 from shirg import UserError
-from shirg.kernels import usable
 
 Backend = Literal["sdpa", "math", "flash"]
 
@@ -24,11 +21,13 @@ AttentionHook = Callable[[Tensor, Tensor, Tensor | None], None]
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, backend: Backend = "sdpa") -> Tensor:
     """Softmax attention [B, H, Q, D]; `mask` (bool, broadcastable to [B, H, Q, K]) is True where a key may be seen.
 
+    flash-attn takes no mask: with one, "flash" is "sdpa", and `lavida_adapter.joined_prompts.kernels_of` says so.
+
     Raises:
-        UserError: for "flash" with a mask, or an unknown backend.
+        UserError: for an unknown backend.
     """
     groups = q_BHQD.shape[1] // k_BHKD.shape[1]
-    if backend == "sdpa":
+    if backend == "sdpa" or (backend == "flash" and mask is not None):
         if groups > 1:
             return _attend_in_groups(q_BHQD, k_BHKD, v_BHKD, mask, groups)
         return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)
@@ -39,11 +38,6 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
             scores = scores.masked_fill(~mask, float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
     if backend == "flash":
-        if mask is not None:
-            raise UserError(
-                "the flash backend takes no mask: give prompts of equal length to a model with prefix_attention=full, "
-                "or use the sdpa backend"
-            )
         from flash_attn import flash_attn_func  # an optional extra: pip install shirg[gpu]
 
         out: Tensor = flash_attn_func(*(x.transpose(1, 2) for x in (q_BHQD, k_BHKD, v_BHKD)))
@@ -62,24 +56,6 @@ def _attend_in_groups(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tens
     q_BGRD = q_BHQD.unflatten(1, (-1, groups)).flatten(2, 3)
     out_BGRD = F.scaled_dot_product_attention(q_BGRD, k_BGKD, v_BGKD, attn_mask=mask)
     return out_BGRD.unflatten(2, (groups, -1)).flatten(1, 2)
-
-
-def kernel_of(
-    backend: Backend, device: torch.device, dtype: torch.dtype, config: LanguageModelConfig, *, replayed: bool = False
-) -> str:
-    """The backend, and for "sdpa" the kernel that torch chooses for an answer against a prefix without padding.
-
-    `replayed`: the steps run as CUDA graphs where there is CUDA, which have a kernel of their own.
-    """
-    if replayed and backend != "math" and usable(device):
-        return f"{backend}, in the steps lavida_adapter.prefix_attention"
-    if backend != "sdpa":
-        return backend
-    rows = 32 * config.n_heads // config.n_kv_heads
-    q = torch.empty(1, config.n_kv_heads, rows, config.head_dim, device=device, dtype=dtype)
-    k = torch.empty(1, config.n_kv_heads, 1056, config.head_dim, device=device, dtype=dtype)
-    chosen = torch._fused_sdp_choice(q, k, k)
-    return f"sdpa ({SDPBackend(chosen).name.lower()})"
 
 
 def attention_weights(q_BHQD: Tensor, k_BHKD: Tensor, mask: Tensor | None) -> Tensor:

@@ -133,13 +133,20 @@ class GraphCache:
         visual_BP: Tensor | None = None,
         n_answer: int = 0,
         hook: AttentionHook | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> PrefixCache:
-        """`LanguageModel.prefill` straight into the arena; the cache holds until the next prefill of this engine."""
+        """`LanguageModel.prefill` straight into the arena; the cache holds until the next prefill of this engine.
+
+        With `lengths` it is `prefill_joined`.
+        """
         self._find_weights()
         slots = self._reserve(*embeds_BPD.shape[:2])
         layers = [PromptLayer(layer, self._prefill_pieces, self._compiled) for layer in self._layers]
         with _compile_limit() if self._compiled else nullcontext():
-            return self.lm.prefill(embeds_BPD, mask_BP, visual_BP, 0, hook, slots=slots, layers=layers)
+            if lengths is None:
+                return self.lm.prefill(embeds_BPD, mask_BP, visual_BP, 0, hook, slots=slots, layers=layers)
+            assert mask_BP is not None and visual_BP is None and hook is None
+            return self.lm.prefill_joined(embeds_BPD, mask_BP, lengths, slots=slots, layers=layers)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "ReplayedSteps":
         return ReplayedSteps(self, cache)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavida_adapter.attention import AttentionHook, attention_mask
+from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache_compression.compressor import AttentionMean, CacheSelector, FirstStep, ShortenedCache
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, pick
 from lavida_adapter.prefix import Prefix
+from lavida_adapter.prefix_attention import SeenKeys
 from lavida_adapter.sampling import LogitsFn
 from lavida_adapter.timing import Timer
 from shirg import UserError
@@ -37,14 +37,14 @@ def step_logits(
     want_BM: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    masks: Sequence[Tensor | None],
+    seen: Sequence[SeenKeys],
     open_layer: OpenLayer,
     hook: AttentionHook | None = None,
 ) -> Tensor:
     """Logits [B, M, W] of the wanted slots (None: all).
 
-    `cos`, `sin`: the answer's rotary positions [B, 1, A, Dh]. `masks`: for each layer the keys that may be seen,
-    broadcastable to [B, H, A, P + A]; None is all. A `hook` needs `want_BM=None`.
+    `cos`, `sin`: the answer's rotary positions [B, 1, A, Dh]. `seen`: the keys of each layer that may be seen. A `hook`
+    needs `want_BM=None`.
     """
     row_BM = lm.source_rows(want_BM, ids_BA)
     only_BM = None if hook is not None else row_BM  # a hook sees the queries of all slots
@@ -59,7 +59,10 @@ def step_logits(
         if only_BM is not None and i + 1 == len(lm.layers):
             x, u = pick(x, only_BM), pick(u, only_BM)
             cos, sin = (pick(t[:, 0].expand(len(x), -1, -1), only_BM)[:, None] for t in (cos, sin))
-        x = block.output(x, u, keys, values, cos, sin, masks[i], lm.backend, hook)
+        q = block.queries(u, cos, sin)
+        if hook is not None:
+            hook(q, keys, seen[i].mask)
+        x = block.finish(x, seen[i].attend(q, keys, values, lm.backend).flatten(-2))
     if only_BM is None and row_BM is not None:
         x = pick(x, row_BM)
     return lm.logits(lm.final_norm(x))
@@ -94,9 +97,16 @@ class DecodeEngine(Protocol):
 
     lm: LanguageModel
 
-    @property
-    def prefill(self) -> Callable[..., PrefixCache]:
-        """`LanguageModel.prefill`."""
+    def prefill(
+        self,
+        embeds_BPD: Tensor,
+        mask_BP: Tensor | None = None,
+        visual_BP: Tensor | None = None,
+        n_answer: int = 0,
+        hook: AttentionHook | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> PrefixCache:
+        """`LanguageModel.prefill`; with `lengths` its `prefill_joined`, which has neither `visual_BP` nor a hook."""
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The step function over one cache: ids [B, A] and wanted slots [B, M] (None: all) -> logits [B, M, W]."""
@@ -106,7 +116,21 @@ class EagerEngine:
     """Runs one kernel after the other."""
 
     def __init__(self, lm: LanguageModel) -> None:
-        self.lm, self.prefill = lm, lm.prefill
+        self.lm = lm
+
+    def prefill(
+        self,
+        embeds_BPD: Tensor,
+        mask_BP: Tensor | None = None,
+        visual_BP: Tensor | None = None,
+        n_answer: int = 0,
+        hook: AttentionHook | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> PrefixCache:
+        if lengths is None:
+            return self.lm.prefill(embeds_BPD, mask_BP, visual_BP, n_answer, hook)
+        assert mask_BP is not None and visual_BP is None and hook is None
+        return self.lm.prefill_joined(embeds_BPD, mask_BP, lengths, n_answer)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "DecodeSteps":
         return DecodeSteps(self.lm, cache, n_answer)
@@ -119,23 +143,18 @@ class DecodeSteps:
         self.lm, self.cache, self._step = lm, cache, step
         self.reader = PrefixReader(cache, len(lm.layers), n_answer)
         self._cos, self._sin = answer_angles(lm, cache, n_answer)
-        self._masks = [step_mask(cache.mask(i), n_answer) for i in range(len(lm.layers))]
+        masks = [cache.mask(i) for i in range(len(lm.layers))]
+        made = {id(mask): SeenKeys.of(mask, n_answer) for mask in {id(mask): mask for mask in masks}.values()}
+        self._seen = [made[id(mask)] for mask in masks]  # most caches have one mask for all layers
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None = None, hook: AttentionHook | None = None) -> Tensor:
-        return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._masks, self.reader.open, hook)
+        return self._step(self.lm, ids_BA, want_BM, self._cos, self._sin, self._seen, self.reader.open, hook)
 
 
 def answer_angles(lm: LanguageModel, cache: StoredPrefix, n_answer: int) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [B, 1, A, Dh] of the answer's rotary positions, which follow the prefix's last one."""
     first_B = cache.next_position_B
     return lm.angles(first_B[:, None] + torch.arange(n_answer, device=first_B.device))
-
-
-def step_mask(mask_BP: Tensor | None, n_answer: int) -> Tensor | None:
-    """The keys that an answer sees [B, 1, 1, P + A]: the used slots of the prefix and the whole answer."""
-    if mask_BP is None:
-        return None
-    return attention_mask(F.pad(mask_BP, (0, n_answer), value=True), None)
 
 
 class CachedSteps:
@@ -197,7 +216,8 @@ class CompiledEngine:
     """Compiled prefill and steps for a CPU; on CUDA `lavida_adapter.captured_steps` compiles what it captures.
 
     torch compiles at the first call for each kind of input: one prompt or several, padded or not. The number of prefix
-    tokens is a dynamic shape.
+    tokens is a dynamic shape. The prefill of unequal prompts one behind the other is not compiled: it is faster than
+    the compiled one with padding, and would be compiled for each number of prompts.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -211,12 +231,21 @@ class CompiledEngine:
         options: dict[str, Any] = {"cpp_wrapper": True}  # a C++ launcher saves a tenth of a small step
         self._step = torch.compile(step_logits, dynamic=True, options=options)
         self._prefill: Callable[..., PrefixCache] = torch.compile(lm.prefill, dynamic=True, options=options)
-        self.prefill: Callable[..., PrefixCache] = self._prefill_with_angles
 
-    def _prefill_with_angles(self, embeds_BPD: Tensor, *rest: Any) -> PrefixCache:
-        """The angles are computed outside: the compiler would compute them again at every use."""
+    def prefill(
+        self,
+        embeds_BPD: Tensor,
+        mask_BP: Tensor | None = None,
+        visual_BP: Tensor | None = None,
+        n_answer: int = 0,
+        hook: AttentionHook | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> PrefixCache:
+        if lengths is not None:
+            return EagerEngine(self.lm).prefill(embeds_BPD, mask_BP, visual_BP, n_answer, hook, lengths)
+        # Computed outside, because the compiler would compute them again at every use.
         angles = self.lm.angles(torch.arange(embeds_BPD.shape[1], device=embeds_BPD.device)[None])
-        return self._prefill(embeds_BPD, *rest, angles=angles)
+        return self._prefill(embeds_BPD, mask_BP, visual_BP, n_answer, hook, angles=angles)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "CompiledSteps":
         return CompiledSteps(DecodeSteps(self.lm, cache, n_answer, self._step))

@@ -52,6 +52,12 @@ class Slots:
         keys = [like_BHPD.new_empty(b, h, n + n_answer, d) for n in lengths]
         return cls(keys, [torch.empty_like(k) for k in keys], n_answer)
 
+    @classmethod
+    def zeros(cls, n_layers: int, shape: tuple[int, ...], n_answer: int, like: Tensor) -> "Slots":
+        """Buffers of one shape [B, H, P + A, Dh] that are safe to read where nothing is written."""
+        keys, values = ([like.new_zeros(shape) for _ in range(n_layers)] for _ in range(2))
+        return cls(keys, values, n_answer)
+
     def write(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> tuple[Tensor, Tensor]:
         """Copies a prefix to the first slots of a layer; returns views of it there."""
         n = keys_BHPD.shape[2]

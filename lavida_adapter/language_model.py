@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lavida_adapter.attention import AttentionHook, Backend, attend, attention_mask
+from lavida_adapter.joined_prompts import JoinedPrompts, attend_joined
 from lavida_adapter.kv_cache import PrefixCache, Slots
 from lavida_adapter.lm_config import LanguageModelConfig
 
@@ -305,6 +306,45 @@ class LanguageModel(nn.Module):
             keys.append(k)
             values.append(v)
         return PrefixCache(tuple(keys), tuple(values), mask_BP, positions_BP, length_B, slots, visual_BP, last_BD)
+
+    def prefill_joined(
+        self,
+        embeds_BPD: Tensor,
+        mask_BP: Tensor,
+        lengths: Sequence[int],
+        n_answer: int = 0,
+        slots: Slots | None = None,
+        layers: Sequence[StepLayer] | None = None,
+    ) -> PrefixCache:
+        """`prefill` of unequal prompts under full attention without computing their padding; for inference.
+
+        `lengths`: tokens of each prompt, which are its first ones. Keys and values of padding are zeros, or what the
+        given `slots` held.
+        """
+        b, p = embeds_BPD.shape[:2]
+        prompts = JoinedPrompts.of(lengths, embeds_BPD.device)
+        x = prompts.join(embeds_BPD)
+        cos, sin = self.angles(prompts.place_T[None])
+        shape = (b, self.config.n_kv_heads, p + n_answer, self.config.head_dim)
+        slots = slots or Slots.zeros(len(self.layers), shape, n_answer, like=x)
+        stored = [(keys[:, :, :p], values[:, :, :p]) for keys, values in zip(slots.keys, slots.values, strict=True)]
+        for layer, place in zip((layers or self.layers)[:-1], stored, strict=False):
+            q, k, v = layer.project(x, cos, sin)
+            prompts.store((k, v), place)
+            x = layer.finish(x, attend_joined(q, k, v, prompts, self.backend).flatten(-2))
+        block, last_BD = self.layers[-1], None
+        u = block.attention_norm(x)
+        k, v = block.keys_values(u, cos, sin)
+        prompts.store((k, v), stored[-1])
+        if self.shift:
+            at_B = prompts.last_B
+            q = block.queries(u[:, at_B], cos[:, :, at_B], sin[:, :, at_B])
+            heads = attend_joined(q, k, v, prompts, self.backend, one_each=True)
+            last_BD = self.final_norm(block.finish(x[:, at_B], heads.flatten(-2)))[0]
+        positions_BP = torch.arange(p, device=x.device).expand(b, p)
+        length_B = mask_BP.sum(-1)
+        keys, values = zip(*stored, strict=True)
+        return PrefixCache(keys, values, mask_BP, positions_BP, length_B, slots, None, last_BD)
 
     def decode(self, embeds_BAD: Tensor, cache: PrefixCache, mask_BA: Tensor | None = None) -> Tensor:
         """States [B, A, D] of answer tokens, which see the cached prefix and each other; `mask_BA` is False in padding.

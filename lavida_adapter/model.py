@@ -22,6 +22,7 @@ from lavida_adapter.families import FAMILIES
 from lavida_adapter.fused_layers import store_apart
 from lavida_adapter.generate import Generation, denoise, start
 from lavida_adapter.infill import INFILL, Infilled, make_draft, text_of
+from lavida_adapter.joined_prompts import Batching
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import pick
 from lavida_adapter.loss import TrainBatch, batch_loss
@@ -42,6 +43,8 @@ class Lavida(LavidaModules):
     def __init__(self, config: LavidaConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self._engines: dict[tuple[Engine, str], DecodeEngine] = {}
+        self.batchings: set[Batching] = set()
+        """How the prompts of the batches so far were put together."""
 
     @classmethod
     def from_pretrained(
@@ -205,8 +208,16 @@ class Lavida(LavidaModules):
         self, prefix: Prefix, n_answer: int = 0, hook: AttentionHook | None = None, engine: Engine = "eager"
     ) -> PrefixCache:
         """The prefix cache of a prefix, under the model's prefix attention, with `n_answer` free slots behind it."""
+        visual_BP, lengths = self.visual(prefix.visual_BP), None
+        if prefix.padding is None:
+            self.batchings.add("equal")
+        elif visual_BP is None and hook is None:
+            self.batchings.add("joined")
+            lengths = prefix.n_tokens
+        else:
+            self.batchings.add("padded")
         prefill = self._engine(engine).prefill
-        return prefill(prefix.embeds_BPD, prefix.padding, self.visual(prefix.visual_BP), n_answer, hook)
+        return prefill(prefix.embeds_BPD, prefix.padding, visual_BP, n_answer, hook, lengths)
 
     def _engine(self, engine: Engine) -> DecodeEngine:
         """The engine that runs prefill and steps, with what it has compiled or captured before.
@@ -264,6 +275,7 @@ class Lavida(LavidaModules):
         p = prefix.embeds_BPD.shape[1]
         answer_BA = torch.ones(b, a, dtype=torch.bool, device=answer_BAD.device)
         mask_BL, positions_BL = None, None
+        self.batchings.add("equal" if prefix.padding is None else "padded")
         if prefix.padding is not None:
             mask_BL = torch.cat([prefix.mask_BP, answer_BA], dim=1)
             answer_position = prefix.mask_BP.sum(-1, keepdim=True) + torch.arange(a, device=self.device)

@@ -38,12 +38,46 @@ class PromptSlots:
         seen_BS = torch.zeros(batch, n_slots, dtype=torch.bool, device=device)
         return cls(seen_BS, torch.zeros(batch, dtype=torch.int32, device=device))
 
+    @classmethod
+    def of(cls, mask_BS: Tensor) -> "PromptSlots":
+        found = cls.blank(len(mask_BS), mask_BS.shape[1], mask_BS.device)
+        found.fill(mask_BS.shape[1], mask_BS)
+        return found
+
     def fill(self, n_slots: int, mask_BP: Tensor | None) -> None:
         """Sets the tensors in place to a prompt of `n_slots` slots, all of them used or those of the mask."""
         self.seen_BS[:, n_slots:] = False
         self.seen_BS[:, :n_slots] = True if mask_BP is None else mask_BP
         number_S = torch.arange(1, self.seen_BS.shape[1] + 1, device=self.seen_BS.device, dtype=torch.int32)
         self.end_B.copy_((self.seen_BS * number_S).amax(-1))
+
+
+@dataclass(frozen=True)
+class SeenKeys:
+    """Which keys an answer sees in one layer's slots of prompt and answer: all, or without the padding of prompts."""
+
+    mask: Tensor | None = None
+    """bool [B, 1, 1, P + A], for torch."""
+    used: PromptSlots | None = None
+    """The same for our kernel, where it runs."""
+    n_answer: int = 0
+
+    @classmethod
+    def of(cls, mask_BP: Tensor | None, n_answer: int) -> "SeenKeys":
+        """The whole answer and the given slots of the prompts; None: all."""
+        if mask_BP is None:
+            return cls()
+        used = None
+        if usable(mask_BP.device):
+            used = PromptSlots.of(mask_BP)
+        return cls(F.pad(mask_BP, (0, n_answer), value=True)[:, None, None], used, n_answer)
+
+    def attend(self, q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, backend: Backend) -> Tensor:
+        """Softmax attention [B, Q, H, Dh]; of unequal prompts by our kernel on a GPU, otherwise as `attend` does it."""
+        if self.used is not None and backend != "math":
+            (k, own_k), (v, own_v) = (x.tensor_split([x.shape[2] - self.n_answer], dim=2) for x in (k_BGKD, v_BGKD))
+            return by_kernel(q_BHQD, (k, v), self.used, (own_k, own_v))
+        return attend(q_BHQD, k_BGKD, v_BGKD, self.mask, backend).transpose(1, 2)
 
 
 def attend_prompt(
@@ -64,7 +98,7 @@ def attend_prompt(
         return by_kernel(q_BHQD, prompt, used, answer)
     keys, values = (torch.cat(both, dim=2) for both in zip(prompt, answer, strict=True))
     mask_B11K = F.pad(used.seen_BS, (0, answer[0].shape[2]), value=True)[:, None, None]
-    return attend(q_BHQD, keys, values, mask_B11K, "math" if backend == "math" else "sdpa").transpose(1, 2)
+    return attend(q_BHQD, keys, values, mask_B11K, backend).transpose(1, 2)
 
 
 def by_kernel(

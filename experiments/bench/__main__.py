@@ -121,6 +121,18 @@ PARTS = {
             "repeats": "3",
         },
     ),
+    "unequal": Part(
+        "unequal_prompts",
+        "prefill of a batch of unequal prompts: padded and masked, and one behind the other",
+        {
+            "model": "bench_small",
+            "prompt": "490,742,918,1092",
+            "answer": "32",
+            "engine": "eager",
+            "attention": "sdpa",
+            "repeats": "7",
+        },
+    ),
     "encode": Part(
         "encoding",
         "cutting pictures into views, and the tower over one or several pictures",

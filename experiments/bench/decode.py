@@ -72,7 +72,7 @@ def measure(
 ) -> BenchResult:
     """The plain implementation of the public reference first, then each engine, one after the other in one process."""
     from lavida_adapter import DecodeConfig
-    from lavida_adapter.attention import kernel_of
+    from lavida_adapter.joined_prompts import kernels_of
 
     lm, embeds = model.lm, prompt_embeds(model, batch, n_prompt)
     decode = DecodeConfig(max_new_tokens=n_answer, step_per_block=steps)
@@ -104,7 +104,7 @@ def measure(
         )
         rows.append(row | {"same_ids": torch.equal(ids, expected)})
     rows = [row | {"times_faster": rows[0]["whole"]["ms"] / row["whole"]["ms"]} for row in rows]
-    attention = kernel_of(lm.backend, embeds.device, embeds.dtype, model.config.lm)
+    attention = kernels_of(lm.backend, embeds.device, embeds.dtype, model.config.lm)
     sizes = sizes_of(model, batch=batch, prompt=n_prompt, answer=n_answer, steps=steps, attention=attention)
     elsewhere = ELSEWHERE_S.get(name)
     note = f"the public reference, on one thread of another machine: {1000 * (elsewhere or 0):.0f} ms"

@@ -23,6 +23,7 @@ from experiments.bench import (
     reference,
     selectors,
     training_step,
+    unequal_prompts,
 )
 from experiments.bench.common import table_of
 from experiments.profiling import time_call
@@ -124,6 +125,20 @@ def test_the_plain_one_computes_what_the_model_computes(family: str) -> None:
 def test_slots_that_are_open_at_the_steps_that_commit_some() -> None:
     assert decode.mean_open([1] * 32) == 16.5
     assert decode.mean_open([0, 0, 2, 1, 0, 1]) == (4 + 2 + 1) / 3
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_unequal_prompts_are_prefilled_in_turns(family: str) -> None:
+    measured = unequal_prompts.measure("toy", tiny_model(lm={"family": family}), [14, 9, 3], 4, ["eager"], repeats=3)
+    padded, joined = measured.report["rows"]
+    assert (padded["name"], joined["name"]) == ("eager, padded", "eager, joined")
+    assert padded["difference"] == 0 and padded["times_faster"] == 1
+    assert 0 < joined["difference"] < 1e-5 and joined["times_faster"] == padded["ms"] / joined["ms"]
+    assert measured.report["share_of_tokens"] == pytest.approx(26 / 42)
+    assert "prefills of unequal prompts: sdpa, one by one" in measured.report["attention"]
+    alone = unequal_prompts.least_work(tiny_model(lm={"family": family}), [14])
+    twice = unequal_prompts.least_work(tiny_model(lm={"family": family}), [14, 14])
+    assert twice.flops == 2 * alone.flops and alone.bytes < twice.bytes < 2 * alone.bytes
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])

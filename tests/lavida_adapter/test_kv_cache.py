@@ -17,18 +17,19 @@ def lm() -> Llada:
     return tiny_model().lm
 
 
-def test_a_whole_generation_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mask", [MASK, torch.ones_like(MASK)], ids=["unequal", "equal"])
+def test_a_whole_generation_leaves_it_alone(mask: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """One prefill, and the same numbers in it after the last denoising step."""
     model = tiny_model()
-    embeds = noise(2, 5, 32)
+    prefix = Prefix(noise(2, 5, 32), mask, torch.zeros_like(mask))
     caches = []
-    prefill = model.lm.prefill
-    monkeypatch.setattr(model.lm, "prefill", lambda *a: (caches.append(prefill(*a)), caches[-1])[1])
-    out = model.generate(Prefix(embeds, MASK, torch.zeros_like(MASK)), DecodeConfig(max_new_tokens=6))
+    prefill = model.prefill
+    monkeypatch.setattr(model, "prefill", lambda *a: (caches.append(prefill(*a)), caches[-1])[1])
+    out = model.generate(prefix, DecodeConfig(max_new_tokens=6))
     assert out.forwards == 6
     assert len(caches) == 1
     with torch.no_grad():
-        assert caches[0].digest() == prefill(embeds, MASK).digest()
+        assert caches[0].digest() == prefill(prefix).digest()
 
 
 @torch.no_grad()

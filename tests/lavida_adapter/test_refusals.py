@@ -258,10 +258,6 @@ DECODING: dict[str, Case] = {
         lambda: small().generate(made_prefix(), DecodeConfig(max_new_tokens=4, engine="graph")),
         ["decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager"],
     ),
-    "a mask for flash": (
-        lambda: attend(noise(1, 2, 3, 8), noise(1, 2, 3, 8), noise(1, 2, 3, 8), torch.ones(1, 1, 1, 3).bool(), "flash"),
-        ["the flash backend takes no mask"],
-    ),
     "no such backend": (
         lambda: attend(*[noise(1, 2, 3, 8)] * 3, None, "cudnn"),  # type: ignore[arg-type]  # what is tested
         ["attention backend 'cudnn': choose sdpa, math or flash"],
