@@ -145,7 +145,7 @@ def test_the_cache_is_written_once_and_cut_once(
     build: Callable[..., CacheSelector], model: Lavida, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix, digests, prefills = made_prefix(), [], []
-    step, prefill = DecodeSteps.__call__, model.lm.prefill
+    step, prefill = DecodeSteps.__call__, model.prefill
 
     def watched(steps: DecodeSteps, *args: Any, **kwargs: Any) -> Tensor:
         logits = step(steps, *args, **kwargs)
@@ -155,11 +155,11 @@ def test_the_cache_is_written_once_and_cut_once(
         return logits
 
     monkeypatch.setattr(DecodeSteps, "__call__", watched)
-    monkeypatch.setattr(model.lm, "prefill", lambda *a: (prefills.append(1), prefill(*a))[1])
+    monkeypatch.setattr(model, "prefill", lambda *a: (prefills.append(1), prefill(*a))[1])
     out = model.generate(prefix, DECODE, cache_selector=build(budget=2))
     # The first token of a Dream comes from the prefill, and half of its four steps fill nothing.
     assert out.forwards == len(digests) == (2 if model.lm.shift else A) and len(prefills) == 1
-    whole = prefill(prefix.embeds_BPD, MASK).digest()
+    whole = prefill(prefix).digest()
     if build(budget=2).after == "first_step":
         assert digests[0] == whole
         digests = digests[1:]

@@ -11,6 +11,7 @@ from lavida_adapter.attention import attention_weights
 from lavida_adapter.cache_compression.layer_retention import FIRST, MassReceived, forgotten, profile
 from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.kv_cache import RaggedPrefix
+from lavida_adapter.prefix_attention import SeenKeys
 from tests.lavida_adapter.cache_compression.test_quantize import MASK, N_TOKENS, A, L, P, check_rows_alone, made
 from tests.lavida_adapter.tiny import noise
 
@@ -66,11 +67,10 @@ def test_hidden_rows_equal_rows_that_are_gone(model: Lavida, retention: LayerRet
     hidden = DecodeSteps(model.lm, cache, A)
     assert isinstance(kept, RaggedPrefix)
     for i in range(L):
-        seen_BP = torch.zeros(2, P + A, dtype=torch.bool)
-        seen_BP[:, P:] = True
+        seen_BP = torch.zeros(2, P, dtype=torch.bool)
         for b in range(2):
             seen_BP[b, kept.positions[i][b, kept.masks[i][b]]] = True
-        hidden._masks[i] = seen_BP[:, None, None]
+        hidden._seen[i] = SeenKeys.of(seen_BP, A)
     torch.testing.assert_close(DecodeSteps(model.lm, kept, A)(ids), hidden(ids), rtol=0, atol=1e-5)
 
 
