@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lavida_adapter.attention import AttentionHook
+from lavida_adapter.cache_compression.compressor import PackedPrefix
 from lavida_adapter.engine import answer_angles
 from lavida_adapter.fused_layers import step_layers, storage_of
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
@@ -237,7 +238,7 @@ class GraphCache:
                     "finish an answer before the next prefill, or use decode.engine=eager"
                 )
         layers, n = len(self.lm.layers), cache.n_slots(0)
-        if cache.is_packed or any(cache.n_slots(i) != n for i in range(layers)):
+        if isinstance(cache, PackedPrefix) or any(cache.n_slots(i) != n for i in range(layers)):
             raise UserError(
                 "decode.engine=graph and compile need an unpacked cache of one length in all layers: choose "
                 "decode.engine=eager or cache=none"

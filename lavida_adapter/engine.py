@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lavida_adapter.attention import AttentionHook
-from lavida_adapter.cache_compression.compressor import AttentionMean, CacheSelector, FirstStep, ShortenedCache
+from lavida_adapter.cache_compression.compressor import (
+    AttentionMean,
+    CacheSelector,
+    FirstStep,
+    PackedPrefix,
+    ShortenedCache,
+)
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, pick
 from lavida_adapter.prefix import Prefix
@@ -77,7 +83,7 @@ class PrefixReader:
         given = cache.slots if isinstance(cache, PrefixCache) else None
         if given is not None and given.n_answer == n_answer:
             self.slots = given
-        elif cache.is_packed:
+        elif isinstance(cache, PackedPrefix):
             self.slots = Slots.blank(cache.layer(0)[0], [max(self.lengths)], n_answer)
         else:
             self.slots = Slots.blank(cache.layer(0)[0], self.lengths, n_answer)
@@ -85,11 +91,12 @@ class PrefixReader:
                 self.slots.write(i, *cache.layer(i))
 
     def open(self, layer: int) -> tuple[Tensor, Tensor]:
-        if not self.cache.is_packed:
+        if not isinstance(self.cache, PackedPrefix):
             return self.slots.keys[layer], self.slots.values[layer]
-        self.slots.write(0, *self.cache.layer(layer))
-        end = self.lengths[layer] + self.slots.n_answer
-        return self.slots.keys[0][:, :, :end], self.slots.values[0][:, :, :end]
+        n, (keys,), (values,) = self.lengths[layer], self.slots.keys, self.slots.values
+        self.cache.unpack_into(layer, keys[:, :, :n], values[:, :, :n])
+        end = n + self.slots.n_answer
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class DecodeEngine(Protocol):

@@ -23,10 +23,6 @@ class StoredPrefix(Protocol):
     def n_bytes(self) -> int:
         """Memory of what is stored between steps."""
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether a layer has to be decompressed each time it is read."""
-
     def n_slots(self, layer: int) -> int: ...
 
     def mask(self, layer: int) -> Tensor | None:
@@ -88,10 +84,6 @@ class PrefixCache:
     last_BD: Tensor | None = None
     """The final state of each prompt's last token, of a language model that predicts the next token."""
 
-    @property
-    def is_packed(self) -> bool:
-        return False
-
     def n_slots(self, layer: int) -> int:
         return self.keys[layer].shape[2]
 
@@ -150,10 +142,6 @@ class RaggedPrefix:
     positions: tuple[Tensor, ...]
     """L tensors int64 [B, P_l]: the position each key was rotated to."""
     next_position_B: Tensor
-
-    @property
-    def is_packed(self) -> bool:
-        return False
 
     @property
     def n_bytes(self) -> int:

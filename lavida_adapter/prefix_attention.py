@@ -125,7 +125,7 @@ def by_kernel(
     part_sums = torch.empty(*parts, width, dtype=torch.float32, device=q_BHQD.device)
     queries, tensors = _inner_contiguous(q_BHQD), [_inner_contiguous(t) for t in (keys, values, own_keys, own_values)]
     wide = max(16, 1 << (width - 1).bit_length())
-    with _current(q_BHQD.device):
+    with current(q_BHQD.device):
         attend_kernel[(b * kv_heads, blocks, splits)](
             queries,
             *tensors,
@@ -180,7 +180,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _current(device: torch.device) -> Any:
+def current(device: torch.device) -> Any:
     """Triton launches on the current device, not on that of the tensors."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 

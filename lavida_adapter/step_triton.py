@@ -5,6 +5,8 @@ program for each head leaves most of a GPU idle (flash decoding, arXiv 2311.0128
 rows of one matrix, so that keys are read once for all of them.
 
 Candidates (`lavida_adapter.sampling`): a row of logits is read once.
+
+Packed caches (`lavida_adapter.cache_compression.quantize`): numbers are unpacked where attention reads them.
 """
 
 import triton
@@ -176,3 +178,59 @@ def likeliest_kernel(logits, token, probability, row_stride, width, WIDE: tl.con
     one = tl.arange(0, 1)
     tl.store(token + row + one, best_at.to(tl.int64))
     tl.store(probability + row + one, 1.0 / tl.sum(total, axis=0, keep_dims=True))
+
+
+@triton.jit
+def unpack_int8_kernel(
+    codes,
+    low,
+    scale,
+    out,
+    n_slots,
+    heads,
+    groups,
+    out_batch,
+    out_head,
+    out_slot,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Program (prompt and slot, part of its numbers): codes [B, P, H, Dh] times scale plus low [B, P, groups]."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * WIDE + tl.arange(0, WIDE)
+    exists = at < heads * WIDTH
+    of_group = token * groups + at // GROUP
+    code = tl.load(codes + token * heads * WIDTH + at, mask=exists, other=0).to(tl.float32)
+    times = tl.load(scale + of_group, mask=exists, other=0.0).to(tl.float32)
+    plus = tl.load(low + of_group, mask=exists, other=0.0).to(tl.float32)
+    target = (token // n_slots) * out_batch + (token % n_slots) * out_slot + at // WIDTH * out_head + at % WIDTH
+    tl.store(out + target, (code * times + plus).to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def unpack_fp8_kernel(
+    codes,
+    scale,
+    out,
+    n_slots,
+    heads,
+    out_batch,
+    out_head,
+    out_slot,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Program (prompt and head, part of its numbers): e4m3 codes [B, H, P, Dh] as bytes, times scale [B, H].
+
+    GPUs before Ada cannot convert these numbers, so their bits become a float16 whose exponent is 8 too small.
+    """
+    head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * WIDE + tl.arange(0, WIDE)
+    exists = at < n_slots * WIDTH
+    code = tl.load(codes + head * n_slots * WIDTH + at, mask=exists, other=0).to(tl.int16)
+    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    x = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    x = tl.where((code & 0x7F) == 0x7F, float("nan"), x) * tl.load(scale + head)
+    target = (head // heads) * out_batch + (head % heads) * out_head + at // WIDTH * out_slot + at % WIDTH
+    tl.store(out + target, x.to(out.dtype.element_ty), mask=exists)

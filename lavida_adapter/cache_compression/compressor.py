@@ -7,7 +7,6 @@ cache selector decides after it: it may read the model's attention, and needs a 
 Shape letters: B batch, P prefix slots, K kept slots, A answer slots, W vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -156,18 +155,16 @@ Packed = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class PackedPrefix:
-    """A prefix cache in the packed form of its `CachePacker`."""
+    """A prefix cache in the packed form of its `CachePacker`; a layer is unpacked each time it is read."""
 
     keys: tuple[Packed, ...]
     values: tuple[Packed, ...]
-    unpack: Callable[[Packed], Tensor]
+    packer: "CachePacker"
+    dtype: torch.dtype
+    """Of the model, which unpacked numbers have."""
     mask_BP: Tensor | None
     next_position_B: Tensor
     length: int
-
-    @property
-    def is_packed(self) -> bool:
-        return True
 
     @property
     def n_bytes(self) -> int:
@@ -180,7 +177,12 @@ class PackedPrefix:
         return self.mask_BP
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.unpack(self.keys[layer]), self.unpack(self.values[layer])
+        return self.packer.unpack(self.keys[layer], self.dtype), self.packer.unpack(self.values[layer], self.dtype)
+
+    def unpack_into(self, layer: int, keys_BHPD: Tensor, values_BHPD: Tensor) -> None:
+        """Writes the keys and values of a layer to buffers of the model's dtype."""
+        self.packer.unpack_into(self.keys[layer], keys_BHPD)
+        self.packer.unpack_into(self.values[layer], values_BHPD)
 
 
 class CachePacker:
@@ -199,11 +201,11 @@ class CachePacker:
         return None
 
     def __call__(self, cache: PrefixCache, prefix: Prefix, seen: AttentionHook | None) -> StoredPrefix:
-        dtype = cache.values[0].dtype
         return PackedPrefix(
             tuple(self.pack(k, cache.mask_BP) for k in cache.keys),
             tuple(self.pack(v, cache.mask_BP) for v in cache.values),
-            lambda packed: self.unpack(packed, dtype),
+            self,
+            cache.values[0].dtype,
             cache.mask_BP,
             cache.next_position_B,
             cache.n_slots(0),
@@ -214,6 +216,10 @@ class CachePacker:
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must override unpack")
+
+    def unpack_into(self, packed: Packed, out_BHPD: Tensor) -> None:
+        """`unpack`, written to a buffer of the wanted dtype; what each denoising step calls."""
+        out_BHPD.copy_(self.unpack(packed, out_BHPD.dtype))
 
 
 def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], kept_B: Tensor | None = None) -> Tensor:

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from lavida_adapter.cache_compression.compressor import CachePacker, Packed
+from lavida_adapter.prefix_attention import current
 from shirg import UserError
+from shirg.kernels import usable
 
+WIDE = 1024
+"""Numbers that a program of a kernel unpacks."""
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -29,8 +33,25 @@ class Cast(CachePacker):
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         return packed[0].to(dtype)
 
+    def unpack_into(self, packed: Packed, out_BHPD: Tensor) -> None:
+        out_BHPD.copy_(packed[0])
 
-class Int8(CachePacker):
+
+class Quantized(CachePacker):
+    """Numbers that have to be computed back; on a GPU by one kernel, straight to where attention reads them."""
+
+    def unpack_into(self, packed: Packed, out_BHPD: Tensor) -> None:
+        if usable(out_BHPD.device):
+            self.unpack_by_kernel(packed, out_BHPD)
+        else:
+            super().unpack_into(packed, out_BHPD)
+
+    def unpack_by_kernel(self, packed: Packed, out_BHPD: Tensor) -> None:
+        """`unpack`, written to a tensor with any strides but the last."""
+        raise NotImplementedError(f"{type(self).__name__} must override unpack_by_kernel")
+
+
+class Int8(Quantized):
     """Eight bits a number, with a minimum and a scale in float16 for every `group` numbers of a token."""
 
     def __init__(self, *, group: int = 64) -> None:
@@ -58,8 +79,19 @@ class Int8(CachePacker):
         x_BPC = codes.flatten(-2).float() * scale_BPC + low_BPC
         return x_BPC.unflatten(-1, (h, d)).transpose(1, 2).to(dtype)
 
+    def unpack_by_kernel(self, packed: Packed, out_BHPD: Tensor) -> None:
+        from lavida_adapter.step_triton import unpack_int8_kernel  # Triton is optional
 
-class Fp8(CachePacker):
+        codes, low, scale = packed
+        b, p, h, d = codes.shape
+        sizes = p, h, low.shape[2], *out_BHPD.stride()[:3]
+        with current(codes.device):
+            unpack_int8_kernel[(b * p, -(-h * d // WIDE))](
+                codes, low, scale, out_BHPD, *sizes, WIDTH=d, GROUP=self.group, WIDE=WIDE
+            )
+
+
+class Fp8(Quantized):
     """Float8 (e4m3) with one float32 scale for every head of a prompt."""
 
     def pack(self, x_BHPD: Tensor, mask_BP: Tensor | None) -> Packed:
@@ -67,7 +99,18 @@ class Fp8(CachePacker):
         if mask_BP is not None:
             x = x.masked_fill(~mask_BP[:, None, :, None], 0.0)
         scale = x.abs().amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / FP8_MAX
-        return (x / scale).to(torch.float8_e4m3fn), scale
+        return (x / scale).to(torch.float8_e4m3fn).contiguous(), scale.contiguous()
 
     def unpack(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         return (packed[0].float() * packed[1]).to(dtype)
+
+    def unpack_by_kernel(self, packed: Packed, out_BHPD: Tensor) -> None:
+        from lavida_adapter.step_triton import unpack_fp8_kernel  # Triton is optional
+
+        codes, scale = packed
+        b, h, p, d = codes.shape
+        sizes = p, h, *out_BHPD.stride()[:3]
+        with current(codes.device):
+            unpack_fp8_kernel[(b * h, -(-p * d // WIDE))](
+                codes.view(torch.uint8), scale, out_BHPD, *sizes, WIDTH=d, WIDE=WIDE
+            )
