@@ -4,6 +4,7 @@ Weights that are missing, or a budget that the model does not name, raise one se
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -62,7 +63,16 @@ def compose_eval(*overrides: str) -> DictConfig:
     return compose_command("eval", overrides)[0]
 
 
-MOST_THREADS, MOST_IN_BATCH = 1024, 2**20
+RANGES = {
+    "threads": (1, 1024),
+    "batch_size": (1, 2**20),
+    "seed": (0, 2**63 - 1),
+    "model.seed": (0, 2**63 - 1),
+    "workers": (0, 256),
+    "trainer.workers": (0, 256),
+    "shots": (0, 10_000),
+}
+"""Least and largest value: torch cannot hold more, or the memory or the machine would be full."""
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -71,12 +81,10 @@ def check_numbers(cfg: DictConfig) -> None:
     Raises:
         UserError: names the key.
     """
-    if cfg.threads is not None and not 1 <= cfg.threads <= MOST_THREADS:
-        raise UserError(f"threads={cfg.threads}: give a number from 1 to {MOST_THREADS:,}")
-    if not 1 <= cfg.batch_size <= MOST_IN_BATCH:
-        raise UserError(f"batch_size={cfg.batch_size}: give at least 1 and at most {MOST_IN_BATCH:,}")
-    if not 0 <= cfg.seed < 2**63:
-        raise UserError(f"seed={cfg.seed}: give a number from 0 to 2^63 - 1")
+    for key, (least, most) in RANGES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not (isinstance(value, int) and least <= value <= most):
+            raise UserError(f"{key}={value}: give a number from {least:,} to {most:,}")
 
 
 def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
@@ -84,7 +92,9 @@ def build_dataset(cfg: DictConfig, group: str = "data") -> Dataset:
     if "parts" in OmegaConf.select(cfg, group):
         raise UserError(f"{group}: a mixture is for training; evaluate its parts one by one")
     dataset = build_plugin(cfg, group, ("__len__", "__getitem__"))
-    assert isinstance(dataset, Dataset)
+    if not isinstance(dataset, Dataset):
+        needed = ", ".join(Dataset.__annotations__)
+        raise ConfigError(f"{group}: {type(dataset).__name__} is no dataset: it needs {needed}")
     if not len(dataset):
         raise UserError(f"{group}: {dataset.name} ({dataset.split}) has no samples")
     return dataset
@@ -130,7 +140,8 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
     if path is None:
         if useless := [k for k in _SOURCE if spec.get(k) is not None]:
             raise UserError(f"model.{useless[0]}: a model of random weights (model.config) has no such files")
-        assert isinstance(sizes, dict)
+        if not isinstance(sizes, dict):
+            raise UserError(f"model.config={sizes}: give sizes by name")
         model = _random_model({str(k): v for k, v in sizes.items()}, int(spec.get("seed") or 0), cfg.dtype, device)
     else:
         source: dict[str, Any] = {k: str(spec[k]) for k in _SOURCE if spec.get(k) is not None}
@@ -280,7 +291,10 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
     from lavida_adapter import Lavida, LavidaConfig, VisionConfig
     from lavida_adapter.published_config import LAYOUTS
 
-    lm_sizes = sizes.pop("lm", {})
+    for name in ("lm", "vision"):
+        if not isinstance(sizes.setdefault(name, {}), dict):
+            raise UserError(f"model.config.{name}={sizes[name]}: give sizes by name")
+    lm_sizes = sizes.pop("lm")
     family = lm_sizes.get("family", "llada")
     layout = next((layout for name, layout in LAYOUTS.items() if name == family), None)
     if layout is None:
@@ -293,7 +307,7 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        vision = VisionConfig(**sizes.pop("vision", {}))
+        vision = VisionConfig(**sizes.pop("vision"))
         lm = layout.config(**{**special, **lm_sizes})
         if "image_grid_pinpoints" in sizes:
             sizes["image_grid_pinpoints"] = tuple((w, h) for w, h in sizes["image_grid_pinpoints"])
@@ -302,6 +316,9 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
         raise UserError(
             f"model.config: {re.sub(r'.*got an unexpected keyword argument', 'no model has a field', str(error))}"
         ) from None
+    if lm.vocab_size < len(tokenizer):
+        raise UserError(f"model.config.lm.vocab_size={lm.vocab_size}: the tokenizer has {len(tokenizer)} entries")
+    _check_memory(config, tokenizer, dtype, device)
     generator_state = torch.get_rng_state()
     default = torch.get_default_dtype()
     torch.manual_seed(seed)
@@ -312,6 +329,24 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
     finally:
         torch.set_default_dtype(default)
         torch.set_rng_state(generator_state)
+
+
+def _check_memory(config: "LavidaConfig", tokenizer: Any, dtype: str, device: torch.device) -> None:
+    """Refuses a model whose weights are larger than the memory of the device."""
+    from lavida_adapter import Lavida
+
+    with torch.device("meta"):
+        n = sum(p.numel() for p in Lavida(config, tokenizer).parameters())
+    need = n * getattr(torch, dtype).itemsize
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > there:
+        raise UserError(
+            f"model.config: {n:,} parameters need {need / 2**30:,.0f} GiB, and {device} has {there / 2**30:,.0f} GiB: "
+            "choose smaller sizes"
+        )
 
 
 def _checkpoint(path: str) -> str | Path:

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import explain, fail, fail_or_raise
 from experiments.jobs.launchers import AllJobsEnded, Session, session
+from experiments.override_grammar import check_words
 from experiments.sweeps import expand
 
 
@@ -122,6 +123,9 @@ def _rescore(words: Sequence[str], jobs: Session) -> None:
 
 def _command_lines(command: str) -> list[list[str]]:
     try:
-        return expand(command, sys.argv[1:])
+        lines = expand(command, sys.argv[1:])
+        for words in lines:
+            check_words(words)
+        return lines
     except ValueError as error:
         fail_or_raise(error)

@@ -89,7 +89,7 @@ def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key or text.split(":", 1)[-1].split()[0]
         return f"{key} has no value; give {key}=..."
-    if match := re.match(r"\w+ raised while resolving interpolation: (.*)", text):
+    if match := re.match(r"\w+ raised while resolving interpolation: (.*?)(\n +full_key: .*)?$", text, re.DOTALL):
         return match[1]
     where = getattr(error, "full_key", None)
     return f"{where}: {_first_line(text)}" if where else " ".join(line.strip() for line in text.splitlines() if line)

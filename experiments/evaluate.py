@@ -42,8 +42,6 @@ from shirg import MissingFileError, UserError
 def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     """Evaluates one pipeline on one dataset; returns the sections of result.json."""
     build.check_numbers(cfg)
-    if cfg.shots < 0:
-        raise UserError(f"shots={cfg.shots}: give 0 or more")
     device = profiling.use_device(cfg.device)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -63,8 +61,8 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     scorers = text_metrics(dataset.metric_names)
     pipeline = build.build_pipeline(cfg, model, decode, scorers, adapter=shared.unmerged, asked=asked, answer_rule=rule)
     shared.settle(pipeline.selector)
-    for sample in samples:  # an unusable draft should be found before any answer
-        pipeline.draft_of(sample)
+    for sample in samples:  # what cannot be answered should be found before any answer
+        pipeline.check(sample)
     if cfg.shuffle_questions and not (pipeline.relevance is not None and pipeline.relevance.reads_question):
         raise UserError(
             "shuffle_questions=true changes nothing here: choose a selector that ranks by relevance, and a relevance= "

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -20,6 +21,7 @@ from lavida_adapter.engine import DecodeSteps
 from lavida_adapter.infill import Draft, Infilled, make_draft
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import LanguageModel
+from lavida_adapter.prompt import prompt_ids
 from lavida_adapter.timing import StageTimer
 from shirg import Selection, Selector, Source, UserError
 
@@ -114,6 +116,32 @@ class EvalPipeline:
         for row, digest in zip(rows, loaded.digests, strict=True):
             row["picture_digest"] = digest
         return Answers(rows, pictures, left, ms)
+
+    def check(self, sample: Sample) -> None:
+        """Finds a prompt that cannot fit into the model's context, and an unusable draft, without a picture.
+
+        Raises:
+            UserError: names the sample.
+        """
+        self.draft_of(sample)
+        config, budget = self.model.config, self.selector.budget
+        fixed = budget not in (None, "matched") and not self.selector.may_use_less
+        n_vision = self.n_vision if fixed else 0
+        most = min(config.tokenizer_model_max_length, config.lm.max_sequence_length - self.decode.max_new_tokens)
+        if self._n_template + len(sample.prompt.encode()) + n_vision <= most:  # a token has at least one byte
+            return
+        n_text = len(prompt_ids(self.model.tokenizer, sample.prompt, config)) - 1
+        if n_text + n_vision > most:
+            raise UserError(
+                f"{sample.id}: {n_text} tokens of text, at least {n_vision} of the picture and "
+                f"{self.decode.max_new_tokens} of the answer do not fit into the model's context: shorten the "
+                "question, or lower the budget or decode.max_new_tokens"
+            )
+
+    @cached_property
+    def _n_template(self) -> int:
+        """Tokens of a prompt without a question."""
+        return len(prompt_ids(self.model.tokenizer, "", self.model.config))
 
     def draft_of(self, sample: Sample) -> Draft | None:
         """What a sample's answer begins with, if anything.

@@ -4,13 +4,14 @@ This is the only file that calls `hydra.utils.instantiate`. An option that does 
 a value that the constructor refuses raise one sentence that names the group and what it takes.
 """
 
+import importlib
 import inspect
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import ConfigError, is_user_error
@@ -38,10 +39,7 @@ def build_plugin(
     assert isinstance(values, dict)
     path = values.pop("_target_")
     options = {str(k): v for k, v in values.items()} | dict(fixed or {})
-    try:
-        target = get_class(path)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{group}._target_={path}: no such class ({_one_line(error)})") from error
+    target = _find_class(path, group)
     if not _is_of(target, kinds):
         needed = " or ".join(map(_name_of, kinds))
         raise ConfigError(f"{group}._target_={path} is of another kind: it must be or have {needed}")
@@ -55,6 +53,20 @@ def build_plugin(
         if isinstance(cause, ValueError | TypeError) and not is_user_error(cause):
             raise ConfigError(f"{group}: {target.__name__} cannot be built: {_one_line(cause)}") from cause
         raise cause from None
+
+
+def _find_class(path: Any, group: str) -> type:
+    """The class of a dotted name, whose module is imported; Hydra's own function would log what is wrong as well."""
+    module, _, name = path.rpartition(".") if isinstance(path, str) else ("", "", "")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # what a module raises while it is imported is its own affair
+        raise ConfigError(
+            f"{group}._target_={path}: {module or path} cannot be imported ({_one_line(error)})"
+        ) from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{group}._target_={path}: {module} has no class {name}; give the dotted name of one")
+    return found
 
 
 def _name_of(kind: type | str) -> str:
@@ -110,6 +122,29 @@ def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, 
             raise ConfigError(f"{where}.{name}={value!r} is not a number")
 
 
+MOST = 2.0**63
+"""Largest value of any number in a config: far beyond all that mean something, and its products fit into float32."""
+
+
+def check_finite(value: Any, key: str = "") -> None:
+    """Refuses numbers that are none (NaN), infinite or absurdly large, anywhere in a config.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            check_finite(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            check_finite(part, key)
+    elif isinstance(value, float) and not abs(value) <= MOST:
+        raise ConfigError(f"{key}={value}: give a number between -2^63 and 2^63")
+
+
+_LISTS, _MAPPINGS = (list, Sequence), (dict, Mapping)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a config value is of the annotated type; annotations beyond plain ones are left to the constructor."""
     origin = get_origin(hint)
@@ -123,6 +158,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, types.NoneType):
         return isinstance(value, hint)
+    if origin in _LISTS:
+        return isinstance(value, list | tuple) and all(_fits(part, get_args(hint)[0]) for part in value)
+    if origin in _MAPPINGS:
+        return isinstance(value, Mapping) and all(_fits(part, get_args(hint)[1]) for part in value.values())
     return True
 
 
@@ -132,5 +171,9 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(option) for option in get_args(hint))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if origin in _LISTS:
+        return f"a list of {_describe(get_args(hint)[0]).removeprefix('a ')}s"
+    if origin in _MAPPINGS:
+        return f"names with {_describe(get_args(hint)[1])} each"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

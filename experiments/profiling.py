@@ -1,6 +1,7 @@
 """Memory and time of a job: peaks, out-of-memory messages, progress, a clock, times that no device can reach."""
 
 import gc
+import re
 import resource
 import statistics
 import sys
@@ -56,10 +57,9 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
                 f"process {local_rank} of this machine sees {count} CUDA devices: start one process for each device "
                 "(under SLURM, with --gpus-per-node rather than --gpus-per-task)"
             )
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
     return device

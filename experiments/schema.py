@@ -206,7 +206,14 @@ class Train(Run):
 
 def local_folder(path: str) -> Path | None:
     """The folder that a path names, relative to the working directory or to the repository; None if there is none."""
-    return next((folder for folder in (Path(path), CONF.parent / path) if folder.is_dir()), None)
+    return next((folder for folder in (Path(path), CONF.parent / path) if _is_folder(folder)), None)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a name that no file system can hold
+        return False
 
 
 def tasks_per_node(strategy: str, gpus_per_node: int | None) -> int:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.errors import ConfigError
 from experiments.job_names import override_key
+from experiments.override_grammar import quote
 from experiments.schema import CONF
 
 SWEEPS = CONF / "sweep"
@@ -113,14 +114,6 @@ def _check_harmless(folder: Path, words: Sequence[str]) -> None:
                 f"run={folder}: its record asks for {word}, which may run any Python code; if you trust who wrote it, "
                 f"give {TRUST}=true"
             )
-
-
-def quote(value: str) -> str:
-    """A text as a value of an override: as it is where Hydra's grammar takes it so, in quotes otherwise."""
-    if "/" in value and re.fullmatch(r"[\w/][\w./@%+-]*", value, re.ASCII):
-        return value
-    # A quote needs a backslash; backslashes count only before a quote, the last one's among them.
-    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def system_of(overrides: Sequence[str]) -> list[str]:

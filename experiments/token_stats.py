@@ -47,7 +47,8 @@ class TokenPlaces:
     valid_N: Tensor
     """bool: not padding."""
     eligible_N: Tensor
-    """bool: tile and crop tokens that are not padding; all tokens of a picture that has no tiles."""
+    """bool: tile and crop tokens that are not padding. Where there are none, in a single view or in a picture so narrow
+    that it covers no tile token's centre, all tokens that are not padding."""
 
     @cached_property
     def cell_N(self) -> Tensor:
@@ -116,9 +117,9 @@ class TokenGeometry:
             ids=("",),
             n_valid=(int(views.valid_N.sum()),),
         )
-        detail_N = views.layout.role_N != Role.GLOBAL
-        detail_N = detail_N if bool(detail_N.any()) else torch.ones_like(detail_N)
-        return TokenPlaces(views.layout, features.box_BN4()[0], views.valid_N, views.valid_N & detail_N)
+        detail_N = views.valid_N & (views.layout.role_N != Role.GLOBAL)
+        eligible_N = detail_N if bool(detail_N.any()) else views.valid_N
+        return TokenPlaces(views.layout, features.box_BN4()[0], views.valid_N, eligible_N)
 
 
 def count_sources(selection: Selection) -> dict[str, int]:
@@ -149,11 +150,11 @@ class KeptSpread:
 
 
 def spread_of(kept_T: Tensor, placed: TokenPlaces) -> KeptSpread:
-    """The spread of the source tokens `kept_T`; empty where there are none.
+    """The spread of the source tokens `kept_T`; empty where there are none, or no region to spread over.
 
     As in recall, tokens of the finest views count, and padding does not. Tokens on the same cell count once.
     """
-    if not len(kept_T):
+    if not len(kept_T) or not bool((placed.region_P >= 0).any()):
         return KeptSpread()
     kept_P = torch.zeros_like(placed.region_P, dtype=torch.bool).index_fill(0, placed.cell_N[kept_T.cpu()], True)
     every_P, n_regions = torch.ones_like(kept_P), int(placed.region_P.max()) + 1

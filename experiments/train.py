@@ -6,7 +6,6 @@ command that evaluates them.
 
 import hashlib
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,8 @@ from experiments.jobs.distributed import Ranks
 from experiments.jobs.job import CHECKPOINT, Job
 from experiments.jobs.results import SHOTS
 from experiments.jobs.sample_facts import content_of
-from experiments.sweeps import quote, system_of
+from experiments.override_grammar import command_line, quote
+from experiments.sweeps import system_of
 from experiments.training.run_logger import RunLogger, logs_images
 from experiments.training.stages import build_stage, lora_config
 from experiments.training.trainer import build_trainer, gather_base
@@ -193,5 +193,7 @@ def save_weights(model: Lavida, folder: Path, *, trained: bool) -> None:
 def how_to_evaluate(stage: str, overrides: Sequence[str], artifact: Path) -> str:
     """The command that evaluates the trained weights, for an adapter with the same model, selector and relevance."""
     if stage == "adapt":
-        return f"evaluate {shlex.join(['python', 'eval.py', *system_of(overrides), f'adapter={quote(str(artifact))}'])}"
-    return f"evaluate {shlex.join(['python', 'eval.py', 'selector=pooled', f'model.path={quote(str(artifact))}'])}"
+        words = [*system_of(overrides), f"adapter={quote(str(artifact))}"]
+    else:
+        words = ["selector=pooled", f"model.path={quote(str(artifact))}"]
+    return f"evaluate {command_line('eval', words)}"

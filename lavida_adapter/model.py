@@ -88,6 +88,7 @@ class Lavida(LavidaModules):
             UserError: when the numbers of pictures, questions, ids and prompts differ, or are 0.
         """
         timer = timer or NoTimer()
+        names = ids or ()
         ids = [str(i) for i in range(len(images))] if ids is None else ids
         prompts = questions if prompts is None else prompts
         given: dict[str, Sequence[Any]] = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
@@ -99,7 +100,8 @@ class Lavida(LavidaModules):
         blocks, selections = encoder.blocks(PicturePrompts(images, questions, ids, boxes))
         rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
         with timer.stage("project"):
-            prefix, _ = splice(rows, blocks, self.lm.embedding, max_length=self.config.tokenizer_model_max_length)
+            most = self.config.tokenizer_model_max_length
+            prefix, _ = splice(rows, blocks, self.lm.embedding, max_length=most, names=names)
         n_matched = tuple(pooled_count(image.size, self.config) for image in images)
         return replace(prefix, selections=selections, n_matched=n_matched)
 
@@ -130,8 +132,9 @@ class Lavida(LavidaModules):
         sampler.check(decode)
         longest = prefix.embeds_BPD.shape[1] + decode.max_new_tokens
         if longest > self.config.lm.max_sequence_length:
+            name = prefix.name_of(max(range(len(prefix.n_tokens)), key=prefix.n_tokens.__getitem__))
             raise UserError(
-                f"prompt and answer need {longest} positions, the model has {self.config.lm.max_sequence_length}: "
+                f"{name} and its answer need {longest} positions, the model has {self.config.lm.max_sequence_length}: "
                 "lower the budget or decode.max_new_tokens"
             )
         if cache_selector is not None and cache_packer is not None:

@@ -33,6 +33,12 @@ class Prefix:
     """How many tokens LaViDa itself would feed for each picture, newlines included: the budget "matched"."""
     counts: tuple[tuple[int, int], ...] | None = None
     """Tokens and picture tokens of each prompt, where they are known without asking the device, which takes a wait."""
+    ids: tuple[str, ...] = ()
+    """What the caller calls each prompt, for messages; () where they have no names."""
+
+    def name_of(self, i: int) -> str:
+        """Prompt number i, as messages call it."""
+        return _name_of(self.ids, i)
 
     @cached_property
     def padding(self) -> Tensor | None:
@@ -50,6 +56,10 @@ class Prefix:
         return tuple(self.mask_BP.sum(-1).tolist()) if self.counts is None else tuple(n for n, _ in self.counts)
 
 
+def _name_of(ids: Sequence[str], i: int) -> str:
+    return f"prompt {ids[i]!r}" if ids else f"prompt {i} of the batch"
+
+
 def picture_block(selection: Selection, tokens_TD: Tensor, newline_D: Tensor) -> Tensor:
     """The picture tokens [n, D] of a prompt: projected tokens and newline vectors, without unused slots."""
     is_newline_T1 = (selection.source_BT[0] == Source.NEWLINE)[:, None]
@@ -64,23 +74,24 @@ def splice(
     *,
     max_length: int,
     labels: Sequence[Sequence[int]] | None = None,
+    names: Sequence[str] = (),
 ) -> tuple[Prefix, Tensor]:
     """Rows of text ids with one placeholder each, and their picture blocks [n, D] -> a padded Prefix and labels [B, P].
 
     Raises:
-        UserError: for a row that does not hold exactly one placeholder.
+        UserError: for a row that does not hold exactly one placeholder or is too long; the message has its name.
     """
     device = wte.weight.device
     ids, visual, targets = [], [], []
     for i, (row, block) in enumerate(zip(rows, blocks, strict=True)):
         if (pictures := list(row).count(IMAGE)) != 1:
-            raise UserError(f"prompt {i} holds {pictures} pictures, expected exactly one")
+            raise UserError(f"{_name_of(names, i)} holds {pictures} pictures, expected exactly one")
         at, n = list(row).index(IMAGE), len(block)
         # Too long a picture block would push the question out of the context; cutting it off silently would hide that.
         if len(row) - 1 + n > max_length:
             raise UserError(
-                f"prompt {i} has {len(row) - 1 + n} tokens, {n} of them for the picture, more than the model's "
-                f"{max_length}: lower the budget or shorten the text"
+                f"{_name_of(names, i)} has {len(row) - 1 + n} tokens, {n} of them for the picture, more than the "
+                f"model's {max_length}: lower the budget or shorten the text"
             )
         label = list(labels[i]) if labels is not None else [IGNORE] * len(row)
         ids.append(torch.tensor([*row[:at], *[0] * n, *row[at + 1 :]]))
@@ -95,4 +106,4 @@ def splice(
     embeds_BPD = wte(ids_BP) * mask_BP[..., None]
     embeds_BPD = embeds_BPD.masked_scatter(visual_BP[..., None], torch.cat(list(blocks)).to(embeds_BPD.dtype))
     targets_BP = pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(device, non_blocking=True)
-    return Prefix(embeds_BPD, mask_BP, visual_BP, counts=counts), targets_BP
+    return Prefix(embeds_BPD, mask_BP, visual_BP, counts=counts, ids=tuple(names)), targets_BP

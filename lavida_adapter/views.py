@@ -94,6 +94,10 @@ def check_picture(image: Image.Image) -> None:
         raise UserError(f"make_views got an empty picture of {image.width} x {image.height} pixels")
 
 
+MOST_PADDED = 2**27
+"""Pixels of a picture with its padding; a longer one is made smaller first."""
+
+
 def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False) -> Views:
     """Cuts an RGB picture into LaViDa's views. `single`: one view with grey padding, for several pictures a prompt."""
     check_picture(image)
@@ -101,9 +105,13 @@ def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False
     mode = "pad" if single else config.image_aspect_ratio
     if mode == "anyres":
         return _anyres(image, config)
-    left, top, frame = 0, 0, image
+    left, top, frame, size = 0, 0, image, image.size
     if mode == "pad":
         edge = max(image.size)
+        if edge**2 > MOST_PADDED:  # a strip of 60,000 pixels would be padded to 10 GiB
+            edge = math.isqrt(MOST_PADDED)
+            scale = edge / max(image.size)
+            image = image.resize((max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
         left, top = (edge - image.width) // 2, (edge - image.height) // 2
         frame = Image.new("RGB", (edge, edge), (127, 127, 127))
         frame.paste(image, (left, top))
@@ -115,7 +123,7 @@ def make_views(image: Image.Image, config: LavidaConfig, *, single: bool = False
         (top + image.height) / frame.height,
     )
     pixels = to_tensor([frame.resize((side, side), Image.Resampling.BICUBIC)])
-    return Views(pixels, layout, inside(layout, box) if mode == "pad" else everything(layout), box, image.size)
+    return Views(pixels, layout, inside(layout, box) if mode == "pad" else everything(layout), box, size)
 
 
 def _anyres(image: Image.Image, config: LavidaConfig) -> Views:

@@ -6,12 +6,14 @@ One rule decodes the files of every dataset, so that the same file always gives 
 import hashlib
 import io
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 from experiments.data.sample import Sample
@@ -32,7 +34,7 @@ Pictures = Sequence["Image.Image | Views"]
 def load_picture(path: Path) -> Image.Image:
     """The picture upright, in RGB; transparency becomes white, an animation its first frame.
 
-    A picture beyond `PIL.Image.MAX_IMAGE_PIXELS` is refused: Pillow only warns about some of them.
+    A picture beyond `PIL.Image.MAX_IMAGE_PIXELS` (89 megapixels) is refused: Pillow only warns about some of them.
     """
     return _load(path, str(path))
 
@@ -44,20 +46,24 @@ def read_picture(data: bytes, where: str) -> Image.Image:
 
 def _load(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
-        with Image.open(file) as picture:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and picture.width * picture.height > limit:
-                raise Image.DecompressionBombError(
-                    f"{picture.width}x{picture.height} is more than {limit} pixels; "
-                    "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
-                )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(file)
+        with opened as picture:
+            if picture.format == "EPS":
+                raise UserError("it is PostScript, which only a program that runs it could draw")
             return to_rgb(ImageOps.exif_transpose(picture))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise UserError(f"{where}: has more than {most:.0f} megapixels; shrink it or remove its rows") from error
+    except UnidentifiedImageError as error:
+        raise _unreadable(where, "it is in no format that Pillow knows") from error
     # Decoders raise many kinds of errors for broken files: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise _unreadable(where, error) from error
 
 
-def _unreadable(where: str, error: Exception) -> UserError:
+def _unreadable(where: str, error: Exception | str) -> UserError:
     return UserError(f"{where}: cannot be read as a picture ({error}); replace it or remove its rows")
 
 
@@ -69,9 +75,17 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     """
     if picture.mode in WIDE_MODES:
         raise UserError(f"its samples have 32 bits (mode {picture.mode}); save it with 8 bits a channel")
+    transparent = picture.info.get("transparency")
     if picture.mode.startswith("I;16"):
         # Pillow's own conversion differs between versions: some clip, which turns most 16-bit pictures white.
-        picture = picture.convert("I").point(lambda value: value / 257).convert("L")
+        wide = picture.convert("I")
+        picture = wide.point(lambda value: value / 257).convert("L")
+        picture.info.pop("transparency", None)
+        if isinstance(transparent, int):
+            picture.putalpha(Image.fromarray(np.where(np.asarray(wide) == transparent, 0, 255).astype(np.uint8)))
+    elif isinstance(transparent, tuple) and max(transparent) > 255:
+        # A colour of 16 bits a channel: Pillow has kept the upper 8 of the picture's.
+        picture.info["transparency"] = tuple(value >> 8 for value in transparent)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")

@@ -5,7 +5,6 @@ A config that has changed is refused, because the folder holds the work of anoth
 """
 
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -28,6 +27,7 @@ from experiments.jobs import results
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
 from experiments.jobs.launchers import JobOutcome
 from experiments.jobs.results import adapter_path
+from experiments.override_grammar import command_line
 from shirg import UserError
 
 JOURNAL = "journal.jsonl"
@@ -189,7 +189,7 @@ def _identify(cfg: DictConfig, folder: Path) -> results.Identity:
         verb=hydra.job.name,
         study=folder.parent.name,
         job=folder.name,
-        command=shlex.join(["python", f"{hydra.job.name}.py", *overrides]),
+        command=command_line(hydra.job.name, overrides),
         overrides=overrides,
         choices={k: str(v) for k, v in hydra.runtime.choices.items() if "/" not in k and "@" not in k},
         config_hash=results.config_hash(config),

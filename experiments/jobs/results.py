@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.atomic_files import read_json, write_json
 from experiments.errors import ConfigError
+from experiments.plugins import check_finite
 from experiments.schema import CONF, Decode, local_folder
 
 if TYPE_CHECKING:
@@ -74,13 +75,15 @@ def _relevant(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def resolve_config(cfg: DictConfig) -> dict[str, Any]:
-    """The config of a job with every reference resolved; raises when a mandatory value is missing.
+    """The config of a job with every reference resolved; raises when a mandatory value is missing or no number.
 
     Names of classes are left out: where a class lives is no part of an experiment, and `choices` names the options.
     """
     container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     assert isinstance(container, dict)
-    return without_targets({str(k): v for k, v in container.items() if k not in SESSION})
+    config = without_targets({str(k): v for k, v in container.items() if k not in SESSION})
+    check_finite(config)
+    return config
 
 
 def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def files_digest(path: str | None) -> str | None:
     None for a hub id, whose revision the hub's own cache decides. An adapter that was converted to another layout keeps
     the digest that it had before, so that studies with it can be resumed.
     """
-    folder = None if path is None else local_folder(path)
+    folder = None if path is None else local_folder(str(path))
     if folder is None:
         return None
     digest = hashlib.sha256()

@@ -18,6 +18,7 @@ from experiments.atomic_files import encode_json, write_together
 from experiments.jobs.results import RESULT, SAMPLES, read_result
 from experiments.jobs.sample_rows import picture_of_row, read_rows
 from experiments.metrics import metric
+from experiments.override_grammar import command_in
 from shirg import UserError
 
 FOLDER = "lmms"
@@ -42,7 +43,7 @@ def export(study: Path) -> list[Path]:
             write_together(contents)
             written += contents
     if not written:
-        raise UserError(f"{study} holds no finished evaluation to export: python eval.py study={study.name}")
+        raise UserError(f"{study} holds no finished evaluation to export: {command_in(study.name)}")
     return written
 
 

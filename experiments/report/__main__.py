@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments.errors import CommandParser, fail, fail_or_raise
 from experiments.jobs.results import RESULT
+from experiments.override_grammar import command_in
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
         if not study.is_dir():
             fail(f"{study}: no such folder; give the folder of a study, for example outputs/demo")
         if not any(study.glob(f"*/{RESULT}")):
-            fail(f"{study} holds no job with a {RESULT}: evaluate something first, python eval.py study={study.name}")
+            fail(f"{study} holds no job with a {RESULT}: evaluate something first, {command_in(study.name)}")
         try:
             written = _export(study) if parsed.lmms else _publish(study)
         except (ValueError, OSError) as error:

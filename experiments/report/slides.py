@@ -13,6 +13,7 @@ from experiments.analysis.rows import Row, our_row, unequal
 from experiments.analysis.table import parts, records
 from experiments.jobs.results import SAMPLES, SHOTS, read_result
 from experiments.jobs.sample_rows import RECALL, read_scores
+from experiments.override_grammar import command_in
 from experiments.report.figure_style import ReportFigure
 from experiments.report.page import RIGHT
 from experiments.report.slide_layout import Slide, Slides
@@ -135,7 +136,7 @@ class StudyFacts:
         ]
 
     def missing(self, words: str, meaning: str) -> str:
-        return f"Not in this study: {meaning}. python eval.py study={self.study.name} {words} adds it."
+        return f"Not in this study: {meaning}. {command_in(self.study.name)} {words} adds it."
 
     def _compared(self, against: str) -> list[str]:
         return [name for name in differences(self.rows) if other_name(name) == against]

@@ -52,7 +52,7 @@ class AdaptiveK(CacheSelector):
         for i, selection in enumerate(prefix.selections):
             if selection.scores_BN is None:
                 raise UserError(
-                    f"AdaptiveK ranks by the token selector's scores, and prompt {i} of the batch has none: choose a "
+                    f"AdaptiveK ranks by the token selector's scores, and {prefix.name_of(i)} has none: choose a "
                     "selector= that scores tokens"
                 )
 

@@ -126,7 +126,7 @@ class CacheSelector:
             if count > n:
                 raise UserError(
                     f"{type(self).__name__}: budget {count} is larger than the {n} picture tokens in the prefix of "
-                    f"prompt {i} of the batch; lower cache.budget= or choose a selector that feeds more"
+                    f"{prefix.name_of(i)}; lower cache.budget= or choose a selector that feeds more"
                 )
         return wanted
 

@@ -64,7 +64,7 @@ def text_behind(prefix: Prefix, name: str) -> Tensor:
     for i, some in enumerate(text_BP.any(-1).tolist()):
         if not some:
             raise UserError(
-                f"{name} ranks by the text behind the picture, and prompt {i} of the batch has none: put the question "
+                f"{name} ranks by the text behind the picture, and {prefix.name_of(i)} has none: put the question "
                 "there, or choose another cache="
             )
     return text_BP

@@ -88,14 +88,32 @@ def test_files_that_are_no_pictures(tmp_path: Path, content: bytes) -> None:
         load_picture(tmp_path / "x.png")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_is_no_picture_is_said_without_an_address(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"\(it is in no format that Pillow knows\); replace it or remove its rows$"):
+        load_batch([sample(tmp_path, "x.png", "?")])
+
+
+def test_a_program_is_no_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.eps")
+    with pytest.raises(UserError, match="it is PostScript, which only a program that runs it could draw"):
+        load_picture(tmp_path / "x.eps")
+
+
+def test_one_transparent_colour_of_16_bits(tmp_path: Path) -> None:
+    grey = np.array([[0x0101, 0x0102, 0xFFFF]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png", transparency=0x0101)
+    assert np.asarray(load_picture(tmp_path / "grey.png")).tolist() == [[[255] * 3, [1] * 3, [255] * 3]]
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("limit", "refused"), [(99, True), (49, True), (100, False), (None, False)])
 def test_pixel_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int | None, refused: bool) -> None:
     """Both what Pillow only warns about (up to twice the limit) and what it refuses itself."""
     Image.new("RGB", (10, 10)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     if refused:
-        with pytest.raises(ValueError, match=r"x\.png: cannot be read as a picture .*pixels"):
+        with pytest.raises(ValueError, match=r"x\.png: has more than 0 megapixels; shrink it"):
             load_picture(tmp_path / "x.png")
     else:
         assert load_picture(tmp_path / "x.png").size == (10, 10)

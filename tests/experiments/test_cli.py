@@ -84,7 +84,7 @@ def test_what_a_constructor_refuses_is_bad_input(
     eval_here(*outside, "data._target_=outside.Picky", "+data.flavour=sour", ok=False)
     assert capfd.readouterr().err == "error: data: Picky cannot be built: flavours are sweet or salty\n"
     eval_here(*outside, "data._target_=outside.Nothing", ok=False)
-    assert "error: data._target_=outside.Nothing: no such class" in capfd.readouterr().err
+    assert "error: data._target_=outside.Nothing: outside has no class Nothing" in capfd.readouterr().err
 
 
 def test_what_counts_as_bad_input() -> None:

@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.build import compose_eval
 from experiments.errors import ConfigError
 from experiments.jobs.results import VERSION
+from experiments.override_grammar import quote
 from experiments.schema import CONF, VERSION_BASE
-from experiments.sweeps import SWEEPS, ComposedConfigs, ComposeOnce, expand, quote, sweep_overrides
+from experiments.sweeps import SWEEPS, ComposedConfigs, ComposeOnce, expand, sweep_overrides
 from tests.experiments.conftest import Command
 
 

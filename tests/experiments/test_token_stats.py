@@ -31,6 +31,13 @@ def tiles(placed: TokenPlaces, rows: slice, columns: slice) -> Tensor:
     return torch.nonzero(inside_N & (placed.layout.role_N != Role.GLOBAL)).flatten()
 
 
+@pytest.mark.parametrize("size", [(60000, 1), (1, 60000), (2000, 60), (60, 2000)])
+def test_a_strip_that_covers_no_tile_token(size: tuple[int, int]) -> None:
+    placed = places(size)
+    assert placed.eligible_N.equal(placed.valid_N) and 0 < placed.fine_area <= 1
+    assert spread_of(torch.nonzero(placed.valid_N).flatten(), placed) == KeptSpread()
+
+
 def test_everything_covers_everything_evenly() -> None:
     placed = places()
     found = spread_of(torch.arange(320), placed)

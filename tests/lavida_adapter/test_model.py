@@ -112,5 +112,5 @@ def test_a_context_that_is_too_short() -> None:
     prefix = prefixes(model, Pooled(), [0])
     length = prefix.n_tokens[0]
     assert model.generate(prefix, DecodeConfig(max_new_tokens=90 - length)).ids_BA.shape[1] == 90 - length
-    with pytest.raises(ValueError, match="prompt and answer need 91 positions, the model has 90"):
+    with pytest.raises(ValueError, match="prompt 'sample 0' and its answer need 91 positions, the model has 90"):
         model.generate(prefix, DecodeConfig(max_new_tokens=91 - length))

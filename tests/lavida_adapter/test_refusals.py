@@ -311,13 +311,16 @@ INPUTS: dict[str, Case] = {
     "too many prompts": (encoding(1, ["a"], prompts=["a", "b"]), ["encode got 1 pictures, 1 questions, 1 ids, 2"]),
     "a prompt that is too long": (
         encoding(1, ["digit red"], {"tokenizer_model_max_length": 40}),
-        ["prompt 0 has ", " of them for the picture, more than the model's 40: lower the budget"],
+        ["prompt 0 of the batch has ", " of them for the picture, more than the model's 40: lower the budget"],
     ),
-    "a row without a picture": (splicing([1, 2]), ["prompt 1 holds 0 pictures, expected exactly one"]),
-    "a row with two pictures": (splicing([IMAGE, 1, IMAGE]), ["prompt 1 holds 2 pictures, expected exactly one"]),
+    "a row without a picture": (splicing([1, 2]), ["prompt 1 of the batch holds 0 pictures, expected exactly one"]),
+    "a row with two pictures": (
+        splicing([IMAGE, 1, IMAGE]),
+        ["prompt 1 of the batch holds 2 pictures, expected exactly one"],
+    ),
     "a row that is too long": (
         splicing([IMAGE, 1, 2, 3], 3),
-        ["prompt 1 has 4 tokens, 1 of them for the picture, more than the model's 3"],
+        ["prompt 1 of the batch has 4 tokens, 1 of them for the picture, more than the model's 3"],
     ),
     **{
         f"answer {answer!r}": (

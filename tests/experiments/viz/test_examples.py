@@ -1,8 +1,11 @@
 """Examples: which samples are drawn, the same ones for every job of a study; texts that show all characters."""
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from experiments.data.sample import Sample
@@ -48,3 +51,22 @@ def test_jobs_of_a_study_show_the_same_samples(eval_here: Eval) -> None:
 def test_texts_show_every_character() -> None:
     assert printable("a\nb\x07") == "a\\x0ab\\x07"
     assert printable("abcdef", longest=3) == "abc..." and printable("abc", longest=3) == "abc"
+
+
+@pytest.mark.parametrize("selector", ["full", "global_only", "shirg"])
+def test_strips_and_dots_are_answered_and_drawn(selector: str, eval_here: Eval, tmp_path: Path) -> None:
+    sizes = [(60000, 1), (1, 60000), (2000, 60), (1, 1)]
+    (tmp_path / "narrow").mkdir()
+    rows = []
+    for width, height in sizes:
+        Image.new("RGB", (width, height), "red").save(tmp_path / f"narrow/{width}.png")
+        rows.append(json.dumps({"file_name": f"{width}.png", "question": "what?", "answers": ["red"]}))
+    rows[3] = rows[3].replace("1.png", "dot.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "narrow/dot.png")
+    (tmp_path / "narrow/metadata.jsonl").write_text("\n".join(rows))
+    job = eval_here(f"selector={selector}", "data=folder", f"data.root={tmp_path}/narrow", "decode.max_new_tokens=2")
+    examples = load_examples(job / SHOTS)
+    assert len(examples) == 4
+    for example in examples:
+        drawn = [Image.open(io.BytesIO(data)).size for data in (example.picture, example.overlay)]
+        assert drawn[0] == drawn[1] and max(drawn[0]) <= 448

@@ -1,0 +1,99 @@
+"""Hydra's grammar of overrides: words that it cannot read, values written so that it can, commands to paste.
+
+Hydra says where its lexer stopped. Here a word that it cannot read is answered by the word that it could, before any
+config is composed.
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.errors import ConfigError, visible
+from experiments.schema import CONF
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+MOST_JOBS = 100_000
+"""Jobs of one sweep: all of them are composed before the first one starts."""
+_PLAIN = re.compile(r"[A-Za-z_/][\w./@%+-]*", re.ASCII)
+_VALUES = frozenset({"null", "true", "false", "nan", "inf"})
+"""Words that Hydra reads as something else than a text."""
+
+
+def quote(value: str) -> str:
+    """A text as a value of an override: as it is where Hydra's grammar takes it so, in quotes otherwise."""
+    if _PLAIN.fullmatch(value) and value.lower() not in _VALUES:
+        return value
+    # A quote needs a backslash; backslashes count only before a quote, the last one's among them.
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
+
+
+def command_line(command: str, words: Sequence[str]) -> str:
+    """A command to paste into a shell: `python eval.py ...` for "eval"."""
+    return shlex.join(["python", f"{command}.py", *words])
+
+
+def command_in(study: str, *words: str) -> str:
+    """The command that evaluates something in a study."""
+    return command_line("eval", [f"study={quote(study)}", *words])
+
+
+def check_words(argv: Sequence[str]) -> None:
+    """Refuses overrides that Hydra cannot read, and sweeps without end.
+
+    Raises:
+        ConfigError: says what to write instead, where that is known.
+    """
+    n_jobs = 1
+    for word in argv:
+        if word.startswith("-") or not ("=" in word or word.startswith("~")):
+            continue  # options of Hydra's own, and their values
+        override = _parse(word)
+        if override is None:
+            raise ConfigError(_advice(word))
+        name = override.key_or_group
+        if (CONF / name).is_dir() and not (override.is_sweep_override() or override.is_delete()):
+            value = override.value()
+            if not isinstance(value, str | list):
+                options = ", ".join(sorted(path.stem for path in (CONF / name).glob("*.yaml")))
+                raise ConfigError(f"{word}: give the name of an option; choose one of {options}")
+        n_jobs *= _n_values(override)
+    if n_jobs > MOST_JOBS and {"-m", "--multirun"} & set(argv):
+        raise ConfigError(f"this sweep has {n_jobs:,} jobs: give fewer values, at most {MOST_JOBS:,} jobs")
+
+
+def _parse(word: str) -> "Override | None":
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, RecursionError, ValueError):  # brackets too deep, whole numbers of thousands of digits
+        return None
+
+
+def _advice(word: str) -> str:
+    """The word with its value in quotes, where that is an override."""
+    key, sign, value = word.partition("=")
+    quoted = f"{key}={quote(value)}"
+    if sign and value and _parse(quoted) is not None:
+        return (
+            f"{visible(word)[:200]}: Hydra cannot read this value; if it is a text, write "
+            f"{visible(shlex.quote(quoted)) if len(quoted) < 200 else 'it in quotes inside quotes'}"
+        )
+    return f"{visible(word)[:200]}: this is no override of the form KEY=VALUE"
+
+
+def _n_values(override: "Override") -> int:
+    """How many jobs a swept override makes; an interval and a pattern count as one."""
+    from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
+
+    value: Any = override.value()
+    if isinstance(value, ChoiceSweep):
+        return len(value.list)
+    if isinstance(value, RangeSweep) and value.start is not None and value.stop is not None:
+        return max(1, math.ceil((value.stop - value.start) / value.step)) if value.step else 1
+    return 1
