@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lavida_adapter.decode_config import Rule
-from lavida_adapter.sampling import Draw
+from lavida_adapter.sampling import Draw, topk_confident
 
 TOP_K = 50
 """The published code never asks for this number: a library default fills it in when none is given."""
@@ -78,20 +78,11 @@ def commit_dream(
         tokens_BM = place_BM if ids_BMK is None else ids_BMK.gather(-1, place_BM[..., None])[..., 0]
     sure_BM = confidence_under(p_BMK, place_BM, rule.remasking)
     if rule.threshold is not None:
-        best_BM = first_largest(sure_BM, open_BM, [1] * b)
+        best_BM = topk_confident(sure_BM, open_BM, [1] * b)
         return tokens_BM, open_BM & ((sure_BM >= rule.threshold) | best_BM)
     if rule.remasking in ("random", "origin"):
         sure_BM = draw.uniform(b, device)
     elif rule.alg_temp > 0:
         # The k largest after adding Gumbel noise are k draws without replacement from the softmax.
         sure_BM = sure_BM / rule.alg_temp - torch.log(-torch.log(draw.uniform(b, device)))
-    return tokens_BM, first_largest(sure_BM, open_BM, ks)
-
-
-def first_largest(values_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> Tensor:
-    """bool [B, M]: the `ks` largest of each row among the open slots; of equal ones the first."""
-    ranked_BM = values_BM.masked_fill(~open_BM, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
-    place_M = torch.arange(open_BM.shape[1], device=open_BM.device)
-    # The copy does not wait for what runs on a GPU.
-    taken_BM = place_M < torch.tensor(ks).to(open_BM.device, non_blocking=True)[:, None]
-    return torch.zeros_like(open_BM).scatter(1, ranked_BM, taken_BM)
+    return tokens_BM, topk_confident(sure_BM, open_BM, ks)

@@ -175,14 +175,14 @@ def is_clear(quick_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> bool:
 
 
 def topk_confident(confidence_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> Tensor:
-    """bool [B, M]: the `ks` largest of each row among the open slots; ties are broken by `topk`."""
-    ranked_BM = confidence_BM.masked_fill(~open_BM, float("-inf"))
-    commit_BM = torch.zeros_like(open_BM)
+    """bool [B, M]: the `ks` largest of each row among the open slots; of equal ones the first, as `topk` on a GPU."""
+    ranked_BM = confidence_BM.masked_fill(~open_BM, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    place_M = torch.arange(open_BM.shape[1], device=open_BM.device)
     if len(set(ks)) == 1:
-        return commit_BM.scatter(1, ranked_BM.topk(ks[0]).indices, True)
-    for row, k in enumerate(ks):
-        commit_BM[row, ranked_BM[row].topk(k).indices] = True
-    return commit_BM
+        taken_BM = (place_M < ks[0]).expand_as(open_BM)
+    else:  # the copy does not wait for what runs on a GPU
+        taken_BM = place_M < torch.tensor(ks).to(open_BM.device, non_blocking=True)[:, None]
+    return torch.zeros_like(open_BM).scatter(1, ranked_BM, taken_BM)
 
 
 LLADA_SAMPLER = Sampler("none", check_llada, commit_tokens)

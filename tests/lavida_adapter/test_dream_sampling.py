@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lavida_adapter.decode_config import Rule
 from lavida_adapter.dream_published import filtered
-from lavida_adapter.dream_sampling import TOP_K, commit_dream, confidence_under, first_largest, inverse_cdf, likely
-from lavida_adapter.sampling import Draw
+from lavida_adapter.dream_sampling import TOP_K, commit_dream, confidence_under, inverse_cdf, likely
+from lavida_adapter.sampling import Draw, topk_confident
 from tests.lavida_adapter.tables import LOGITS, TABLE
 from tests.lavida_adapter.tiny import noise
 
@@ -126,8 +126,8 @@ def test_equal_slots_go_in_order_and_equal_tokens_too() -> None:
         assert commit.tolist() == [[True] * 3 + [False] * 3]
     values, here = torch.tensor([[1.0, 7, 7, 7, 9]] * 2), torch.tensor([[True] * 5, [True, False, True, True, False]])
     expected = [[False, True, False, False, True], [False, False, True, True, False]]
-    assert first_largest(values, here, [2, 2]).tolist() == expected
-    assert first_largest(values, here, [0, 1]).tolist() == [[False] * 5, [False, False, True, False, False]]
+    assert topk_confident(values, here, [2, 2]).tolist() == expected
+    assert topk_confident(values, here, [0, 1]).tolist() == [[False] * 5, [False, False, True, False, False]]
 
 
 def test_bfloat16_logits_rank_in_float32() -> None:

@@ -1,5 +1,7 @@
 """LLaDA's candidates and confidence, by hand and in float32 against float64."""
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 
@@ -76,3 +78,39 @@ def test_what_float32_cannot_hold_is_not_clear() -> None:
     assert is_clear(torch.tensor([[2e-30, 1e-30]]), here, [1])
     assert not is_clear(torch.tensor([[2e-40, 1e-40]]), here, [1])
     assert not is_clear(torch.tensor([[0.0, 0.0]]), here, [1])
+
+
+def one_by_one(confidence_BM: torch.Tensor, open_BM: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
+    """The twin: in each row the largest open slot that is not taken yet, of equal ones the first, k times."""
+    taken_BM = torch.zeros_like(open_BM)
+    for row, k in enumerate(ks):
+        for _ in range(k):
+            left = confidence_BM[row].masked_fill(~open_BM[row] | taken_BM[row], float("-inf")).tolist()
+            taken_BM[row, left.index(max(left))] = True
+    return taken_BM
+
+
+def ranked_cases(device: str = "cpu") -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+    """Confidences, open slots and numbers of tokens: equal and unequal ones, none, all; few values, so many ties."""
+    generator = torch.Generator().manual_seed(0)
+    for levels in (3, 10**6):
+        for ks in ([2, 2, 2, 2], [0, 1, 3, 7], [5, 0, 0, 5]):
+            open_BM = torch.rand(4, 32, generator=generator) < 0.7
+            values_BM = torch.randint(levels, (4, 32), generator=generator).double() / levels
+            yield values_BM.to(device), open_BM.to(device), ks
+            yield values_BM.to(device), open_BM.to(device), open_BM.sum(-1).tolist()
+
+
+def test_rows_are_ranked_at_once_like_one_by_one() -> None:
+    for values, here, ks in ranked_cases():
+        assert torch.equal(topk_confident(values, here, ks), one_by_one(values, here, ks))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_of_equal_ones_the_device_takes_the_first_too() -> None:
+    for values, here, ks in ranked_cases("cuda"):
+        by_topk = torch.zeros_like(here)
+        for row, k in enumerate(ks):
+            by_topk[row, values[row].masked_fill(~here[row], float("-inf")).topk(k).indices] = True
+        assert torch.equal(topk_confident(values, here, ks), by_topk)
