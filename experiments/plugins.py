@@ -8,6 +8,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hydra.errors import InstantiationException
@@ -87,11 +88,14 @@ def _one_line(error: BaseException) -> str:
 
 def _defaults(group: str, target: str) -> Mapping[str, Any]:
     """The values in the file of the option that builds this target."""
-    for path in sorted((CONF / group.partition(".")[0]).glob("*.yaml")):
-        option = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if isinstance(option, dict) and option.get("_target_") == target:
-            return {str(k): v for k, v in option.items()}
-    return {}
+    return next((option for option in _options(group.partition(".")[0]) if option.get("_target_") == target), {})
+
+
+@cache
+def _options(group: str) -> list[dict[str, Any]]:
+    """The options of a config group that are files here."""
+    loaded = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONF / group).glob("*.yaml"))]
+    return [{str(k): v for k, v in option.items()} for option in loaded if isinstance(option, dict)]
 
 
 def check_options(group: str, target: type, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -69,6 +69,7 @@ OPTIONS = {
     "attention": Option("sdpa, math or flash"),
     "selector": Option("an option of conf/selector"),
     "samples": Option("questions to answer", positive),
+    "selectors": Option("how many selectors, the first ones of conf/selector", positive),
 }
 """Options that a part may have; every part also has --device, --threads and --out."""
 
@@ -147,6 +148,11 @@ PARTS = {
         "end2end",
         "from picture to answer: samples per second by batch size, and whether answers stay the same",
         {"model": "tiny", "batch": "1,16", "only": None, "samples": "96", "repeats": "5"},
+    ),
+    "jobs": Part(
+        "sweep_overhead",
+        "jobs of a sweep: seconds of each beside its answers, and how many models the sweep reads",
+        {"model": "tiny", "selectors": "20", "samples": "8"},
     ),
 }
 

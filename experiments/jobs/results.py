@@ -220,15 +220,22 @@ def environment(device: "torch.device", dtype: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(dtype),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{package: version(package) for package in _PACKAGES},
-        **code_version(),
+        **_software(),
     }
 
 
-def code_version() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it; None outside a git checkout."""
+@cache
+def _software() -> Mapping[str, Any]:
+    packages = {package: version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), "platform": platform.platform(), **packages, **code_version()}
+
+
+@cache
+def code_version() -> Mapping[str, Any]:
+    """The commit, and whether tracked files differ from it; None outside a git checkout.
+
+    Asked once: what a process runs is the code that it has loaded.
+    """
     changed = _git("status", "--porcelain", "--untracked-files=no")
     return {"git": _git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
 

@@ -88,8 +88,8 @@ def overlay(
 
 def _pixels(box: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
     """Pixel bounds, at least one pixel wide, inside the picture."""
-    x0, x1 = (int(np.clip(round(x * width), 0, width)) for x in (box[0], box[2]))
-    y0, y1 = (int(np.clip(round(y * height), 0, height)) for y in (box[1], box[3]))
+    x0, x1 = (min(max(round(float(x) * width), 0), width) for x in (box[0], box[2]))  # np.clip takes ten times as long
+    y0, y1 = (min(max(round(float(y) * height), 0), height) for y in (box[1], box[3]))
     x0, y0 = min(x0, width - 1), min(y0, height - 1)
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 

@@ -241,6 +241,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
         (["selectors", "--device", "abacus"], "device=abacus: give auto, cpu"),
         (["decode", "model=none_such"], "model=none_such: there is no such option; choose one of bench_small"),
         (["decode", "prompt=8,9"], "bench decode takes one value of --prompt: give it once, not 8,9"),
+        (["jobs", "--selectors", "99"], "--selectors 99: give 2 to "),
         (["decoders"], "invalid choice: 'decoders'"),
         ([], "the following arguments are required: PART"),
     ],
@@ -265,6 +266,17 @@ def test_help_imports_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--threads") >= len(command.PARTS) and all(name in done.stdout for name in command.PARTS)
+
+
+def test_a_sweep_of_jobs() -> None:
+    from experiments.bench.sweep_overhead import run
+
+    result = run(device=torch.device("cpu"), model="tiny", selectors=2, samples=2)
+    assert (result.report["jobs"], result.report["models_read"]) == (2, 1)
+    (row,) = result.report["rows"]
+    assert row["job"].endswith("selector-divprune")  # the second one: the first waits for imports
+    assert 0 < row["answers_s"] < row["wall_s"] and 0 < row["cpu_s"] < 60
+    assert row["overhead_s"] == result.report["overhead_s"]["max"] == row["wall_s"] - row["answers_s"]
 
 
 def test_from_a_profile_to_a_row(
