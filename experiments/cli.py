@@ -11,6 +11,7 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.analysis.turns import is_due
 from experiments.errors import explain, fail, fail_or_raise
 from experiments.jobs.launchers import AllJobsEnded, Session, session
 from experiments.override_grammar import check_words
@@ -53,10 +54,11 @@ def run(main: Callable[[], Any], command: str) -> None:
 
 
 def update_report(study: Path) -> None:
-    """Writes the table and the page of a study again, after one of its jobs has ended."""
-    from experiments.report.page import refresh_report
+    """Writes the table and the page of a study again, after one of its jobs has ended, at most once a minute."""
+    if is_due(study):
+        from experiments.report.publish import refresh_report
 
-    refresh_report(study)
+        refresh_report(study)
 
 
 def _publish(studies: Sequence[Path] | dict[Path, None]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -194,18 +195,20 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, repeats: int = 5
 
 
 def known_limits(folder: Path, device: torch.device, dtype: torch.dtype) -> Limits:
-    """The limits of this device, measured once for each folder, type and number of threads."""
+    """The limits of this device, measured once for each folder, type and number of threads by one process at a time."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     key = f"{name}, {str(dtype).removeprefix('torch.')}"
-    try:
-        known = read_json(folder / LIMITS) or {}
-        if key in known:
-            return Limits({int(size): float(rate) for size, rate in known[key]["copy"].items()}, known[key]["matmul"])
-    except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # damaged; all of it is measured again
-        known = {}
-    measured = measure_limits(device, dtype)
-    write_json(folder / LIMITS, {**known, key: measured.report()})
-    return measured
+    with FileLock(folder / f".{LIMITS}.lock"):
+        try:
+            known = read_json(folder / LIMITS) or {}
+            if key in known:
+                copy = {int(size): float(rate) for size, rate in known[key]["copy"].items()}
+                return Limits(copy, known[key]["matmul"])
+        except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # damaged; all of it is measured again
+            known = {}
+        measured = measure_limits(device, dtype)
+        write_json(folder / LIMITS, {**known, key: measured.report()})
+        return measured
 
 
 def _best_s(call: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -364,8 +367,7 @@ class Progress:
     def __init__(self, title: str, total: int, unit: str = "samples", done: int = 0) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self._first, self._began = done, time.monotonic()
-        self._printed = self._began
-        self._note = ""
+        self._printed, self._note = self._began, ""
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
@@ -386,10 +388,8 @@ class Progress:
             self._bar.update(self._task, advance=n, note=self._note)
         elif time.monotonic() - self._printed > EVERY_S:
             self._printed = time.monotonic()
-            print(
-                f"      {self.title}: {self.done} of {self.total}, {self._left()} left  {self._note}".rstrip(),
-                flush=True,
-            )
+            line = f"      {self.title}: {self.done} of {self.total}, {self._left()} left  {self._note}"
+            print(line.rstrip(), flush=True)
 
     def _left(self) -> timedelta:
         pace_s = (time.monotonic() - self._began) / max(1, self.done - self._first)

@@ -11,6 +11,7 @@ from experiments.analysis.systems import POSITION
 from experiments.metrics import CLEAN
 
 EMPTY = "-"
+_CHANCE = " chance"
 _STAGES = ("select", "prefill", "cache", "denoise", "total")
 
 Kind = Literal["text", "count", "score", "difference", "cost"]
@@ -146,7 +147,10 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
 
 def kept_columns(rows: Sequence[Row], among: Sequence[Row]) -> list[Column]:
     """Statistics of what is kept (docs/report.md): none of their values is the better one."""
-    names = dict(zip((row["job"] for row in among), labels(among), strict=True))
+    # Of a large study only the first systems have overlaps.
+    keys = {key for row in rows for key in row if key.startswith(PREFIX) and key.endswith(_CHANCE)}
+    jobs = {key[len(PREFIX) : -len(_CHANCE)] for key in keys}
+    names = {row["job"]: label for row, label in zip(among, labels(among), strict=True) if row["job"] in jobs}
     return [
         Column("coverage", "cost", [percent_cell(row.get("coverage mean")) for row in rows], None, True, True),
         Column("gini", "cost", [ratio_cell(row.get("gini mean")) for row in rows], None, True, True),
@@ -165,7 +169,7 @@ def alike_cell(row: Row, names: Mapping[str, str]) -> Cell:
         names: labels of the systems by job.
     """
     beyond = {}
-    keys = [f"{PREFIX}{job}" for job in names if row.get(f"{PREFIX}{job} chance") is not None]
+    keys = [f"{PREFIX}{job}" for job in names if row.get(f"{PREFIX}{job}{_CHANCE}") is not None]
     for key in keys:
         low, chance = row[f"{key} low"], row[f"{key} chance"]
         if low is not None and low > chance:

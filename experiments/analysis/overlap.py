@@ -9,14 +9,15 @@ Shape letters: N samples, T source tokens, W bytes, C kinds of counts, K picture
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import gammaln, stdtrit
 
@@ -28,6 +29,14 @@ from experiments.jobs.sample_rows import picture_column
 
 PREFIX = "overlap "
 """Columns of the table: `overlap JOB KEY` is a row's overlap with the row of that job."""
+MOST_COMPARED = 64
+"""Systems of a kind that are compared with each other, the first in the order of the table: pairs are a square."""
+_MOST_BYTES = 2**29
+"""Memory of what they keep, all together; with many samples fewer systems are compared."""
+_SAMPLE_BYTES = 2**9
+"""Of one sample: a bit for each of up to 3645 source tokens, and its id."""
+_BATCH = 4096
+"""Samples that are read at a time."""
 _ANY_METRIC = frozenset({"metrics", "limit"})
 """Options of a dataset that change neither a picture nor what is kept of it."""
 
@@ -72,42 +81,68 @@ class KeptTokens:
         return KeptTokens(self.bits_NW[rows], self.n_valid_N[rows], ids, tuple(self.pictures[i] for i in rows))
 
 
+ReadKept = Callable[[RunGroup], Mapping[str, KeptTokens]]
+"""Reads what a system keeps, by seed."""
+
+
 def read_kept(path: Path) -> KeptTokens:
     """What samples.parquet says about the kept tokens."""
     there = pq.read_schema(path).names
     picture = picture_column(path)
-    table = pq.read_table(path, columns=[name for name in ("id", picture, "kept", "n_valid") if name in there])
-    ids, lists = table["id"].to_pylist(), table["kept"].to_pylist()
+    table = pq.read_table(path, columns=[name for name in ("id", picture, "n_valid") if name in there])
+    ids = table["id"].to_pylist()
     valid = table["n_valid"].to_pylist() if "n_valid" in there else [None] * len(ids)
-    kept_NT = np.zeros((len(ids), 1 + max((max(tokens) for tokens in lists if tokens), default=0)), dtype=bool)
-    for i, tokens in enumerate(lists):
-        kept_NT[i, tokens] = True
+    parts = [_bits(batch["kept"]) for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=["kept"])]
+    width = max(part.shape[1] for part in parts)
     return KeptTokens(
-        bits_NW=np.packbits(kept_NT, axis=1),
+        bits_NW=np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]),
         n_valid_N=np.asarray([n or 0 for n in valid], dtype=np.int64),
         ids=tuple(ids),
         pictures=tuple(table[picture].to_pylist()),
     )
 
 
+def _bits(kept: pa.ListArray) -> np.ndarray:
+    """Bits of token lists [N, W], as wide as the largest token needs."""
+    tokens = kept.flatten().to_numpy(zero_copy_only=False)
+    kept_NT = np.zeros((len(kept), 1 + int(tokens.max(initial=0))), dtype=bool)
+    kept_NT[np.repeat(np.arange(len(kept)), kept.value_lengths().to_numpy(zero_copy_only=False)), tokens] = True
+    return np.packbits(kept_NT, axis=1)
+
+
 def overlap_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
-    """Adds to each row its overlap with every other system that it can be compared with."""
+    """Adds to each row its overlap with every other system that it can be compared with, of the first ones of a kind.
+
+    Args:
+        systems, rows: in the order of the table.
+    """
     kinds: dict[str, list[tuple[RunGroup, Row]]] = {}
     for system, row in zip(systems, rows, strict=True):
         if system.finished:
             kinds.setdefault(token_frame(system.result), []).append((system, row))
     for members in kinds.values():
-        if len(members) < 2:
-            continue
-        kept = [
-            {s: read_kept(folder / SAMPLES) for s, folder in zip(system.seeds, system.folders, strict=False)}
-            for system, _ in members
-        ]
-        for (one, (_, row)), (other, (_, column)) in combinations(enumerate(members), 2):
-            if (found := overlap(kept[one], kept[other])) is not None:
-                values = asdict(found)
+        read = cache(_read_seeds)
+        for (ours, row), (theirs, column) in combinations(members[: _most_compared(members)], 2):
+            compute = partial(_overlap_row, read, ours, theirs)
+            values = ours.memo.get("overlap", [ours.stamps, theirs.stamps], compute)
+            if values is not None:
                 row |= {f"{PREFIX}{column['job']} {key}": value for key, value in values.items()}
                 column |= {f"{PREFIX}{row['job']} {key}": value for key, value in values.items()}
+
+
+def _most_compared(members: Sequence[tuple[RunGroup, Row]]) -> int:
+    """How many of the systems are compared with each other."""
+    n_samples = max(sum(result["data"]["n"] for result in system.results) for system, _ in members)
+    return min(len(members), MOST_COMPARED, max(2, _MOST_BYTES // (_SAMPLE_BYTES * n_samples)))
+
+
+def _read_seeds(system: RunGroup) -> dict[str, KeptTokens]:
+    return {s: read_kept(folder / SAMPLES) for s, folder in zip(system.seeds, system.folders, strict=False)}
+
+
+def _overlap_row(read: ReadKept, ours: RunGroup, theirs: RunGroup) -> dict[str, float | None] | None:
+    found = overlap(read(ours), read(theirs))
+    return None if found is None else asdict(found)
 
 
 def token_frame(result: Result) -> str:

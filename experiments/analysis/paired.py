@@ -1,18 +1,21 @@
 """Paired comparisons: which system a system is compared to, on the same samples, and whether they differ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import detectable, holm, over_seeds, paired_delta
-from experiments.analysis.systems import RunGroup, base_config, conflicts
+from experiments.analysis.systems import RunGroup, conflicts
 from experiments.job_names import UNNAMED, override_key
 from experiments.jobs.results import SAMPLES
 from experiments.jobs.sample_facts import compare_facts, describe
 from experiments.jobs.sample_rows import Score, read_facts
 
+ReadScores = Callable[[RunGroup, str], Sequence[dict[str, Score]]]
+"""Reads the scores of each seed of a system by sample id."""
 BASELINE = "pooled"
 UNABLATED = "unablated"
 EQUAL = 0.02
@@ -25,25 +28,51 @@ def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
     `delta [GROUP ]vs NAME KEY`: over all samples and within each group of questions, against the baseline, and for an
     ablation also against the method without it.
     """
-    for system, row in zip(systems, rows, strict=True):
-        for name, other in ((BASELINE, baseline(system, systems)), (UNABLATED, unablated(system, systems))):
-            if other is not None:
-                row |= deltas(system, other, name)
-                row[f"compared to {name}"] = other.result["job"]
-        if f"compared to {BASELINE}" not in row and (stranger := _other_data(system, systems)) is not None:
+    kinds: dict[str, list[RunGroup]] = {}
+    for system in systems:
+        if system.finished:
+            kinds.setdefault(system.comparison, []).append(system)
+    alike = [kinds[system.comparison] if system.finished else [] for system in systems]
+    for name, choose in ((BASELINE, baseline), (UNABLATED, unablated)):
+        _compare(name, [choose(one, among) for one, among in zip(systems, alike, strict=True)], systems, rows)
+    by_job = {row["job"]: row for row in rows}
+    for system, row, candidates in zip(systems, rows, alike, strict=True):
+        if f"compared to {BASELINE}" not in row and (stranger := _other_data(system, candidates)) is not None:
             row["note"] = "; ".join(filter(None, (row["note"], _say_why(system, stranger))))
-        row["budget ratio"] = budget_ratio(row, rows)
+        row["budget ratio"] = budget_ratio(row, by_job)
+    _adjust(rows)
+
+
+def _compare(name: str, others: Sequence[RunGroup | None], systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
+    """Adds the differences of each system to the other one, where it has one."""
+    known = [(other, one, row) for other, one, row in zip(others, systems, rows, strict=True) if other is not None]
+    # Those with the same other system come one after the other, so that its scores are read once.
+    scores = lru_cache(maxsize=1)(RunGroup.scores)
+    for other, system, row in sorted(known, key=lambda one: one[0].result["job"]):
+        row |= deltas(system, other, name, scores)
+        row[f"compared to {name}"] = other.result["job"]
+
+
+def _adjust(rows: Sequence[Row]) -> None:
+    """Adds Holm's p values; a family is the systems that are compared with the same one."""
     for name in dict.fromkeys(key for row in rows for key in row if key.startswith("delta ") and key.endswith(" p")):
         against = f"compared to {other_name(name.removesuffix(' p'))}"
-        for other in {row[against] for row in rows if name in row}:
-            family = [row for row in rows if name in row and row[against] == other]
+        families: dict[str, list[Row]] = {}
+        for row in rows:
+            if name in row:
+                families.setdefault(row[against], []).append(row)
+        for family in families.values():
             for row, p in zip(family, holm([row[name] for row in family]), strict=True):
                 row[f"{name} holm"] = p
 
 
-def baseline(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
-    """The pooled system that answered the same questions with the same model and decoding; without adapter first."""
-    candidates = filter(_is_baseline, _comparable(system, systems))
+def baseline(system: RunGroup, alike: Sequence[RunGroup]) -> RunGroup | None:
+    """The pooled system that answered the same questions with the same model and decoding; without adapter first.
+
+    Args:
+        alike: the finished systems with the same `comparison`, this one among them.
+    """
+    candidates = [other for other in alike if _is_baseline(other) and _same_data(system, other)]
     best = min(candidates, key=plainness, default=None)
     return None if best is system else best
 
@@ -63,10 +92,14 @@ def _is_baseline(system: RunGroup) -> bool:
     return choices["selector"] == BASELINE and choices.get("cache", "none") == "none"
 
 
-def _other_data(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
+def _other_data(system: RunGroup, alike: Sequence[RunGroup]) -> RunGroup | None:
     """A baseline that would be comparable, had it answered the same data."""
-    alike = _comparable(system, systems, same_data=False)
-    return next((other for other in alike if _is_baseline(other) and conflicts(system.digests, other.digests)), None)
+    return next((other for other in alike if _is_baseline(other) and not _same_data(system, other)), None)
+
+
+def _same_data(system: RunGroup, other: RunGroup) -> bool:
+    """Whether samples of the same names were the same."""
+    return not conflicts(system.digests, other.digests)
 
 
 def _say_why(system: RunGroup, other: RunGroup) -> str:
@@ -74,20 +107,25 @@ def _say_why(system: RunGroup, other: RunGroup) -> str:
     return f"not compared to {other.result['job']}, whose data was other: {describe(compare_facts(theirs, ours))}"
 
 
-def unablated(system: RunGroup, systems: Sequence[RunGroup]) -> RunGroup | None:
-    """For an ablation, the system that differs from it least and has nothing taken away; None for other systems."""
+def unablated(system: RunGroup, alike: Sequence[RunGroup]) -> RunGroup | None:
+    """For an ablation, the system that differs from it least and has nothing taken away; None for other systems.
+
+    Args:
+        alike: as for `baseline`.
+    """
     if not is_ablation(system):
         return None
 
     def distance(other: RunGroup) -> tuple[bool, int, str]:
-        ours, theirs = (set(s.result["overrides"]) for s in (system, other))
         adapters = [s.result["config"]["adapter"] is None for s in (system, other)]
-        return adapters[0] != adapters[1], len(ours ^ theirs), other.result["job"]
+        return adapters[0] != adapters[1], len(system.overrides ^ other.overrides), other.result["job"]
 
     candidates = [
         other
-        for other in _comparable(system, systems)
-        if not is_ablation(other) and other.result["choices"]["selector"] == system.result["choices"]["selector"]
+        for other in alike
+        if not is_ablation(other)
+        and other.result["choices"]["selector"] == system.result["choices"]["selector"]
+        and _same_data(system, other)
     ]
     return min(candidates, key=distance, default=None)
 
@@ -96,10 +134,15 @@ def is_ablation(system: RunGroup) -> bool:
     return system.result["choices"].get("ablation", "none") != "none"
 
 
-def deltas(system: RunGroup, other: RunGroup, name: str) -> Row:
+def deltas(system: RunGroup, other: RunGroup, name: str, scores: ReadScores = RunGroup.scores) -> Row:
     """Paired differences over all samples and within each group of questions."""
+    inputs = [system.stamps, other.stamps, name]
+    return system.memo.get("difference", inputs, lambda: _deltas(system, other, name, scores))
+
+
+def _deltas(system: RunGroup, other: RunGroup, name: str, scores: ReadScores) -> Row:
     metric = system.result["quality"]["metric"]
-    pairs = _pair_seeds(system, other, metric)
+    pairs = _pair_seeds(system, other, system.scores(metric), scores(other, metric))
     if not pairs:
         return {}
     row: Row = {}
@@ -141,41 +184,27 @@ def _keys(found: Any, *names: str) -> Row:
     return {name: getattr(found, name) for name in names} | {"detectable": detectable(found.low, found.high)}
 
 
-def _pair_seeds(system: RunGroup, other: RunGroup, metric: str) -> list[tuple[dict[str, Score], dict[str, Score]]]:
+def _pair_seeds(
+    system: RunGroup, other: RunGroup, our_scores: Sequence[dict[str, Score]], their_scores: Sequence[dict[str, Score]]
+) -> list[tuple[dict[str, Score], dict[str, Score]]]:
     """Scores to subtract: seed by seed where both have them, otherwise all of ours against the other's only one."""
-    ours, theirs = (dict(zip(s.seeds, s.scores(metric), strict=True)) for s in (system, other))
+    ours = dict(zip(system.seeds, our_scores, strict=True))
+    theirs = dict(zip(other.seeds, their_scores, strict=True))
     if len(theirs) == 1:
         (only,) = theirs.values()
         return [(scores, only) for scores in ours.values()]
     return [(scores, theirs[seed]) for seed, scores in ours.items() if seed in theirs]
 
 
-def _comparable(system: RunGroup, systems: Sequence[RunGroup], *, same_data: bool = True) -> list[RunGroup]:
-    """Finished systems with the same model and decoding on the same samples, this one among them.
-
-    Args:
-        same_data: False compares only the names of the samples, not what they were.
-    """
-    if not system.finished:
-        return []
-
-    def same(one: RunGroup) -> list[Any]:
-        config = base_config(one.result)
-        return [*(config[key] for key in ("model", "decode", "data")), one.result["data"]["ids"]]
-
-    alike = [other for other in systems if other.finished and same(other) == same(system)]
-    return [other for other in alike if not conflicts(system.digests, other.digests)] if same_data else alike
-
-
-def budget_ratio(row: Row, rows: Sequence[Row]) -> float | None:
+def budget_ratio(row: Row, by_job: Mapping[str, Row]) -> float | None:
     """How many times the baseline's tokens this row uses; 1 within `EQUAL`, None without a baseline.
 
     Counted with and without newline tokens, since some selectors have none, and the nearer one taken. For a cache
     selector the rows that stay in the cache are counted.
     """
     job = row.get(f"compared to {BASELINE}", row["job"] if row["selector"] == BASELINE else None)
-    other = next((r for r in rows if r["job"] == job and r.get("visual tokens mean")), None)
-    if other is None or row.get("visual tokens mean") is None:
+    other = by_job.get(job) if job is not None else None
+    if other is None or not other.get("visual tokens mean") or row.get("visual tokens mean") is None:
         return None
     theirs = (other["visual tokens mean"], _without_newlines(other))
     cut = row.get("cache tokens mean")

@@ -17,6 +17,9 @@ _SHOWN_ELSEWHERE = frozenset(
 _NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
 _GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")
 
+MOST_DRAWN = 40
+"""Systems that a figure shows."""
+
 Row = dict[str, Any]
 """identity | quality | cost | environment of one system: the columns of table.csv by name. A column that a system has
 no value for is absent or None."""
@@ -121,6 +124,17 @@ def our_row(rows: Sequence[Row]) -> Row | None:
     family = [row for row in rows if row["status"] == "ok" and row["selector"].startswith("shirg")]
     whole = [row for row in family if row.get("ablation") in (None, "none")]
     return max(whole, key=lambda row: (not unequal(row), row.get(f"{row['metric']} mean") or 0.0), default=None)
+
+
+def leading(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many of the rows, in their order: those that others are compared to, then the highest scores."""
+    bases = {job for row in rows for key, job in row.items() if key.startswith("compared to ")}
+
+    def place(row: Row) -> tuple[bool, float]:
+        return row["job"] not in bases, -(row.get(f"{row['metric']} mean") or 0.0)
+
+    chosen = {row["job"] for row in sorted(rows, key=place)[:most]}
+    return [row for row in rows if row["job"] in chosen]
 
 
 def _weights_mib(result: Mapping[str, Any]) -> float | None:

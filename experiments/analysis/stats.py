@@ -21,7 +21,9 @@ FLIPS = 10_000
 Z95 = float(ndtri(0.975))
 RESAMPLES = 4000
 BLOCK = 500
-"""Resamples drawn at a time, which limits memory."""
+"""Resamples drawn at a time where there are few clusters."""
+BLOCK_NUMBERS = 2**20
+"""Random numbers held at a time: with many clusters fewer resamples are drawn at once, from the same stream."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,18 @@ def cluster_bootstrap(values: np.ndarray, clusters: Sequence[Hashable], seed: in
     pairs, members = np.unique(np.stack(totals(values, clusters), axis=1), axis=0, return_counts=True)
     n = int(members.sum())
     generator = np.random.default_rng(seed)
-    blocks = [generator.multinomial(n, members / n, size=BLOCK) @ pairs for _ in range(RESAMPLES // BLOCK)]
-    draws = np.concatenate(blocks)
+    draws = np.concatenate(
+        [generator.multinomial(n, members / n, size=size) @ pairs for size in _blocks(RESAMPLES, len(members))]
+    )
     tail = float(ndtr(-stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1))))
     low, high = np.quantile(draws[:, 0] / draws[:, 1], (tail, 1 - tail))
     return (float(low), float(high))
+
+
+def _blocks(n_draws: int, width: int) -> list[int]:
+    """How many of the draws, each of `width` random numbers, are made at a time. Only memory depends on it."""
+    size = max(1, min(BLOCK, BLOCK_NUMBERS // width))
+    return [min(size, n_draws - start) for start in range(0, n_draws, size)]
 
 
 def totals(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
@@ -191,9 +200,11 @@ def sign_test(differences: Sequence[float] | np.ndarray) -> float:
     if len(sizes) == 1:
         fewer = min(int((values > 0).sum()), int((values < 0).sum()))
         return min(1.0, 2 * float(bdtr(fewer, len(values), 0.5)))
-    flips = np.random.default_rng(0).binomial(counts, 0.5, size=(FLIPS, len(counts)))
-    sums = (2 * flips - counts) @ sizes
-    as_far = int((np.abs(sums) >= abs(values.sum()) - 1e-6).sum())
+    generator, least = np.random.default_rng(0), abs(values.sum()) - 1e-6
+    as_far = 0
+    for n_flips in _blocks(FLIPS, len(counts)):
+        sums = (2 * generator.binomial(counts, 0.5, size=(n_flips, len(counts))) - counts) @ sizes
+        as_far += int((np.abs(sums) >= least).sum())
     return (as_far + 1) / (FLIPS + 1)
 
 

@@ -1,9 +1,10 @@
 """Systems: one job, or the jobs of one config that differ in the seed alone, which are one row of the table."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean, median
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from experiments.analysis.memo import Memo, stamp
 from experiments.analysis.stats import Spread, over_seeds
 from experiments.job_names import override_key
 from experiments.jobs.results import NOT_HASHED, SAMPLES
@@ -36,12 +38,14 @@ _DRAWING = ("selector", "relevance", "cache")
 """Options whose seed is the run's own unless the command line gives another."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunGroup:
     """One job, or the finished jobs of one config with several seeds."""
 
     folders: tuple[Path, ...]
     results: tuple[Result, ...]
+    memo: Memo = field(default_factory=Memo, compare=False)
+    """What is known from before."""
 
     @property
     def result(self) -> Result:
@@ -61,8 +65,32 @@ class RunGroup:
         """Whether several seeds gave the very same answers: nothing is drawn, so they are one observation."""
         if len(self.results) < 2 or len({result["model"]["weights"] for result in self.results}) > 1:
             return False
+        return self.memo.get("equal seeds", self.stamps, self._answer_equally)
+
+    def _answer_equally(self) -> bool:
         first, *others = (_answers(folder / SAMPLES) for folder in self.folders)
         return all(other.equals(first) for other in others)
+
+    @cached_property
+    def stamps(self) -> list[object]:
+        """Stands for the files of all jobs, in keys of the memo."""
+        return [
+            [record_digest(result), stamp(folder / SAMPLES) if result["status"] == "ok" else None]
+            for folder, result in zip(self.folders, self.results, strict=True)
+        ]
+
+    @cached_property
+    def base(self) -> Mapping[str, Any]:
+        return base_config(self.result)
+
+    @cached_property
+    def comparison(self) -> str:
+        """Equal for systems with the same model and decoding on samples of the same names."""
+        return text_of([*(self.base[key] for key in ("model", "decode", "data")), self.result["data"]["ids"]])
+
+    @cached_property
+    def overrides(self) -> frozenset[str]:
+        return frozenset(self.result["overrides"])
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -99,7 +127,17 @@ def conflicts(ours: Mapping[str, str | None], theirs: Mapping[str, str | None]) 
     return [kind for kind, value in ours.items() if None not in (value, theirs.get(kind)) and value != theirs[kind]]
 
 
-def group_runs(results: Mapping[Path, Result]) -> list[RunGroup]:
+def text_of(value: Any) -> str:
+    """Equal texts for equal values of configs."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def record_digest(result: Result) -> str:
+    """Stands for a whole record, times included."""
+    return hashlib.sha256(text_of(result).encode()).hexdigest()[:16]
+
+
+def group_runs(results: Mapping[Path, Result], memo: Memo | None = None) -> list[RunGroup]:
     """All jobs, in their order; an unfinished job is a group of its own, so that its failure is shown."""
     groups: dict[str, list[list[Path]]] = {}
     digests = {folder: data_digests(folder, result) for folder, result in results.items() if result["status"] == "ok"}
@@ -116,7 +154,8 @@ def group_runs(results: Mapping[Path, Result]) -> list[RunGroup]:
         folders = sorted(members, key=lambda folder: (len(seeds[folder]), seeds[folder], folder.name))
         # The same seed twice is not a second training but the same job under another name.
         parts = [folders] if len(set(seeds.values())) == len(folders) else [[folder] for folder in folders]
-        systems += [RunGroup(tuple(part), tuple(results[folder] for folder in part)) for part in parts]
+        known = memo or Memo()
+        systems += [RunGroup(tuple(part), tuple(results[folder] for folder in part), known) for part in parts]
     return systems
 
 
@@ -151,6 +190,10 @@ def seed_columns(system: RunGroup) -> dict[str, Any]:
     """The columns of a row that are over several seeds; empty for a single job."""
     if len(system.seeds) < 2:
         return {}
+    return system.memo.get("seeds", system.stamps, lambda: _seed_columns(system))
+
+
+def _seed_columns(system: RunGroup) -> dict[str, Any]:
     quality = system.result["quality"]
     row: dict[str, Any] = {}
     for metric in quality["metrics"]:
@@ -200,5 +243,4 @@ def _spread_columns(name: str, found: Spread | None) -> dict[str, Any]:
 
 
 def _key(result: Result) -> str:
-    same = [base_config(result), result["choices"], result["data"]["ids"]]
-    return json.dumps(same, sort_keys=True, default=str)
+    return text_of([base_config(result), result["choices"], result["data"]["ids"]])

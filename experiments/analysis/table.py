@@ -4,23 +4,26 @@ table.csv and table.parquet hold the DataFrame as it is, table.md and the termin
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from filelock import FileLock
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.analysis import memo
 from experiments.analysis.columns import columns, differences, names_in_keys, shared
+from experiments.analysis.memo import Memo
 from experiments.analysis.overlap import overlap_all
 from experiments.analysis.paired import BASELINE, compare_all
 from experiments.analysis.rows import Row, group_row, unequal
 from experiments.analysis.shards import merge_shards
 from experiments.analysis.study import read_study
-from experiments.analysis.systems import RunGroup, group_runs
+from experiments.analysis.systems import Result, RunGroup, group_runs
+from experiments.analysis.turns import study_lock
 from experiments.atomic_files import clear_temporaries, write_atomic
 from experiments.errors import visible
 
@@ -32,34 +35,62 @@ _FORMULA = ("=", "+", "-", "@")
 _FIRST = {BASELINE: 0, "full": 1}
 
 
-def refresh(study: Path, *, overlaps: bool = True) -> pd.DataFrame:
+@dataclass(frozen=True)
+class StudyTable:
+    """A study as its jobs' files were at one moment: all that is published is made of it."""
+
+    study: Path
+    results: Mapping[Path, Result]
+    """Every usable record, also those of trainings and of shards that were merged."""
+    frame: pd.DataFrame
+    """One row for each system, the baselines first, then by name; a value that a system lacks is None. No columns
+    where nothing was evaluated."""
+    memo: Memo
+
+
+def refresh(study: Path, *, overlaps: bool = True) -> StudyTable:
     """Reads every job of the study and rewrites its table files; one process at a time.
 
     Args:
-        overlaps: False leaves out how much every two systems have in common, which takes longer than all the rest: what
-            a job does, because the command adds it at its end.
-
-    Returns:
-        One row for each system, the baselines first, then by name; a value that a system lacks is None. No columns
-        where nothing was evaluated.
+        overlaps: False leaves out how much every two systems have in common, which is the work of whole studies: what a
+            job does, because the command adds it at its end.
     """
     study.mkdir(parents=True, exist_ok=True)
-    clear_temporaries(study, min_age_s=OLD_S)
-    with FileLock(study / f".{NAME}.lock"):
-        merge_shards(study)
-        frame = read_table(study, overlaps=overlaps)
+    with study_lock(study):
+        clear_temporaries(study, min_age_s=OLD_S)
+        table = read_study_table(study, overlaps=overlaps, merge=True)
+        frame = table.frame
         if not frame.empty:
             write_atomic(study / f"{NAME}.csv", to_csv(frame))
             write_atomic(study / f"{NAME}.parquet", _parquet(frame))
             write_atomic(study / f"{NAME}.md", markdown(records(frame)))
-    return frame
+        table.memo.save(study / memo.NAME)
+    return table
 
 
 def read_table(study: Path, *, overlaps: bool = True) -> pd.DataFrame:
     """The DataFrame of a study as its jobs' files are now."""
-    rows = collect(study, overlaps=overlaps)
+    return read_study_table(study, overlaps=overlaps).frame
+
+
+def read_study_table(
+    study: Path, *, overlaps: bool = True, merge: bool = False, known: Memo | None = None
+) -> StudyTable:
+    """Reads a study once.
+
+    Args:
+        merge: merges complete sets of shards first; under the study's lock only.
+        known: what is known from before; the study's own cache when not given.
+    """
+    found = Memo(study / memo.NAME) if known is None else known
+    results = read_study(study, found)
+    if merge and any(_is_shard(result) for result in results.values()):
+        merge_shards(study)
+        results = read_study(study, found)
+    rows = collect_rows(results, found, overlaps=overlaps)
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    return pd.DataFrame([[row.get(key) for key in keys] for row in rows], columns=keys, dtype=object)
+    frame = pd.DataFrame([[row.get(key) for key in keys] for row in rows], columns=keys, dtype=object)
+    return StudyTable(study, results, frame, found)
 
 
 def records(frame: pd.DataFrame) -> list[Row]:
@@ -67,21 +98,37 @@ def records(frame: pd.DataFrame) -> list[Row]:
     return [dict(zip(frame.columns, values, strict=True)) for values in frame.to_numpy()]
 
 
-def collect(study: Path, *, overlaps: bool = True) -> list[Row]:
-    """One flat row for each evaluated system."""
-    groups = run_groups(study)
+def collect(study: Path) -> list[Row]:
+    """One flat row for each evaluated system of a study as its jobs' files are now."""
+    known = Memo(study / memo.NAME)
+    return collect_rows(read_study(study, known), known)
+
+
+def collect_rows(results: Mapping[Path, Result], known: Memo, *, overlaps: bool = True) -> list[Row]:
+    """One flat row for each evaluated system, in the order of the table."""
+    groups = _groups(results, known)
     rows = [group_row(group) for group in groups]
     compare_all(groups, rows)
+    pairs = sorted(zip(groups, rows, strict=True), key=lambda pair: _order(pair[1]))
     if overlaps:
-        overlap_all(groups, rows)
-    return sorted(rows, key=_order)
+        overlap_all([group for group, _ in pairs], [row for _, row in pairs])
+    return [row for _, row in pairs]
 
 
 def run_groups(study: Path) -> list[RunGroup]:
     """The study's evaluations, those that differ in the seed alone as one; shards that were merged are not shown."""
-    results = {folder: result for folder, result in read_study(study).items() if result["verb"] == "eval"}
-    merged_shards = {shard for result in results.values() for shard in result.get("shards", ())}
-    return group_runs({folder: result for folder, result in results.items() if folder.name not in merged_shards})
+    known = Memo(study / memo.NAME)
+    return _groups(read_study(study, known), known)
+
+
+def _groups(results: Mapping[Path, Result], known: Memo) -> list[RunGroup]:
+    evaluated = {folder: result for folder, result in results.items() if result["verb"] == "eval"}
+    merged_shards = {shard for result in evaluated.values() for shard in result.get("shards", ())}
+    return group_runs({f: result for f, result in evaluated.items() if f.name not in merged_shards}, known)
+
+
+def _is_shard(result: Result) -> bool:
+    return result["verb"] == "eval" and result["config"].get("shards", 1) > 1
 
 
 def _order(row: Row) -> tuple[object, ...]:

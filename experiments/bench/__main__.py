@@ -70,6 +70,7 @@ OPTIONS = {
     "selector": Option("an option of conf/selector"),
     "samples": Option("questions to answer", positive),
     "selectors": Option("how many selectors, the first ones of conf/selector", positive),
+    "jobs": Option("sizes of studies, separated by commas", positives),
 }
 """Options that a part may have; every part also has --device, --threads and --out."""
 
@@ -153,6 +154,11 @@ PARTS = {
         "sweep_overhead",
         "jobs of a sweep: seconds of each beside its answers, and how many models the sweep reads",
         {"model": "tiny", "selectors": "20", "samples": "8"},
+    ),
+    "study": Part(
+        "study_growth",
+        "studies of many jobs: a job's end, the table, the page and a sweep's overhead in CPU seconds, the page's size",
+        {"jobs": "10,200,1000", "samples": "200"},
     ),
 }
 

@@ -56,6 +56,9 @@ STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
 }
 RESOLUTION = 300
+LEGEND_LINE = 0.14
+"""Inches of a line of a legend."""
+FEW_LINES = 5
 LETTERS = 92
 """Letters of a legend that fit on a line."""
 
@@ -114,6 +117,14 @@ def panels(n: int, across: int, height: float, *, share_y: bool = False) -> tupl
     for unused in axes[n:]:
         unused.remove()
     return figure, axes[:n]
+
+
+def top_legend(figure: Figure, handles: Sequence[Any], names: Sequence[str], **style: Any) -> None:
+    """A legend above the panels; the figure grows by the lines that it has beyond a few."""
+    n_columns = legend_columns(names)
+    more = max(0, -(-len(names) // n_columns) - FEW_LINES)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * more)
+    figure.legend(handles, names, loc="outside upper left", ncols=n_columns, **style)
 
 
 def legend_columns(names: Sequence[str]) -> int:

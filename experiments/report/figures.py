@@ -2,21 +2,23 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import pandas as pd
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from experiments.analysis.columns import differences, headlines, labels, short
+from experiments.analysis.memo import Memo, stamp
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
-from experiments.analysis.rows import Row, flags, unequal
+from experiments.analysis.rows import MOST_DRAWN, Row, flags, leading, unequal
 from experiments.analysis.stats import ALPHA
-from experiments.analysis.study import read_study
-from experiments.analysis.table import parts, records
+from experiments.analysis.systems import Result
+from experiments.analysis.table import StudyTable, parts, records
 from experiments.jobs.results import SHOTS
 from experiments.report.figure_style import (
     ACCENT,
@@ -30,6 +32,7 @@ from experiments.report.figure_style import (
     legend_columns,
     log_axis,
     panels,
+    top_legend,
 )
 from experiments.report.overlap_matrix import overlap_matrix
 from experiments.training.callbacks import METRICS, read_points
@@ -38,6 +41,8 @@ from experiments.viz.token_map import MAP, TokenMap, load_map, plane
 
 MOST_PANELS = 6
 MOST_MAPS = 4
+MOST_MAPPED = 4
+"""Pictures of token maps."""
 MAP_WIDTH = 1.35
 """Inches, of the panel of one token map."""
 TRAINED = "adapter=own"
@@ -60,10 +65,14 @@ MOST_NAMED = 12
 """Trainings that a legend names at most."""
 
 
-def draw(study: Path, frame: pd.DataFrame) -> list[ReportFigure]:
-    """All figures that the study's table allows; rows over a part of the samples only where there are no others."""
-    done = [] if frame.empty else records(frame[frame["status"] == "ok"])
-    done = parts(done)[0][1] if done else []
+def draw(table: StudyTable) -> list[ReportFigure]:
+    """All figures that the study's table allows; rows over a part of the samples only where there are no others.
+
+    Of a large study the leading systems are drawn: with all of them no figure could be read.
+    """
+    finished = [row for row in records(table.frame) if row["status"] == "ok"]
+    whole = parts(finished)[0][1] if finished else []
+    done = leading(whole, MOST_DRAWN)
     with matplotlib.rc_context(STYLE):
         found = [
             pareto(done, "total ms", "milliseconds per sample", "pareto_latency"),
@@ -73,9 +82,9 @@ def draw(study: Path, frame: pd.DataFrame) -> list[ReportFigure]:
             budget_curve(done),
             stages(done),
             memory(done),
-            overlap_matrix(done),
-            token_maps(study, done),
-            training(study),
+            overlap_matrix(whole),
+            token_maps(table.study, done, table.memo),
+            training(table.results),
         ]
     return [drawn for drawn in found if drawn is not None]
 
@@ -109,14 +118,7 @@ def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure
     figure.supxlabel(axis, fontsize=7.5)
     figure.supylabel("score, %", fontsize=7.5)
     handles = [Line2D([], [], linestyle="none", markersize=4.5, **mark) for mark in marks.values()]
-    figure.legend(
-        handles,
-        list(entries),
-        loc="outside upper left",
-        ncols=legend_columns(list(entries)),
-        columnspacing=1.2,
-        handletextpad=0.2,
-    )
+    top_legend(figure, handles, list(entries), columnspacing=1.2, handletextpad=0.2)
     caption = (
         f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both. "
         f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
@@ -201,7 +203,7 @@ def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
         log_axis(panel, [row["visual tokens mean"] for line in curves.values() for row in line])
     figure.supylabel("score, %", fontsize=7.5)
     figure.supxlabel("vision tokens in the prefix", fontsize=7.5)
-    figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=legend_columns(list(entries)))
+    top_legend(figure, list(entries.values()), list(entries))
     caption = (
         f"Score over the token budget with 95 % intervals; a marker for each selector, a line style for each adapter "
         f"or other change; black and dashed: {BASELINE}, with its interval."
@@ -302,9 +304,9 @@ def name_bars(panel: Axes, rows: Sequence[Row]) -> None:
     panel.grid(axis="y", visible=False)
 
 
-def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
+def token_maps(study: Path, rows: Sequence[Row], memo: Memo) -> ReportFigure | None:
     """The tokens of a few pictures in two dimensions: those that each system kept and those that it dropped."""
-    maps: dict[tuple[str, int], dict[str, TokenMap]] = {}
+    maps: dict[tuple[str, int], dict[str, tuple[Path, TokenMap]]] = {}
     questions: dict[tuple[str, int], str] = {}
     # Equal budgets first: a larger budget keeps more tokens whatever it prefers.
     for row, label in sorted(zip(rows, labels(rows), strict=True), key=lambda pair: unequal(pair[0])):
@@ -314,9 +316,10 @@ def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
                 tokens = load_map(path)
                 # Another geometry makes other tokens of the same picture.
                 picture = (example.record["id"], len(tokens.kept_N))
-                maps.setdefault(picture, {})[label] = tokens
+                maps.setdefault(picture, {})[label] = (path, tokens)
                 questions[picture] = example.record["question"]
     shown = {picture: list(of_row.items())[:MOST_MAPS] for picture, of_row in maps.items() if len(of_row) > 1}
+    shown = dict(list(shown.items())[:MOST_MAPPED])
     if not shown:
         return None
     across = max(map(len, shown.values()))
@@ -324,10 +327,10 @@ def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
     method = ""
     for number, views in enumerate(shown.values()):
         # One plane for all: the vision tower is the same, only the selection differs.
-        position_N2, method = plane(views[0][1])
+        position_N2, method = known_plane(*views[0][1], memo)
         row_axes = axes[number * across : (number + 1) * across]
         row_axes[0].set_ylabel(f"picture {number + 1}", fontsize=7)
-        for panel, (label, tokens) in zip(row_axes, views, strict=False):
+        for panel, (label, (_, tokens)) in zip(row_axes, views, strict=False):
             for kept, tone, size in ((False, PALE, 2), (True, ACCENT, 5)):
                 part_K2 = position_N2[tokens.kept_N == kept]
                 panel.scatter(part_K2[:, 0], part_K2[:, 1], s=size, color=tone, linewidths=0)
@@ -344,12 +347,23 @@ def token_maps(study: Path, rows: Sequence[Row]) -> ReportFigure | None:
     return ReportFigure("tokens", "Kept and dropped tokens", caption, figure)
 
 
-def training(study: Path) -> ReportFigure | None:
-    """One line for each training with points in metrics.csv, also unfinished ones."""
+def known_plane(path: Path, tokens: TokenMap, memo: Memo) -> tuple[np.ndarray, str]:
+    """`plane` of the tokens in a file; t-SNE takes seconds, and is computed once for each file."""
+
+    def compute() -> tuple[list[list[float]], str]:
+        position_N2, method = plane(tokens)
+        return position_N2.tolist(), method
+
+    positions, method = memo.get("plane", [stamp(path), find_spec("sklearn") is not None], compute)
+    return np.asarray(positions), method
+
+
+def training(results: Mapping[Path, Result]) -> ReportFigure | None:
+    """One line for each training with points in metrics.csv, also unfinished ones, up to `MOST_DRAWN`."""
+    trained = [(f, result) for f, result in results.items() if result["verb"] == "train" and (f / METRICS).exists()]
     runs = {}
-    for folder, result in read_study(study).items():
-        metrics = folder / METRICS
-        if result["verb"] == "train" and metrics.exists() and (points := read_points(metrics)):
+    for folder, result in trained[:MOST_DRAWN]:
+        if points := read_points(folder / METRICS):
             runs[folder.name.removeprefix("train_")] = (result["choices"]["selector"], points)
     names = [name for name in CURVES if any(name in point for _, points in runs.values() for point in points)]
     if not names:
@@ -370,6 +384,8 @@ def training(study: Path) -> ReportFigure | None:
     if len(entries) <= MOST_NAMED:
         figure.legend(handles, entries, loc="outside upper left", ncols=legend_columns(entries))
     caption = "Each point is the mean since the point before. Blue: SHIRG and its variants; black: pooled."
+    if len(trained) > MOST_DRAWN:
+        caption += f" The first {MOST_DRAWN} of {len(trained)} trainings."
     return ReportFigure("training", "Training", caption, figure)
 
 

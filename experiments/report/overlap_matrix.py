@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from experiments.analysis.columns import EMPTY, labels
-from experiments.analysis.overlap import PREFIX
+from experiments.analysis.overlap import MOST_COMPARED, PREFIX
 from experiments.analysis.rows import Row
 from experiments.report.figure_style import ACCENT, GRID, INK, PAPER, SOFT, STYLE, WIDTH, ReportFigure
 
@@ -29,8 +29,8 @@ MOST = 28
 
 def overlap_matrix(rows: Sequence[Row]) -> ReportFigure | None:
     """Every two systems' overlap; systems that share no token frame with any other are left out."""
-    jobs = [row["job"] for row in rows]
-    there = [any(row.get(f"{PREFIX}{job} mean") is not None for job in jobs) for row in rows]
+    keys = {f"{PREFIX}{row['job']} mean" for row in rows}
+    there = [any(row[key] is not None for key in keys & row.keys()) for row in rows]
     shown = [row for row, known in zip(rows, there, strict=True) if known][:MOST]
     if len(shown) < 2:
         return None
@@ -52,6 +52,8 @@ def overlap_matrix(rows: Sequence[Row]) -> ReportFigure | None:
     fewest, most = min(counts.values()), max(counts.values())
     samples = str(fewest) if fewest == most else f"{fewest} to {most}"
     more = f"; {sum(there) - n} more do not fit" if sum(there) > n else ""
+    if len(rows) > MOST_COMPARED:
+        more += f"; of each kind only the first {MOST_COMPARED} in the table are compared with each other"
     caption = (
         "Below the diagonal, in %: tokens that two systems both keep, as a share of those that either of them keeps "
         "(Jaccard's index, mean over samples and seeds), from white to blue up to the largest. Above it, in grey: the "

@@ -2,20 +2,107 @@
 document.documentElement.classList.add("scripted");
 const $ = (id) => document.getElementById(id);
 
-// The table: sort by a heading, filter by text and budget, mark the best of the rows shown; each part separately.
+const make = (tag, text, name) => {
+  const node = document.createElement(tag);
+  if (text !== undefined) node.textContent = text;
+  if (name) node.className = name;
+  return node;
+};
+
+// Commands: copied to the clipboard, or selected where a page from disk may not write there.
+async function copy(button) {
+  try {
+    await navigator.clipboard.writeText(button.dataset.copy);
+    button.textContent = "copied";
+  } catch {
+    const all = [...document.querySelectorAll(".commands code")];
+    let code = all.find((c) => c.textContent === button.dataset.copy);
+    if (code === undefined) {
+      code = make("code", button.dataset.copy);
+      document.querySelector(".commands").append(make("span"), code, make("span"));
+    }
+    getSelection().selectAllChildren(code);
+    code.scrollIntoView({ block: "center" });
+    button.textContent = "selected";
+  }
+  setTimeout(() => { button.textContent = "copy"; }, 1500);
+}
+for (const button of document.querySelectorAll(".copy")) button.addEventListener("click", () => copy(button));
+
+// The table: sort by a heading, filter by text and budget, mark the best of the rows shown; each part separately. The
+// rows of a large study are data, and only the first of those that a filter keeps are made into elements.
 if ($("table") !== null) {
   const table = $("table"), heads = [...table.tHead.rows[0].cells];
-  const parts = [...table.tBodies].map((body) => ({ body, rows: [...body.rows].filter((row) => row.className !== "part") }));
+  const stored = $("rows") === null ? null : JSON.parse($("rows").textContent);
+  let limit = stored === null ? Infinity : stored.most;
+
+  const fromNode = (node) => ({
+    node,
+    equal: Number(node.dataset.equal),
+    cells: [...node.cells].map((cell) => [cell.textContent.trim(), cell.dataset.v === undefined ? null : Number(cell.dataset.v)]),
+  });
+  const parts = [...table.tBodies].map((body, number) => {
+    const title = [...body.rows].filter((row) => row.className === "part");
+    const rows = stored === null ? [...body.rows].filter((row) => !title.includes(row)).map(fromNode)
+      : stored.parts[number].map((i) => stored.rows[i]);
+    return { body, title, rows, order: rows };
+  });
   const all = parts.flatMap((part) => part.rows);
 
   const value = (row, column) => {
-    const cell = row.cells[column];
-    if (cell.dataset.v !== undefined) return Number(cell.dataset.v);
-    const text = cell.textContent.trim();
+    const [text, number = null] = row.cells[column] ?? [""];
+    if (number !== null) return number;
     return heads[column].classList.contains("num") || text === "" || text === "-" ? null : text;
   };
   const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true }));
-  const shown = (rows) => rows.filter((row) => !row.classList.contains("hidden"));
+
+  // As page.html makes a cell.
+  function cellOf([text, number = null, interval = "", hint = ""], head) {
+    const status = head.dataset.title === "status" && head.dataset.kind === "text";
+    const names = [head.classList.contains("num") ? "num" : head.dataset.title];
+    if (head.classList.contains("detail")) names.push("detail");
+    if (status) names.push(`status-${text}`);
+    const cell = make("td", text, names.join(" "));
+    if (number !== null) cell.dataset.v = number;
+    if (hint) cell.title = hint;
+    if (interval) {
+      cell.append(make("span", interval, "ci"));
+      const [low, high] = interval.split(" to ").map(Number);
+      if (head.dataset.kind === "score" && high <= 100) {
+        const bar = make("span", undefined, "bar"), range = make("i"), middle = make("b");
+        range.style.left = `${low}%`;
+        range.style.width = `${high - low}%`;
+        middle.style.left = `${number}%`;
+        bar.append(range, middle);
+        cell.append(bar);
+      }
+    }
+    return cell;
+  }
+  function nodeOf(row) {
+    if (row.node === undefined) {
+      row.node = make("tr");
+      const button = make("button", "copy", "copy"), last = make("td", undefined, "js");
+      button.type = "button";
+      button.dataset.copy = row.command;
+      button.addEventListener("click", () => copy(button));
+      last.append(button);
+      row.node.append(...row.cells.map((cell, column) => cellOf(cell, heads[column])), last);
+    }
+    row.best.forEach((best, column) => row.node.cells[column].classList.toggle("best", best));
+    return row.node;
+  }
+
+  function show() {
+    for (const { body, title, order } of parts) {
+      body.replaceChildren(...title, ...order.filter((row) => row.kept).slice(0, limit).map(nodeOf));
+    }
+    const kept = Math.max(...parts.map(({ rows }) => rows.filter((row) => row.kept).length));
+    $("more-rows")?.classList.toggle("hidden", kept <= limit);
+    const listed = parts.reduce((sum, { body, title }) => sum + body.rows.length - title.length, 0);
+    const counted = all.filter((row) => row.kept).length;
+    $("count").textContent = `${counted} of ${all.length} rows` + (listed < counted ? `, ${listed} shown` : "");
+  }
 
   function sortBy(column) {
     const head = heads[column], before = head.getAttribute("aria-sort");
@@ -24,13 +111,14 @@ if ($("table") !== null) {
     heads.forEach((h) => h.removeAttribute("aria-sort"));
     if (order !== null) head.setAttribute("aria-sort", order);
     const sign = order === "ascending" ? 1 : -1;
-    for (const { body, rows } of parts) {
-      const known = rows.filter((row) => value(row, column) !== null);
-      const rest = rows.filter((row) => value(row, column) === null);
+    for (const part of parts) {
+      const known = part.rows.filter((row) => value(row, column) !== null);
+      const rest = part.rows.filter((row) => value(row, column) === null);
       known.sort((a, b) => sign * compare(value(a, column), value(b, column)));
       // Rows without a value stay last in both orders.
-      body.append(...(order === null ? rows : [...known, ...rest]));
+      part.order = order === null ? part.rows : [...known, ...rest];
     }
+    show();
   }
 
   function filter() {
@@ -38,47 +126,29 @@ if ($("table") !== null) {
     const equal = $("equal") !== null && $("equal").checked;
     for (const row of all) {
       // Only names and counts are searched, not measurements: "40" is a budget, not 0.40 ms.
-      const named = [...row.cells].filter((_, column) => /^(text|count)$/.test(heads[column]?.dataset.kind));
-      const text = named.map((cell) => cell.textContent).join(" ").toLowerCase();
-      const keep = words.every((word) => text.includes(word)) && !(equal && row.dataset.equal === "0");
-      row.classList.toggle("hidden", !keep);
+      const named = row.cells.filter((_, column) => /^(text|count)$/.test(heads[column]?.dataset.kind));
+      const text = named.map(([shown]) => shown).join(" ").toLowerCase();
+      row.kept = words.every((word) => text.includes(word)) && !(equal && row.equal === 0);
+      row.best = heads.map(() => false);
     }
-    $("count").textContent = `${shown(all).length} of ${all.length} rows`;
     heads.forEach((head, column) => {
       const sign = Number(head.dataset.direction);
       // Rows over a part of the samples are in a second part and never marked as best.
       for (const { rows } of sign ? parts.slice(0, 1) : []) {
-        const values = shown(rows).map((row) => value(row, column)).filter((v) => v !== null);
-        const top = Math.max(...values.map((v) => sign * v));
-        for (const row of rows) {
-          const v = value(row, column);
-          row.cells[column].classList.toggle("best", values.length > 1 && v !== null && sign * v === top);
-        }
+        const kept = rows.filter((row) => row.kept && value(row, column) !== null);
+        const top = Math.max(...kept.map((row) => sign * value(row, column)));
+        for (const row of kept) row.best[column] = kept.length > 1 && sign * value(row, column) === top;
       }
     });
+    show();
   }
 
   heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => sortBy(column)));
   $("filter").addEventListener("input", filter);
   $("details").addEventListener("change", () => table.classList.toggle("brief", !$("details").checked));
   $("equal")?.addEventListener("change", filter);
+  $("more-rows")?.addEventListener("click", () => { limit += stored.most; show(); });
   filter();
-}
-
-// Commands: copied to the clipboard, or selected where a page from disk may not write there.
-for (const button of document.querySelectorAll(".copy")) {
-  button.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(button.dataset.copy);
-      button.textContent = "copied";
-    } catch {
-      const code = [...document.querySelectorAll(".commands code")].find((c) => c.textContent === button.dataset.copy);
-      getSelection().selectAllChildren(code);
-      code.scrollIntoView({ block: "center" });
-      button.textContent = "selected";
-    }
-    setTimeout(() => { button.textContent = "copy"; }, 1500);
-  });
 }
 
 // The predictions browser: two systems side by side.
@@ -94,12 +164,6 @@ if ($("data") !== null) {
   };
   let verdict = "all", limit = step;
 
-  const make = (tag, text, name) => {
-    const node = document.createElement(tag);
-    if (text !== undefined) node.textContent = text;
-    if (name) node.className = name;
-    return node;
-  };
   for (const [id, chosen] of [["first", data.first], ["second", data.second]]) {
     data.systems.forEach((system, i) => {
       const option = make("option", system.label);
@@ -119,6 +183,7 @@ if ($("data") !== null) {
   $("search").addEventListener("input", () => { limit = step; show(); });
   $("more").addEventListener("click", () => { limit += step; show(); });
 
+  const given = (system, i) => data.samples[i].given[system.answers[i]] ?? [null, null];
   const answer = ([text, score]) => {
     const cell = make("td", undefined, "wrap");
     cell.append(make("span", text.trim() === "" ? "(empty)" : text, `answer ${score >= right ? "right" : "wrong"}`));
@@ -132,7 +197,7 @@ if ($("data") !== null) {
     const counts = Object.fromEntries(Object.keys(tests).map((name) => [name, 0]));
     const rows = [];
     data.samples.forEach((sample, i) => {
-      const [before, after] = [a.predictions[i], b.predictions[i]];
+      const [before, after] = [given(a, i), given(b, i)];
       if (before[1] === null || after[1] === null) return;
       const text = [sample.question, ...sample.answers, before[0], after[0], sample.kind].join(" ").toLowerCase();
       if (!words.every((word) => text.includes(word))) return;

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.analysis import memo
 from experiments.analysis.columns import EMPTY, Cell, columns
 from experiments.analysis.rows import Row
-from experiments.analysis.table import comparable, legend, parts, print_table, records, refresh
+from experiments.analysis.table import comparable, legend, parts, print_table, read_table, records, refresh
+from experiments.analysis.turns import if_due, in_turn
 from experiments.atomic_files import write_atomic, write_json
+from experiments.errors import ConfigError
 from experiments.report.figure_style import ReportFigure
 from experiments.report.figures import draw
 from experiments.report.page import write_report
 
 FIGURES = "figures"
+WAIT_S = 30.0
+"""Longest wait for another process that writes the same study."""
 _SPECIAL = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {
@@ -33,6 +38,8 @@ _SPECIAL = str.maketrans(
 def publish(study: Path, *, files: bool = False, show: bool = False) -> list[Path]:
     """Reads the study once and rewrites its table files and its page.
 
+    A process that is writing them already is waited for a few seconds; it then writes this study's state of now, too.
+
     Args:
         files: also writes figures, LaTeX, JSON and slides as files.
         show: also prints the table.
@@ -40,15 +47,36 @@ def publish(study: Path, *, files: bool = False, show: bool = False) -> list[Pat
     Returns:
         What was written besides the table files; nothing for a study without a job to show.
     """
-    frame = refresh(study)
-    figures = draw(study, frame)
-    written = []
-    if figures or not frame.empty:
-        written.append(write_report(study, frame, figures))
-        written += _write_files(study, frame, figures) if files else []
+    study.mkdir(parents=True, exist_ok=True)
+    found = in_turn(study, lambda: _write(study, files), WAIT_S, must=files)
+    if found is None and files:
+        raise ConfigError(f"{study}: another process has been writing its table for {WAIT_S:.0f} s; try again later")
+    frame, written = found or (read_table(study), [])
     if show:
         print_table(frame, study)
     return written
+
+
+def refresh_report(study: Path) -> None:
+    """What a job does at its end: the table files and the page, without figures and overlaps, where it is time."""
+    if_due(study, lambda: _write_quickly(study), lambda: _write(study, files=False))
+
+
+def _write(study: Path, files: bool) -> tuple[pd.DataFrame, list[Path]]:
+    table = refresh(study)
+    figures = draw(table)
+    written = []
+    if figures or not table.frame.empty:
+        written.append(write_report(table, figures))
+        written += _write_files(study, table.frame, figures) if files else []
+    table.memo.save(study / memo.NAME, prune=True)
+    return table.frame, written
+
+
+def _write_quickly(study: Path) -> None:
+    table = refresh(study, overlaps=False)
+    if not table.frame.empty:
+        write_report(table)
 
 
 def _write_files(study: Path, frame: pd.DataFrame, figures: Sequence[ReportFigure]) -> list[Path]:

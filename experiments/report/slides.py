@@ -14,8 +14,8 @@ from experiments.analysis.table import parts, records
 from experiments.jobs.results import SAMPLES, SHOTS, read_result
 from experiments.jobs.sample_rows import RECALL, read_scores
 from experiments.override_grammar import command_in
+from experiments.report.answer_browser import RIGHT
 from experiments.report.figure_style import ReportFigure
-from experiments.report.page import RIGHT
 from experiments.report.slide_layout import Slide, Slides
 from experiments.viz.examples import ExampleRecord, load_examples, printable
 

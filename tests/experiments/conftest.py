@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 from PIL import Image
 
+from experiments.analysis.turns import LAST_REFRESH
 from experiments.cli import update_report
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.evaluate import check_data, evaluate
@@ -101,6 +102,7 @@ def _run_here(
     with open_dict(cfg):
         del cfg["hydra"]
     OmegaConf.set_struct(cfg, True)
+    (folder.parent / LAST_REFRESH).unlink(missing_ok=True)  # every job of a test writes the table and the page
     outcome = run_job(cfg, work, update_report, check_data if command == "eval" else check_training)
     assert outcome is not None and outcome.ok is ok
     return folder

@@ -63,7 +63,7 @@ def test_every_column_of_a_study_has_its_direction(eval_here: Eval) -> None:
     job = eval_here("selector=random", "limit=12")
     times = result_of(job)["times"]
     change_result(job, times=times | {"peak_memory_mib": 9.0})
-    shown = {column.title: column.better for column in columns(records(refresh(job.parent)))}
+    shown = {column.title: column.better for column in columns(records(refresh(job.parent).frame))}
     assert {title for title, better in shown.items() if better == "lower"} == {
         *(f"{stage} ms" for stage in ("select", "prefill", "denoise", "total")),
         "peak MiB",
@@ -78,7 +78,7 @@ def test_an_impossible_time_is_flagged_and_not_shown(eval_here: Eval) -> None:
     times["ms_per_sample"]["denoise"] = 0.000123
     times["flags"] = {"denoise ms": "0.000123 ms is below the floor of 0.01 ms"}
     change_result(job, times=times)
-    (row,) = records(refresh(job.parent))
+    (row,) = records(refresh(job.parent).frame)
     assert flags(row)["denoise ms"] == times["flags"]["denoise ms"] and "total ms" in flags(row)
     shown = {column.title: column.texts for column in columns([row])}
     assert shown["denoise ms"] == shown["total ms"] == ["impossible"]

@@ -114,7 +114,7 @@ def test_other_data_is_no_pair(answer: str, picture_folder: Callable[..., Path],
 def test_a_budget_is_equal_with_or_without_newlines(fields: dict[str, float], ratio: float | None) -> None:
     pooled = {"selector": "pooled", "job": "p", "visual tokens mean": 88.0, "newline tokens": 8.0}
     row = {"selector": "shirg", "job": "s", "compared to pooled": "p", **fields}
-    got = budget_ratio(row, [pooled, row])
+    got = budget_ratio(row, {one["job"]: one for one in (pooled, row)})
     assert got == (None if ratio is None else pytest.approx(ratio, abs=0.1 * abs(ratio - 1)))
     assert unequal(row | {"budget ratio": got}) is (ratio not in (None, 1.0))
-    assert budget_ratio({**row, "compared to pooled": "absent"}, [pooled]) is None
+    assert budget_ratio({**row, "compared to pooled": "absent"}, {pooled["job"]: pooled}) is None

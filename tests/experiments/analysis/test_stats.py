@@ -2,11 +2,13 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy.special import stdtrit
 
+from experiments.analysis import stats
 from experiments.analysis.stats import (
     RESAMPLES,
     cluster_bootstrap,
@@ -180,3 +182,19 @@ def test_where_nothing_varies_it_is_not_certain() -> None:
     assert got.low == pytest.approx(1 - 3.8414588 / 43.8414588)
     with pytest.raises(ValueError, match="1 seeds on 4 pictures"):
         over_seeds(np.ones((1, 4)), list(range(4)))
+
+
+def test_blocks_of_resamples_give_the_same_numbers_in_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same random stream, whether many resamples are drawn at a time or few."""
+    rng = np.random.default_rng(3)
+    ours, theirs = ({str(i): float(x) for i, x in enumerate(rng.random(3000))} for _ in range(2))
+    whole = paired_delta(ours, theirs)
+    monkeypatch.setattr(stats, "BLOCK_NUMBERS", 2**14)
+    tracemalloc.start()
+    few = paired_delta(ours, theirs)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert whole is not None and few is not None
+    assert (few.p, few.mean, few.wins) == (whole.p, whole.mean, whole.wins)
+    assert (few.low, few.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
+    assert peak < 8 * 2**20 < stats.FLIPS * 3000 * 8

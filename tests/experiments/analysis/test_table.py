@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.analysis.columns import columns
-from experiments.analysis.rows import Row
+from experiments.analysis.memo import Memo
+from experiments.analysis.study import read_study
+from experiments.analysis.systems import Result
 from experiments.analysis.table import (
     collect,
     legend,
@@ -40,7 +42,7 @@ def test_the_table_has_a_row_for_every_job_and_states_its_limits(eval_here: Eval
     assert rows["full"]["note"] == "untrained model"
     assert rows["pooled"]["note"] == "untrained model; limited to 12 samples"
     assert rows["random"]["status"] == "failed" and "budget 999 is larger" in rows["random"]["reason"]
-    text = markdown(records(refresh(study)))
+    text = markdown(records(refresh(study).frame))
     assert text == (study / "table.md").read_text()
     firsts = [line.split("|")[1].strip(": -") for line in text.splitlines() if line.startswith("|")]
     assert firsts == ["selector", "", "full", "selector", "", "pooled", "random"]
@@ -50,7 +52,7 @@ def test_the_table_has_a_row_for_every_job_and_states_its_limits(eval_here: Eval
 def test_the_files_hold_what_the_data_frame_holds(eval_here: Eval) -> None:
     eval_here("selector=pooled", "limit=6")
     study = eval_here("selector=random", "limit=6", "budget=999", ok=False).parent
-    frame = refresh(study)
+    frame = refresh(study).frame
     assert frame.equals(read_table(study)) and records(frame)[1]["select ms"] is None
     ragged = collect(study)
     assert [{k: v for k, v in row.items() if v is not None} for row in records(frame)] == [
@@ -73,11 +75,11 @@ def test_a_study_is_read_once_for_everything_that_is_published(
     study = eval_here("selector=pooled", "limit=6").parent
     reads = []
 
-    def counted(folder: Path, *, overlaps: bool) -> list[Row]:
+    def counted(folder: Path, known: Memo) -> dict[Path, Result]:
         reads.append(folder)
-        return collect(folder, overlaps=overlaps)
+        return read_study(folder, known)
 
-    monkeypatch.setattr("experiments.analysis.table.collect", counted)
+    monkeypatch.setattr("experiments.analysis.table.read_study", counted)
     publish(study, files=True, show=True)
     assert reads == [study]
     assert "pooled" in capsys.readouterr().out

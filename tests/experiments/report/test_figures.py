@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from experiments.analysis.table import read_table
+from experiments.analysis.study import read_study
+from experiments.analysis.table import read_study_table
 from experiments.jobs.results import VERSION
 from experiments.report.figures import budget_curve, draw, frontier, training
 from experiments.report.publish import publish
@@ -39,7 +40,7 @@ def test_every_figure_is_there_in_both_formats_at_paper_width(study: Path) -> No
 
 
 def test_figures_are_the_same_bytes_every_time(study: Path) -> None:
-    for one in draw(study, read_table(study)):
+    for one in draw(read_study_table(study)):
         assert one.svg == (study / "figures" / f"{one.name}.svg").read_text(), one.name
 
 
@@ -69,7 +70,7 @@ def test_a_study_of_trainings_alone_shows_their_curves(tmp_path: Path) -> None:
         record = {"version": VERSION, "verb": "train", "status": "running", "choices": {"selector": selector}}
         (job / "result.json").write_text(json.dumps(record))
         (job / "metrics.csv").write_text(f"step,loss,accuracy\n{rows}")
-    drawn = training(tmp_path)
+    drawn = training(read_study(tmp_path))
     assert drawn is not None
     loss, accuracy = drawn.figure.axes
     assert (loss.get_title(loc="left"), accuracy.get_title(loc="left")) == ("loss", "accuracy")

@@ -4,11 +4,9 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,7 @@ import pytest
 from pptx import Presentation
 
 from experiments.analysis.table import collect
-from experiments.report.page import LAST_REFRESH, refresh_report
-from experiments.report.publish import publish
+from experiments.report.publish import publish, refresh_report
 from tests.experiments.conftest import result_of
 from tests.experiments.report.answers import answered, counts
 
@@ -190,15 +187,3 @@ def test_a_question_with_a_script_in_it_runs_nothing(
     document, console = open_page(study / "report.html", tmp_path / "profile")
     assert console == [] and "<title>default - SHIRG study</title>" in document
     assert document.count("&lt;script&gt;document.title") >= 3, "the heading, the answer, the browser of samples"
-
-
-def test_a_refresh_that_takes_long_is_not_made_after_every_job(eval_here: Eval) -> None:
-    study = eval_here("selector=pooled", "limit=6").parent
-    page, last = study / "report.html", study / LAST_REFRESH
-    for seconds, ago, made in ((0.9, 0, True), (5.0, 44, False), (5.0, 46, True)):
-        page.unlink(missing_ok=True)
-        last.write_text(str(seconds))
-        os.utime(last, (time.time() - ago,) * 2)
-        refresh_report(study)
-        assert page.exists() == made, (seconds, ago)
-    assert float(last.read_text()) != 5.0

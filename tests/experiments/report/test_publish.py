@@ -10,8 +10,7 @@ import pytest
 from experiments.analysis.columns import Cell
 from experiments.analysis.table import collect, read_table, records
 from experiments.report.__main__ import main
-from experiments.report.page import refresh_report
-from experiments.report.publish import latex, latex_cell, latex_text, publish
+from experiments.report.publish import latex, latex_cell, latex_text, publish, refresh_report
 
 Eval = Callable[..., Path]
 

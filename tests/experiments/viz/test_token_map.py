@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.analysis.memo import Memo
 from experiments.analysis.table import collect
 from experiments.report.figures import token_maps
 from experiments.viz.token_map import MAP, MAPS, load_map
@@ -20,7 +21,7 @@ def test_tokens_of_a_picture_are_stored_whichever_sample_asked_first(eval_here: 
         first, *others = (load_map(job / "shots" / MAP.format(number)) for job in jobs)
         assert all(np.array_equal(first.components_NC, other.components_NC) for other in others)
     (jobs[0] / "shots" / MAP.format(1)).unlink()
-    figure = token_maps(jobs[0].parent, collect(jobs[0].parent))
+    figure = token_maps(jobs[0].parent, collect(jobs[0].parent), Memo())
     assert figure is not None
     axes = figure.figure.axes
     assert len(axes) == 5 and all(axis.collections for axis in axes), "a panel without tokens"
