@@ -42,6 +42,8 @@ JOB_S = 2.0
 """Seconds that a job of the played sweep takes, as a tiny one does."""
 AT_ONCE = 8
 """Processes that end at the same moment."""
+MOST_AT_ONCE = 200
+"""Jobs of the largest study in which they do: eight times the start of Python is most of what this measures."""
 SEEDS = 3
 """Every such number of copies of `random` differ in the seed alone."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -151,7 +153,7 @@ def measure(templates: Sequence[Path], study: Path, n: int) -> dict[str, Any]:
         "page_bytes": page.stat().st_size,
         "cache_bytes": (study / memo.NAME).stat().st_size,
         "browser_s": None if CHROMIUM is None else browser_s(page, study.parent / "browser"),
-        "at_once_s": _at_once_s(study),
+        "at_once_s": _at_once_s(study) if n <= MOST_AT_ONCE else None,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
