@@ -35,8 +35,8 @@ def _lm(name: str, engines: str, parts: str, batch: str = "1,16", rounds: int = 
 
 
 GROUPS = {
-    "llada": Group(185, _lm("llada", "eager,graph,compile", "steps,attention,systems,reference,kernels")),
-    "dream": Group(165, _lm("dream", "eager,graph,compile", "steps,attention,systems")),
+    "llada": Group(185, _lm("llada", "eager,graph,compile", "steps,attention,systems,reference,unequal,kernels")),
+    "dream": Group(165, _lm("dream", "eager,graph,compile", "steps,attention,systems,unequal")),
     "kernels": Group(45, _lm("llada", "eager", "kernel,selectors")),
 }
 TESTS = "tests"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.bench import attention_kernels, captured_selectors, kernel_times, stage_times
+from experiments.bench import attention_kernels, captured_selectors, kernel_times, stage_times, unequal_stage
 from experiments.bench.recorder import Bench, Recorder, machine, short
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.errors import CommandParser
@@ -43,6 +43,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "kernel": captured_selectors.measure_kernel,
     "attention": attention_kernels.measure_attention,
     "kernels": kernel_times.measure_kernels,
+    "unequal": unequal_stage.measure_unequal,
 }
 
 

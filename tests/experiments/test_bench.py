@@ -26,7 +26,7 @@ from experiments.bench import (
     unequal_prompts,
 )
 from experiments.bench.common import table_of
-from experiments.profiling import time_call
+from experiments.profiling import cost_of, time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
 from shirg import UserError
@@ -136,8 +136,8 @@ def test_unequal_prompts_are_prefilled_in_turns(family: str) -> None:
     assert 0 < joined["difference"] < 1e-5 and joined["times_faster"] == padded["ms"] / joined["ms"]
     assert measured.report["share_of_tokens"] == pytest.approx(26 / 42)
     assert "prefills of unequal prompts: sdpa, one by one" in measured.report["attention"]
-    alone = unequal_prompts.least_work(tiny_model(lm={"family": family}), [14])
-    twice = unequal_prompts.least_work(tiny_model(lm={"family": family}), [14, 14])
+    cost = cost_of(tiny_model(lm={"family": family}).config.lm, torch.float32)
+    alone, twice = unequal_prompts.least_work(cost, [14]), unequal_prompts.least_work(cost, [14, 14])
     assert twice.flops == 2 * alone.flops and alone.bytes < twice.bytes < 2 * alone.bytes
 
 

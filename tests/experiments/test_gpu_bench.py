@@ -28,7 +28,7 @@ from experiments.bench.true_size import main
 main(sys.argv[1:])
 """
 
-PARTS = {"systems", "reference", "steps", "agreement", "selectors", "kernel", "attention", "kernels"}
+PARTS = {"systems", "reference", "steps", "agreement", "selectors", "kernel", "attention", "kernels", "unequal"}
 CPU = torch.device("cpu")
 
 
@@ -61,6 +61,10 @@ def test_every_part_is_measured_without_hydra(rehearsed: dict[str, Any]) -> None
     tokens = {row["name"]: row["visual_tokens"] for row in systems}
     assert tokens == {"B0": 88, "P1": 80, "P1 matched": 88, "S1": 100, "S2": 100, "B1": 336}
     assert {row["prefix"] - row["visual_tokens"] for row in systems} == {84}
+    unequal = [row for row in rows if row["part"] == "unequal"]
+    assert [(row["engine"], row["name"], row["lengths"]) for row in unequal] == [
+        ("eager", way, [1092, 918]) for way in ("padded", "joined")
+    ]
     assert rehearsed["machine"]["commit"] == "abc" and rehearsed["limits_after"]["matmul"] > 0
 
 
