@@ -1,4 +1,4 @@
-"""`data=folder`: your own pictures, with one question a line in metadata.jsonl."""
+"""`data=folder`: your own pictures, with one question a row of a metadata file."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.image_io import PictureFile
-from experiments.data.sample import MOST_CHARACTERS, Sample, draw_ids
-from lavida_adapter.checkpoint_files import parse_json
+from experiments.data.metadata_files import DEFAULT, NEEDED, find_metadata, read_metadata
+from experiments.data.sample import Sample, check_texts, draw_ids
 from shirg import MissingFileError, UserError
 
 
 @dataclass(frozen=True)
 class FolderRow:
-    """One line of the metadata file, checked."""
+    """One row of the metadata file, checked."""
 
     id: str
     file_name: str
@@ -24,19 +24,19 @@ class FolderRow:
     draft: str
     """A text with gaps; "" where the line has none."""
     fields: dict[str, Any]
-    """Everything in the line."""
+    """Everything in the row."""
 
 
 class Folder:
-    """A folder of pictures and a metadata file whose lines are JSON objects.
+    """A folder of pictures and a metadata file: JSON lines, CSV or Parquet (`experiments.data.metadata_files`).
 
-    A line has "file_name" (inside the folder), "question", "answers" (a text or a list of texts; "answer" works too)
+    A row has "file_name" (inside the folder), "question", "answers" (a text or a list of texts; "answer" works too)
     and optionally "question_id" or "id", and "draft" (or "drafts"), a text with gaps to fill; other keys are ignored.
-    All lines are checked when the dataset is built; pictures are decoded when they are needed.
+    All rows are checked when the dataset is built; pictures are decoded when they are needed.
 
     Args:
         root: the folder.
-        metadata: name of the metadata file in it.
+        metadata: name of the metadata file in it; the default also finds metadata.csv and metadata.parquet.
         limit: use this many rows, drawn with `seed`; a smaller limit draws a part of a larger one's rows.
         seed: for `limit`.
         suffix: put after each question in the prompt.
@@ -58,7 +58,7 @@ class Folder:
         self,
         *,
         root: str | Path,
-        metadata: str = "metadata.jsonl",
+        metadata: str = DEFAULT,
         limit: int | None = None,
         seed: int = 0,
         suffix: str = "",
@@ -108,21 +108,12 @@ class Folder:
         )
 
 
-def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
-    """Every line of the metadata file, checked; raises what `Folder` raises."""
-    path = folder / metadata
-    if not path.is_file():
-        raise MissingFileError(
-            f"{path} does not exist: write one JSON object a line with file_name, question and answers"
-        )
+def read_folder(folder: Path, metadata: str = DEFAULT) -> list[FolderRow]:
+    """Every row of the metadata file, checked; raises what `Folder` raises."""
     rows: list[FolderRow] = []
-    line_of_id: dict[str, int] = {}
+    first_of_id: dict[str, str] = {}
     seen_of_file: Counter[str] = Counter()
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        fields = _parse(line, where)
+    for where, fields in read_metadata(folder, metadata):
         file_name = _text(fields, "file_name", where)
         row = FolderRow(
             id=_given_id(fields, where) or f"{file_name}#{seen_of_file[file_name]}",
@@ -133,39 +124,22 @@ def read_folder(folder: Path, metadata: str) -> list[FolderRow]:
             draft=_draft(fields, where),
             fields=fields,
         )
-        if row.id in line_of_id:
-            raise UserError(f"{where}: id {row.id!r} is also on line {line_of_id[row.id]}; ids must be unique")
-        line_of_id[row.id] = number
+        if row.id in first_of_id:
+            raise UserError(f"{where}: id {row.id!r} is also on {first_of_id[row.id]}; ids must be unique")
+        first_of_id[row.id] = where.rpartition(", ")[2]
         seen_of_file[file_name] += 1
         rows.append(row)
     if not rows:
-        raise UserError(f"{path} is empty: write one JSON object a line with file_name, question and answers")
+        raise UserError(f"{find_metadata(folder, metadata)} is empty: write rows with {NEEDED}")
     return rows
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        fields = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: must be a JSON object with file_name, question and answers")
-    return fields
 
 
 def _text(fields: dict[str, Any], key: str, where: str) -> str:
     value = fields.get(key)
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: needs a non-empty text {key!r}")
-    _check_length((value,), where)
+    check_texts((value,), where)
     return value
-
-
-def _check_length(texts: Sequence[str], where: str) -> None:
-    if longest := [text for text in texts if len(text) > MOST_CHARACTERS]:
-        raise UserError(
-            f"{where}: a text of {len(longest[0]):,} characters; give at most {MOST_CHARACTERS:,}, or remove the row"
-        )
 
 
 def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
@@ -173,7 +147,7 @@ def _answers(fields: dict[str, Any], where: str) -> tuple[str, ...]:
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise UserError(f"{where}: needs 'answers', a text or a list of texts (numbers in quotes), none of them empty")
-    _check_length(answers, where)
+    check_texts(answers, where)
     return tuple(answers)
 
 
@@ -183,7 +157,7 @@ def _draft(fields: dict[str, Any], where: str) -> str:
         return ""
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: 'draft' must be a non-empty text with gaps, such as 'A photo of [GAP].'")
-    _check_length((value,), where)
+    check_texts((value,), where)
     return value
 
 

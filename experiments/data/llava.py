@@ -30,8 +30,9 @@ class Llava:
     """A JSON list (or JSON lines) of conversations, and the folder that their pictures' paths start from.
 
     An entry has "image" and "conversations", turns {"from": "human" | "gpt", "value": text} in which "<image>" marks
-    the picture's place; the picture is put before the text in any case. Entries without a picture, with several, or
-    without an answer cannot be used for training: they are left out and counted in `dropped`.
+    the picture's place; the picture is put before the text in any case. Entries without a picture, with several,
+    without a question (beside "<image>") or without an answer cannot be used for training: they are left out and
+    counted in `dropped`.
 
     Texts are kept as Arrow columns, because there may be a million conversations.
 
@@ -160,7 +161,9 @@ class Llava:
             if len(pictures) != 1:
                 self.dropped["with several pictures" if pictures else "without a picture"] += 1
             elif not rounds:
-                self.dropped["without an answer"] += 1
+                turns = fields["conversations"]
+                answered = any(turn.get("from") in ASSISTANT and turn["value"].strip() for turn in turns)
+                self.dropped["without a question" if answered else "without an answer"] += 1
             else:
                 yield _Entry(f"{number}:{fields.get('id', '')}", str(pictures[0]), rounds)
 
@@ -190,7 +193,9 @@ class Llava:
 
 def _pictures(fields: dict[str, Any], where: str) -> list[str]:
     """The paths in "image", or in "images" as other tools write it; null and "" are none."""
-    given = fields.get("image") or fields.get("images") or []
+    given = fields.get("image")
+    given = fields.get("images") if given in (None, "", []) else given
+    given = [] if given in (None, "") else given
     pictures = [given] if isinstance(given, str) else given
     if not isinstance(pictures, list) or not all(isinstance(picture, str) and picture for picture in pictures):
         raise UserError(f"{where}: image must be the path of a picture or a list of paths, not {given!r:.60}")

@@ -19,6 +19,21 @@ MOST_CHARACTERS = 200_000
 """Longest text of a sample. Tokenizers need gigabytes for one of megabytes, which no model could read anyway."""
 
 
+def check_texts(texts: Iterable[str], where: str) -> None:
+    """Refuses texts that no tokenizer should get.
+
+    Raises:
+        UserError: a text is too long, or has half a character (a lone surrogate); `where` names its place.
+    """
+    for text in texts:
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(
+                f"{where}: a text of {len(text):,} characters; give at most {MOST_CHARACTERS:,}, or remove the row"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{where}: half a character in {text[:40]!a}; write it again in UTF-8")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """One question about one picture."""

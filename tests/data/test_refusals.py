@@ -163,8 +163,11 @@ def talks(root: Path, name: str = "talks.json", **options: Any) -> Llava:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (lambda root: Folder(root=root / "gone"), "data folder ... does not exist: set data.root"),
     "no metadata": (lambda root: Folder(root=root / "deep"), "metadata.jsonl does not exist: write one JSON object"),
-    "no rows": (lambda root: Folder(root=root, metadata="blank.jsonl"), "blank.jsonl is empty: write one JSON object"),
-    "no empty file": (lambda root: Folder(root=root, metadata="empty.png"), "is empty: write one JSON object a line"),
+    "no rows": (
+        lambda root: Folder(root=root, metadata="blank.jsonl"),
+        "blank.jsonl is empty: write rows with file_name",
+    ),
+    "no empty file": (lambda root: Folder(root=root, metadata="empty.png"), "is empty: write rows with file_name"),
     "rows, limit": (lambda root: Folder(root=root, limit=0), "data.limit=0 must be a positive number"),
     "32 bits": (lambda root: load_picture(root / "float.tiff"), "32 bits (mode F); save it with 8 bits a channel"),
     "no conversations": (lambda root: talks(root, "gone.json"), "data.json= ... does not exist"),
@@ -262,6 +265,12 @@ ENTRIES: list[tuple[Any, str]] = [
     *(({**TALK, "conversations": [turn]}, "a turn must be an object") for turn in (3, None, [], {"from": "human"})),
     ({**TALK, "id": "\ud800"}, "is neither a JSON list nor JSON lines ... half a character"),
     ({"conversations": TALK["conversations"]}, "nothing in it can be learned from (1 without a picture)"),
+    (
+        {**TALK, "conversations": [{"from": "human", "value": "<image>"}, TALK["conversations"][1]]},
+        "nothing in it can be learned from (1 without a question)",
+    ),
+    ({**TALK, "conversations": TALK["conversations"][:1]}, "nothing in it can be learned from (1 without an answer)"),
+    *(({**TALK, "image": value}, "image must be the path of a picture") for value in (0, False, {})),
 ]
 
 

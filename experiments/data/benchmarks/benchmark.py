@@ -9,6 +9,7 @@ from experiments.data.benchmarks import hub as hub_source
 from experiments.data.benchmarks.official_files import Chartqa, Docvqa, Infovqa, Item, Raw, Reader, Textvqa, Vqav2
 from experiments.data.folder import read_folder
 from experiments.data.image_io import PictureFile
+from experiments.data.metadata_files import DEFAULT, NAMES, find_metadata
 from experiments.data.sample import Sample
 from shirg import MissingFileError, UserError
 
@@ -19,7 +20,6 @@ READERS: Mapping[str, Reader] = {
     "textvqa": Textvqa(),
     "vqav2": Vqav2(),
 }
-METADATA = "metadata.jsonl"
 
 Source = Literal["hub", "disk", "folder"]
 
@@ -142,22 +142,23 @@ def samples(
 def _folder_rows(root: Path, split: str) -> list[Raw]:
     """A folder of the split's name in the root, or the root itself where it is one set of pictures."""
     folder = root / split
-    if not (folder / METADATA).is_file():
-        if not (root / METADATA).is_file():
-            others = sorted(path.parent.name for path in root.glob(f"*/{METADATA}"))
-            raise MissingFileError(
-                f"data.split={split} does not exist in {root}: "
-                + (f"it has {', '.join(others)}" if others else f"there is no {METADATA} in it")
-            )
-        folder = root
+    path = find_metadata(folder)
+    if path is None:
+        folder, path = root, find_metadata(root)
+    if path is None:
+        others = sorted({found.parent.name for name in NAMES for found in root.glob(f"*/{name}")})
+        raise MissingFileError(
+            f"data.split={split} does not exist in {root}: "
+            + (f"it has {', '.join(others)}" if others else f"there is no {DEFAULT} in it")
+        )
     return [
         Raw(
             fields={**row.fields, "id": row.id, "question": row.question, "answers": row.answers},
-            where=f"{folder / METADATA}, {row.id}",
+            where=f"{path}, {row.id}",
             picture=row.file_name,
             load_image=PictureFile(row.path),
         )
-        for row in read_folder(folder, METADATA)
+        for row in read_folder(folder)
     ]
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from experiments.data.benchmarks.official_files import Raw
 from experiments.data.image_io import PictureFile, read_picture
+from lavida_adapter.checkpoint_files import is_regular
 from shirg import MissingFileError, UserError
 
 PICTURE = "image"
@@ -229,7 +230,7 @@ def _encoded(cell: Any, where: str) -> bytes:
     if isinstance(data, bytes):
         return data
     path = cell.get("path") if isinstance(cell, Mapping) else None
-    if path and Path(path).is_file():
+    if path and is_regular(Path(path)):
         return PictureFile(Path(path)).read()
     raise UserError(f"{where}: has no picture; remove the row")
 

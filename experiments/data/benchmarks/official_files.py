@@ -3,7 +3,6 @@
 A source gives raw rows (`Raw`); a reader turns each into an `Item`, a row in this project's terms.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from experiments.data.image_io import PictureFile
-from experiments.data.sample import Box
+from experiments.data.sample import Box, check_texts
+from lavida_adapter.checkpoint_files import is_regular, parse_json
 from shirg import MissingFileError, UserError
 
 
@@ -76,7 +76,8 @@ def first_value(fields: Mapping[str, Any], where: str, *names: str) -> Any:
 def question_of(raw: Raw) -> str:
     question = first_value(raw.fields, raw.where, "question", "query")
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{raw.where}: the question is {question!r}; it must be a text that is not empty")
+        raise UserError(f"{raw.where}: the question is {question!r:.80}; it must be a text that is not empty")
+    check_texts([question], raw.where)
     return question
 
 
@@ -87,7 +88,8 @@ def answers_of(raw: Raw, *names: str) -> tuple[str, ...]:
     named = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
     texts = [text for text in named if isinstance(text, str)]
     if len(texts) < len(named):
-        raise UserError(f"{raw.where}: the answers are {value!r}; they must be texts")
+        raise UserError(f"{raw.where}: the answers are {value!r:.80}; they must be texts")
+    check_texts(texts, raw.where)
     return tuple(texts) if any(text.strip() for text in texts) else ()
 
 
@@ -95,14 +97,22 @@ def id_of(fields: Mapping[str, Any], where: str, *names: str) -> str:
     """The official id, a number or a text."""
     value = first_value(fields, where, *names)
     if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-        raise UserError(f"{where}: {names[0]} is {value!r}; it must be a whole number or a text")
+        raise UserError(f"{where}: {names[0]} is {value!r:.80}; it must be a whole number or a text")
     return str(value)
+
+
+def text_of(raw: Raw, name: str) -> str:
+    """A column that may be missing: its text or number as a text, "" for none."""
+    value = raw.fields.get(name)
+    if not isinstance(value, str | int | None):
+        raise UserError(f"{raw.where}: {name} is {value!r:.80}; it must be a text")
+    return "" if value is None else str(value)
 
 
 def read_json(path: Path) -> Any:
     """The content of a file of the official layout; UserError if it is broken."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again") from error
 
@@ -119,9 +129,9 @@ def existing(candidates: Iterable[Path], what: str) -> Path:
     """The first of these files that exists."""
     tried = list(candidates)
     for path in tried:
-        if path.is_file():
+        if is_regular(path):
             return path
-    raise MissingFileError(f"{what} is missing: looked for {', '.join(map(str, tried))}")
+    raise MissingFileError(f"{what} is missing: looked for {', '.join(str(path)[:200] for path in tried)}")
 
 
 def disk_rows(
@@ -144,10 +154,10 @@ class Chartqa:
 
     def item(self, raw: Raw) -> Item:
         return Item(
-            id=raw.fields.get("id"),
+            id=text_of(raw, "id") or None,
             question=question_of(raw),
             answers=answers_of(raw, "answers", "answer", "label"),
-            picture=raw.fields.get("imgname"),
+            picture=text_of(raw, "imgname") or None,
             subtask=_kind(raw),
         )
 
@@ -166,7 +176,9 @@ def _picture(folder: Path, row: Mapping[str, Any], where: str) -> list[Path]:
 def _kind(raw: Raw) -> str:
     """Who asked: "human" or "augmented"; "" in a folder without that column."""
     machine = raw.fields.get("human_or_machine")
-    given = KINDS[int(machine)] if machine is not None else str(raw.fields.get("type") or "")
+    if machine is not None and machine not in (0, 1):
+        raise UserError(f"{raw.where}: human_or_machine is {machine!r:.80}; it must be 0 (human) or 1 (augmented)")
+    given = text_of(raw, "type") if machine is None else KINDS[int(machine)]
     return next((kind for kind in KINDS if given.startswith(kind)), "")
 
 
@@ -184,13 +196,16 @@ class Docvqa:
     """Folders that may hold the pictures, under their whole name or its last part."""
 
     def item(self, raw: Raw) -> Item:
-        page = [raw.fields.get(name) for name in ("ucsf_document_id", "ucsf_document_page_no")]
+        page = [text_of(raw, name) for name in ("ucsf_document_id", "ucsf_document_page_no")]
+        types = raw.fields.get("question_types") or ()
+        if not isinstance(types, list | tuple) or not all(isinstance(kind, str) for kind in types):
+            raise UserError(f"{raw.where}: question_types is {types!r:.80}; it must be a list of texts")
         return Item(
             id=id_of(raw.fields, raw.where, "questionId", "question_id", "id"),
             question=question_of(raw),
             answers=answers_of(raw, "answers"),
-            picture="_".join(map(str, page)) if all(page) else raw.fields.get("image_url"),
-            meta={"types": tuple(raw.fields.get("question_types") or ())},
+            picture="_".join(page) if all(page) else text_of(raw, "image_url") or None,
+            meta={"types": tuple(types)},
         )
 
     def disk(self, root: Path, split: str) -> Iterator[Raw]:
@@ -224,12 +239,11 @@ class Textvqa:
     columns = frozenset({"question_id", "question", "answers", "image_id"})
 
     def item(self, raw: Raw) -> Item:
-        image = raw.fields.get("image_id")
         return Item(
             id=id_of(raw.fields, raw.where, "question_id", "id"),
             question=question_of(raw),
             answers=answers_of(raw, "answers"),
-            picture=None if image is None else str(image),
+            picture=text_of(raw, "image_id") or None,
         )
 
     def disk(self, root: Path, split: str) -> Iterator[Raw]:
@@ -249,14 +263,13 @@ class Vqav2:
     columns = frozenset({"question_id", "question", "image_id", "answers", "multiple_choice_answer", "answer_type"})
 
     def item(self, raw: Raw) -> Item:
-        image = raw.fields.get("image_id")
         return Item(
             id=id_of(raw.fields, raw.where, "question_id", "id"),
             question=question_of(raw),
             answers=answers_of(raw, "answers"),
-            picture=None if image is None else str(image),
-            target=str(raw.fields.get("multiple_choice_answer") or ""),
-            subtask=str(raw.fields.get("answer_type") or ""),
+            picture=text_of(raw, "image_id") or None,
+            target=text_of(raw, "multiple_choice_answer"),
+            subtask=text_of(raw, "answer_type"),
         )
 
     def disk(self, root: Path, split: str) -> Iterator[Raw]:
