@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -38,7 +39,7 @@ SESSION = frozenset({"resume", "overwrite"})
 """Keys that say how a job is started, not what it is: they are not recorded."""
 
 NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "workers", "trainer.num_nodes", "trainer.workers"})
-QUICK_BYTES = 2**26
+QUICK_BYTES, SAMPLE_BYTES = 2**26, 2**12
 _TARGET = "_target_"
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
 
@@ -98,7 +99,8 @@ def without_targets(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def files_digest(path: str | None) -> str | None:
-    """Which files a local checkpoint or adapter consists of: by content where that is quick, by size and time else.
+    """Which files a local checkpoint or adapter consists of: their whole content where that is quick, else what
+    `_sampled` reads. Not when they were written: a copy is the same checkpoint.
 
     None for a hub id, whose revision the hub's own cache decides. An adapter that was converted to another layout keeps
     the digest that it had before, so that studies with it can be resumed.
@@ -109,9 +111,26 @@ def files_digest(path: str | None) -> str | None:
     digest = hashlib.sha256()
     # A pipe or a link to a device has no end, and no checkpoint is read from it.
     for file in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
-        size, changed = file.stat().st_size, file.stat().st_mtime_ns
-        digest.update(file.read_bytes() if size < QUICK_BYTES else f"{file.name} {size} {changed}".encode())
+        digest.update(file.read_bytes() if file.stat().st_size < QUICK_BYTES else _sampled(file))
     return _before_conversion(folder, digest.hexdigest()[:16])
+
+
+def _sampled(file: Path) -> bytes:
+    """Name, size and header of a large safetensors file, with the first and last bytes of every tensor in it."""
+    with open(file, "rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(0)
+        header = opened.read(min(int.from_bytes(opened.read(8), "little"), QUICK_BYTES))
+        try:
+            spans = [entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"]
+            places = sorted({8 + len(header) + place for begin, end in spans for place in (begin, end - SAMPLE_BYTES)})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # loading it will say what is wrong
+            places = []
+        parts = [f"{file.name} {size} ".encode(), header]
+        for place in places:
+            opened.seek(max(0, min(place, size)))
+            parts.append(opened.read(SAMPLE_BYTES))
+    return b"".join(parts)
 
 
 def _before_conversion(folder: Path, digest: str) -> str:

@@ -9,8 +9,11 @@ from typing import cast
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from experiments.atomic_files import remove_path
+from experiments.jobs import results
 from experiments.jobs.results import VERSION, adapter_path, config_hash, files_digest, read_result
 from experiments.jobs.sample_rows import SampleRow, read_rows, stream_samples, write_samples
 from tests.experiments.conftest import Command, result_of, rows_of
@@ -124,3 +127,30 @@ def test_only_files_of_bytes_are_read_for_the_digest(tmp_path: Path, name: str) 
         make(tmp_path / name)
         assert files_digest(str(tmp_path)) == alone
         remove_path(tmp_path / name)
+
+
+def test_a_copy_of_large_files_is_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever time it is from; and another value in any tensor, at its beginning or end, is another one."""
+    monkeypatch.setattr(results, "QUICK_BYTES", 2**14)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: torch.arange(8000.0) for name in "abc"}
+    save_file(tensors, path)
+    before = files_digest(str(tmp_path))
+    os.utime(path, (1, 1))
+    assert files_digest(str(tmp_path)) == before
+    found = {before}
+    for name, place in (("a", 0), ("b", 0), ("b", -1), ("c", -1)):
+        changed = {**tensors, name: tensors[name].index_fill(0, torch.tensor([place % 8000]), 7.5)}
+        save_file(changed, path)
+        found.add(files_digest(str(tmp_path)))
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 40_000, b"[" * 40_000, b"\x02\0\0\0\0\0\0\0[]" + bytes(40_000)])
+def test_large_files_that_are_broken_have_a_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(results, "QUICK_BYTES", 2**14)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    digest = files_digest(str(tmp_path))
+    assert digest is not None and len(digest) == 16
