@@ -1,7 +1,6 @@
 """The command lines of eval.py and train.py: one sentence for bad input, a traceback for a bug, an exit code."""
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -12,8 +11,8 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.analysis.turns import is_due
-from experiments.errors import explain, fail, fail_or_raise
-from experiments.jobs.launchers import AllJobsEnded, Session, session
+from experiments.errors import RESUME, explain, fail, one_sentence
+from experiments.jobs.launchers import Session, session
 from experiments.override_grammar import check_words
 from experiments.sweeps import expand
 
@@ -25,25 +24,20 @@ def run(main: Callable[[], Any], command: str) -> None:
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    with session() as jobs:
+    with session() as jobs, one_sentence(RESUME):
         try:
             if command == "eval" and any(word.startswith("rescore=") for word in sys.argv[1:]):
                 _rescore(sys.argv[1:], jobs)
             else:
                 for words in _command_lines(command):
                     sys.argv[1:] = words
-                    _run_once(main, jobs)
+                    _run_once(main)
         except (HydraException, OmegaConfBaseException) as error:
             if wants_traceback:
                 raise
             fail(explain(error, command, sys.argv[1:]))
-        except BrokenPipeError:
-            # The reader of our output is gone, as with `| head`; the interpreter's last flush must not fail, too.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except KeyboardInterrupt:
-            fail("interrupted; the same command with resume=true goes on from here", code=130)
-    if any(jobs.outcomes.values()):
-        _publish(dict.fromkeys(folder.parent for folder in jobs.outcomes))
+        if any(jobs.outcomes.values()):
+            _publish(dict.fromkeys(folder.parent for folder in jobs.outcomes))
     if jobs.died:
         died = "1 job" if jobs.died == 1 else f"{jobs.died} jobs"
         fail(
@@ -68,26 +62,11 @@ def _publish(studies: Sequence[Path] | dict[Path, None]) -> None:
         publish(study, show=True)
 
 
-def _run_once(main: Callable[[], Any], jobs: Session) -> None:
-    """One command line of Hydra's. Jobs of a launcher are waited for to the end, also when one of them died."""
+def _run_once(main: Callable[[], Any]) -> None:
+    """One command line of Hydra's."""
     if _submits(sys.argv[1:]) and shutil.which("srun") is None:
         fail("hydra/launcher=slurm: there is no srun on this machine; start it on a SLURM node, or use local")
-    failed = False
-    try:
-        main()
-    except AllJobsEnded:
-        pass
-    except RuntimeError as error:
-        if not _is_of_submitit(error):
-            raise
-        _print_cause(error)
-        # submitit stops waiting at the first job that died; the others go on.
-        jobs.wait()
-        failed = True
-    finally:
-        died = jobs.stop_monitor()
-    if failed and not died:
-        jobs.died += 1
+    main()
 
 
 def _submits(words: Sequence[str]) -> bool:
@@ -95,39 +74,15 @@ def _submits(words: Sequence[str]) -> bool:
     return "hydra/launcher=slurm" in words and bool({"-m", "--multirun"} & set(words))
 
 
-def _is_of_submitit(error: RuntimeError) -> bool:
-    """Whether submitit says that a job did not complete. It is optional and slow to import: only where it is in use."""
-    if "submitit" not in sys.modules:
-        return False
-    from submitit.core.utils import UncompletedJobError
-
-    return isinstance(error, UncompletedJobError)
-
-
-def _print_cause(error: RuntimeError) -> None:
-    """The last line of the traceback of a job that could not start. The monitor reports the jobs that died."""
-    from submitit.core.utils import FailedJobError
-
-    if isinstance(error, FailedJobError):
-        trace = re.split(r"-{20,}", str(error))[1]  # it is between two dashed lines
-        print(f"error: a job could not start: {trace.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
-
-
 def _rescore(words: Sequence[str], jobs: Session) -> None:
     """Not a job: no config is composed, and Hydra never gets the words."""
     from experiments.rescore import parse, rescore_all
 
-    try:
-        jobs.outcomes |= rescore_all(parse(words))
-    except ValueError as error:
-        fail_or_raise(error)
+    jobs.outcomes |= rescore_all(parse(words))
 
 
 def _command_lines(command: str) -> list[list[str]]:
-    try:
-        lines = expand(command, sys.argv[1:])
-        for words in lines:
-            check_words(words)
-        return lines
-    except ValueError as error:
-        fail_or_raise(error)
+    lines = expand(command, sys.argv[1:])
+    for words in lines:
+        check_words(words)
+    return lines

@@ -19,7 +19,7 @@ from experiments.analysis.rows import Row
 from experiments.analysis.stats import holm
 from experiments.analysis.systems import Result, RunGroup, base_config
 from experiments.analysis.table import collect, run_groups, to_markdown
-from experiments.errors import CommandParser, fail, fail_or_raise
+from experiments.errors import CommandParser, fail, one_sentence
 from shirg import MissingFileError, UserError
 
 COUPLED = {
@@ -39,11 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     group, equals, option = parsed.choice.partition("=")
     if not equals:
         fail(f"{parsed.choice}: give the choice to compare with as GROUP=OPTION, for example decode=parity")
-    try:
+    with one_sentence():
         frame = paired_table(parsed.study, group, option)
-    except (ValueError, OSError) as error:
-        fail_or_raise(error)
-    print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
+        print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
 
 
 def paired_table(study: Path, group: str, option: str) -> pd.DataFrame:

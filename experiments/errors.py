@@ -5,9 +5,13 @@ errors alone: the GPU bench runs where there is no Hydra.
 """
 
 import argparse
+import errno
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -33,6 +37,45 @@ def is_user_error(error: BaseException) -> bool:
     return isinstance(error, OmegaConfBaseException | UserError)
 
 
+AGAIN = "run the command again"
+RESUME = "the same command with resume=true goes on from here"
+
+
+def sentence_of(error: BaseException, again: str = AGAIN, place: Path | None = None) -> str | None:
+    """What to tell the user about an error; None for a bug.
+
+    Args:
+        again: how to repeat a command for which there was no place on the disk.
+        place: the folder that was written to, for an error that does not name a file.
+    """
+    return _unwritable(error, again, place) or (str(error) if is_user_error(error) else None)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM)
+
+
+def _unwritable(error: BaseException, again: str, place: Path | None) -> str | None:
+    """The sentence for a file that could not be written; None for other errors, also for one that could not be read."""
+    if not isinstance(error, OSError):
+        return None
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else place
+    what = f"{path or 'a file'} could not be written ({error.strerror})"
+    if error.errno in _FULL:
+        return f"{what}: make room there; {again}"
+    if error.errno == errno.EROFS or (error.errno in _DENIED and path is not None and _may_only_read(path)):
+        return f"{what}: get leave to write there, or start in another folder; {again}"
+    return None
+
+
+def _may_only_read(path: Path) -> bool:
+    """Whether we may read a file, or look for it, and may not write it."""
+    if os.path.lexists(path):
+        return os.access(path, os.R_OK) and not os.access(path, os.W_OK)
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return os.access(there, os.X_OK) and not os.access(there, os.W_OK)
+
+
 def visible(text: str) -> str:
     """The text in one line, control characters as escapes: a terminal or a Markdown reader must not obey them."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
@@ -45,11 +88,40 @@ def fail(sentence: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
-def fail_or_raise(error: Exception) -> NoReturn:
-    """Ends the command with the sentence of an error that was raised on purpose; a bug keeps its traceback."""
-    if not is_user_error(error):
-        raise error
-    fail(str(error))
+class Terminated(BaseException):
+    """Raised by SIGTERM, so that files and runs are closed. Not an Exception: a job that fails is another matter."""
+
+
+def raise_terminated(*_: object) -> NoReturn:
+    """The handler of SIGTERM while a command runs; a second SIGTERM ends the process at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+@contextmanager
+def one_sentence(again: str = AGAIN) -> Iterator[None]:
+    """Ends a command with one sentence when it is interrupted, when the user can fix its error, and when a file cannot
+    be written. A bug keeps its traceback.
+
+    Args:
+        again: how to repeat the command.
+    """
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        fail("; ".join(["interrupted", *map(str, error.args), again]), code=128 + signal.SIGINT)
+    except Terminated as error:
+        fail("; ".join(["interrupted", *map(str, error.args), again]), code=128 + signal.SIGTERM)
+    except BrokenPipeError:
+        # The reader of our output is gone, as with `| head`; the interpreter's last flush must not fail, too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if (sentence := sentence_of(error, again)) is None:
+            raise
+        fail(sentence)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave_out(path: Path, why: object) -> None:

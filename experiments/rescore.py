@@ -19,7 +19,7 @@ from experiments.analysis.aggregate import summarise
 from experiments.analysis.table import refresh
 from experiments.atomic_files import encode_json, read_json, write_together
 from experiments.data.sample import ids_hash
-from experiments.errors import is_user_error
+from experiments.errors import sentence_of
 from experiments.job_names import override_key
 from experiments.jobs import results
 from experiments.jobs.results import SHOTS
@@ -72,9 +72,9 @@ def rescore_all(request: RescoreRequest) -> dict[Path, bool]:
         try:
             before, after = rescore(folder, request.metrics)
         except Exception as error:
-            if not is_user_error(error):
+            if (sentence := sentence_of(error, place=folder)) is None:
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
             outcome[folder] = False
         else:
             print(f"ok    {folder.name}: {_headline(before)} -> {_headline(after)}", flush=True)

@@ -174,9 +174,9 @@ class ComposedConfigs(ConfigLoaderImpl):
         self._composed[tuple(sweep_overrides)] = zlib.compress(pickle.dumps(config), level=1)
         return config
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For the process of a job that a launcher starts, which composes its own config alone."""
-        return {**self.__dict__, "_composed": {}}
+    def __reduce__(self) -> tuple[type[ConfigLoaderImpl], tuple[Any]]:
+        """The process of a job that a launcher starts composes one config, once: it gets a plain loader."""
+        return ConfigLoaderImpl, (self.config_search_path,)
 
 
 class ComposeOnce(Callback):

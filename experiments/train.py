@@ -67,8 +67,10 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     run_logger.begin()
     try:
         trainer.fit(stage.module, datamodule=data, ckpt_path=starting_point(last, cfg.resume, job.ranks))
-    except SystemExit:  # Lightning turns Ctrl+C into it
-        raise KeyboardInterrupt from None
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        raise KeyboardInterrupt from None  # Lightning has turned Ctrl+C into the other
     seconds = time.perf_counter() - began
 
     model.eval()

@@ -17,7 +17,6 @@ folders are still read.
 """
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lavida_adapter.checkpoint import fingerprint
-from lavida_adapter.checkpoint_files import read_json
+from lavida_adapter.checkpoint_files import read_json, saving, share_like
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.lora import (
     LoraConfig,
@@ -55,25 +54,25 @@ def save_adapter(
 ) -> None:
     """Writes the trained tensors, their config and the base's fingerprint; an adapter in the folder is replaced."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     family = model.config.lm.family
     published = FAMILIES[family].published_name
     trained = _trained_tensors(model, selector)
     tensors = {_PREFIX + published(n): p.detach().cpu().contiguous() for n, p in trained.items()}
     meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector), "family": family}
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as temporary:
-        save_file(tensors, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    with saving(folder) as temporary:
+        save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if targets := lora_targets(tree_of(model, selector), config):
             loaded = peft_config(config, targets, published)
             loaded.inference_mode = True
-            loaded.save_pretrained(temporary)
-        (Path(temporary) / META).write_text(json.dumps(meta, indent=2))
+            loaded.save_pretrained(str(temporary))
+        (temporary / META).write_text(json.dumps(meta, indent=2))
+        share_like(temporary / META, temporary / SAFETENSORS_WEIGHTS_NAME)
         # Without META a folder holds no adapter: a kill from here on leaves none, never files of two adapters.
         for name in (META, CONFIG_NAME, OLD_WEIGHTS):
             (folder / name).unlink(missing_ok=True)
         for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, META):
-            if (Path(temporary) / name).exists():
-                (Path(temporary) / name).replace(folder / name)
+            if (temporary / name).exists():
+                (temporary / name).replace(folder / name)
 
 
 def load_adapter(model: LavidaModules, folder: str | Path, selector: Selector | None = None) -> LoraConfig:

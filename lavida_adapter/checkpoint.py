@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -24,7 +22,15 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from lavida_adapter.checkpoint_files import StoredTensor, locate, open_tensors, read_json, stored_tensors
+from lavida_adapter.checkpoint_files import (
+    StoredTensor,
+    locate,
+    open_tensors,
+    read_json,
+    saving,
+    share_like,
+    stored_tensors,
+)
 from lavida_adapter.config import LavidaConfig
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.modules import LavidaModules
@@ -129,23 +135,19 @@ def save(model: LavidaModules, folder: Path, *, max_shard_size: int | str = "5GB
     state = model.state_dict()
     if any(".base_layer." in name for name in state):
         raise UserError("the model carries LoRA layers: merge them (lavida_adapter.merge_lora) before saving it whole")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with saving(folder) as temporary:
         names = published_names(model)
         tensors = {names[own]: tensor.detach().cpu().contiguous() for own, tensor in state.items()}
         save_torch_state_dict(tensors, temporary, max_shard_size=max_shard_size)
         (temporary / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
         model.tokenizer.save_pretrained(temporary)
-        folder.mkdir(exist_ok=True)
+        share_like(temporary / "config.json", *temporary.glob("*.safetensors"))
         new = {file.name for file in temporary.iterdir()}
         for old in folder.glob("model*.safetensors*"):
             if old.name not in new:
                 old.unlink()
         for name in sorted(new):
             os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary)
 
 
 def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> str:

@@ -4,7 +4,12 @@ Only safetensors files are read, because loading a pickle can run any code.
 """
 
 import json
-from collections.abc import Sequence
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,3 +182,34 @@ def open_tensors(path: Path) -> Any:
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+_SAVING = ".saving-"
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[Path]:
+    """A temporary folder in `folder`; files are moved out of it once all are written.
+
+    It is inside because `folder` may be a mount, and a file cannot be renamed into another file system. What a killed
+    save left is removed.
+
+    Raises:
+        OSError: for everything that the operating system refuses; safetensors hides it in an error of its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_SAVING}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SAVING, dir=folder) as temporary:
+        try:
+            yield Path(temporary)
+        except SafetensorError as error:
+            if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+
+
+def share_like(written: Path, *others: Path) -> None:
+    """Gives files the permissions of one that was written by us: safetensors lets nobody else read its files."""
+    for path in others:
+        shutil.copymode(written, path)

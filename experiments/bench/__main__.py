@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import CommandParser, fail_or_raise
+from experiments.errors import CommandParser, one_sentence
 
 if TYPE_CHECKING:
     from experiments.bench.common import BenchResult
@@ -41,6 +41,10 @@ def dtype(text: str) -> str:
     if text not in ("float32", "bfloat16", "float16"):
         raise argparse.ArgumentTypeError(f"{text!r} is not float32, bfloat16 or float16")
     return text
+
+
+def dtypes(text: str) -> list[str]:
+    return [dtype(part) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:
@@ -71,6 +75,8 @@ OPTIONS = {
     "samples": Option("questions to answer", positive),
     "selectors": Option("how many selectors, the first ones of conf/selector", positive),
     "jobs": Option("sizes of studies, separated by commas", positives),
+    "processes": Option("processes that hold the model at the same time", positive),
+    "dtypes": Option("float32, bfloat16 or float16, separated by commas", dtypes),
 }
 """Options that a part may have; every part also has --device, --threads and --out."""
 
@@ -160,6 +166,11 @@ PARTS = {
         "studies of many jobs: a job's end, the table, the page and a sweep's overhead in CPU seconds, the page's size",
         {"jobs": "10,200,1000", "samples": "200"},
     ),
+    "sharing": Part(
+        "sharing",
+        "memory of processes that load the same checkpoint of 1 GiB, and the seconds that it takes each",
+        {"model": "bench_small", "processes": "2", "dtypes": "bfloat16,float32"},
+    ),
 }
 
 
@@ -180,7 +191,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     given = parse(arguments)
+    with one_sentence():
+        _measure(given, shlex.join(["python", "-m", "experiments.bench", *arguments]))
 
+
+def _measure(given: argparse.Namespace, command: str) -> None:
     import torch
 
     from experiments.atomic_files import write_atomic, write_json
@@ -189,15 +204,11 @@ def main(arguments: list[str]) -> None:
 
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    try:
-        device = resolve_device(given.device)
-        part = PARTS[given.part]
-        run = import_module(f"experiments.bench.{part.module}").run
-        result: BenchResult = run(device=device, **{key: getattr(given, key) for key in part.defaults})
-    except ValueError as error:
-        fail_or_raise(error)
+    device = resolve_device(given.device)
+    part = PARTS[given.part]
+    run = import_module(f"experiments.bench.{part.module}").run
+    result: BenchResult = run(device=device, **{key: getattr(given, key) for key in part.defaults})
     print("\n".join(result.lines()))
-    command = shlex.join(["python", "-m", "experiments.bench", *arguments])
     made_by = environment(device, getattr(given, "dtype", "float32"))
     write_json(given.out, {"command": command, "environment": made_by, **result.report})
     print(f"written: {given.out}")

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from experiments.errors import CommandParser, fail_or_raise
+from experiments.errors import CommandParser, one_sentence
 from shirg import UserError
 
 
@@ -27,10 +27,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of eval.py")
     # `forget=0.4`, as other commands write it, is read as `--forget 0.4`.
     given = parser.parse_intermixed_args([re.sub(r"^(?=(forget|limit|out)=)", "--", word) for word in arguments])
-    try:
+    with one_sentence():
         shares = profile_data(given.overrides, given.forget, given.limit, given.out)
-    except (ValueError, OSError) as error:
-        fail_or_raise(error)
     print("share dropped by layer: " + " ".join(f"{share:.2f}" for share in shares))
     print(f"written: {given.out}; use it with cache=layer_retention cache.profile={given.out}")
 

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -126,6 +127,8 @@ def init_distributed(cfg: DictConfig) -> Ranks:
         backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world)
         atexit.register(_leave)
+        # A process that stops in order would wait for the others, which are stopped as well.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return ranks
 
 

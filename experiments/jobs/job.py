@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import profiling
 from experiments.atomic_files import Entry, Journal, clear_temporaries, remove_path, write_atomic
-from experiments.errors import explain, is_user_error, visible
+from experiments.errors import RESUME, explain, sentence_of, visible
 from experiments.jobs import results
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
 from experiments.jobs.launchers import JobOutcome
@@ -90,9 +90,9 @@ def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None, check: Che
     except Timeout:
         return _failed(folder, "another process is running this job; wait for it, or give another study=")
     except Exception as error:
-        if not is_user_error(error):
+        if (sentence := sentence_of(error, RESUME, folder)) is None:
             raise
-        return _failed(folder, str(error))
+        return _failed(folder, sentence)
 
 
 def _claim(cfg: DictConfig, folder: Path) -> results.Identity | None:
@@ -124,7 +124,7 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> J
     try:
         sections = work(cfg, job)
     except Exception as error:
-        status, reason, trace = _reason(error)
+        status, reason, trace = _reason(error, folder)
     if status == "oom":
         profiling.release()  # the exception, and with it the frames that held the memory, is gone here
     seconds = time.perf_counter() - began
@@ -148,14 +148,14 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> J
     return outcome or _failed(folder, reason or status)
 
 
-def _reason(error: Exception) -> tuple[results.Status, str, str | None]:
+def _reason(error: Exception, folder: Path) -> tuple[results.Status, str, str | None]:
     """Status, reason and traceback for the record of a job that raised; a bug's traceback is printed as well."""
     if profiling.is_out_of_memory(error):
         explained = isinstance(error, profiling.OutOfMemory)
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return "oom", str(error) if explained else f"out of memory ({first_line}): lower batch_size= or budget=", None
-    if is_user_error(error):
-        return "failed", str(error), traceback.format_exc()
+    if (sentence := sentence_of(error, RESUME, folder)) is not None:
+        return "failed", sentence, traceback.format_exc()
     traceback.print_exc()
     return "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
 
@@ -168,9 +168,9 @@ def _follow(cfg: DictConfig, work: Work, folder: Path, ranks: Ranks) -> JobOutco
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             work(cfg, Job(folder, _identify(cfg, folder), ranks))
     except Exception as error:
-        if not is_user_error(error):
+        if (sentence := sentence_of(error, RESUME, folder)) is None:
             raise
-        return _print(JobOutcome(folder, False, f"error: process {ranks.rank}: {' '.join(str(error).split())}"))
+        return _print(JobOutcome(folder, False, f"error: process {ranks.rank}: {' '.join(sentence.split())}"))
     return None
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.errors import CommandParser, fail, fail_or_raise
+from experiments.errors import CommandParser, fail, one_sentence
 from experiments.jobs.results import RESULT
 from experiments.override_grammar import command_in
 
@@ -23,10 +23,8 @@ def main(arguments: Sequence[str]) -> None:
             fail(f"{study}: no such folder; give the folder of a study, for example outputs/demo")
         if not any(study.glob(f"*/{RESULT}")):
             fail(f"{study} holds no job with a {RESULT}: evaluate something first, {command_in(study.name)}")
-        try:
+        with one_sentence():
             written = _export(study) if parsed.lmms else _publish(study)
-        except (ValueError, OSError) as error:
-            fail_or_raise(error)
         print("written:", *(str(path.relative_to(study)) for path in written))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.sample import Box
-from experiments.errors import CommandParser, fail, fail_or_raise
+from experiments.errors import CommandParser, fail, one_sentence
 from shirg import MissingFileError, UserError
 
 USAGE = """Draws what each selector keeps: kept tokens bright, scaffold tokens outlined, scores as a heat map.
@@ -34,10 +34,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("words", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     own, overrides = _split(parser.parse_args(arguments).words)
     selectors = [name for name in own.get("selector", "shirg").split(",") if name]
-    try:
+    with one_sentence():
         print(draw(own, selectors, overrides))
-    except (ValueError, OSError) as error:
-        fail_or_raise(error)
 
 
 def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:

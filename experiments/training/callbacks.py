@@ -156,10 +156,13 @@ def _csv(points: list[Point]) -> str:
 
 
 class SigtermHandler(Callback):
-    """Sets the SIGTERM handler. Lightning's own sends messages to the other ranks in the middle of a step."""
+    """Keeps the SIGTERM handler that the process had, which is the command's, a launcher's or a run logger's.
 
-    def __init__(self, handler: Any) -> None:
-        self.handler = handler
+    Lightning's own sends messages to the other ranks in the middle of a step.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signal.signal(signal.SIGTERM, self.handler)

@@ -19,7 +19,7 @@ from baselines import Pooled
 from experiments import build
 from experiments.data.loader import Batches
 from experiments.data.sample import Dataset, Sample
-from experiments.errors import fail_or_raise
+from experiments.errors import one_sentence
 from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
 from experiments.training.stages import make_trainable, objective_config, optim_config
@@ -60,9 +60,8 @@ class FourCharacters:
 def show(cfg: DictConfig) -> None:
     """Prints the plan, or one sentence for bad input, and removes the empty folder that Hydra made for the job."""
     try:
-        plan(cfg)
-    except (ValueError, OSError) as error:
-        fail_or_raise(error)
+        with one_sentence():
+            plan(cfg)
     finally:
         folder = Path(HydraConfig.get().runtime.output_dir)
         for empty in (folder, *(p for p in folder.parents if p != Path.cwd() and p.is_relative_to(Path.cwd()))):

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from omegaconf import DictConfig
@@ -18,6 +18,7 @@ from PIL import Image
 
 from experiments import build
 from experiments.atomic_files import write_atomic
+from experiments.errors import Terminated, raise_terminated
 from experiments.jobs.job import Job
 from experiments.jobs.results import SHOTS
 from experiments.viz.examples import load_examples
@@ -26,10 +27,6 @@ from shirg import UserError
 RUN_ID = "wandb-id"
 """File in a job's folder with the id of its wandb run. A resumed job continues that run."""
 _SECTIONS = ("training", "quality", "tokens", "times")
-
-
-class Terminated(BaseException):
-    """Raised by SIGTERM while a wandb run is open, so that the run can be closed."""
 
 
 class RunLogger:
@@ -45,8 +42,6 @@ class RunLogger:
     def __init__(self, logger: Any, job: Job) -> None:
         self.logger, self.job = logger, job
         self._in_wandb = type(logger).__name__ == "WandbLogger"
-        self.sigterm: Callable[[int, FrameType | None], Any] | signal.Handlers = signal.SIG_DFL
-        """The handler of SIGTERM while the run is open."""
 
     @classmethod
     def of(cls, cfg: DictConfig, job: Job) -> Self:
@@ -71,16 +66,15 @@ class RunLogger:
 
     def __enter__(self) -> Self:
         if self._in_wandb:
-            self.sigterm = _terminate
-            self._before = signal.signal(signal.SIGTERM, self.sigterm)
+            self._before = signal.signal(signal.SIGTERM, raise_terminated)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         if self._in_wandb:
             signal.signal(signal.SIGTERM, self._before)
         self._close(failed=kind is not None)
-        if kind is Terminated:
-            # The process ends as it would have without a logger.
+        if kind is Terminated and self._in_wandb and self._before is signal.SIG_DFL:
+            # One of several processes ends as it would have without a logger.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -149,11 +143,6 @@ class RunLogger:
 def logs_images(cfg: DictConfig) -> bool:
     """Whether the logger of a config is wandb. This is the same in all processes of a job."""
     return str(cfg.logger.get("_target_", "")).endswith(".WandbLogger")
-
-
-def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second SIGTERM ends the process at once
-    raise Terminated
 
 
 def _run_id(folder: Path, resume: bool) -> str:

@@ -6,7 +6,6 @@ gradients are averaged as under DDP, and a checkpoint is the same file as there.
 """
 
 import logging
-import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,7 @@ def build_trainer(
         gradient_clip_val=cfg.trainer.clip,
         logger=False,  # History sends its points to the run logger; see there
         callbacks=[
-            SigtermHandler(signal.SIG_DFL if run_logger is None else run_logger.sigterm),
+            SigtermHandler(),
             throughput,  # before History, which reads it
             History(folder / METRICS, cfg.trainer.log_every, run_logger, throughput),
             ModelCheckpoint(

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
 from experiments.build import resolve_budget
 from experiments.errors import ConfigError, is_user_error
-from experiments.jobs.launchers import Session
 from shirg import MissingFileError
 from tests.experiments.conftest import ROOT, Command, result_of
 
@@ -154,7 +152,7 @@ def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.Monk
     assert ended.code == 1 and ended.err[-1].startswith("error: hydra/launcher=slurm: there is no srun on this machine")
     assert not (tmp_path / "outputs").exists()
     ended = command("eval", "hydra/launcher=slurm", "--cfg", "hydra")
-    assert ended.code == 0 and "SlurmLauncher" in ended.out
+    assert ended.code == 0 and "SlurmJobs" in ended.out
 
 
 def test_a_command_knows_nothing_of_the_one_before(command: Command, tiny_weights: Path) -> None:
@@ -162,34 +160,6 @@ def test_a_command_knows_nothing_of_the_one_before(command: Command, tiny_weight
     assert command("eval", *words, "limit=0").code == 1
     ended = command("eval", *words, "limit=2")
     assert (ended.code, ended.err) == (0, []) and ended.out.count("table: outputs/s/table.md") == 1
-
-
-def test_errors_of_submitit_are_known_by_their_class(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The message of a job that could not start is its traceback's last line; others of that name are bugs."""
-    errors = pytest.importorskip("submitit.core.utils")
-    monkeypatch.setattr("sys.argv", ["eval.py"])
-
-    class UncompletedJobError(RuntimeError):
-        pass
-
-    def run(error: Exception) -> Session:
-        def main() -> None:
-            raise error
-
-        jobs = Session()
-        cli._run_once(main, jobs)
-        return jobs
-
-    for bug in (UncompletedJobError("unfinished"), RuntimeError('Could not detect "srun"')):
-        with pytest.raises(type(bug)):
-            run(bug)
-    line = "-" * 40
-    assert run(errors.FailedJobError(f"job 7\n{line}\nTraceback\nImportError: no torch\n{line}\nsee log")).died == 1
-    assert capsys.readouterr().err == "error: a job could not start: ImportError: no torch\n"
-    assert run(errors.UncompletedJobError(f"job 7 has no output\n{line}\nrun   job\n{line}\n")).died == 1
-    assert capsys.readouterr().err == ""
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:

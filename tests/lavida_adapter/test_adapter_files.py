@@ -56,6 +56,7 @@ def test_an_adapter_survives_saving_and_loading(config: LoraConfig, names: set[s
     trained = {n.replace(".default", "") for n, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() == {f"base_model.model.{name}" for name in trained}
     assert {p.name for p in folder.iterdir()} == (names or {META, "adapter_model.safetensors"})
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1, "safetensors lets nobody else read its files"
 
 
 @pytest.mark.parametrize("ranks", [{}, {"transformer": 2, "vision_tower": 5}])

@@ -1,6 +1,9 @@
 """Checkpoints that load: round trips, what is tolerated, and nothing that runs."""
 
+import errno
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -260,6 +263,32 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert same(Lavida.from_pretrained(folder), model)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_saved_files_are_as_readable_as_others_and_a_killed_save_is_cleared(model: Lavida, tmp_path: Path) -> None:
+    left = tmp_path / "mine/.saving-abc"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").touch()
+    before = os.umask(0o007)
+    try:
+        model.save_pretrained(tmp_path / "mine")
+    finally:
+        os.umask(before)
+    assert not left.exists()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "mine").iterdir()} == {0o660}
+
+
+def test_a_full_disk_is_an_error_of_the_system(model: Lavida, tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            model.save_pretrained(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "full"))
+    assert list((tmp_path / "full").iterdir()) == []
 
 
 def test_a_new_save_replaces_the_old_one_and_keeps_other_files(other: Lavida, folder: Path) -> None:

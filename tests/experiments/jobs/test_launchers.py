@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
-import pickle
+import signal
+import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 
-from experiments.jobs import launchers
+from experiments.jobs import launchers, submitted_jobs
+from experiments.jobs.launchers import JobOutcome
 from experiments.schema import CONF, VERSION_BASE
 from tests.experiments.conftest import Command, finish, start, table_without_times
 
@@ -79,30 +82,113 @@ def test_a_job_without_a_launcher_does_not_wait(monkeypatch: pytest.MonkeyPatch)
         assert name is None
 
 
-def returned(
-    study: Path, job: str, outcome: launchers.JobOutcome | None, status: JobStatus = JobStatus.COMPLETED
-) -> None:
-    """Writes submitit's result file of a job."""
-    folder = study / ".submitit" / job
-    folder.mkdir(parents=True)
+@dataclass
+class FakeJob:
+    """A job of submitit's, as far as the waiting process sees it."""
+
+    folder: Path
+    job_id: str
+    outcome: JobReturn | Exception | None = None
+    """What it returned or raised; None when its process ended without a result."""
+    over: bool = True
+
+    @property
+    def paths(self) -> Any:
+        return submitit.core.utils.JobPaths(self.folder / "%j", self.job_id)
+
+    def task(self, number: int) -> "FakeJob":
+        return self
+
+    def done(self) -> bool:
+        if self.over and self.outcome is not None:
+            self.paths.folder.mkdir(parents=True, exist_ok=True)
+            self.paths.result_pickle.touch()
+        return self.over
+
+    def result(self) -> JobReturn:
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        assert self.outcome is not None
+        return self.outcome
+
+
+def returned(outcome: JobOutcome | None, status: JobStatus = JobStatus.COMPLETED) -> JobReturn:
     result = JobReturn(status=status)
     result.return_value = outcome
-    (folder / f"{job}_0_result.pkl").write_bytes(pickle.dumps(("success", result)))
+    return result
 
 
-def test_each_result_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of an earlier sweep, of a job that raised and of a rank that is not the main one are not."""
-    a, b = (launchers.JobOutcome(tmp_path / n, n == "a", line) for n, line in (("a", "ok    a"), ("b", "error: b: no")))
-    returned(tmp_path, "1", launchers.JobOutcome(tmp_path / "old", True, "before the sweep"))
-    monitor = launchers.SweepMonitor(tmp_path, launchers.ended_here)
-    for job, outcome in (("2", a), ("3", b), ("4", None)):
-        returned(tmp_path, job, outcome)
-    returned(tmp_path, "5", a, JobStatus.FAILED)
-    monitor.poll()
-    monitor.stop()
+def test_each_job_is_printed_once_as_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that is not the main one has no line, a bug is returned for Hydra, one that died is named by its words."""
+    monkeypatch.setattr(submitted_jobs, "POLL_S", 0.01)
+    a, b = (JobOutcome(tmp_path / n, n == "a", line) for n, line in (("a", "ok    a"), ("b", "error: b: no")))
+    line = "-" * 40
+    broken = submitit.core.utils.FailedJobError(f"job 7\n{line}\nTraceback\nImportError: no torch\n{line}\nsee log")
+    outcomes = [returned(a), returned(b), returned(None), returned(a, JobStatus.FAILED), broken, None]
+    jobs: Any = [FakeJob(tmp_path, str(i), outcome) for i, outcome in enumerate(outcomes)]
+    for job in jobs:
+        job.done()
+    with launchers.session() as session:
+        waiting = submitted_jobs.SubmittedJobs(jobs, [[f"seed={i}"] for i in range(6)], submitted_jobs.ended_here, 0.0)
+        assert waiting.wait() == outcomes[:4]
+    assert (session.outcomes, session.died) == ({a.folder: True, b.folder: False}, 2)
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("ok    a\n", "error: b: no\n")
-    assert monitor.outcomes == [a, b]
+    assert printed.out == "ok    a\n"
+    assert printed.err.splitlines() == [
+        "error: b: no",
+        "error: a job could not start: ImportError: no torch",
+        "error: seed=5: died without reporting a result (its process is gone): cancelled, killed, or its machine was "
+        f"lost; see {tmp_path}/5/5_0_log.err",
+    ]
+
+
+def test_a_job_is_dead_at_the_second_look_and_not_while_the_queue_is_silent(tmp_path: Path) -> None:
+    jobs: Any = [FakeJob(tmp_path, "1", over=False)]
+    looks = iter([{"1": "CANCELLED"}, None, {}, {"1": "CANCELLED"}, {"1": "CANCELLED"}])
+    with launchers.session() as session:
+        waiting = submitted_jobs.SubmittedJobs(jobs, [["seed=1"]], lambda _: next(looks), queue_s=0.0)
+        died = []
+        while waiting.pending:
+            waiting.poll()
+            died.append(session.died)
+    assert died == [0, 0, 0, 0, 1]
+
+
+def test_the_next_start_clears_what_ended_jobs_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in (f"here-{os.getpid()}", f"here-{ended.pid}", "here-%j", f"there-{ended.pid}", "7", "7_0", "8", "8_0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(submitted_jobs, "states_in_slurm", lambda jobs: {"7_0": "COMPLETED"})
+    over = [*submitted_jobs.over_here(tmp_path, "here"), *submitted_jobs.over_in_slurm(tmp_path)]
+    assert sorted(over) == sorted([f"here-{ended.pid}", "here-%j", "7", "7_0"])
+    monkeypatch.setattr(submitted_jobs, "states_in_slurm", lambda jobs: None)
+    assert submitted_jobs.over_in_slurm(tmp_path) == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_sweep_stops_its_jobs_and_says_so_in_one_line(
+    sent: signal.Signals, code: int, tiny_weights: Path, tmp_path: Path
+) -> None:
+    """Ctrl+C goes to all processes of a terminal, SIGTERM to one."""
+    words = ["-m", f"model.path={tiny_weights}", "selector=pooled,random", "data.n=960", "batch_size=2", "study=s"]
+    words += ["threads=1", "device=cpu", "shots=0", "hydra/launcher=local"]
+    process = start("eval", *words, cwd=tmp_path, session=True)
+    study = tmp_path / "outputs/s"
+    deadline = time.monotonic() + 300
+    while not any(path.stat().st_size for path in study.glob("*/journal*")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+    ended, _, err = finish(process)
+    assert (ended, err) == (code, ["error: interrupted; the same command with resume=true goes on from here"])
+    folders = list(study.glob(".submitit/*-*[0-9]"))
+    assert len(folders) == 2
+    for folder in folders:
+        assert not submitted_jobs.runs(int(folder.name.rpartition("-")[2]))
+        assert "Traceback" not in "".join(log.read_text() for log in folder.glob("*_log.err"))
 
 
 def test_side_by_side_fills_the_same_table(tiny_weights: Path, tmp_path: Path, command: Command) -> None:
@@ -137,7 +223,7 @@ def test_a_slurm_job_has_a_task_for_each_gpu_of_a_shared_training(
 ) -> None:
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE, job_name=command):
         launcher = compose(command, ["hydra/launcher=slurm", *words], return_hydra_config=True).hydra.launcher
-    assert launcher._target_.endswith("SlurmLauncher")
+    assert launcher._target_.endswith("SlurmJobs")
     assert (launcher.nodes, launcher.tasks_per_node, launcher.timeout_min) == (nodes, tasks, 1440)
 
 

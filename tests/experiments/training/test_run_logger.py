@@ -90,7 +90,7 @@ def test_a_terminated_run_is_closed_and_goes_on_under_its_id(
     process = start("train", *words, cwd=tmp_path)
     wait_for_step(process, tmp_path, 8)
     process.send_signal(signal.SIGTERM)
-    assert finish(process)[0] == -signal.SIGTERM
+    assert finish(process)[0] == 128 + signal.SIGTERM
     (folder,) = (tmp_path / "outputs/s").glob("train_*")
     (run,) = runs_of(folder)
     assert run.exit_code == 1 and run.history("loss")[-1][0] >= 6  # a point is in the file before it is sent

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments.data.synthetic.entitygrid.entity_dataset import EntityGrid
 from experiments.data.synthetic.entitygrid.entitygrid_files import write
-from experiments.errors import CommandParser, fail
+from experiments.errors import CommandParser, one_sentence
 from experiments.schema import CONF
 from shirg import UserError
 
@@ -28,11 +28,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("folder", metavar="DIR", type=Path, help="the folder that the split's folder is written into")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of conf/data/entitygrid.yaml")
     given = parser.parse_args(arguments)
-    try:
+    with one_sentence():
         data = EntityGrid(**_options(given.options))
         folder = write(data, given.folder)
-    except (UserError, OSError) as error:
-        fail(str(error))
     print(f"written  {folder}: {len(data)} questions; read it with data.source=disk data.root={given.folder}")
 
 
