@@ -109,12 +109,10 @@ class SafeCheckpoints(TorchCheckpointIO):
             with replacing(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as either
-            rest = (
-                "the last one is kept: make room and give resume=true" if path.exists() else "there is none before it"
-            )
+            before = "the last one is kept" if path.exists() else "there is none before it"
             raise UserError(
                 f"the checkpoint of step {checkpoint['global_step']} could not be written to {path.parent} "
-                f"({_reason(error)}); {rest}"
+                f"({_reason(error)}); {before}: make room and give resume=true"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -4,10 +4,12 @@ import csv
 import json
 import os
 import re
+import resource
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,6 +193,17 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
     """Exit code, standard output, and the lines of standard error."""
     out, err = process.communicate(timeout=500)
     return process.returncode, out, err.splitlines()
+
+
+@contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -2,10 +2,7 @@
 
 import errno
 import os
-import resource
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import pytest
 from experiments.errors import sentence_of
 from experiments.report import __main__ as report
 from experiments.training.callbacks import Throughput
-from tests.experiments.conftest import Command, lasting, result_of, rows_of, table_without_times
+from tests.experiments.conftest import Command, lasting, little_room, result_of, rows_of, table_without_times
 
 EVAL = ("eval", "selector=pooled", "limit=12", "batch_size=4", "shots=0")
 TRAIN = ("train", "selector=shirg", "optim.steps=6", "optim.warmup=0", "batch_size=2", "trainer.checkpoint_every=2")
@@ -57,24 +54,13 @@ def test_a_file_that_cannot_be_written_is_told_from_one_that_cannot_be_read(
         assert found is not None and found.startswith(sentence)
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing more than this into a file fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("words", [EVAL, ("eval", "-m", *EVAL[1:]), TRAIN])
 @pytest.mark.parametrize("size", [1_000, 20_000])
 def test_a_full_disk_costs_one_sentence_and_no_answers(
     words: tuple[str, ...], size: int, command: Command, tiny_weights: Path, tmp_path: Path
 ) -> None:
     words = (*words, *COMMON, f"model.path={tiny_weights}")
-    with largest_file(size):
+    with little_room(size):
         ended = command(*words, cwd=tmp_path / "full")
     assert ended.code == 1 and len(ended.err) == 1, ended.err
     assert "could not be written" in ended.err[0] and "File too large" in ended.err[0]
@@ -104,11 +90,11 @@ def test_a_full_disk_while_scoring_again_and_reporting(
 ) -> None:
     assert command(*EVAL, *COMMON, f"model.path={tiny_weights}").code == 0
     (job,) = (tmp_path / "outputs/s").glob("eval_*")
-    with largest_file(1_000):
+    with little_room(1_000):
         ended = command("eval", f"rescore={job}")
     assert ended.code == 1 and len(ended.err) == 1
     assert "could not be written (File too large): make room there; run the command again" in ended.err[0]
-    with largest_file(20_000), pytest.raises(SystemExit):
+    with little_room(20_000), pytest.raises(SystemExit):
         report.main([str(tmp_path / "outputs/s")])
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and "could not be written (File too large)" in line

@@ -2,11 +2,8 @@
 
 import os
 import random
-import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import torch
 
 from experiments.training.trainer import SafeCheckpoints
 from shirg import UserError
-from tests.experiments.conftest import Here, finish, lasting, result_of, start
+from tests.experiments.conftest import Here, finish, lasting, little_room, result_of, start
 from tests.experiments.training.runs import last_step, wait_for_step
 
 WORDS = ["selector=shirg", "batch_size=4", "trainer.log_every=2", "lora.dropout=0.1", "study=s"]
@@ -26,17 +23,6 @@ def outcome(folder: Path) -> dict[str, bytes]:
     """Weights and curve, byte by byte."""
     names = ("metrics.csv", *(f"adapter/adapter{end}" for end in ("_model.safetensors", "_config.json", ".json")))
     return {name: (folder / name).read_bytes() for name in names}
-
-
-@contextmanager
-def little_room(size: int) -> Iterator[None]:
-    """No file of this process can grow beyond `size` bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_killed_run_ends_as_an_undisturbed_one(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
@@ -118,8 +104,9 @@ def test_a_disk_without_room_keeps_the_checkpoint_before_it(first: bool, tmp_pat
         files.save_checkpoint({"global_step": 3, "x": torch.ones(5)}, path)
     with little_room(100_000), pytest.raises(UserError) as failed:
         files.save_checkpoint({"global_step": 4, "x": torch.zeros(200_000)}, path)
-    rest = "there is none before it" if first else "the last one is kept: make room and give resume=true"
-    assert str(failed.value) == f"the checkpoint of step 4 could not be written to {tmp_path} (File too large); {rest}"
+    rest = "there is none before it" if first else "the last one is kept"
+    said = f"the checkpoint of step 4 could not be written to {tmp_path} (File too large); {rest}"
+    assert str(failed.value) == f"{said}: make room and give resume=true"
     assert os.listdir(tmp_path) == ([] if first else ["last.ckpt"])
 
 
