@@ -174,9 +174,14 @@ class ComposedConfigs(ConfigLoaderImpl):
         self._composed[tuple(sweep_overrides)] = zlib.compress(pickle.dumps(config), level=1)
         return config
 
-    def __reduce__(self) -> tuple[type[ConfigLoaderImpl], tuple[Any]]:
-        """The process of a job that a launcher starts composes one config, once: it gets a plain loader."""
-        return ConfigLoaderImpl, (self.config_search_path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The process of a job that a launcher starts composes one config, once: it gets a loader of Hydra's."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_composed"}
+        return _plain_loader, (), state
+
+
+def _plain_loader() -> ConfigLoaderImpl:
+    return ConfigLoaderImpl.__new__(ConfigLoaderImpl)
 
 
 class ComposeOnce(Callback):
