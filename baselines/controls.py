@@ -15,6 +15,7 @@ from shirg import (
     VisionFeatures,
     close_rows,
     keep,
+    send,
     stable_topk,
     used_rows,
 )
@@ -60,7 +61,7 @@ class Random(Selector):
     def score(self, features: VisionFeatures) -> Tensor:
         layout = features.layout
         rows = [torch.randperm(layout.n_tokens, generator=self._generator(sample)) for sample in features.ids]
-        drawn_BN = torch.stack(rows).to(features.valid_BN.device, dtype=torch.float32, non_blocking=True)
+        drawn_BN = send(torch.stack(rows).float(), features.valid_BN.device)
         return drawn_BN[:, layout.rank_N]
 
     def _generator(self, sample: str) -> torch.Generator:

@@ -60,6 +60,17 @@ def inverse_cdf(p: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, u[..., None].contiguous(), right=True)[..., 0]
 
 
+def candidates(logits_MW: Tensor, u_M: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The candidate of each slot [M] and the confidence in it [M]; drawn by `u_M` in [0, 1), or None: the likeliest."""
+    p_MK, ids_MK = likely(logits_MW, rule)
+    if u_M is None:
+        place_M, tokens_M = p_MK.argmax(-1), logits_MW.argmax(-1)
+    else:
+        place_M = inverse_cdf(p_MK, u_M)
+        tokens_M = place_M if ids_MK is None else ids_MK.gather(-1, place_M[:, None])[:, 0]
+    return tokens_M, confidence_under(p_MK, place_M, rule.remasking)
+
+
 def commit_dream(
     logits_BMW: Tensor, open_BM: Tensor, ks: Sequence[int], rule: Rule, draw: Draw
 ) -> tuple[Tensor, Tensor]:
@@ -68,15 +79,12 @@ def commit_dream(
     Everything is float32 from the logits on, and of equal ones the first wins, among tokens and among slots. There is a
     draw for every slot of the answer, so that it does not depend on which slots are computed.
     """
-    logits_BMW = logits_BMW.float()
     b, device = len(open_BM), open_BM.device
-    p_BMK, ids_BMK = likely(logits_BMW, rule)
-    place_BM = p_BMK.argmax(-1) if rule.temperature == 0 else inverse_cdf(p_BMK, draw.uniform(b, device))
-    if rule.temperature == 0:
-        tokens_BM = logits_BMW.argmax(-1)
-    else:
-        tokens_BM = place_BM if ids_BMK is None else ids_BMK.gather(-1, place_BM[..., None])[..., 0]
-    sure_BM = confidence_under(p_BMK, place_BM, rule.remasking)
+    u_BM = draw.uniform(b, device) if rule.temperature > 0 else None
+    # One answer at a time: in float32 the logits of a batch take gigabytes.
+    u_of_rows = [None] * b if u_BM is None else list(u_BM)
+    found = [candidates(row_MW.float(), u_M, rule) for row_MW, u_M in zip(logits_BMW, u_of_rows, strict=True)]
+    tokens_BM, sure_BM = (torch.stack(parts) for parts in zip(*found, strict=True))
     if rule.threshold is not None:
         best_BM = topk_confident(sure_BM, open_BM, [1] * b)
         return tokens_BM, open_BM & ((sure_BM >= rule.threshold) | best_BM)

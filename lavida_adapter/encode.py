@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lavida_adapter.modules import LavidaModules
-from lavida_adapter.prefix import picture_block
+from lavida_adapter.prefix import picture_rows
 from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import NoRelevance, Relevance, RelevanceContext
 from lavida_adapter.timing import Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels, ready
 from lavida_adapter.vision import in_own_dtype
-from shirg import Selection, Selector, VisionFeatures
+from shirg import Selection, Selector, VisionFeatures, send
 
 Boxes = Sequence[tuple[float, float, float, float]]
 """Boxes (x0, y0, x1, y1) in a picture, as fractions of its width and height."""
@@ -47,6 +47,19 @@ class EncodedPicture:
     """Recordings [N, ...] by name."""
 
 
+@dataclass(frozen=True)
+class SelectedGroup:
+    """Prompts whose pictures have one layout, behind the selector and the projector."""
+
+    rows: Sequence[int]
+    """The prompts."""
+    selected: Sequence[int]
+    """For each prompt its row of the selection."""
+    selection: Selection
+    picture_BTD: Tensor
+    """The picture tokens of each row of the selection, unused slots at the end."""
+
+
 class PictureEncoder:
     """Turns the pictures of prompts into tokens for the language model, with one selector."""
 
@@ -59,11 +72,15 @@ class PictureEncoder:
         number = {id(image): e for e, image in enumerate(distinct)}
         picture_of = [number[id(image)] for image in prompts.images]
         encoded = self._encode(distinct)
+        groups = [self._group_rows(prompts, encoded, picture_of, rows) for rows in rows_by_layout(encoded, picture_of)]
+        # The only wait of a batch: how many tokens each picture uses.
+        used = iter(torch.cat([group.selection.mask_BT.sum(-1) for group in groups]).tolist())
         blocks: dict[int, Tensor] = {}
         selections: dict[int, Selection] = {}
-        for rows in rows_by_layout(encoded, picture_of):
-            for i, block, selection in self._group_blocks(prompts, encoded, picture_of, rows):
-                blocks[i], selections[i] = block, selection
+        for group in groups:
+            n_used = [next(used) for _ in group.picture_BTD]
+            for i, j in zip(group.rows, group.selected, strict=True):
+                blocks[i], selections[i] = group.picture_BTD[j, : n_used[j]], _row(group.selection, j)
         return [blocks[i] for i in range(len(blocks))], tuple(selections[i] for i in range(len(blocks)))
 
     def _encode(self, images: Sequence[Image.Image | Views]) -> list[EncodedPicture]:
@@ -73,10 +90,10 @@ class PictureEncoder:
         with self.timer.stage("tower"):
             return run_tower(self.model, views, self.selector.needs - {"encoder", "pixels"})
 
-    def _group_blocks(
+    def _group_rows(
         self, prompts: PicturePrompts, encoded: Sequence[EncodedPicture], picture_of: Sequence[int], rows: list[int]
-    ) -> list[tuple[int, Tensor, Selection]]:
-        """Number, tokens [n, D] and selection of the prompts `rows`, whose pictures have one layout."""
+    ) -> "SelectedGroup":
+        """Picture tokens and selection of the prompts `rows`, whose pictures have one layout."""
         pictures = list(dict.fromkeys(picture_of[i] for i in rows))
         picture_at = [pictures.index(picture_of[i]) for i in rows]
         # One selection serves all prompts about a picture, if it depends on nothing else of the prompt.
@@ -86,11 +103,8 @@ class PictureEncoder:
         group = PictureGroup([encoded[e] for e in pictures], asked_about, self.model.model.mm_projector)
         features = self._features(group, prompts, asking)
         selection, tokens_BTD = select(features, group, self.selector, self.timer)
-        found = []
-        for i, j in zip(rows, picture_at if shared else range(len(rows)), strict=True):
-            row = _row(selection, j)
-            found.append((i, picture_block(row, tokens_BTD[j], self.model.model.image_newline), row))
-        return found
+        picture_BTD = picture_rows(selection, tokens_BTD, self.model.model.image_newline)
+        return SelectedGroup(rows, picture_at if shared else range(len(rows)), selection, picture_BTD)
 
     def _features(self, group: "PictureGroup", prompts: PicturePrompts, asking: Sequence[int]) -> VisionFeatures:
         """What the selector sees of the prompts `asking`, in the tower's space."""
@@ -121,11 +135,6 @@ def in_precision_of_now(call: Callable[[], Tensor], device: torch.device) -> Cal
             return call()
 
     return run
-
-
-def send(values: Tensor, device: torch.device) -> Tensor:
-    """Small values on the model's device; the copy does not wait for what runs there, such as the vision tower."""
-    return values.to(device, non_blocking=True)
 
 
 def rows_by_layout(encoded: Sequence[EncodedPicture], picture_of: Sequence[int]) -> list[list[int]]:

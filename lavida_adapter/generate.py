@@ -41,10 +41,8 @@ class Generation:
         return f"Generation(texts={self.texts!r}, forwards={self.forwards}, steps={self.steps!r})"
 
 
-def start(
-    batch: int, config: DecodeConfig, mask_id: int, drafts: Sequence[Sequence[int]], device: torch.device
-) -> Tensor:
-    """Answer slots [B, A]: each row's draft, then masks. Masks inside a draft are filled like the others.
+def start(batch: int, config: DecodeConfig, mask_id: int, drafts: Sequence[Sequence[int]]) -> Tensor:
+    """Answer slots [B, A] on the host: each row's draft, then masks. Masks inside a draft are filled like the others.
 
     Args:
         drafts: one for each row, of any length and possibly empty; none at all for answers of masks alone.
@@ -54,14 +52,20 @@ def start(
     """
     if drafts and len(drafts) != batch:
         raise UserError(f"{len(drafts)} drafts for {batch} prompts: give one for each prompt, an empty one for none")
-    ids_BA = torch.full((batch, config.max_new_tokens), mask_id, dtype=torch.int64, device=device)
+    ids_BA = torch.full((batch, config.max_new_tokens), mask_id, dtype=torch.int64)
     for row, draft in enumerate(drafts):
         if len(draft) > config.max_new_tokens:
             raise UserError(
                 f"the draft has {len(draft)} tokens, the answer only {config.max_new_tokens}: raise max_new_tokens"
             )
-        ids_BA[row, : len(draft)] = torch.tensor(list(draft), dtype=torch.int64, device=device)
+        ids_BA[row, : len(draft)] = torch.tensor(list(draft), dtype=torch.int64)
     return ids_BA
+
+
+def masks_left(ids_BA: Tensor, mask_id: int, block: int) -> list[list[int]]:
+    """How many masks each row has in each block. For answers on a GPU the host waits."""
+    counts: list[list[int]] = (ids_BA == mask_id).unflatten(-1, (-1, block)).sum(-1).tolist()
+    return counts
 
 
 def denoise(
@@ -74,12 +78,16 @@ def denoise(
     sampler: Sampler = LLADA_SAMPLER,
     eos_id: int | None = None,
     least_slots: int = 1,
+    n_masks: list[list[int]] | None = None,
 ) -> Denoised:
     """Fills every mask of `ids_BA`; returns the ids, the number of forwards in all and for each row, and the history.
 
     Each row has its own schedule, so that its answer does not depend on the other rows of the batch. Committed tokens
     never change. A step that no row commits anything in is not run. A step computes the logits of at least
     `least_slots` slots of the block, so that shapes vary less.
+
+    `n_masks`: how many masks each row has in each block; None asks the device, for which the host has to wait. Options
+    under which a step may commit any number of tokens take one such wait a step, when all of its work is queued.
     """
     if config.parity and sampler.published is not None:
         return sampler.published(logits_of, ids_BA, config, mask_id, generator)
@@ -88,9 +96,10 @@ def denoise(
     forwards, steps = 0, [0] * len(ids_BA)
     # The schedule says how many slots stay masked; with these options it depends on the predictions.
     must_look = config.allow_mask_token or config.early_stop or config.threshold is not None
-    for begin in range(0, config.max_new_tokens, config.block):
-        here = slice(begin, begin + config.block)
-        left = (ids_BA[:, here] == mask_id).sum(-1).tolist()
+    n_masks = masks_left(ids_BA, mask_id, config.block) if n_masks is None else n_masks
+    for number in range(config.max_new_tokens // config.block):
+        here = slice(number * config.block, (number + 1) * config.block)
+        left = [of_blocks[number] for of_blocks in n_masks]
         counts = [planned_counts(n, config, sampler, generator) for n in left]
         for step in range(max(map(len, counts))):
             ks = [min(count[step] if step < len(count) else 0, n) for count, n in zip(counts, left, strict=True)]
@@ -108,7 +117,8 @@ def denoise(
             if config.keep_history:
                 history.append(ids_BA)
             if must_look:
-                left = (ids_BA[:, here] == mask_id).sum(-1).tolist()
+                n_masks = masks_left(ids_BA, mask_id, config.block)
+                left = [of_blocks[number] for of_blocks in n_masks]
             else:
                 left = [n - k for n, k in zip(left, ks, strict=True)]
     return ids_BA, forwards, steps, history

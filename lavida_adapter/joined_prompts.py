@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend
 
 from lavida_adapter.attention import Backend, attend
 from lavida_adapter.lm_config import LanguageModelConfig
+from shirg import send
 from shirg.kernels import usable
 
 
@@ -42,7 +43,7 @@ class JoinedPrompts:
         row_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         place_T = torch.cat([torch.arange(n) for n in lengths])
         bound_E = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), *(t.to(device, non_blocking=True) for t in (row_T, place_T, bound_E)))
+        return cls(tuple(lengths), *(send(t, device) for t in (row_T, place_T, bound_E)))
 
     @property
     def last_B(self) -> Tensor:

@@ -137,8 +137,8 @@ class RaggedPrefix:
     """L tensors [B, H, P_l, Dh], rotated."""
     values: tuple[Tensor, ...]
     """L tensors [B, H, P_l, Dh]."""
-    masks: tuple[Tensor, ...]
-    """L tensors bool [B, P_l]."""
+    masks: tuple[Tensor | None, ...]
+    """For each layer bool [B, P_l]: False in padding slots; None when there are none."""
     positions: tuple[Tensor, ...]
     """L tensors int64 [B, P_l]: the position each key was rotated to."""
     next_position_B: Tensor
@@ -151,7 +151,7 @@ class RaggedPrefix:
         return self.keys[layer].shape[2]
 
     def mask(self, layer: int) -> Tensor | None:
-        return None if bool(self.masks[layer].all()) else self.masks[layer]
+        return self.masks[layer]
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.keys[layer], self.values[layer]

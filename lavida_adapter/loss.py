@@ -22,12 +22,12 @@ from lavida_adapter.objective import (
     pad_answers,
     sample_times,
 )
-from lavida_adapter.prefix import Prefix, splice
+from lavida_adapter.prefix import Prefix, splice, used_first
 from lavida_adapter.prompt import IGNORE, encode_text, training_example
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import NoTimer
 from lavida_adapter.views import Views
-from shirg import Selection, Selector, Source, UserError
+from shirg import Selection, Selector, Source, UserError, send
 
 
 def states_of_copies(
@@ -38,7 +38,7 @@ def states_of_copies(
     Without `prefix_mask` prompt and answer see each other, as in LaViDa's training. With it the prompt does not see the
     answer, as in decoding.
     """
-    mask_D = model.lm.embedding(torch.tensor(model.config.lm.mask_token_id, device=model.device))
+    mask_D = model.lm.embedding(torch.full((), model.config.lm.mask_token_id, device=model.device))
     n = len(masked_CL) // len(labels_BL)
     embeds = torch.where(masked_CL[..., None], mask_D.to(whole.embeds_BPD.dtype), whole.embeds_BPD.repeat(n, 1, 1))
     if prefix_mask:
@@ -54,16 +54,17 @@ def _states_behind_prefix(model: LavidaModules, whole: Prefix, labels_BL: Tensor
     device = labels_BL.device
     begin_B = (labels_BL != IGNORE).to(torch.int64).argmax(-1)
     length_B1 = whole.mask_BP.sum(-1, keepdim=True)
-    p, a = int(begin_B.max()), int((length_B1[:, 0] - begin_B).max())
-    prompt_BP = torch.arange(p, device=device) < begin_B[:, None]
-    prompt = Prefix(whole.embeds_BPD[:, :p], prompt_BP, whole.visual_BP[:, :p])
-    cache = model.lm.prefill(prompt.embeds_BPD, prompt.padding, model.visual(prompt.visual_BP))
+    begins: list[int] = begin_B.tolist()
+    answers = [n - begin for n, begin in zip(whole.n_tokens, begins, strict=True)]
+    p, a = max(begins), max(answers)
+    prompt_BP = None if min(begins) == p else torch.arange(p, device=device) < begin_B[:, None]
+    cache = model.lm.prefill(whole.embeds_BPD[:, :p], prompt_BP, model.visual(whole.visual_BP[:, :p]))
     index_BA = begin_B[:, None] + torch.arange(a, device=device)
     real_CA = (index_BA < length_B1).repeat(n, 1)
     # Slots behind the end of a shorter row read position 0, are masked, and write to an extra position, cut off below.
     read = index_BA.repeat(n, 1).masked_fill(~real_CA, 0)[..., None].expand(-1, -1, embeds.shape[-1])
     write = index_BA.repeat(n, 1).masked_fill(~real_CA, length)[..., None].expand_as(read)
-    states_CAD = model.lm.decode(embeds.gather(1, read), cache.repeat(n), None if real_CA.all() else real_CA)
+    states_CAD = model.lm.decode(embeds.gather(1, read), cache.repeat(n), None if min(answers) == a else real_CA)
     states_CLD = states_CAD.new_zeros(n * b, length + 1, embeds.shape[-1]).scatter(1, write, states_CAD)
     if cache.last_BD is not None:
         before_C11 = (begin_B - 1).repeat(n)[:, None, None]
@@ -96,12 +97,13 @@ def alignment(
     """
     pictures, questions = [], []
     for i, (block, selection) in enumerate(zip(blocks, selections, strict=True)):
-        is_token = selection.source_BT[0][selection.mask_BT[0]] != int(Source.NEWLINE)
-        pictures.append(block[is_token].mean(0))
+        source_n = selection.source_BT.gather(1, used_first(selection.mask_BT))[0, : len(block)]
+        is_token_n1 = (source_n != int(Source.NEWLINE))[:, None]
+        pictures.append((block * is_token_n1).sum(0) / is_token_n1.sum())
         ids = encode_text(model.tokenizer, batch.questions[i].strip())
         if not ids:
             raise UserError(f"objective.alignment: the question of sample {batch.ids[i]!r} has no token")
-        questions.append(model.lm.embedding(torch.tensor(ids, device=model.device)).mean(0))
+        questions.append(model.lm.embedding(send(torch.tensor(ids), model.device)).mean(0))
     n = range(len(pictures))
     same = [
         [batch.images[i] is batch.images[j] or batch.questions[i].strip() == batch.questions[j].strip() for j in n]
@@ -112,7 +114,7 @@ def alignment(
             "objective.alignment contrasts the prompts of a batch, and all prompts of this batch have one picture or "
             "question: raise batch_size"
         )
-    same_BB = torch.tensor(same, device=model.device)
+    same_BB = send(torch.tensor(same), model.device)
     return alignment_loss(torch.stack(pictures), torch.stack(questions), same_BB, TEMPERATURE)
 
 
@@ -248,18 +250,19 @@ def draw_loss(
     copies = [masked_BL, complement_BL] if objective.complementary else [masked_BL]
     masked_CL = torch.cat(copies)
     states = states_of_copies(model, whole, labels_BL, masked_CL, prefix_mask=objective.prefix_mask)
+    at_M = masked_CL.flatten().nonzero()[:, 0]  # one wait; each bool mask as an index would be another
     ahead = model.lm.shift  # a target is predicted by the position so many places before it
-    predicting = states[:, : states.shape[1] - ahead][masked_CL[:, ahead:]]
-    logits_MW, labels_M = model.lm.logits(predicting), labels_BL.repeat(len(copies), 1)[masked_CL]
+    logits_MW = model.lm.logits(states.flatten(0, 1).index_select(0, at_M - ahead))
+    labels_M, row_M = labels_BL.repeat(len(copies), 1).flatten()[at_M], at_M // masked_CL.shape[1]
     if tally is not None:
         tally.masked, tally.right = len(labels_M), (logits_MW.detach().argmax(-1) == labels_M).sum()
         if objective.adaptive_k:
-            row_M = masked_CL.nonzero()[:, 0] % len(labels_BL)
-            tally.row_loss_B = row_losses(logits_MW, labels_M, row_M, len(labels_BL))
+            tally.row_loss_B = row_losses(logits_MW, labels_M, row_M % len(labels_BL), len(labels_BL))
     if objective.weighting == "none":
         return masked_cross_entropy(logits_MW, labels_M, n_targets=max(1.0, shard.mean(len(labels_M))))
     p_B = mask_probability(t_B)
     # Each copy alone is an unbiased estimate of the loss; two copies are averaged.
     weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
-    weight_M = weight_C[:, None].expand_as(masked_CL)[masked_CL]
-    return masked_cross_entropy(logits_MW, labels_M, weight_M, n_targets=shard.mean(int(target_BL.sum())))
+    # Together the two copies mask every target once.
+    n_targets = len(labels_M) if objective.complementary else int(target_BL.sum())
+    return masked_cross_entropy(logits_MW, labels_M, weight_C[row_M], n_targets=shard.mean(n_targets))

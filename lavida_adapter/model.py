@@ -20,7 +20,7 @@ from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.fused_layers import store_apart
-from lavida_adapter.generate import Generation, denoise, start
+from lavida_adapter.generate import Generation, denoise, masks_left, start
 from lavida_adapter.infill import INFILL, Infilled, make_draft, text_of
 from lavida_adapter.joined_prompts import Batching
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
@@ -34,7 +34,7 @@ from lavida_adapter.relevance import Relevance
 from lavida_adapter.sampling import LogitsFn
 from lavida_adapter.timing import NoTimer, Pausing, Timer
 from lavida_adapter.views import Views, pooled_count
-from shirg import Selector, UserError
+from shirg import Selector, UserError, send
 
 
 class Lavida(LavidaModules):
@@ -142,8 +142,9 @@ class Lavida(LavidaModules):
         for method in (cache_selector, cache_packer):
             if method is not None:
                 method.check(prefix, decode)
-        mask_id = self.config.lm.mask_token_id
-        answer_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, drafts, self.device)
+        mask_id, eos_id = self.config.lm.mask_token_id, self.config.lm.eos_token_id
+        blank_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, drafts)
+        answer_BA = send(blank_BA, self.device)
         cached = None
         if decode.prefix_cache:
             with timer.stage("prefill"):
@@ -151,7 +152,9 @@ class Lavida(LavidaModules):
                 n_answer = decode.max_new_tokens if cache_packer is None else 0
                 cache: StoredPrefix = self.prefill(prefix, n_answer, hook, decode.engine)
                 assert isinstance(cache, PrefixCache)
-                answer_BA = self._from_prompt(answer_BA, cache.last_BD, decode)
+                if cache.last_BD is not None:
+                    answer_BA = self._from_prompt(answer_BA, cache.last_BD, decode)
+                    blank_BA[:, 0] = eos_id  # for the count of masks: whatever the prompt predicts is none
             if cache_packer is not None:
                 with timer.stage("cache"):
                     cache = cache_packer(cache, prefix, hook)
@@ -159,7 +162,8 @@ class Lavida(LavidaModules):
             cached = CachedSteps(self.lm, prefix, cache, decode.max_new_tokens, cache_selector, timer, engine)
         with timer.stage("denoise"):
             logits_of: LogitsFn = cached or partial(self._logits_whole, prefix)
-            eos_id = self.config.lm.eos_token_id
+            # The first answer may end before a step, or hold a mask that the prompt predicts.
+            known = not (decode.early_stop or decode.allow_mask_token)
             ids_BA, forwards, steps, history = denoise(
                 logits_of,
                 answer_BA,
@@ -171,6 +175,7 @@ class Lavida(LavidaModules):
                 # On a GPU a step with more slots costs the same, and a captured graph needs constant shapes.
                 # torch.compile treats a dimension of size 1 as another kind of shape.
                 least_slots=decode.block if self.device.type == "cuda" else 1 + (decode.engine == "compile"),
+                n_masks=masks_left(blank_BA, mask_id, decode.block) if known else None,
             )
         return Generation(
             ids_BA,
@@ -252,10 +257,8 @@ class Lavida(LavidaModules):
             self._engines.clear()
             store_apart(self.lm)
 
-    def _from_prompt(self, answer_BA: Tensor, last_BD: Tensor | None, decode: DecodeConfig) -> Tensor:
-        """The answer with the token that the prompt predicts, if it predicts one and the slot is masked."""
-        if last_BD is None:
-            return answer_BA
+    def _from_prompt(self, answer_BA: Tensor, last_BD: Tensor, decode: DecodeConfig) -> Tensor:
+        """The answer with the token that the prompt predicts, if the first slot is masked."""
         mask_id = self.config.lm.mask_token_id
         logits_BW = self.lm.logits(last_BD).float()
         if not decode.allow_mask_token:

@@ -3,6 +3,8 @@
 docs/lavida.md, "Splicing". Rows of unequal length are padded on the right with zero vectors. Unlike in the reference,
 the language model masks this padding.
 
+A prefix from `splice` knows the lengths of its prompts on the host: to ask a GPU for them, the host would have to wait.
+
 Shape letters: B prompts, P prefix slots, T selected tokens, n picture tokens of a prompt, D width.
 """
 
@@ -15,7 +17,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lavida_adapter.prompt import IGNORE, IMAGE
-from shirg import Selection, Source, UserError
+from shirg import Selection, Source, UserError, gather_tokens, send
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """How many tokens a prompt has."""
+
+    tokens: int
+    """All, without padding."""
+    visual: int
+    """Of the picture, newlines included."""
+    behind: int
+    """Of the text behind the picture, which holds the question."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,8 @@ class Prefix:
     """One per prompt, each with B = 1."""
     n_matched: tuple[int, ...] = ()
     """How many tokens LaViDa itself would feed for each picture, newlines included: the budget "matched"."""
-    counts: tuple[tuple[int, int], ...] | None = None
-    """Tokens and picture tokens of each prompt, where they are known without asking the device, which takes a wait."""
+    given_counts: tuple[PromptCounts, ...] | None = None
+    """The counts of each prompt, where whoever made the prefix knows them."""
     ids: tuple[str, ...] = ()
     """What the caller calls each prompt, for messages; () where they have no names."""
 
@@ -45,26 +59,50 @@ class Prefix:
         """The mask, or None when no row is padded: then attention is faster and equals a single prompt's."""
         return self.mask_BP if min(self.n_tokens) < self.mask_BP.shape[1] else None
 
-    @cached_property
-    def n_visual(self) -> tuple[int, ...]:
-        """How many picture tokens each prompt has; counted on the device where `splice` did not say."""
-        return tuple(self.visual_BP.sum(-1).tolist()) if self.counts is None else tuple(n for _, n in self.counts)
+    @property
+    def behind_BP(self) -> Tensor:
+        """bool: the text behind the picture, which holds the question."""
+        seen_BP = self.visual_BP.cumsum(-1) == self.visual_BP.sum(-1, keepdim=True)
+        return self.mask_BP & ~self.visual_BP & seen_BP
 
     @cached_property
+    def counts(self) -> tuple[PromptCounts, ...]:
+        """The counts of each prompt, asked of the device where they are not given."""
+        if self.given_counts is not None:
+            return self.given_counts
+        counts_B3 = torch.stack([x.sum(-1) for x in (self.mask_BP, self.visual_BP, self.behind_BP)], dim=-1)
+        return tuple(PromptCounts(*row) for row in counts_B3.tolist())
+
+    @property
+    def n_visual(self) -> tuple[int, ...]:
+        """How many picture tokens each prompt has."""
+        return tuple(count.visual for count in self.counts)
+
+    @property
     def n_tokens(self) -> tuple[int, ...]:
         """How many tokens each prompt has, without padding."""
-        return tuple(self.mask_BP.sum(-1).tolist()) if self.counts is None else tuple(n for n, _ in self.counts)
+        return tuple(count.tokens for count in self.counts)
+
+    @property
+    def n_behind(self) -> tuple[int, ...]:
+        """How many text tokens each prompt has behind the picture."""
+        return tuple(count.behind for count in self.counts)
 
 
 def _name_of(ids: Sequence[str], i: int) -> str:
     return f"prompt {ids[i]!r}" if ids else f"prompt {i} of the batch"
 
 
-def picture_block(selection: Selection, tokens_TD: Tensor, newline_D: Tensor) -> Tensor:
-    """The picture tokens [n, D] of a prompt: projected tokens and newline vectors, without unused slots."""
-    is_newline_T1 = (selection.source_BT[0] == Source.NEWLINE)[:, None]
-    block_TD = torch.where(is_newline_T1, newline_D.to(tokens_TD.dtype), tokens_TD)
-    return block_TD[selection.mask_BT[0]]
+def used_first(mask_BT: Tensor) -> Tensor:
+    """int64 [B, T]: the used slots of each row in order, then the others. A bool mask as an index would need a wait."""
+    return torch.sort(~mask_BT, dim=-1, stable=True).indices
+
+
+def picture_rows(selection: Selection, tokens_BTD: Tensor, newline_D: Tensor) -> Tensor:
+    """The picture tokens [B, T, D] of each prompt: projected tokens and newline vectors, unused slots at the end."""
+    is_newline_BT1 = (selection.source_BT == Source.NEWLINE)[..., None]
+    rows_BTD = torch.where(is_newline_BT1, newline_D.to(tokens_BTD.dtype), tokens_BTD)
+    return gather_tokens(rows_BTD, used_first(selection.mask_BT))
 
 
 def splice(
@@ -82,7 +120,7 @@ def splice(
         UserError: for a row that does not hold exactly one placeholder or is too long; the message has its name.
     """
     device = wte.weight.device
-    ids, visual, targets = [], [], []
+    ids, visual, targets, counts = [], [], [], []
     for i, (row, block) in enumerate(zip(rows, blocks, strict=True)):
         if (pictures := list(row).count(IMAGE)) != 1:
             raise UserError(f"{_name_of(names, i)} holds {pictures} pictures, expected exactly one")
@@ -97,13 +135,11 @@ def splice(
         ids.append(torch.tensor([*row[:at], *[0] * n, *row[at + 1 :]]))
         visual.append(torch.tensor([*[False] * at, *[True] * n, *[False] * (len(row) - at - 1)]))
         targets.append(torch.tensor([*label[:at], *[IGNORE] * n, *label[at + 1 :]]))
-    counts = tuple((len(row), len(block)) for row, block in zip(ids, blocks, strict=True))
-    ids_BP = pad_sequence(ids, batch_first=True).to(device, non_blocking=True)
-    visual_BP = pad_sequence(visual, batch_first=True).to(device, non_blocking=True)
-    mask_BP = (torch.arange(ids_BP.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]).to(
-        device, non_blocking=True
-    )
+        counts.append(PromptCounts(len(row) - 1 + n, n, len(row) - at - 1))
+    ids_BP = send(pad_sequence(ids, batch_first=True), device)
+    visual_BP = send(pad_sequence(visual, batch_first=True), device)
+    mask_BP = send(torch.arange(ids_BP.shape[1]) < torch.tensor([len(row) for row in ids])[:, None], device)
     embeds_BPD = wte(ids_BP) * mask_BP[..., None]
     embeds_BPD = embeds_BPD.masked_scatter(visual_BP[..., None], torch.cat(list(blocks)).to(embeds_BPD.dtype))
-    targets_BP = pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(device, non_blocking=True)
-    return Prefix(embeds_BPD, mask_BP, visual_BP, counts=counts, ids=tuple(names)), targets_BP
+    targets_BP = send(pad_sequence(targets, batch_first=True, padding_value=IGNORE), device)
+    return Prefix(embeds_BPD, mask_BP, visual_BP, given_counts=tuple(counts), ids=tuple(names)), targets_BP

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, SiglipModel
 
 from lavida_adapter.vision import VisionTower
-from shirg import MissingFileError, UserError, VisionFeatures, saliency
+from shirg import MissingFileError, UserError, VisionFeatures, saliency, send
 from shirg.similarity import Aggregate, aggregate_cosines, centred_unit
 
 
@@ -139,7 +139,7 @@ class External:
                     f"relevance=external: the scores of sample {sample!r} have shape "
                     f"{tuple(self.scores[sample].shape)}, its canvas has {n} tokens"
                 )
-        return torch.stack([self.scores[i] for i in features.ids]).to(features.tokens_BND.device, torch.float32)
+        return send(torch.stack([self.scores[i].float() for i in features.ids]), features.tokens_BND.device)
 
 
 CHECKED = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight")
@@ -192,7 +192,7 @@ class SiglipText:
         ids_BL = self.tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )["input_ids"]
-        return self.siglip.text_model(input_ids=ids_BL.to(device)).pooler_output
+        return self.siglip.text_model(input_ids=send(ids_BL, device)).pooler_output
 
     def _check(self, tower: VisionTower | None) -> None:
         """Raises UserError unless the model's tower is this SigLIP's without its last layer."""

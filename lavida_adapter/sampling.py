@@ -6,7 +6,7 @@ Shape letters: B batch, A answer slots, M slots whose logits a step computes, W 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ class Draw:
     n_answer: int
     want_BM: Tensor | None
     """The wanted slots; None: all."""
+
+    def of_row(self, i: int) -> "Draw":
+        """The next numbers, for one answer of the batch."""
+        return replace(self, want_BM=None if self.want_BM is None else self.want_BM[i : i + 1])
 
     def uniform(self, batch: int, device: torch.device, width: int | None = None) -> Tensor:
         """[B, M] or [B, M, W] in float64."""
@@ -152,19 +156,27 @@ def candidates(logits_BMW: Tensor, temperature: float, draw: Draw) -> Tensor:
     """The most likely token of every slot; with a temperature T the argmax of exp(logit) / (-ln u)^T in float64."""
     if temperature == 0:
         return logits_BMW.max(-1).indices  # ties as in argmax, three times faster on a CPU
-    u = draw.uniform(len(logits_BMW), logits_BMW.device, logits_BMW.shape[-1])
-    return (logits_BMW.double().exp() / (-torch.log(u)) ** temperature).argmax(-1)
+    rows = []
+    for i, logits_1MW in enumerate(logits_BMW.split(1)):
+        u_1MW = draw.of_row(i).uniform(1, logits_BMW.device, logits_BMW.shape[-1])
+        rows.append((logits_1MW.double().exp() / (-torch.log(u_1MW)) ** temperature).argmax(-1))
+    return torch.cat(rows)
 
 
 def confidence(logits_BMW: Tensor, tokens_BM: Tensor, remasking: str, dtype: torch.dtype = torch.float64) -> Tensor:
     """Confidence in each candidate [B, M], from the logits without temperature."""
-    p = logits_BMW.to(dtype).softmax(-1)
+    # One answer at a time: in float64 the logits of a batch take gigabytes.
+    pairs = zip(logits_BMW, tokens_BM, strict=True)
+    return torch.stack([_confidence(row_MW.to(dtype).softmax(-1), tokens_M, remasking) for row_MW, tokens_M in pairs])
+
+
+def _confidence(p_MW: Tensor, tokens_M: Tensor, remasking: str) -> Tensor:
     if remasking == "low_confidence":
-        return p.gather(-1, tokens_BM[..., None])[..., 0]
+        return p_MW.gather(-1, tokens_M[:, None])[:, 0]
     if remasking == "margin":
-        top = p.topk(2, dim=-1).values
-        return top[..., 0] - top[..., 1]
-    return (p * torch.log(p + 1e-10)).sum(-1)
+        top = p_MW.topk(2, dim=-1).values
+        return top[:, 0] - top[:, 1]
+    return (p_MW * torch.log(p_MW + 1e-10)).sum(-1)
 
 
 def is_clear(quick_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) -> bool:

@@ -11,7 +11,7 @@ from shirg.budget import (
     pooled_count_B,
     unpad_bounds,
 )
-from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures
+from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures, send
 from shirg.layouts import (
     area_weights,
     crops_layout,
@@ -67,6 +67,7 @@ __all__ = [
     "pooled_count_B",
     "regions",
     "saliency",
+    "send",
     "single_layout",
     "stable_topk",
     "subdivide",

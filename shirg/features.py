@@ -152,6 +152,14 @@ class TokenLayout:
             return type(self)(**moved)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device; the host does not wait for what runs there, such as the vision tower.
+
+    From ordinary memory a GPU takes 64 KiB without a wait, from pinned memory any size.
+    """
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, eq=False)
 class VisionFeatures:
     """The vision tower's output for B pictures that share one canvas kind."""

@@ -11,8 +11,8 @@ from lavida_adapter.cache_compression.compressor import CacheSelector, FirstStep
 from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache
 from lavida_adapter.language_model import LanguageModel
-from lavida_adapter.prefix import Prefix
-from shirg import Budget, Share, UserError
+from lavida_adapter.prefix import Prefix, used_first
+from shirg import Budget, Share, UserError, send
 
 
 class AdaptiveK(CacheSelector):
@@ -57,28 +57,30 @@ class AdaptiveK(CacheSelector):
                 )
 
     def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
-        score_BP = torch.zeros(prefix.visual_BP.shape, device=prefix.visual_BP.device)
-        for row_P, visual_P, selection in zip(score_BP, prefix.visual_BP, prefix.selections, strict=True):
+        rows = []
+        for visual_P, selection in zip(prefix.visual_BP, prefix.selections, strict=True):
             assert selection.scores_BN is not None
-            index_T = selection.index_BT[0][selection.mask_BT[0]]
+            index_T = selection.index_BT.gather(1, used_first(selection.mask_BT))[0]
             kept_T = selection.scores_BN[0][index_T.clamp_min(0)].float()
             # Synthesised rows rank above every token of the picture.
-            row_P[visual_P] = torch.where(index_T < 0, selection.scores_BN.max().float() + 1, kept_T)
-        return score_BP
+            score_T = torch.where(index_T < 0, selection.scores_BN.max().float() + 1, kept_T)
+            rows.append(torch.zeros_like(visual_P, dtype=torch.float32).masked_scatter(visual_P, score_T))
+        return torch.stack(rows)
 
     def kept_counts(self, prefix: Prefix, first: FirstStep | None, counts: tuple[int, ...]) -> Tensor:
         if first is None:
             raise UserError("AdaptiveK decides by the first denoising step: pass its FirstStep")
         candidates_B = uncertainty(first).exp()
-        bounds = torch.tensor(self.candidates, device=candidates_B.device)
+        bounds = send(torch.tensor(self.candidates), candidates_B.device)
         level_B = (candidates_B[:, None] > bounds).sum(-1)
         count_BL = torch.tensor([[max(1, Share.of(level).down(n)) for level in self.levels] for n in counts])
-        return count_BL.to(level_B.device).gather(1, level_B[:, None]).squeeze(1)
+        return send(count_BL, level_B.device).gather(1, level_B[:, None]).squeeze(1)
 
 
 def uncertainty(first: FirstStep) -> Tensor:
     """Entropy [B] in nats of the least certain answer slot of the step."""
-    return torch.special.entr(first.logits_BAW.float().softmax(-1)).sum(-1).amax(-1)
+    # One answer at a time: in float32 the logits of a batch take gigabytes.
+    return torch.stack([torch.special.entr(row.float().softmax(-1)).sum(-1).amax() for row in first.logits_BAW])
 
 
 def _rises(numbers: Sequence[float]) -> bool:

@@ -18,7 +18,7 @@ from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, cos_signed_sin, rotary_phase, rotate
 from lavida_adapter.prefix import Prefix
-from shirg import Budget, UserError, assert_finite, stable_topk
+from shirg import Budget, UserError, assert_finite, send, stable_topk
 
 Positions = Literal["retain", "reindex"]
 
@@ -228,7 +228,7 @@ def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], kept_B
     `kept_B`: at most so many of them.
     """
     ranked_BK = stable_topk(scores_BP.masked_fill(~prefix.visual_BP, float("-inf")), max(counts))
-    count_B = torch.tensor(counts, device=scores_BP.device)
+    count_B = send(torch.tensor(counts), scores_BP.device)
     count_B1 = (count_B if kept_B is None else torch.minimum(count_B, kept_B))[:, None]
     is_kept_BK = torch.arange(max(counts), device=scores_BP.device) < count_B1
     text_BP = prefix.mask_BP & ~prefix.visual_BP

@@ -7,7 +7,6 @@ and the other rows are cut from every layer's cache (docs/method.md, "dart").
 Shape letters: B batch, P prefix slots, D width, J pivots, M rows that the largest share of a pivot has.
 """
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -25,7 +24,7 @@ from lavida_adapter.cache_compression.prompt_rows import (
 from lavida_adapter.kv_cache import PrefixCache
 from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.prefix import Prefix
-from shirg import Budget, UserError, stable_topk
+from shirg import Budget, UserError, send, stable_topk
 
 
 class DART(CacheSelector):
@@ -70,7 +69,7 @@ class DART(CacheSelector):
         behind_BP = text_behind(prefix, type(self).__name__)
         picture_BJ = _largest(norm_BP, prefix.visual_BP, self.pivots_picture)
         pivot_BJ = torch.cat([picture_BJ, _largest(norm_BP, behind_BP, self.pivots_text)], dim=1)
-        share_BJ = self._shares(prefix, behind_BP.sum(-1).tolist(), pivot_BJ.shape[1]).to(norm_BP.device)
+        share_BJ = send(self._shares(prefix, pivot_BJ.shape[1]), norm_BP.device)
         states_BPD = F.normalize(lm.final_norm(prompt_states(lm, cache, prefix.embeds_BPD, self.layer)).float(), dim=-1)
         kept_BP = torch.zeros_like(behind_BP).scatter(1, picture_BJ, True)
         cosine_BJP = gather_rows(states_BPD, pivot_BJ) @ states_BPD.transpose(1, 2)
@@ -82,13 +81,13 @@ class DART(CacheSelector):
             kept_BP = kept_BP | torch.zeros_like(kept_BP).scatter(1, least_BM, taken_BM)
         return kept_BP.float()
 
-    def _shares(self, prefix: Prefix, n_behind: Sequence[int], n_slots: int) -> Tensor:
+    def _shares(self, prefix: Prefix, n_slots: int) -> Tensor:
         """How many rows each pivot adds [B, J]; 0 for text pivots that a short text does not have.
 
         The shares are equal, and the first pivots add one more where the rows cannot be divided.
         """
         rows = []
-        for count, n_text in zip(self.counts(prefix), n_behind, strict=True):
+        for count, n_text in zip(self.counts(prefix), prefix.n_behind, strict=True):
             n_pivots = self.pivots_picture + min(self.pivots_text, n_text)
             base, more = divmod(count - self.pivots_picture, n_pivots)
             rows.append([base + (j < more) if j < n_pivots else 0 for j in range(n_slots)])

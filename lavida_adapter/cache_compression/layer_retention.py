@@ -18,7 +18,7 @@ from lavida_adapter.attention import AttentionHook, attention_weights
 from lavida_adapter.cache_compression.compressor import CachePacker
 from lavida_adapter.kv_cache import PrefixCache, RaggedPrefix, StoredPrefix, take_slots
 from lavida_adapter.prefix import Prefix
-from shirg import MissingFileError, UserError, stable_topk
+from shirg import MissingFileError, UserError, send, stable_topk
 
 FIRST, LAST = 4, 1
 """How many rows at both ends always stay, as in the paper's code."""
@@ -79,21 +79,22 @@ class LayerRetention(CachePacker):
 
 def _cut(
     cache: PrefixCache, layer: int, mass_BP: Tensor, share: float, prefix: Prefix
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values, mask and positions of one layer's kept rows."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Keys, values, mask (None: all are real) and positions of one layer's kept rows."""
     counts = [n - forgotten(n, share) for n in prefix.n_tokens]
     slot_P = torch.arange(mass_BP.shape[1], device=mass_BP.device)
     length_B1 = prefix.mask_BP.sum(-1, keepdim=True)
     protected_BP = (slot_P < FIRST) | ((slot_P >= length_B1 - LAST) & (slot_P < length_B1))
     mass_BP = mass_BP.masked_fill(protected_BP, float("inf")).masked_fill(~prefix.mask_BP, float("-inf"))
     best_BK = stable_topk(mass_BP, max(counts))
-    real_BK = torch.arange(max(counts), device=mass_BP.device) < torch.tensor(counts, device=mass_BP.device)[:, None]
+    real_BK = torch.arange(max(counts), device=mass_BP.device) < send(torch.tensor(counts), mass_BP.device)[:, None]
     # Kept rows stay in order; the padding of shorter prompts goes behind them.
     slot_BK = best_BK.masked_fill(~real_BK, mass_BP.shape[1]).sort(-1).values
     real_BK = slot_BK < mass_BP.shape[1]
     slot_BK = slot_BK.masked_fill(~real_BK, 0)
     positions_BK = cache.positions_BP.gather(1, slot_BK)
-    return take_slots(cache.keys[layer], slot_BK), take_slots(cache.values[layer], slot_BK), real_BK, positions_BK
+    mask_BK = None if min(counts) == max(counts) else real_BK
+    return take_slots(cache.keys[layer], slot_BK), take_slots(cache.values[layer], slot_BK), mask_BK, positions_BK
 
 
 def forgotten(n: int, share: float) -> int:

@@ -59,15 +59,13 @@ def text_behind(prefix: Prefix, name: str) -> Tensor:
     Raises:
         UserError: when a prompt has none.
     """
-    seen_BP = prefix.visual_BP.cumsum(-1) == prefix.visual_BP.sum(-1, keepdim=True)
-    text_BP = prefix.mask_BP & ~prefix.visual_BP & seen_BP
-    for i, some in enumerate(text_BP.any(-1).tolist()):
-        if not some:
+    for i, n in enumerate(prefix.n_behind):
+        if not n:
             raise UserError(
                 f"{name} ranks by the text behind the picture, and {prefix.name_of(i)} has none: put the question "
                 "there, or choose another cache="
             )
-    return text_BP
+    return prefix.behind_BP
 
 
 def last_slot(prefix: Prefix) -> Tensor:

@@ -94,7 +94,8 @@ class PyramidDrop(CacheSelector):
                 keys.append(k)
                 values.append(v)
                 stages.append(stage)
-        masks, positions = tuple(s.real_BK for s in stages), tuple(s.position_BK for s in stages)
+        masks = tuple(None if s.mask is None else s.real_BK for s in stages)
+        positions = tuple(s.position_BK for s in stages)
         return ShortenedCache(
             RaggedPrefix(tuple(keys), tuple(values), masks, positions, cache.next_position_B), last.alive_BP
         )

@@ -53,7 +53,7 @@ def at(logits_of: Callable[[Tensor], Tensor]) -> LogitsFn:
 
 def run(logits_of: Any, batch: int = 1, draft: tuple[int, ...] = (), seed: int = 0, **knobs: Any) -> Any:
     config = DecodeConfig(keep_history=True, **knobs)
-    ids = start(batch, config, MASK, [draft] * batch, torch.device("cpu"))
+    ids = start(batch, config, MASK, [draft] * batch)
     found, forwards, steps, history = denoise(
         at(logits_of), ids, config, MASK, torch.Generator().manual_seed(seed), eos_id=EOS
     )

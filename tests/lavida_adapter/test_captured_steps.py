@@ -67,7 +67,9 @@ def test_the_captured_step_answers_like_single_kernels(model: Lavida, n_prompt: 
         cache = prefill(graphs, prompt)
         steps = graphs.steps(cache, A)
         torch.testing.assert_close(steps(answers(model)), eager, rtol=0, atol=1e-5)
-        blank = model._from_prompt(start(2, decode, mask_id, (), torch.device("cpu")), cache.last_BD, decode)
+        blank = start(2, decode, mask_id, ())
+        if cache.last_BD is not None:
+            blank = model._from_prompt(blank, cache.last_BD, decode)
         sampler = PUBLISHED[model.config.lm.family].sampler
         found, forwards, _, _ = denoise(
             graphs.steps(cache, A), blank, decode, mask_id, sampler=sampler, least_slots=decode.block

@@ -190,6 +190,6 @@ def test_a_threshold_works_over_dreams_confidence() -> None:
 
 def test_a_start_of_several_drafts_is_kept() -> None:
     config = DecodeConfig(max_new_tokens=6)
-    ids = start(2, config, MASK, [(3, MASK, 1), ()], torch.device("cpu"))
+    ids = start(2, config, MASK, [(3, MASK, 1), ()])
     found, *_ = denoise(at(dependent), ids, config, MASK, sampler=DREAM_SAMPLER)
     assert found[0, [0, 2]].tolist() == [3, 1] and not (found == MASK).any() and (found < W).all()

@@ -197,7 +197,7 @@ def test_shapes_vary_less_on_request(least: int, asked: list[int]) -> None:
         seen.append(ids_BA.shape[1] if want_BM is None else want_BM.shape[1])
         return at(table)(ids_BA, want_BM)
 
-    blank = start(1, config, MASK, (), torch.device("cpu"))
+    blank = start(1, config, MASK, ())
     ids, _, _, history = denoise(logits_of, blank, config, MASK, least_slots=least)
     assert seen == asked and ids.tolist() == [[0, 0, 1, 2]]
     assert history == [], "only on request"

@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 
 from baselines import Pooled
 from lavida_adapter import DecodeConfig, Infilled, Lavida
@@ -18,7 +17,7 @@ MASK = tiny_model().config.lm.mask_token_id
 
 def test_every_row_starts_with_its_own_draft() -> None:
     drafts = [(3, MASK, 1), (), (2, 2)]
-    ids_BA = start(3, DecodeConfig(max_new_tokens=4), MASK, drafts, torch.device("cpu"))
+    ids_BA = start(3, DecodeConfig(max_new_tokens=4), MASK, drafts)
     assert ids_BA.tolist() == [[3, MASK, 1, MASK], [MASK] * 4, [2, 2, MASK, MASK]]
 
 

@@ -243,11 +243,11 @@ DECODING: dict[str, Case] = {
         for s in (0.0, -1.0, math.nan, math.inf)
     },
     "a draft that is too long": (
-        lambda: start(2, DecodeConfig(max_new_tokens=4), 5, [(1,), (1,) * 5], torch.device("cpu")),
+        lambda: start(2, DecodeConfig(max_new_tokens=4), 5, [(1,), (1,) * 5]),
         ["the draft has 5 tokens, the answer only 4: raise max_new_tokens"],
     ),
     "a draft for one of two prompts": (
-        lambda: start(2, DecodeConfig(max_new_tokens=4), 5, [(1,)], torch.device("cpu")),
+        lambda: start(2, DecodeConfig(max_new_tokens=4), 5, [(1,)]),
         ["1 drafts for 2 prompts: give one for each prompt"],
     ),
     "early stop without an eos": (

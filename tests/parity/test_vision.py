@@ -10,7 +10,7 @@ from PIL import Image
 
 from baselines import Pooled
 from lavida_adapter.encode import EncodedPicture, PictureEncoder, PictureGroup, PicturePrompts
-from lavida_adapter.prefix import picture_block, splice
+from lavida_adapter.prefix import picture_rows, splice
 from lavida_adapter.prompt import IGNORE, join_at_images, render
 from lavida_adapter.timing import NoTimer
 from lavida_adapter.views import Views, choose_canvas, make_views
@@ -86,7 +86,8 @@ def token_map(golden: Golden, size, config=None) -> torch.Tensor:
     probe = grid.reshape(1, -1, 3)
     features = tower_features(views, probe)
     selection = Pooled()(features)
-    return picture_block(selection, selection.tokens_BTD[0], -torch.ones(3))
+    (row_TD,) = picture_rows(selection, selection.tokens_BTD, -torch.ones(3))
+    return row_TD[: int(selection.mask_BT.sum())]
 
 
 def test_token_map_of_the_splice(golden: Golden, close, equal) -> None:

@@ -141,7 +141,8 @@ def test_every_layer_keeps_what_the_last_token_looks_at(
             hand = ByHand(model, seed, b)
             kept = hand.drops(starts, counts[b], positions)
             for layer, alive in enumerate(kept):
-                real = cache.masks[layer][b]
+                mask_BK = cache.mask(layer)
+                real = torch.ones(cache.n_slots(layer), dtype=torch.bool) if mask_BK is None else mask_BK[b]
                 stage = max(i for i, start in enumerate(starts) if start <= layer)
                 assert len(alive) == counts[b][stage] + n - N_VISUAL[b] == int(real.sum())
                 k, v = (x[:, alive] for x in hand.raw_keys_values(layer))

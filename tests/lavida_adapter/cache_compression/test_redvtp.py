@@ -57,7 +57,7 @@ def test_redvtp_from_the_first_mask_to_the_last(attention: str) -> None:
 
     expected, forwards, _, history = denoise(
         logits_of,
-        start(2, DECODE, mask_id, (), lm.embedding.weight.device),
+        start(2, DECODE, mask_id, ()),
         replace(DECODE, keep_history=True),
         mask_id,
     )

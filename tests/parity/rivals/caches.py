@@ -90,7 +90,8 @@ def prefixkv(case: RivalCase) -> None:
         short = LayerRetention(profile=str(path))(cache, prefix, mass)
     assert isinstance(short, RaggedPrefix)
     for layer, (position_BK, mask_BK) in enumerate(zip(short.positions, short.masks, strict=True)):
-        case.same("kept", position_BK[mask_BK].tolist(), case[f"kept.{layer}"].tolist())
+        kept = position_BK[0] if mask_BK is None else position_BK[mask_BK]
+        case.same("kept", kept.tolist(), case[f"kept.{layer}"].tolist())
 
 
 CACHES: dict[str, Check] = {"fastv": fastv, "redvtp": redvtp, "prefixkv": prefixkv}
