@@ -42,8 +42,8 @@ JOB_S = 2.0
 """Seconds that a job of the played sweep takes, as a tiny one does."""
 AT_ONCE = 8
 """Processes that end at the same moment."""
-MOST_AT_ONCE = 200
-"""Jobs of the largest study in which they do: eight times the start of Python is most of what this measures."""
+MOST_PLAYED = 200
+"""Jobs of the largest sweep that is played, and in which they do that."""
 SEEDS = 3
 """Every such number of copies of `random` differ in the seed alone."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -121,27 +121,29 @@ def plant(templates: Sequence[Path], study: Path, number: int) -> None:
 
 def _quality(quality: Mapping[str, Any], table: pa.Table, score: str) -> dict[str, Any]:
     """The section of a record with the means of these scores, in all and by subset."""
-    values, pictures = table[score].to_pylist(), table["picture"].to_pylist()
+    values = table[score].to_pylist()
     names = [subset_name(*pair) for pair in zip(table["group"].to_pylist(), table["density"].to_pylist(), strict=True)]
 
     def mean(name: str | None) -> dict[str, float]:
-        here = [i for i, other in enumerate(names) if name in (None, other)]
-        return asdict(estimate([values[i] for i in here], [pictures[i] for i in here]))
+        return asdict(estimate([v for v, other in zip(values, names, strict=True) if name in (None, other)]))
 
     metrics = {**quality["metrics"], quality["metric"]: mean(None)}
     return {**quality, "metrics": metrics, "subsets": {name: mean(name) for name in quality["subsets"]}}
 
 
 def measure(templates: Sequence[Path], study: Path, n: int) -> dict[str, Any]:
-    """One study: first as a sweep of n jobs, then what single events cost in it."""
-    sweep = _play(templates, study, n)
+    """One study: a small one first as a sweep of n jobs, then what single events cost in it."""
+    played = n <= MOST_PLAYED
+    sweep = _play(templates, study, n) if played else None
+    for number in () if played else range(n):
+        plant(templates, study, number)
+    (study / memo.NAME).unlink(missing_ok=True)
+    publish_new_s = _cpu_s(lambda: publish(study))
     job_end_ms = 1000 * min(_cpu_s(lambda: refresh_report(study)) for _ in range(20))
     plant(templates, study, n)
     (study / LAST_REFRESH).unlink()
     refresh_s = _cpu_s(lambda: refresh_report(study))
     publish_s = _cpu_s(lambda: publish(study))
-    (study / memo.NAME).unlink()
-    publish_new_s = _cpu_s(lambda: publish(study))
     page = study / NAME
     return {
         "jobs": n,
@@ -153,7 +155,7 @@ def measure(templates: Sequence[Path], study: Path, n: int) -> dict[str, Any]:
         "page_bytes": page.stat().st_size,
         "cache_bytes": (study / memo.NAME).stat().st_size,
         "browser_s": None if CHROMIUM is None else browser_s(page, study.parent / "browser"),
-        "at_once_s": _at_once_s(study) if n <= MOST_AT_ONCE else None,
+        "at_once_s": _at_once_s(study) if played else None,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
