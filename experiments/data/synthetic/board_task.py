@@ -12,7 +12,13 @@ from experiments.data.sample import Sample
 from experiments.data.synthetic.board import Board, Stamp, box_of, generator, to_image
 from experiments.data.synthetic.glyphs.render import PICTURE_PX
 from experiments.data.synthetic.glyphs.scene import MAX_ATTEMPTS
-from experiments.data.synthetic.synthetic_dataset import BUCKETS, CACHED_SCENES, SyntheticDataset, densities_of
+from experiments.data.synthetic.synthetic_dataset import (
+    BUCKETS,
+    CACHED_ATTEMPTS,
+    CACHED_SCENES,
+    SyntheticDataset,
+    densities_of,
+)
 from shirg import UserError
 
 DENSITIES = {"sparse": (0.0, 0.0), "dense": (1.0, 1.0), "train": (0.0, 1.0)}
@@ -127,12 +133,21 @@ class SynthTask(SyntheticDataset):
     @lru_cache(maxsize=CACHED_SCENES)
     def draw(cls, seed: int, split: str, index: int, density: str) -> Board:
         """Board number `index` of a split; drawn again until the hash of its content falls into the split's bucket."""
-        for attempt in range(MAX_ATTEMPTS):
-            rng = generator(cls.name, 1, seed, split, density, index, attempt)
-            board = cls.compose(rng, rng.uniform(*DENSITIES[density]))
-            if board.digest % 100 in BUCKETS[split]:
-                return board
+        return cls._attempt(seed, split, index, density, cls._accepted(seed, split, index, density))
+
+    @classmethod
+    @lru_cache(maxsize=CACHED_ATTEMPTS)
+    def _accepted(cls, seed: int, split: str, index: int, density: str) -> int:
+        """The number of the first draw that falls into the split's bucket."""
+        for number in range(MAX_ATTEMPTS):
+            if cls._attempt(seed, split, index, density, number).digest % 100 in BUCKETS[split]:
+                return number
         raise RuntimeError(f"no picture of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
+
+    @classmethod
+    def _attempt(cls, seed: int, split: str, index: int, density: str, number: int) -> Board:
+        rng = generator(cls.name, 1, seed, split, density, index, number)
+        return cls.compose(rng, rng.uniform(*DENSITIES[density]))
 
     @classmethod
     @lru_cache(maxsize=CACHED_SCENES)

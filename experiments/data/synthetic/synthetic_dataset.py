@@ -15,6 +15,8 @@ BUCKETS = {"train": range(0, 80), "val": range(80, 90), "test": range(90, 100)}
 MOST = 2_000_000
 CACHED_SCENES = 64
 """How many scenes a process keeps, because consecutive samples share one."""
+CACHED_ATTEMPTS = 2**15
+"""Of how many scenes a process keeps the number of the draw that fell into the split: of "test" every tenth does."""
 
 
 class SyntheticDataset:

@@ -6,13 +6,13 @@ Ids of chars, colours and shapes start at 1; 0 means "none" in every table and e
 import itertools
 import random
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
-from experiments.data.synthetic.synthetic_dataset import BUCKETS
+from experiments.data.synthetic.synthetic_dataset import BUCKETS, CACHED_ATTEMPTS
 from shirg import UserError
 
 DIGITS = tuple("0123456789")
@@ -100,11 +100,20 @@ def draw_scene(seed: int, split: str, index: int, density: str) -> GlyphScene:
         raise UserError(f"split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
     if density not in DENSITIES:
         raise UserError(f"density={density!r} does not exist: choose one of {', '.join(DENSITIES)}")
-    for attempt in range(MAX_ATTEMPTS):
-        scene = _compose(_generator(seed, split, density, index, attempt), density)
-        if scene.digest % 100 in BUCKETS[split]:
-            return scene
+    return _attempt(seed, split, index, density, _accepted(seed, split, index, density))
+
+
+@lru_cache(maxsize=CACHED_ATTEMPTS)
+def _accepted(seed: int, split: str, index: int, density: str) -> int:
+    """The number of the first draw that falls into the split."""
+    for number in range(MAX_ATTEMPTS):
+        if _attempt(seed, split, index, density, number).digest % 100 in BUCKETS[split]:
+            return number
     raise RuntimeError(f"no scene of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
+
+
+def _attempt(seed: int, split: str, index: int, density: str, number: int) -> GlyphScene:
+    return _compose(_generator(seed, split, density, index, number), density)
 
 
 def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> GlyphScene:
