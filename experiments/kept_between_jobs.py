@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from lavida_adapter import Lavida
 
 MOST_DATASETS = 8
-OWN_DATASETS = "experiments.data."
-"""Only these are kept: what another package's dataset reads is not known here."""
+PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 _models: "list[KeptModel]" = []
 _datasets: OrderedDict[str, Dataset] = OrderedDict()
@@ -118,19 +117,26 @@ def _model_key(cfg: DictConfig, device: torch.device, adapter: str | None, store
 
 
 def take_dataset(cfg: DictConfig) -> Dataset:
-    """The dataset of `data=...`, built once for each config while the files that it names stay as they are."""
+    """The dataset of `data=...`, built once for each config while the files that it is built from stay as they are."""
     spec = OmegaConf.to_container(cfg.data, resolve=True)
     assert isinstance(spec, dict)
-    if not str(spec.get("_target_")).startswith(OWN_DATASETS):
+    if not _can_be_kept(spec):
         return build.build_dataset(cfg)
     # The files are looked at before they are read: a change in between is found the next time.
-    key = json.dumps([os.getcwd(), spec, [_stamps(path, deep=True) for path in _paths(spec)]], sort_keys=True)
+    key = json.dumps([os.getcwd(), spec, [_stamps(path) for path in _paths(spec)]], sort_keys=True)
     if key not in _datasets:
         _datasets[key] = build.build_dataset(cfg)
         while len(_datasets) > MOST_DATASETS:
             _datasets.popitem(last=False)
     _datasets.move_to_end(key)
     return _datasets[key]
+
+
+def _can_be_kept(spec: Mapping[Any, Any]) -> bool:
+    """Not so for what another package reads, which is not known here, nor where building checks every picture."""
+    target = str(spec.get("_target_"))
+    checked = target.startswith("experiments.data.synthetic.entitygrid.") and spec.get("source") != "generate"
+    return target.startswith("experiments.data.") and not checked
 
 
 def _paths(spec: object) -> Iterator[Path]:
@@ -142,16 +148,35 @@ def _paths(spec: object) -> Iterator[Path]:
         yield Path(spec)
 
 
-def _stamps(path: Path, deep: bool) -> list[tuple[str, int, int, int]]:
-    """Name, inode, size and time of the last change of a file, or of all files of a folder."""
-    if path.is_file():
-        return [_stamp(path.name, path.stat())]
-    found = []
-    for root, folders, names in os.walk(path):
-        found += [_stamp(os.path.join(root, name), os.stat(os.path.join(root, name))) for name in sorted(names)]
+Stamp = tuple[str, int, int, int]
+"""Name, inode, size and time of the last change."""
+
+
+def _stamps(path: Path, deep: bool = True) -> list[Stamp]:
+    """Stamps of a file, or of a folder and all in it but its pictures, which a dataset does not read when it is built.
+
+    Args:
+        deep: whether folders in the folder count.
+    """
+    if not path.is_dir():
+        return [_stamp(str(path))]
+    found: list[Stamp] = []
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(path, followlinks=True):
+        stat = os.stat(root)
+        if (stat.st_dev, stat.st_ino) in seen:  # a link leads to a folder above it
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
         folders[:] = sorted(folders) if deep else []
+        read = [name for name in sorted(names) if os.path.splitext(name)[1].lower() not in PICTURES]
+        found += [_stamp(root), *(_stamp(os.path.join(root, name)) for name in read)]
     return found
 
 
-def _stamp(name: str, stat: os.stat_result) -> tuple[str, int, int, int]:
-    return name, stat.st_ino, stat.st_size, stat.st_ctime_ns
+def _stamp(path: str) -> Stamp:
+    try:
+        stat = os.stat(path)
+    except OSError:  # a link that leads nowhere
+        stat = os.lstat(path)
+    return path, stat.st_ino, stat.st_size, stat.st_ctime_ns

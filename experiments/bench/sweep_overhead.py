@@ -1,7 +1,8 @@
 """What a job of a sweep costs beside its answers: `eval.py -m` over many selectors on few samples, as users start it.
 
 The overhead of a job is the time from the end of the job before it, less the time in which its samples were encoded and
-answered. The first job is not counted: it waits for imports and for the model.
+answered. The first job is not counted: it waits for imports and for the model. On a machine that others use, too, the
+CPU time is the one to compare; it includes the answers.
 """
 
 import os
@@ -55,19 +56,19 @@ def run(*, device: torch.device, model: str, selectors: int, samples: int) -> Be
     with tempfile.TemporaryDirectory() as folder:
         loads, ends = sweep(words, Path(folder))
         rows = [row_of(before, after) for before, after in zip(ends, ends[1:], strict=False)]
-    overhead = [row["overhead_s"] for row in rows]
-    report: dict[str, Any] = {
-        "sweep": ["eval.py", *words],
-        "jobs": len(ends),
-        "models_read": loads,
-        "overhead_s": {"median": statistics.median(overhead), "mean": statistics.fmean(overhead), "max": max(overhead)},
-        "rows": rows,
-    }
+    seconds = {name: summary_of([row[name] for row in rows]) for name in ("overhead_s", "cpu_s")}
+    report = {"sweep": ["eval.py", *words], "jobs": len(ends), "models_read": loads, **seconds, "rows": rows}
+    report |= {"processes_waiting": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0))}
     notes = (
-        f"overhead of a job: median {statistics.median(overhead):.3f} s, mean {statistics.fmean(overhead):.3f} s",
+        f"overhead of a job: median {seconds['overhead_s']['median']:.3f} s; CPU time with answers: median "
+        f"{seconds['cpu_s']['median']:.3f} s; {report['processes_waiting']:.1f} processes on {report['cores']} cores",
         f"models read: {loads} for {len(ends)} jobs",
     )
     return BenchResult(f"{model}: {selectors} selectors, {samples} samples", report, table_of(rows, COLUMNS), notes)
+
+
+def summary_of(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "mean": statistics.fmean(values), "max": max(values)}
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from experiments import build, kept_between_jobs
+from experiments.data.synthetic.entitygrid.entity_dataset import EntityGrid
+from experiments.data.synthetic.entitygrid.entitygrid_files import write
 from experiments.inference import EvalPipeline
 from experiments.kept_between_jobs import release_model, take_dataset
 from lavida_adapter import Lavida
 from lavida_adapter import model as lavida_model
 from lavida_adapter.engine import EagerEngine, store_by_column
 from lavida_adapter.language_model import LanguageModel
+from shirg import UserError
 from tests.experiments import conftest
 from tests.experiments.conftest import Command, result_of
 
@@ -183,41 +187,47 @@ def counted_datasets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return built
 
 
-@pytest.mark.parametrize("change", ["row", "picture", "new file"])
+@pytest.mark.parametrize("change", ["row", "linked row", "new file"])
 def test_data_that_changes_in_between_is_built_again(
-    picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, change: str
+    picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
 ) -> None:
     root = picture_folder("mine", ["how many?", "which?"])
+    if change == "linked row":
+        (tmp_path / "linked").symlink_to(root)
+        (root / "back").symlink_to(root)
+        (root / "nowhere").symlink_to(tmp_path / "not there")
+    given = tmp_path / "linked" if change == "linked row" else root
     built = counted_datasets(monkeypatch)
-    cfg = build.compose_eval("data=folder", f"data.root={root}")
+    cfg = build.compose_eval("data=folder", f"data.root={given}")
     assert take_dataset(cfg) is take_dataset(cfg)
-    assert take_dataset(build.compose_eval("data=folder", f"data.root={root}", "data.suffix=x")) is not take_dataset(
-        cfg
-    )
+    other = build.compose_eval("data=folder", f"data.root={given}", "data.suffix=x")
+    assert take_dataset(other) is not take_dataset(cfg)
     assert len(built) == 2
-    if change == "row":
+    if change == "new file":
+        (root / "2.png").write_bytes(b"")
+    else:
         lines = root / "metadata.jsonl"
         stat = lines.stat()
         lines.write_text(lines.read_text().replace("which?", "where?"))
         os.utime(lines, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a copy that keeps the time
-        assert take_dataset(cfg)[1].question == "where?"
-    elif change == "picture":
-        (root / "0.png").write_bytes((root / "1.png").read_bytes())
-        take_dataset(cfg)
-    else:
-        (root / "2.png").write_bytes(b"")
-        take_dataset(cfg)
+    assert take_dataset(cfg)[1].question == ("which?" if change == "new file" else "where?")
     assert len(built) == 3
 
 
-def test_changed_labels_are_refused_in_the_same_process(eval_here: Here, picture_folder: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("change", ["label", "picture"])
+def test_changed_data_is_refused_in_the_same_process(
+    eval_here: Here, picture_folder: Callable[..., Path], capfd: pytest.CaptureFixture[str], change: str
+) -> None:
     root = picture_folder("mine", ["how many?", "which?"])
     words = ("data=folder", f"data.root={root}", "selector=full", "shots=0", "study=a")
     eval_here(*words)
     eval_here(*words, "resume=true")
-    lines = root / "metadata.jsonl"
-    lines.write_text(lines.read_text().replace("one", "two"))
+    if change == "label":
+        (root / "metadata.jsonl").write_text((root / "metadata.jsonl").read_text().replace("one", "two"))
+    else:
+        (root / "1.png").write_bytes((root / "0.png").read_bytes())
     eval_here(*words, "resume=true", ok=False)
+    assert "has another " + ("answers" if change == "label" else "picture") in capfd.readouterr().err
 
 
 def test_no_more_than_a_few_datasets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +238,15 @@ def test_no_more_than_a_few_datasets_are_kept(monkeypatch: pytest.MonkeyPatch) -
     assert len(built) == 4
 
 
-def test_a_dataset_of_another_package_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_between_jobs, "OWN_DATASETS", "another.")
-    cfg = build.compose_eval()
+def test_what_is_checked_or_unknown_is_built_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dict(canvas=[96, 96], sizes=[14], entities=1, suffix="", max_new_tokens=4, metrics=["exact_match"])
+    write(EntityGrid(split="test", **small), tmp_path)
+    cfg = build.compose_eval("data=entitygrid", "data.source=disk", f"data.root={tmp_path}")
     assert take_dataset(cfg) is not take_dataset(cfg)
+    (next((tmp_path / "test/images").iterdir())).write_bytes(b"other")
+    with pytest.raises(UserError):
+        take_dataset(cfg)
+    monkeypatch.setattr(build, "build_dataset", lambda cfg: object())
+    own = OmegaConf.merge(cfg, {"data": {"_target_": "mine.Dataset"}})
+    assert isinstance(own, DictConfig)
+    assert take_dataset(own) is not take_dataset(own)
