@@ -5,11 +5,13 @@ import os
 import re
 import secrets
 import shutil
+import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 from experiments.errors import ConfigError
 
@@ -57,14 +59,21 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
-def write_together(contents: Mapping[Path, bytes]) -> None:
+@contextmanager
+def replacing_together(paths: Sequence[Path]) -> Iterator[list[BinaryIO]]:
     """Several files at once: all of them are on disk before the first one takes its place, and the last one is last."""
     with ExitStack() as stack:
-        for path, content in reversed(list(contents.items())):
-            file = stack.enter_context(replacing(path))
-            file.write(content)
+        files = [stack.enter_context(replacing(path)) for path in reversed(paths)][::-1]
+        yield files
+        for file in files:
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    with replacing_together(list(contents)) as files:
+        for file, content in zip(files, contents.values(), strict=True):
+            file.write(content)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -96,59 +105,86 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-Entry = dict[str, Any]
-
-
 class Journal:
-    """An append-only file of JSON objects, one per line; each is on disk before `append` returns.
+    """An append-only file of entries; each is on disk before `append` returns, and none stays in memory.
 
-    A process that dies while writing leaves a torn last line. Opening the journal again drops it; a torn line anywhere
-    else means that the file was edited, and raises.
+    Before an entry are its length and its CRC-32. A process that dies while writing leaves a torn end, which is cut off
+    when the journal is opened again; a broken entry anywhere else means that the file was changed.
 
     Args:
-        slim: what of an entry stays in memory; `load` reads the whole one from the disk.
+        kind: the first line of the file, which says what its entries are.
+
+    Raises:
+        ConfigError: a file of another kind, or one that was changed.
     """
 
-    def __init__(self, path: Path, slim: Callable[[Entry], Entry] | None = None) -> None:
-        self.path = path
-        self.entries: list[Entry] = []
-        """What `slim` leaves of each entry."""
-        self._slim, self._begins = slim, [0]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
-        self._file.seek(0)
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(self._begins[-1])
-                break
-            try:
-                self._keep(json.loads(line), len(line))
-            # A line of another program may be any value: `slim` does not find what it reads there.
-            except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-                self._file.close()
-                raise ConfigError(
-                    f"{path}, line {number} is not one of this job's: run the job again with overwrite=true"
-                ) from None
+    _HEAD = struct.Struct("<II")
 
-    def append(self, entry: Entry) -> None:
-        line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-        self._file.write(line)
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._first = f"{kind}\n".encode()
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by __exit__)
+        self._end = os.fstat(self._file.fileno()).st_size
+        self._file.seek(0)
+        found = self._file.read(len(self._first))
+        if not self._first.startswith(found.rstrip(b"\0")):
+            self._refuse("its first line is another")
+        if found != self._first:
+            self._cut(0)
+        for _ in self:
+            pass
+
+    def append(self, entry: bytes) -> int:
+        """Where the entry is: an offset that `read` takes."""
+        begin = b"" if self._end else self._first
+        self._file.write(begin + self._HEAD.pack(len(entry), zlib.crc32(entry)) + entry)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._keep(entry, len(line))
+        offset = self._end + len(begin)
+        self._end = offset + self._HEAD.size + len(entry)
+        return offset
 
-    def load(self, number: int) -> Entry:
-        """Entry number `number` as it was appended."""
-        self._file.seek(self._begins[number])
-        entry: Entry = json.loads(self._file.readline())
-        return entry
+    def read(self, offset: int) -> bytes:
+        """The entry at the offset, which this object has checked before."""
+        self._file.seek(offset)
+        n_bytes, _ = self._HEAD.unpack(self._file.read(self._HEAD.size))
+        return self._file.read(n_bytes)
 
-    def _keep(self, entry: Entry, n_bytes: int) -> None:
-        self.entries.append(entry if self._slim is None else self._slim(entry))
-        self._begins.append(self._begins[-1] + n_bytes)
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        """Every entry with its offset."""
+        offset = len(self._first)
+        while offset < self._end:
+            self._file.seek(offset)
+            head = self._file.read(self._HEAD.size)
+            n_bytes, checksum = self._HEAD.unpack(head.ljust(self._HEAD.size, b"\0"))
+            after = offset + self._HEAD.size + n_bytes
+            entry = self._file.read(n_bytes) if after <= self._end else b""
+            if not entry or zlib.crc32(entry) != checksum:
+                # A torn end is followed by zeros at most, which are read where power failed.
+                if entry and self._file.read(2**20).strip(b"\0"):
+                    self._refuse(f"byte {offset}")
+                self._cut(offset)
+            else:
+                yield offset, entry
+            offset = after
+
+    def _cut(self, offset: int) -> None:
+        self._file.truncate(offset)
+        self._end = offset
+
+    def _refuse(self, where: str) -> NoReturn:
+        self.close()
+        raise ConfigError(
+            f"{self.path} is not a journal of this version, or was changed ({where}): run the job again with "
+            "overwrite=true"
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._file.close()

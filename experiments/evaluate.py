@@ -7,32 +7,34 @@ missing or whose samples have changed, and ends with the same answers as an undi
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from PIL import Image
 
 from experiments import build, profiling
-from experiments.analysis.aggregate import summarise
-from experiments.atomic_files import Entry, Journal, remove_path
-from experiments.data.chosen_samples import choose_samples, shard_of
+from experiments.analysis.aggregate import score_corpora, summarise
+from experiments.atomic_files import remove_path, replacing
+from experiments.data.chosen_samples import ChosenSamples, choose_samples, shard_of
 from experiments.data.image_io import picture_of, prefetch_pictures
 from experiments.data.sample import Ruled, Sample, Traced, ids_hash, other_questions
 from experiments.inference import Answers, EvalPipeline
 from experiments.jobs import results
-from experiments.jobs.job import JOURNAL, Job
+from experiments.jobs.answer_journal import AnsweredTables, AnswerJournal
+from experiments.jobs.job import Job
 from experiments.jobs.results import SHOTS, adapter_path
-from experiments.jobs.sample_facts import changes, describe, facts_of
-from experiments.jobs.sample_rows import SampleRow, digests_of, drop_partial_digests, read_facts, stream_samples
+from experiments.jobs.sample_facts import Change, CurrentFacts, changes, describe, differing, facts_of
+from experiments.jobs.sample_rows import FACTS, SampleColumns, digests_of, read_columns, read_facts, write_tables
 from experiments.kept_between_jobs import take_dataset, take_model
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.metrics.final_answer import check_rule
 from experiments.profiling import Progress
-from experiments.training.run_logger import RunLogger
+from experiments.training.run_logger import LOGGED, RunLogger
 from experiments.viz.examples import pick_examples, save_example
 from experiments.viz.token_map import MAPS, TokenCapture, save_map
 from lavida_adapter.joined_prompts import kernels_of
@@ -70,13 +72,16 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         )
     profiling.reset_peak_memory(device)
     examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
-    with job.journal(without_kept) as journal:
-        rows, timings, numbers = answer_all(
-            pipeline, samples, examples, job, journal, shared.weights, cfg.batch_size, cfg.workers
-        )
-        summary = summarise(rows, tuple(pipeline.scorers))
-        kept = (row["kept"] for number in numbers for row in journal.load(number)["rows"])
-        stream_samples(job.folder / results.SAMPLES, rows, kept)
+    stored = job.folder / results.SAMPLES
+    with job.journal() as journal:
+        batches = Batches.of(samples, cfg.batch_size)
+        answered = answer_all(pipeline, batches, examples, job, journal, shared.weights, cfg.workers)
+        tables, corpora = score_corpora(AnsweredTables(journal, answered.offsets), pipeline.scorers)
+        with replacing(stored) as file:
+            write_tables(file, tables)
+    rows = SampleColumns(stored)
+    summary = summarise(rows, tuple(pipeline.scorers), corpora)
+    timings = batch_times(rows, answered.warm_up)
     sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
@@ -88,14 +93,14 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         "data": {
             "name": dataset.name,
             "split": dataset.split,
-            "n": len(rows),
+            "n": len(samples),
             "of": len(dataset),
             "ids": ids,
-            "digests": digests_of(rows),
+            "digests": digests_of(read_facts(stored)),
             "prompt": prompt_hash(cfg.data, decode.max_new_tokens),
             "cleaner": CLEANER,
             "scorer": scorer_version(),
-            **({"drawn": digests_of(list(map(facts_of, everything)))} if cfg.shards > 1 else {}),
+            **({"drawn": digests_of(map(facts_of, everything))} if cfg.shards > 1 else {}),
             **({"found": dict(dataset.provenance)} if isinstance(dataset, Traced) else {}),
         },
         **summary,
@@ -114,13 +119,14 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     }
     if decode.prefix_cache:
         cost = profiling.cost_of(model.config.lm, model.dtype)
-        floor = profiling.eval_floor(cost, rows, decode.max_new_tokens, cfg.batch_size)
+        lengths, steps = rows.known("n_prefix"), rows.known("n_steps")
+        floor = profiling.eval_floor(cost, lengths, steps, decode.max_new_tokens, cfg.batch_size)
         limits = profiling.known_limits(job.folder.parent, device, model.dtype)
         held = sum(p.numel() * p.element_size() for p in model.parameters())
         sections["times"]["flags"] = profiling.flags(sections["times"], held, limits, floor)
     with logger:  # only now: its threads would be timed, too
         logger.begin()
-        logger.end(sections, rows)
+        logger.end(sections, read_columns(stored, LOGGED))
     shared.keep()
     return sections
 
@@ -161,10 +167,11 @@ class Examples:
     numbers: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        pictures = {sample.id: picture_of(sample) for sample in self.samples}
-        self._mapped = {i: pictures[i] for i in list(self.numbers)[:MAPS] if i in pictures}
+        first = set(list(self.numbers)[:MAPS])
+        searched = self.samples if first else ()
+        self._mapped = {sample.id: picture_of(sample) for sample in searched if sample.id in first}
         wanted = set(self._mapped.values())
-        asked = {i: picture for i, picture in pictures.items() if picture in wanted}
+        asked = {sample.id: picture for sample in searched if (picture := picture_of(sample)) in wanted}
         self.watch = TokenCapture(self.pipeline.selector, asked)
 
     def draw(self, batch: Sequence[Sample], answers: Answers) -> None:
@@ -181,77 +188,117 @@ class Examples:
                 save_map(folder, number, tokens, geometry(image.size).eligible_N, row["kept"])
 
 
+@dataclass(frozen=True)
+class Batches(Sequence[Sequence[Sample]]):
+    """Samples in batches of a size, of which those with the given numbers are meant."""
+
+    samples: ChosenSamples
+    size: int
+    numbers: np.ndarray
+
+    @classmethod
+    def of(cls, samples: ChosenSamples, size: int) -> Self:
+        return cls(samples, size, np.arange(-(-len(samples) // size)))
+
+    @property
+    def n_samples(self) -> int:
+        return int(np.minimum(self.size, len(self.samples) - self.size * self.numbers).sum())
+
+    def only(self, chosen: np.ndarray) -> Self:
+        return replace(self, numbers=self.numbers[chosen])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Sequence[Sample]:  # type: ignore[override]  # no slices
+        begin = self.size * int(self.numbers[index])
+        return self.samples[begin : begin + self.size]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What is in memory of the answers of a job, batch by batch."""
+
+    offsets: np.ndarray
+    """int64: where in the journal each batch is; -1 for one that is not."""
+    warm_up: np.ndarray
+    """bool: the first batches of sessions, which warm caches and allocators up."""
+
+
 def answer_all(
     pipeline: EvalPipeline,
-    samples: Sequence[Sample],
+    batches: Batches,
     examples: Examples,
     job: Job,
-    journal: Journal,
+    journal: AnswerJournal,
     weights: str,
-    batch_size: int,
     workers: int,
-) -> tuple[list[SampleRow], list[dict[str, float]], list[int]]:
-    """Every sample's row without its kept tokens, for every batch the milliseconds per sample by stage, and the numbers
-    of the batches in the journal.
-
-    The first batch of a session warms caches and allocators up; its times are left out unless there are no others.
-    """
-    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    with Progress(job.identity.job, len(samples)) as progress, examples.watch:
-        if journal.entries and journal.entries[0]["weights"] != weights:
-            raise UserError(f"{job.folder / JOURNAL} was begun with other weights: overwrite=true starts again")
-        answered = find_answered(journal.entries, batches, job.folder)
-        missing = [i for i in range(len(batches)) if i not in answered]
-        progress.advance(sum(len(batches[i]) for i in answered))
-        todo = [batches[i] for i in missing]
+) -> Answered:
+    """Answers the batches that the journal does not have."""
+    with Progress(job.identity.job, len(batches.samples)) as progress, examples.watch:
+        found = find_answered(journal, batches, weights, job.folder)
+        todo = batches.only(found.offsets < 0)
+        progress.advance(batches.n_samples - todo.n_samples)
         coming = prefetch_pictures(todo, pipeline.model.config, pipeline.selector.geometry, workers)
-        for i, batch, loaded in zip(missing, todo, coming, strict=True):
+        for i, batch, loaded in zip(todo.numbers, todo, coming, strict=True):
             with profiling.explain_oom(pipeline.model, len(batch), pipeline.n_vision):
                 answers = pipeline.answer(batch, loaded)
             examples.draw(batch, answers)
-            answered[i] = len(journal.entries)
-            entry = {"weights": weights, "warm_up": i == missing[0], "ms": answers.ms, "rows": answers.rows}
-            journal.append(entry)
+            found.warm_up[i] = i == todo.numbers[0]
+            found.offsets[i] = journal.append(answers.rows, answers.ms, weights, bool(found.warm_up[i]))
             progress.advance(len(batch))
-    numbers = [answered[i] for i in range(len(batches))]
-    entries = [journal.entries[number] for number in numbers]
-    shares = [{stage: ms / len(entry["rows"]) for stage, ms in entry["ms"].items()} for entry in entries]
-    numbered = [(i, row) for i, entry in enumerate(entries) for row in entry["rows"]]
-    rows = [cast(SampleRow, {**row, "batch": i, "ms": shares[i]}) for i, row in numbered]
-    drop_partial_digests(rows)
-    timed = [share for share, entry in zip(shares, entries, strict=True) if not entry["warm_up"]] or shares
-    return rows, timed, numbers
+    return found
 
 
-def without_kept(entry: Entry) -> Entry:
-    """A journaled batch without its kept tokens, which are most of it; KeyError for what is none."""
-    rows = [{**row, "id": row["id"], "kept": []} for row in entry["rows"]]
-    return {**{key: entry[key] for key in ("weights", "warm_up", "ms")}, "rows": rows}
-
-
-def find_answered(entries: Sequence[Entry], batches: Sequence[Sequence[Sample]], folder: Path) -> dict[int, int]:
-    """Where in the journal batches are, by their numbers.
-
-    Those count that are of the same samples in the same order, none of which has changed since.
+def find_answered(journal: AnswerJournal, batches: Batches, weights: str, folder: Path) -> Answered:
+    """The batches that the journal has: of the same samples in the same order, none of which has changed since.
 
     Where the data has changed, this is said, and the rest is answered again.
+
+    Raises:
+        UserError: the journal was begun with other weights.
     """
-    by_ids = {tuple(row["id"] for row in entry["rows"]): number for number, entry in enumerate(entries)}
-    rows = [row for number in by_ids.values() for row in entries[number]["rows"]]
-    ids = {row["id"] for row in rows}
-    found = changes(rows, [sample for batch in batches for sample in batch if sample.id in ids])
-    changed = {change.id for change in found}
-    answered = {}
-    for i, batch in enumerate(batches):
-        names = tuple(sample.id for sample in batch)
-        if names in by_ids and changed.isdisjoint(names):
-            answered[i] = by_ids[names]
-    if len(answered) < len(by_ids):
-        n = sum(len(batches[i]) for i in answered)
-        why = describe(found) or "other samples are drawn"
-        print(f"data  has changed since this job stopped ({why}): {n} of its {len(ids)} answers are kept")
+    found = Answered(np.full(len(batches), -1), np.zeros(len(batches), dtype=bool))
+    place: dict[str, int] = {}
+    current = CurrentFacts(batches.samples)
+    changed: dict[str, Change] = {}
+    known = np.zeros(len(batches.samples), dtype=bool)
+    n_lost = 0
+    for offset, answered in journal:
+        if answered.weights != weights:
+            raise UserError(f"{journal.path} was begun with other weights: overwrite=true starts again")
+        place = place or {name: i for i, name in enumerate(batches.samples.ids)}
+        rows = answered.rows.select(FACTS).to_pylist()
+        here = [place.get(row["id"], -1) for row in rows]
+        for i, row in zip(here, rows, strict=True):
+            fields = differing(row, current(batches.samples[i])) if i >= 0 else ()
+            if i < 0 or fields:
+                changed[row["id"]] = Change(row["id"], fields, gone=i < 0)
+            else:
+                changed.pop(row["id"], None)
+        known[[i for i in here if i >= 0]] = True
+        number, rest = divmod(here[0], batches.size)
+        end = min(here[0] + batches.size, len(batches.samples))
+        if rest == 0 and here == list(range(max(0, here[0]), end)):
+            same = changed.keys().isdisjoint(row["id"] for row in rows)
+            found.offsets[number] = offset if same else -1
+            found.warm_up[number] = same and answered.warm_up
+        else:
+            n_lost += 1
+    if n_lost or changed:
+        n = batches.only(found.offsets >= 0).n_samples
+        n_before = int(known.sum()) + sum(change.gone for change in changed.values())
+        why = describe(list(changed.values())) or "other samples are drawn"
+        print(f"data  has changed since this job stopped ({why}): {n} of its {n_before} answers are kept")
         remove_path(folder / SHOTS)
-    return answered
+    return found
+
+
+def batch_times(rows: SampleColumns, warm_up: np.ndarray) -> dict[str, np.ndarray]:
+    """Milliseconds per sample of each batch by stage, without warm-ups unless there is nothing else."""
+    first = np.unique(rows.known("batch"), return_index=True)[1]
+    timed = first[~warm_up] if not warm_up.all() else first
+    return {stage: rows.numbers(f"ms_{stage}")[timed] for stage in rows.stages}
 
 
 def prompt_hash(data: Mapping[str, Any] | DictConfig, max_new_tokens: int) -> str:

@@ -3,16 +3,16 @@
 import gc
 import re
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -74,14 +74,11 @@ def use_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def summarise_stages(timings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Medians over batches of the milliseconds per sample, by stage and in all."""
-    stages = list(dict.fromkeys(stage for timing in timings for stage in timing))
-    medians = {stage: statistics.median(timing.get(stage, 0.0) for timing in timings) for stage in stages}
-    return {
-        "ms_per_sample": {**medians, "total": statistics.median(sum(timing.values()) for timing in timings)},
-        "batches_timed": len(timings),
-    }
+def summarise_stages(timings: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Medians over batches of the milliseconds per sample, by stage and in all; `timings` has each batch's by stage."""
+    total = np.sum(list(timings.values()), axis=0)
+    medians = {stage: float(np.median(times)) for stage, times in timings.items()}
+    return {"ms_per_sample": {**medians, "total": float(np.median(total))}, "batches_timed": len(total)}
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Timing:
             "ms": self.median,
             "ms_min": self.least,
             "ms_iqr": 1000 * self.wall.iqr,
-            "cpu_ms": statistics.median(self.cpu_ms) if self.cpu_ms else None,
+            "cpu_ms": float(np.median(self.cpu_ms)) if self.cpu_ms else None,
             "ms_all": [1000 * seconds for seconds in self.wall.times],
         }
 
@@ -290,20 +287,20 @@ def flags(
     return found
 
 
-def eval_floor(cost: LmCost, rows: Sequence[Mapping[str, Any]], n_answer: int, batch_size: int) -> dict[str, Work]:
-    """The least work of a sample of an evaluation with a prefix cache, on average.
+def eval_floor(
+    cost: LmCost, n_prefix: np.ndarray, n_steps: np.ndarray, n_answer: int, batch_size: int
+) -> dict[str, Work]:
+    """The least work of a sample of an evaluation with a prefix cache, on average; from each sample's prompt tokens and
+    denoising steps.
 
     Weights are read once for a whole batch. A step counts one masked slot: how many there were is not recorded.
     """
-    prefill, denoise = Work(0, 0), Work(0, 0)
-    for row in rows:
-        prefill += cost.prefill(row["n_prefix"])
-        denoise += cost.step(0, n_answer, 1).times(row["n_steps"])
-    share = 1 / (len(rows) * batch_size)
-    return {
-        "prefill": Work(prefill.flops / len(rows), prefill.bytes * share),
-        "denoise": Work(denoise.flops / len(rows), denoise.bytes * share),
-    }
+    lengths = zip(*(column.tolist() for column in np.unique(n_prefix, return_counts=True)), strict=True)
+    prefill = sum((cost.prefill(length).times(count) for length, count in lengths), Work(0, 0))
+    denoise = cost.step(0, n_answer, 1).times(int(n_steps.sum()))
+    n = len(n_prefix)
+    floor = {"prefill": prefill, "denoise": denoise}
+    return {stage: Work(work.flops / n, work.bytes / (n * batch_size)) for stage, work in floor.items()}
 
 
 CPU_MESSAGE = "can't allocate memory"

@@ -6,24 +6,25 @@ new run with these metrics; answers and times stay as they are.
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from experiments.analysis.aggregate import summarise
+from experiments.analysis.aggregate import score_corpora, summarise
 from experiments.analysis.table import refresh
-from experiments.atomic_files import encode_json, read_json, write_together
+from experiments.atomic_files import encode_json, read_json, replacing_together
 from experiments.data.sample import ids_hash
 from experiments.errors import sentence_of
 from experiments.job_names import override_key
 from experiments.jobs import results
 from experiments.jobs.results import SHOTS
-from experiments.jobs.sample_rows import SampleRow, encode_samples, read_rows
+from experiments.jobs.sample_rows import RECALL, SampleColumns, read_columns, read_tables, write_tables
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import Scorer, score_answer, scorer_version, text_metrics
 from experiments.sweeps import job_folders
@@ -103,38 +104,44 @@ def rescore(folder: Path, metrics: Sequence[str] | None = None) -> tuple[Mapping
 def _rescore(folder: Path, metrics: Sequence[str] | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     result = results.read_result(folder)
     assert result is not None
-    rows = _answers(folder, result)
+    stored = folder / results.SAMPLES
+    _check_answers(folder, result)
     scorers = text_metrics(metrics or result["config"]["data"]["metrics"])
-    for row in rows:
-        row["scores"] = score_answer(scorers, row["prediction"], row["answers"], row["target"])
-    shots = _shots(folder, rows)
-    quality = summarise(rows, tuple(scorers))["quality"]
-    if metrics is not None:
-        _check_references(folder, rows, scorers, metrics)
-        result = _asked_with(result, metrics)
-    before, scored_by = result["quality"], result["data"].get("scorer")
-    new = {
+    records = {path: read_json(path) for path in sorted((folder / SHOTS).glob("*.json"))}
+    shots = {path: shot for path, shot in records.items() if shot is not None}
+    rescored = _Rescored(stored, scorers, {shot["id"] for shot in shots.values()})
+    tables, corpora = score_corpora(rescored, scorers)
+    with replacing_together([*shots, stored, folder / results.RESULT]) as files:
+        write_tables(files[-2], tables)
+        files[-2].flush()
+        rows = SampleColumns(Path(files[-2].name))
+        quality = summarise(rows, tuple(scorers), corpora)["quality"]
+        if metrics is not None:
+            _check_references(folder, rows, scorers, metrics)
+            result = _asked_with(result, metrics)
+        for file, shot in zip(files, shots.values(), strict=False):
+            # Scores that depend on all answers stay empty in an example.
+            file.write(encode_json({**shot, "scores": rescored.scores[shot["id"]]}))
+        files[-1].write(encode_json(_record(result, quality)))
+    return result["quality"], quality
+
+
+def _record(result: Mapping[str, Any], quality: Mapping[str, Any]) -> dict[str, Any]:
+    """The job's record with its new scores."""
+    return {
         **result,
         "data": {**result["data"], "cleaner": CLEANER, "scorer": scorer_version()},
         "quality": quality,
         "rescored": {
-            "before": {"metrics": list(before["metrics"]), "scorer": scored_by},
+            "before": {"metrics": list(result["quality"]["metrics"]), "scorer": result["data"].get("scorer")},
             **results.code_version(),
         },
         "times": {**result["times"], "rescored": results.now()},
     }
-    write_together(
-        {
-            **{path: encode_json(shot) for path, shot in shots.items()},
-            folder / results.SAMPLES: encode_samples(rows),
-            folder / results.RESULT: encode_json(new),
-        }
-    )
-    return before, quality
 
 
-def _answers(folder: Path, result: Mapping[str, Any]) -> list[SampleRow]:
-    """The job's answers, after checking that they are complete and the ones that were scored."""
+def _check_answers(folder: Path, result: Mapping[str, Any]) -> None:
+    """Checks that the job's answers are complete and the ones that were scored."""
     where = f"{WORD}={folder}"
     if result["verb"] != "eval" or result["status"] != "ok":
         raise UserError(
@@ -145,27 +152,45 @@ def _answers(folder: Path, result: Mapping[str, Any]) -> list[SampleRow]:
         raise UserError(f"{where} is one of {result['config']['shards']} shards: score the job that they make together")
     if not (folder / results.SAMPLES).is_file():
         raise MissingFileError(f"{where} has no {results.SAMPLES}: overwrite=true answers again")
-    rows = read_rows(folder / results.SAMPLES)
-    found = ids_hash(row["id"] for row in rows)
+    found = ids_hash(row["id"] for row in read_columns(folder / results.SAMPLES, ["id"]))
     if found != result["data"]["ids"]:
         raise UserError(
             f"{where}: {results.SAMPLES} holds other samples (ids {found}) than {results.RESULT} scored "
             f"(ids {result['data']['ids']}); overwrite=true answers again"
         )
-    return rows
 
 
-def _check_references(
-    folder: Path, rows: Sequence[SampleRow], scorers: Mapping[str, Scorer], asked: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class _Rescored:
+    """The rows of samples.parquet with new scores of single answers, as often as they are asked for."""
+
+    path: Path
+    scorers: Mapping[str, Scorer]
+    examples: Collection[str]
+    """Ids of samples whose scores are kept in `scores`."""
+    scores: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for table in read_tables(self.path):
+            rows = table.select(("id", "prediction", "answers", "target")).to_pylist()
+            scores = [score_answer(self.scorers, row["prediction"], row["answers"], row["target"]) for row in rows]
+            self.scores.update(
+                (row["id"], s) for row, s in zip(rows, scores, strict=True) if row["id"] in self.examples
+            )
+            table = table.drop_columns([name for name in table.column_names if name.startswith("score_")])
+            for name in self.scorers:
+                table = table.append_column(f"score_{name}", pa.array([s[name] for s in scores], pa.float64()))
+            yield table
+
+
+def _check_references(folder: Path, rows: SampleColumns, scorers: Mapping[str, Scorer], asked: Sequence[str]) -> None:
     """Raises UserError unless each metric finds a reference in at least one sample."""
     for name in asked:
         if name == _RECALL:
-            found, missing = any(row["recall"] is not None for row in rows), "boxes of the evidence"
+            column, missing = RECALL, "boxes of the evidence"
         else:
-            found = any(row["scores"][name] is not None for row in rows)
-            missing = getattr(scorers[name], "reference", "answers")
-        if not found:
+            column, missing = f"score_{name}", getattr(scorers[name], "reference", "answers")
+        if not len(rows.known(column)):
             raise UserError(f"{METRICS}: {name} needs {missing}, and no sample of {folder.name} has any")
 
 
@@ -184,13 +209,6 @@ def _asked_with(result: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any
         "config": config,
         "config_hash": results.config_hash(config),
     }
-
-
-def _shots(folder: Path, rows: Sequence[SampleRow]) -> dict[Path, dict[str, Any]]:
-    """The records of the drawn samples with their new scores; those that need all answers stay empty there."""
-    scores = {row["id"]: dict(row["scores"]) for row in rows}
-    records = {path: read_json(path) for path in sorted((folder / SHOTS).glob("*.json"))}
-    return {path: {**shot, "scores": scores[shot["id"]]} for path, shot in records.items() if shot is not None}
 
 
 def _names(word: str) -> tuple[str, ...]:

@@ -5,25 +5,32 @@ import re
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from experiments.analysis.aggregate import summarise
+import numpy as np
+import pyarrow as pa
+
+from experiments.analysis.aggregate import score_corpora, summarise
 from experiments.analysis.study import read_study
 from experiments.analysis.systems import Result
-from experiments.atomic_files import remove_path, write_json
+from experiments.atomic_files import remove_path, replacing, write_json
 from experiments.data.sample import ids_hash
 from experiments.errors import leave_out
 from experiments.job_names import merged_name, override_key
 from experiments.jobs.results import RESULT, SAMPLES, SHOTS, config_hash, read_result
 from experiments.jobs.sample_rows import (
-    SampleRow,
+    SampleColumns,
     digests_of,
-    drop_partial_digests,
-    read_rows,
-    write_samples,
+    read_columns,
+    read_facts,
+    read_tables,
+    write_tables,
 )
+from experiments.metrics.answers import text_metrics
 from shirg import UserError
 
 
@@ -54,14 +61,16 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
         raise UserError(f"its shards were answered with different weights ({', '.join(sorted(weights))})")
     if len({json.dumps(result["data"].get("drawn")) for result in results}) > 1:
         raise UserError("the data has changed between its shards; run all of them again with overwrite=true")
-    rows = _in_order([read_rows(part / SAMPLES) for part, _ in parts])
-    drop_partial_digests(rows)
     config = {**results[0]["config"], "shard": 0, "shards": 1}
     overrides = [word for word in results[0]["overrides"] if override_key(word) != "shard"]
     command = re.sub(r"shard=\d+", f"shard={','.join(map(str, range(len(parts))))}", results[0]["command"])
     remove_path(folder)
-    summary = summarise(rows, tuple(results[0]["quality"]["metrics"]))
-    write_samples(folder / SAMPLES, rows)
+    metrics = tuple(results[0]["quality"]["metrics"])
+    tables, corpora = score_corpora(_Interleaved([part / SAMPLES for part, _ in parts]), text_metrics(metrics))
+    with replacing(folder / SAMPLES) as target:
+        write_tables(target, tables)
+    rows = SampleColumns(folder / SAMPLES)
+    summary = summarise(rows, metrics, corpora)
     for part, _ in parts:
         for file in (part / SHOTS).glob("*"):
             (folder / SHOTS).mkdir(exist_ok=True)
@@ -79,8 +88,8 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
             "data": {
                 **{key: value for key, value in results[0]["data"].items() if key != "drawn"},
                 "n": len(rows),
-                "ids": ids_hash(row["id"] for row in rows),
-                "digests": digests_of(rows),
+                "ids": ids_hash(row["id"] for row in read_columns(rows.path, ["id"])),
+                "digests": digests_of(read_facts(rows.path)),
             },
             **summary,
             "times": _merge_times([result["times"] for result in results], stamps),
@@ -88,10 +97,17 @@ def _merge_set(folder: Path, parts: Sequence[tuple[Path, Result]]) -> None:
     )
 
 
-def _in_order(parts: Sequence[Sequence[SampleRow]]) -> list[SampleRow]:
-    """Rows of shards in the order of the dataset: shard s holds the samples s, s + shards, s + 2 shards, ..."""
-    total = sum(map(len, parts))
-    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
+@dataclass(frozen=True)
+class _Interleaved:
+    """The rows of shards in the order of the dataset: shard s holds the samples s, s + shards, s + 2 shards, ..."""
+
+    paths: Sequence[Path]
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for parts in zip_longest(*map(read_tables, self.paths)):
+            blocks = [part for part in parts if part is not None]
+            row = np.concatenate([np.arange(len(block)) for block in blocks])
+            yield pa.concat_tables(blocks, promote_options="default").take(np.argsort(row, kind="stable"))
 
 
 def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
 from shirg import UserError
@@ -18,6 +19,8 @@ ALPHA = 0.05
 POWER = 0.8
 FLIPS = 10_000
 """Sign assignments drawn by the sign test."""
+Clusters = Sequence[Hashable] | np.ndarray
+"""Each value's cluster; integers where it is an array."""
 Z95 = float(ndtri(0.975))
 RESAMPLES = 4000
 BLOCK = 500
@@ -56,19 +59,19 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return (0.0 if successes <= 0 else centre - half, 1.0 if successes >= n else centre + half)
 
 
-def estimate(scores: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Estimate:
+def estimate(scores: Sequence[float] | np.ndarray, clusters: Clusters | None = None) -> Estimate:
     """The mean of scores in [0, 1] and its 95 % interval.
 
     Wilson for scores of 0 or 1 of unrelated samples; the bootstrap over clusters otherwise. The bootstrap has nothing
     to resample where all scores are equal or of one cluster: then Wilson, with the number of clusters as the number of
     observations.
     """
-    if not scores:
+    if not len(scores):
         raise UserError("no scores: an empty set has no mean")
     values = np.asarray(scores, dtype=np.float64)
     n, mean = len(values), float(values.mean())
-    groups = list(range(n)) if clusters is None else list(clusters)
-    n_clusters = len(set(groups))
+    groups = np.arange(n) if clusters is None else numbered(clusters)
+    n_clusters = int(groups.max()) + 1
     binary = bool(np.isin(values, (0.0, 1.0)).all())
     if n_clusters == 1 or bool((values == values[0]).all()) or (binary and n_clusters == n):
         low, high = wilson(mean * n_clusters, n_clusters)
@@ -98,7 +101,7 @@ def paired_delta(
     return Delta(len(ids), mean, *cluster_bootstrap(difference, groups), wins, losses, p)
 
 
-def cluster_bootstrap(values: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> tuple[float, float]:
+def cluster_bootstrap(values: np.ndarray, clusters: Clusters, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of the mean when whole clusters, at least two, are drawn with replacement.
 
     Percentiles, slightly further out than 2.5 and 97.5 %: with few clusters the plain ones are too narrow (Hesterberg's
@@ -122,11 +125,16 @@ def _blocks(n_draws: int, width: int) -> list[int]:
     return [min(size, n_draws - start) for start in range(0, n_draws, size)]
 
 
-def totals(values: np.ndarray, clusters: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def totals(values: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
     """Sum of the values and number of them, cluster by cluster."""
-    number = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    member = np.asarray([number[cluster] for cluster in clusters])
+    member = numbered(clusters)
     return np.bincount(member, weights=values), np.bincount(member)
+
+
+def numbered(clusters: Clusters) -> np.ndarray:
+    """The clusters as numbers from 0 on, in the order of their first members."""
+    names = clusters if isinstance(clusters, np.ndarray) else pd.Series(clusters, dtype=object)
+    return pd.factorize(names, use_na_sentinel=False)[0]
 
 
 @dataclass(frozen=True)

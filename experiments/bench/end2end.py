@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -69,7 +70,8 @@ def _answer(pipeline: EvalPipeline, samples: Sequence[Sample], size: int) -> dic
     began = time.perf_counter()
     answered = [pipeline.answer(batch) for batch in batches]
     seconds = time.perf_counter() - began
-    shares = [{k: ms / len(batch) for k, ms in a.ms.items()} for a, batch in zip(answered, batches, strict=True)]
+    sizes = [len(batch) for batch in batches]
+    shares = {k: np.asarray([a.ms[k] for a in answered]) / sizes for k in answered[0].ms}
     rows = [row for answers in answered for row in answers.rows]
     return {
         "seconds": seconds,

@@ -21,19 +21,19 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import profiling
-from experiments.atomic_files import Entry, Journal, clear_temporaries, remove_path, write_atomic
+from experiments.atomic_files import clear_temporaries, remove_path, write_atomic
 from experiments.errors import RESUME, explain, sentence_of, visible
 from experiments.jobs import results
+from experiments.jobs.answer_journal import JOURNAL, OLD_JOURNAL, AnswerJournal
 from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
 from experiments.jobs.launchers import JobOutcome
 from experiments.jobs.results import adapter_path
 from experiments.override_grammar import command_line
 from shirg import UserError
 
-JOURNAL = "journal.jsonl"
 CHECKPOINT = "checkpoints/last.ckpt"
 ERROR = "error.txt"
-_OWNED = (results.RESULT, results.SAMPLES, JOURNAL, ERROR, results.SHOTS)
+_OWNED = (results.RESULT, results.SAMPLES, JOURNAL, OLD_JOURNAL, ERROR, results.SHOTS)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Job:
     ranks: Ranks
     """The processes that work together; only the main one writes into the folder."""
 
-    def journal(self, slim: Callable[[Entry], Entry] | None = None) -> Journal:
-        return Journal(self.folder / JOURNAL, slim)
+    def journal(self) -> AnswerJournal:
+        return AnswerJournal(self.folder)
 
 
 Work = Callable[[DictConfig, Job], Mapping[str, Any]]
@@ -206,7 +206,8 @@ def _admit(cfg: DictConfig, folder: Path, identity: results.Identity) -> bool:
             remove_path(folder / name)
         return True
     before = results.read_result(folder)
-    started = any((folder / trace).exists() and (folder / trace).stat().st_size for trace in (JOURNAL, CHECKPOINT))
+    traces = [folder / name for name in (JOURNAL, OLD_JOURNAL, CHECKPOINT)]
+    started = any(trace.exists() and trace.stat().st_size for trace in traces)
     if before is None or not (before["status"] == "ok" or started):
         return True
     # A key that did not exist then, and is null now, makes another digest and no other job.

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from experiments.data.image_io import PictureFile, StoredPicture, digest_of, picture_of
@@ -77,21 +78,25 @@ def changes(rows: Iterable[Mapping[str, Any]], samples: Sequence[Sample]) -> lis
     Raises:
         UserError: a picture cannot be read.
     """
-    contents = _contents(samples)
-    return compare_facts(rows, ({**facts_of(s), "picture_digest": contents.get(s.id)} for s in samples))
+    return compare_facts(rows, map(CurrentFacts(samples), samples))
 
 
 def compare_facts(rows: Iterable[Mapping[str, Any]], facts: Iterable[Mapping[str, Any]]) -> list[Change]:
-    """How the second ones differ from the first; what one of the two does not tell is not compared."""
-    before = {row["id"]: row for row in rows}
+    """How the second ones differ from the first; what one of the two does not tell is not compared.
+
+    Both are read side by side, and only those are held in memory that have no partner yet.
+    """
+    before: dict[str, Mapping[str, Any]] = {}
+    now: dict[str, Mapping[str, Any]] = {}
     found = []
-    for now in facts:
-        row = before.pop(now["id"], None)
-        if row is None:
-            found.append(Change(now["id"]))
-        elif differing := _differing(row, now):
-            found.append(Change(now["id"], differing))
-    return [*found, *(Change(name, gone=True) for name in before)]
+    for pair in zip_longest(rows, facts):
+        for side, one in zip((before, now), pair, strict=True):
+            if one is not None:
+                side[one["id"]] = one
+        for name in {one["id"]: None for one in pair if one is not None}:
+            if name in before and name in now and (fields := differing(before.pop(name), now.pop(name))):
+                found.append(Change(name, fields))
+    return [*found, *(Change(name) for name in now), *(Change(name, gone=True) for name in before)]
 
 
 def describe(found: Sequence[Change]) -> str:
@@ -100,19 +105,45 @@ def describe(found: Sequence[Change]) -> str:
     return shown if len(found) <= _SHOWN else f"{shown}; {len(found)} samples in all"
 
 
-def _differing(row: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
+def differing(row: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that are not what they were."""
     names = (
         _NAMES.get(key, key) for key, value in facts.items() if None not in (value, row.get(key)) and row[key] != value
     )
     return tuple(dict.fromkeys(names))
 
 
-def _contents(samples: Sequence[Sample]) -> dict[str, str]:
-    """The digest of each sample's picture by id, where the files are quick to read."""
-    stored = {sample.id: sample.load_image for sample in samples if isinstance(sample.load_image, StoredPicture)}
-    sizes = {picture: picture.n_bytes() for picture in dict.fromkeys(stored.values())}
-    known = [size for size in sizes.values() if size is not None]
-    if len(known) < len(sizes) or sum(known) > QUICK_BYTES:
-        return {}
-    digests = {picture: digest_of(picture.read()) for picture in sizes}
-    return {name: digests[picture] for name, picture in stored.items()}
+class CurrentFacts:
+    """The facts of a sample as they are now; with the content of its picture, where all pictures are quick to read.
+
+    Args:
+        samples: all samples that will be asked for.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._quick = _are_quick(samples)
+        self._digests: dict[StoredPicture, str] = {}
+
+    def __call__(self, sample: Sample) -> dict[str, Any]:
+        """Raises UserError where the picture cannot be read."""
+        picture = sample.load_image
+        if not self._quick or not isinstance(picture, StoredPicture):
+            return {**facts_of(sample)}
+        if picture not in self._digests:
+            self._digests[picture] = digest_of(picture.read())
+        return {**facts_of(sample), "picture_digest": self._digests[picture]}
+
+
+def _are_quick(samples: Iterable[Sample]) -> bool:
+    """Whether the stored pictures of the samples are small in all."""
+    seen: set[StoredPicture] = set()
+    n_bytes = 0
+    for sample in samples:
+        picture = sample.load_image
+        if not isinstance(picture, StoredPicture) or picture in seen:
+            continue
+        size = picture.n_bytes()
+        if size is None or (n_bytes := n_bytes + size) > QUICK_BYTES:
+            return False
+        seen.add(picture)
+    return True

@@ -1,18 +1,15 @@
 """samples.parquet: one row for each sample, what it is and how it was answered."""
 
 import hashlib
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, BinaryIO, Literal, NotRequired, TypedDict, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from experiments.atomic_files import replacing, write_atomic
 
 
 class SampleFacts(TypedDict):
@@ -126,48 +123,142 @@ _COLUMNS: dict[str, pa.DataType] = {
 }
 
 
-_ROW_GROUP = 1024
+ROW_GROUP = 1024
+_EXTRA = {"score_": pa.float64(), "n_": pa.int32(), "ms_": pa.float64()}
+"""Columns of which every job has its own: scores by metric, token counts by source, times by stage."""
 
 
-def write_samples(path: Path, rows: Sequence[SampleRow]) -> None:
-    """Writes all rows at once."""
-    write_atomic(path, encode_samples(rows))
-
-
-def encode_samples(rows: Sequence[SampleRow]) -> bytes:
-    """A parquet file of the rows; scores, token counts by source and times are columns `score_*`, `n_*` and `ms_*`.
+def table_of(rows: Sequence[SampleRow]) -> pa.Table:
+    """The rows as columns of samples.parquet; scores, token counts by source and times are `score_*`, `n_*`, `ms_*`.
 
     Times are those of the sample's batch, shared out equally: the only columns in which two runs differ.
+
+    Raises:
+        pa.ArrowException, ValueError, KeyError, TypeError, AttributeError: rows that were read from a damaged file.
     """
     flat = [_flatten(row) for row in rows]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(flat, schema=_schema(rows)), buffer, compression="zstd")
-    return buffer.getvalue()
+    return pa.Table.from_pylist(flat, schema=schema_of(name for row in flat for name in row))
 
 
-def stream_samples(path: Path, rows: Sequence[SampleRow], kept: Iterable[Sequence[int]]) -> None:
-    """Writes rows whose kept tokens come one by one: they are most of a row, and need not all be in memory."""
-    schema = _schema(rows)
-    whole = (cast(SampleRow, {**row, "kept": tokens}) for row, tokens in zip(rows, kept, strict=True))
-    with replacing(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        while part := [_flatten(row) for row in islice(whole, _ROW_GROUP)]:
-            writer.write_table(pa.Table.from_pylist(part, schema=schema))
+def schema_of(names: Iterable[str]) -> pa.Schema:
+    """The schema of samples.parquet with these columns of its own, and those that every job has."""
+    own = [name for name in dict.fromkeys(names) if name not in _COLUMNS]
+    extra = [(name, kind) for prefix, kind in _EXTRA.items() for name in own if name.startswith(prefix)]
+    return pa.schema([*_COLUMNS.items(), *extra])
 
 
-def _schema(rows: Sequence[SampleRow]) -> pa.Schema:
-    kinds = {"score": pa.float64(), "n": pa.int32(), "ms": pa.float64()}
-    extra = {
-        f"{kind}_{name}": kinds[kind]
-        for row in rows
-        for kind, names in (("score", row["scores"]), ("n", row["sources"]), ("ms", row["ms"]))
-        for name in names
-    }
-    return pa.schema([*_COLUMNS.items(), *extra.items()])
+def conform(table: pa.Table, schema: pa.Schema, dropped: Collection[str] = ()) -> pa.Table:
+    """The columns of the schema, nulls in those that the table does not have or that are dropped."""
+    there = set(table.column_names) - set(dropped)
+    columns = [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
+    return pa.table(columns, schema=schema)
+
+
+def write_tables(file: BinaryIO, tables: Iterable[pa.Table]) -> None:
+    """Writes samples.parquet from its rows in parts.
+
+    One picture must not become two: where some rows are from before pictures had digests, none keeps its own.
+
+    Args:
+        tables: can be iterated twice; columns that only some of them have are filled with nulls.
+    """
+    names: dict[str, None] = {}
+    digests = True
+    for table in tables:
+        names |= dict.fromkeys(table.column_names)
+        digests = digests and "picture_digest" in table.column_names and not table["picture_digest"].null_count
+    schema, dropped = schema_of(names), () if digests else ("picture_digest",)
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in _in_blocks(conform(table, schema, dropped) for table in tables):
+            writer.write_table(group)
+
+
+def _in_blocks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows, `ROW_GROUP` of them in each table but the last."""
+    held: list[pa.Table] = []
+    n_rows = 0
+    for table in tables:
+        held.append(table)
+        n_rows += len(table)
+        while n_rows >= ROW_GROUP:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, ROW_GROUP)
+            held, n_rows = [whole.slice(ROW_GROUP)], n_rows - ROW_GROUP
+    if n_rows:
+        yield pa.concat_tables(held)
+
+
+def read_tables(path: Path, columns: Collection[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of samples.parquet in blocks, with those of the columns that it has; all columns if None are given."""
+    file = pq.ParquetFile(path)
+    there = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    for batch in file.iter_batches(ROW_GROUP, columns=there):
+        yield pa.Table.from_batches([batch])
+
+
+def read_columns(path: Path, columns: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Row by row the values of those columns that the file has."""
+    for table in read_tables(path, columns):
+        yield from table.to_pylist()
 
 
 def read_rows(path: Path) -> list[SampleRow]:
-    """The rows that `write_samples` wrote."""
-    return [_unflatten(flat) for flat in pq.read_table(path).to_pylist()]
+    """All rows of samples.parquet, in memory."""
+    return [_unflatten(flat) for table in read_tables(path) for flat in table.to_pylist()]
+
+
+class SampleColumns:
+    """The columns of samples.parquet, read one at a time: what a job of any size keeps in memory is one of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = pq.ParquetFile(path)
+        self.names: list[str] = self._file.schema_arrow.names
+        own = [name for name in self.names if name not in _COLUMNS]
+        self.sources = [name.removeprefix("n_") for name in own if name.startswith("n_")]
+        self.stages = [name.removeprefix("ms_") for name in own if name.startswith("ms_")]
+
+    def __len__(self) -> int:
+        n: int = self._file.metadata.num_rows
+        return n
+
+    def known(self, name: str) -> np.ndarray:
+        """The values that are not null."""
+        return np.asarray(self._read(name).drop_null())
+
+    def is_known(self, name: str) -> np.ndarray:
+        """bool: which rows have a value."""
+        return np.asarray(self._read(name).is_valid())
+
+    def numbers(self, name: str) -> np.ndarray:
+        """float64, 0 where there is no value."""
+        return np.asarray(self._read(name).cast(pa.float64()).fill_null(0.0))
+
+    def coded(self, name: str) -> tuple[np.ndarray, list[str]]:
+        """The number of each row's text, and the texts in the order of their first rows."""
+        texts = self._read(name).fill_null("").dictionary_encode().combine_chunks()
+        return np.asarray(texts.indices), texts.dictionary.to_pylist()
+
+    def pictures(self) -> np.ndarray:
+        """Which picture each row is about: rows that share a number are resampled together."""
+        pictures = self._read(picture_column(self.path)).dictionary_encode().combine_chunks()
+        return np.asarray(pictures.indices)
+
+    def _read(self, name: str) -> pa.ChunkedArray:
+        if name not in self.names:
+            return pa.chunked_array([pa.nulls(len(self), _COLUMNS.get(name) or _type_of(name))])
+        return self._file.read(columns=[name])[name]
+
+
+def check_types(schema: pa.Schema) -> None:
+    """Raises ValueError for rows that are not those of samples.parquet; columns may be missing."""
+    for field in schema:
+        if field.type != (_COLUMNS.get(field.name) or _type_of(field.name)):
+            raise ValueError(f"column {field.name} has type {field.type}")
+
+
+def _type_of(name: str) -> pa.DataType:
+    return next((kind for prefix, kind in _EXTRA.items() if name.startswith(prefix)), pa.null())
 
 
 def picture_of_row(row: Mapping[str, Any]) -> str:
@@ -175,20 +266,13 @@ def picture_of_row(row: Mapping[str, Any]) -> str:
     return str(row.get("picture_digest") or row["picture"])
 
 
-def drop_partial_digests(rows: Sequence[SampleRow]) -> None:
-    """Leaves the names of pictures alone where some rows are from before digests: one picture must not become two."""
-    if not all(row.get("picture_digest") for row in rows):
-        for row in rows:
-            row["picture_digest"] = None
+FACTS = (*SampleFacts.__annotations__, "picture_digest")
+"""Columns that say what a sample is, not what was answered."""
 
 
-def read_facts(path: Path) -> list[dict[str, Any]]:
-    """What the rows say about their samples, without what was answered."""
-    wanted = {*SampleFacts.__annotations__, "picture_digest"}
-    rows: list[dict[str, Any]] = pq.read_table(
-        path, columns=[name for name in pq.read_schema(path).names if name in wanted]
-    ).to_pylist()
-    return rows
+def read_facts(path: Path) -> Iterator[dict[str, Any]]:
+    """What the rows say about their samples, one by one."""
+    return read_columns(path, FACTS)
 
 
 _TEXTS = ("id", "question", "prompt", "answers", "target", "subtask", "group", "density")
@@ -196,20 +280,16 @@ _LATER = {"pictures": "picture_digest", "boxes": "boxes", "history": "history"}
 """Facts that rows of older studies do not have."""
 
 
-def digests_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+def digests_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, str | None]:
     """Identifies what was answered: 16 hex digits for each kind of fact, None for one that some row does not have."""
-    found: dict[str, str | None] = {"texts": _digest([[row[name] for name in _TEXTS] for row in rows])}
-    for kind, name in _LATER.items():
-        values = [row.get(name) for row in rows]
-        found[kind] = None if None in values else _digest(values)
-    return found
-
-
-def _digest(values: Sequence[Any]) -> str:
-    digest = hashlib.sha256()
-    for value in values:
-        digest.update(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()[:16]
+    digests = {kind: hashlib.sha256() for kind in ("texts", *_LATER)}
+    unknown = set()
+    for row in rows:
+        facts = {"texts": [row[name] for name in _TEXTS]} | {kind: row.get(name) for kind, name in _LATER.items()}
+        for kind, value in facts.items():
+            digests[kind].update(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+        unknown |= {kind for kind, value in facts.items() if value is None}
+    return {kind: None if kind in unknown else digest.hexdigest()[:16] for kind, digest in digests.items()}
 
 
 @dataclass(frozen=True)
@@ -256,7 +336,7 @@ def _flatten(row: SampleRow) -> dict[str, Any]:
     flat = {key: row.get(key) for key in _COLUMNS}
     flat |= {f"score_{name}": score for name, score in row["scores"].items()}
     flat |= {f"n_{source}": count for source, count in row["sources"].items()}
-    return flat | {f"ms_{stage}": ms for stage, ms in row["ms"].items()}
+    return flat | {f"ms_{stage}": ms for stage, ms in row.get("ms", {}).items()}
 
 
 def _unflatten(flat: Mapping[str, Any]) -> SampleRow:

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from experiments.metrics import CLEAN, METRICS, AnswerMetric, CiderD, TextMetric, metric
 from experiments.metrics.answer_metric import CLEANER
@@ -63,17 +66,21 @@ def score_answer(
     }
 
 
-def score_together(rows: Sequence[Mapping[str, Any]], scorers: Mapping[str, Scorer]) -> dict[str, dict[str, Any]]:
-    """Writes the scores that depend on all rows into `row["scores"]`; returns the facts of each such metric."""
-    facts = {}
-    for name, m in scorers.items():
-        if isinstance(m, TextMetric):
-            continue
-        texts = [row["prediction"] for row in rows], [row["answers"] for row in rows]
-        for row, score in zip(rows, m.scores(*texts), strict=True):
-            row["scores"][name] = score
-        facts[name] = m.facts(*texts)
-    return facts
+def score_together(
+    predictions: Iterable[str], references: Iterable[Sequence[str]], scorers: Mapping[str, Scorer]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+    """The scores that depend on all answers, NaN for a sample without references, and the facts of each such metric.
+
+    Args:
+        predictions, references: those of all samples; they are read several times.
+    """
+    together = {name: m for name, m in scorers.items() if isinstance(m, CiderD)}
+    scores = {name: np.fromiter(_or_nan(m.scores(predictions, references)), float) for name, m in together.items()}
+    return scores, {name: m.facts(predictions, references) for name, m in together.items()}
+
+
+def _or_nan(scores: Iterable[float | None]) -> Iterator[float]:
+    return (math.nan if score is None else score for score in scores)
 
 
 def references(scorer: AnswerMetric, answers: Sequence[str], target: str) -> Sequence[str]:

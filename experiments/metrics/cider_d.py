@@ -8,7 +8,8 @@ reported beside its ceiling, the score of a perfect predictor on the same set.
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.metrics.answer_metric import AnswerMetric, clean_answer
@@ -38,30 +39,33 @@ def tokenise(text: str) -> list[str]:
     return _TOKEN.findall(text.lower())
 
 
-def cider_d(items: Sequence[Item]) -> list[float]:
+def cider_d(items: Iterable[Item]) -> list[float]:
     """The score of each item in [0, 10], with document frequencies of these items' references.
 
     Every item needs a reference; a perfect answer scores 10 only from four words on, and 0 where every item has its
-    words.
+    words. The items are read twice.
     """
-    corpus = _Corpus([references for _, references in items])
+    corpus = _Corpus(references for _, references in items)
     return [corpus.score(prediction, references) for prediction, references in items]
 
 
-def ceiling(items: Sequence[Item]) -> float:
+def ceiling(items: Iterable[Item]) -> float:
     """The corpus score of a predictor that always gives one of the references, the best one."""
-    corpus = _Corpus([references for _, references in items])
-    return math.fsum(max(corpus.score(r, references) for r in references) for _, references in items) / len(items)
+    corpus = _Corpus(references for _, references in items)
+    best = math.fsum(max(corpus.score(r, references) for r in references) for _, references in items)
+    return best / corpus.n
 
 
 class _Corpus:
-    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+    def __init__(self, references: Iterable[Sequence[Tokens]]) -> None:
         self.frequency: Counter[tuple[str, ...]] = Counter()
+        self.n = 0
         for item in references:
             if not item:
                 raise UserError("CIDEr-D needs a reference for every item; leave out those without")
             self.frequency.update({gram for text in item for counts in _grams(text) for gram in counts})
-        self.log_n = math.log(len(references)) if references else 0.0
+            self.n += 1
+        self.log_n = math.log(self.n) if self.n else 0.0
 
     def score(self, prediction: Tokens, references: Sequence[Tokens]) -> float:
         return TOP * sum(self._similarity(_grams(prediction), _grams(r)) for r in references) / len(references)
@@ -87,34 +91,47 @@ def _grams(tokens: Tokens) -> Grams:
     return [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for n in range(1, ORDERS + 1)]
 
 
+@dataclass(frozen=True)
+class _Items:
+    """The tokens of answers and their references, made again each time they are read; items without references are
+    left out.
+    """
+
+    predictions: Iterable[str]
+    references: Iterable[Sequence[str]]
+    clean: bool
+
+    def __iter__(self) -> Iterator[Item]:
+        for prediction, accepted in zip(self.predictions, self.references, strict=True):
+            if accepted:
+                yield self._tokens(prediction), [self._tokens(reference) for reference in accepted]
+
+    def _tokens(self, text: str) -> list[str]:
+        return tokenise(clean_answer(text) if self.clean else text)
+
+
 class CiderD(AnswerMetric):
     """CIDEr-D of a whole evaluation; samples without references are left out."""
 
-    def scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float | None]:
+    def scores(self, predictions: Iterable[str], references: Iterable[Sequence[str]]) -> list[float | None]:
         """Each sample's score in the corpus of them all; None for a sample without references."""
-        values = iter(cider_d(self._items(predictions, references)))
+        values = iter(cider_d(_Items(predictions, references, self.clean)))
         return [next(values) if accepted else None for accepted in references]
 
-    def facts(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    def facts(self, predictions: Iterable[str], references: Iterable[Sequence[str]]) -> dict[str, Any]:
         """The corpus score, and the numbers that are needed to interpret it (ceiling, size, tokeniser)."""
-        items = self._items(predictions, references)
-        if not items:
+        items = _Items(predictions, references, self.clean)
+        scores = cider_d(items)
+        if not scores:
             return {}
-        score, best = math.fsum(cider_d(items)) / len(items), ceiling(items)
-        lengths = [len(text) for _, accepted in items for text in accepted]
+        score, best = math.fsum(scores) / len(scores), ceiling(items)
+        lengths = Counter(len(text) for _, accepted in items for text in accepted)
         return {
             "score": score,
             "top": TOP,
             "ceiling": best,
             "normalised": score / best if best else None,
-            "n": len(items),
-            "reference_tokens": sum(lengths) / len(lengths),
+            "n": len(scores),
+            "reference_tokens": sum(n * count for n, count in lengths.items()) / lengths.total(),
             "tokeniser": TOKENISER,
         }
-
-    def _items(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Item]:
-        def tokens(text: str) -> list[str]:
-            return tokenise(clean_answer(text) if self.clean else text)
-
-        pairs = zip(predictions, references, strict=True)
-        return [(tokens(prediction), [tokens(r) for r in accepted]) for prediction, accepted in pairs if accepted]

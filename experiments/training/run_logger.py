@@ -8,7 +8,8 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,10 @@ from shirg import UserError
 
 RUN_ID = "wandb-id"
 """File in a job's folder with the id of its wandb run. A resumed job continues that run."""
+LOGGED = ("id", "question", "answers", "prediction", "n_visual", "recall")
+"""Columns of a sample that wandb gets."""
+MOST_LOGGED = 10_000
+"""Samples that wandb gets, which has no use for more in a table."""
 _SECTIONS = ("training", "quality", "tokens", "times")
 
 
@@ -98,13 +103,12 @@ class RunLogger:
         """Logs one point of a curve, at its "step"."""
         self._send(lambda: self._log(point))
 
-    def end(self, sections: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Logs the numbers of result.json, and to wandb the samples and the overlays in the job's folder."""
+    def end(self, sections: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
+        """Logs the numbers of result.json, and to wandb the first samples and the overlays in the job's folder."""
         self._send(lambda: self.logger.log_metrics(numbers(sections)))
-        if self._in_wandb and rows:
-            columns = ["id", "question", "answers", "prediction", "n_visual", "recall"]
-            table = [[_cell(row[c]) for c in columns] for row in rows]
-            self._send(lambda: self.logger.log_text("samples", columns=columns, data=table))
+        table = [[_cell(row[c]) for c in LOGGED] for row in islice(rows, MOST_LOGGED)] if self._in_wandb else []
+        if table:
+            self._send(lambda: self.logger.log_text("samples", columns=list(LOGGED), data=table))
         if self._in_wandb and (shots := load_examples(self.job.folder / SHOTS)):
             pictures = [Image.open(io.BytesIO(shot.overlay)) for shot in shots]
             captions = [f"{shot.record['question']} -> {shot.record['prediction']}" for shot in shots]

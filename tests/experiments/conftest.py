@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -27,6 +29,7 @@ from experiments.analysis.turns import LAST_REFRESH
 from experiments.cli import update_report
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.evaluate import check_data, evaluate
+from experiments.jobs.answer_journal import JOURNAL, AnswerJournal
 from experiments.jobs.job import Work, run_job
 from experiments.jobs.results import VOLATILE
 from experiments.schema import CONF, VERSION_BASE
@@ -210,6 +213,14 @@ def result_of(folder: Path) -> dict[str, Any]:
     result = json.loads((folder / "result.json").read_text())
     assert isinstance(result, dict)
     return result
+
+
+def journaled(journal: Path) -> list[list[dict[str, Any]]]:
+    """The rows of each batch in a journal that a job may be writing now."""
+    with TemporaryDirectory() as folder:
+        shutil.copy(journal, Path(folder) / JOURNAL)
+        with AnswerJournal(Path(folder)) as found:
+            return [batch.rows.to_pylist() for _, batch in found]
 
 
 def lasting(result: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -191,7 +192,7 @@ def test_stage_times_add_up_and_start_over(monkeypatch: pytest.MonkeyPatch) -> N
             pass
     assert timer.collect() == {"select": 750.0, "prefill": 125.0}
     assert timer.collect() == {}
-    got = summarise_stages([{"a": 1.0, "b": 3.0}, {"a": 2.0, "b": 2.0}, {"a": 9.0, "b": 1.0}])
+    got = summarise_stages({"a": np.asarray([1.0, 2.0, 9.0]), "b": np.asarray([3.0, 2.0, 1.0])})
     assert got == {"ms_per_sample": {"a": 2.0, "b": 2.0, "total": 4.0}, "batches_timed": 3}
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -110,12 +111,17 @@ def test_no_source_token_has_no_spread() -> None:
     assert spread_of(torch.empty(0, dtype=torch.int64), places()) == KeptSpread(None, None, None)
 
 
+def blocks(maps: list[list[float | None] | None]) -> pa.ChunkedArray:
+    """Maps as a column of samples.parquet."""
+    return pa.chunked_array([pa.array(maps, pa.list_(pa.float64()))])
+
+
 def test_positions_are_even_where_selections_take_turns() -> None:
     halves = [[1.0] * 32 + [0.0] * 32, [0.0] * 32 + [1.0] * 32]
-    assert position_gini(halves) == 0.0
-    assert position_gini(halves[:1]) == pytest.approx(0.5)
-    assert position_gini([[None, 0.5, 0.5], [1.0, None, 0.0]]) == pytest.approx(gini_of_three())
-    assert position_gini([]) is None
+    assert position_gini(map(blocks, [halves[:1], halves[1:]])) == 0.0
+    assert position_gini([blocks(halves[:1])]) == pytest.approx(0.5)
+    assert position_gini([blocks([[None, 0.5, 0.5], [1.0, None, 0.0], None])]) == pytest.approx(gini_of_three())
+    assert position_gini([]) is None and position_gini([blocks([None])]) is None
 
 
 def gini_of_three() -> float:

@@ -76,8 +76,9 @@ def test_scores_of_single_answers_come_first_and_those_of_the_set_later() -> Non
         for p, a, t in (("red", "red", ""), ("blue", "green", "blue"))
     ]
     assert rows[0]["scores"] == {"exact_match": 1, "cider_d": None, "target_match": None}
-    facts = score_together(rows, scorers)
-    assert [row["scores"]["cider_d"] for row in rows] == pytest.approx([2.5, 0])
+    texts = [row["prediction"] for row in rows], [row["answers"] for row in rows]
+    scores, facts = score_together(*texts, scorers)
+    assert list(scores) == ["cider_d"] and scores["cider_d"].tolist() == pytest.approx([2.5, 0])
     assert list(facts) == ["cider_d"] and facts["cider_d"]["score"] == pytest.approx(1.25)
 
 

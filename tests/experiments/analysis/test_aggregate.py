@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.analysis.aggregate import summarise
+from experiments.analysis.aggregate import score_corpora, summarise
 from experiments.analysis.columns import columns
 from experiments.analysis.systems import seed_of
 from experiments.analysis.table import collect, markdown
-from experiments.jobs.sample_rows import Score, read_scores, write_samples
+from experiments.atomic_files import replacing
+from experiments.jobs.sample_rows import SampleColumns, SampleRow, Score, read_rows, read_scores, table_of, write_tables
+from experiments.metrics.answers import text_metrics
+from tests.experiments.analysis import plain_summary
 from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]
@@ -45,13 +49,22 @@ def row(i: int, score: float, **fields: Any) -> dict[str, Any]:
     return base | fields
 
 
-def test_summary_counts_by_group_and_density() -> None:
+def summary(path: Path, rows: list[dict[str, Any]], *metrics: str) -> dict[str, Any]:
+    """The summary of rows that are written in parts of three."""
+    parts = [table_of(cast(list[SampleRow], rows[i : i + 3])) for i in range(0, len(rows), 3)]
+    tables, corpora = score_corpora(parts, text_metrics(metrics))
+    with replacing(path) as file:
+        write_tables(file, tables)
+    return summarise(SampleColumns(path), metrics, corpora)
+
+
+def test_summary_counts_by_group_and_density(tmp_path: Path) -> None:
     rows = [
         *(row(i, 1.0, density="dense", recall=0.5) for i in range(4)),
         *(row(i, i % 2, recall=1.0) for i in range(4, 8)),
         *(row(i, 0.0, group="guard", subtask="shape", n_visual=90) for i in range(8, 10)),
     ]
-    got = summarise(rows, ("exact_match",))
+    got = summary(tmp_path / "samples.parquet", rows, "exact_match")
     assert list(got["quality"]["subsets"]) == ["fine dense", "fine sparse", "guard sparse"]
     assert [v["mean"] for v in got["quality"]["subsets"].values()] == [1.0, 0.5, 0.0]
     assert [v["n"] for v in got["quality"]["subsets"].values()] == [4, 4, 2]
@@ -65,12 +78,69 @@ def test_summary_counts_by_group_and_density() -> None:
 
 def test_samples_without_a_score_are_left_out_and_kept_in_the_file(tmp_path: Path) -> None:
     rows = [row(0, 1.0), row(1, 0.0) | {"scores": {"exact_match": None}}]
-    assert summarise(rows, ("exact_match",))["quality"]["metrics"]["exact_match"]["n"] == 1
-    write_samples(tmp_path / "samples.parquet", rows)
+    got = summary(tmp_path / "samples.parquet", rows, "exact_match")
+    assert got["quality"]["metrics"]["exact_match"]["n"] == 1
     assert read_scores(tmp_path / "samples.parquet", "exact_match") == {"s0": Score(1.0, "p0", "fine", "sparse")}
     stored = pq.read_table(tmp_path / "samples.parquet").to_pylist()
     assert [r["score_exact_match"] for r in stored] == [1.0, None]
     assert stored[0]["kept"] == [1, 2] and stored[0]["n_scaffold"] == 16 and stored[0]["ms_select"] == 0.5
+
+
+def drawn_rows(n: int, seed: int) -> list[dict[str, Any]]:
+    """Rows with everything that a summary reads, some of it missing here and there."""
+    rng = np.random.default_rng(seed)
+
+    def maybe(value: Any) -> Any:
+        return None if rng.random() < 0.2 else value
+
+    def one(i: int) -> dict[str, Any]:
+        words = rng.choice(["red", "blue", "two", "a red ball", "7"], 3).tolist()
+        subtask = str(rng.choice(["counting", "colour", ""]))
+        return row(
+            i,
+            0.0,
+            picture=f"p{rng.integers(n // 3)}",
+            answers=[str(rng.integers(3))] if subtask == "counting" else words[: rng.integers(3)],
+            target="",
+            prediction=str(rng.choice([words[2], "1", "2"])),
+            scores={"anls": maybe(float(rng.random())), "exact_match": maybe(float(rng.integers(2))), "cider_d": None},
+            subtask=subtask,
+            group=str(rng.choice(["fine", "guard", ""])),
+            density=str(rng.choice(["sparse", "dense"])),
+            place=str(rng.choice(["centre", "edge", "junction", ""])),
+            entity=f"e{rng.integers(5)}",
+            n_visual=int(rng.integers(50, 90)),
+            n_cache=maybe(int(rng.integers(20, 50))),
+            has_final=maybe(bool(rng.integers(2))),
+            cache_bytes=maybe(float(rng.random())),
+            drift=maybe(float(rng.random())),
+            same_top1=maybe(float(rng.random())),
+            recall=maybe(float(rng.random())),
+            coverage=maybe(float(rng.random())),
+            gini=maybe(float(rng.random())),
+            kept_map=maybe([None if rng.random() < 0.3 else float(rng.random()) for _ in range(6)]),
+            sources={"kept": int(rng.integers(60)), "scaffold": 16},
+        )
+
+    return [one(i) for i in range(n)]
+
+
+@pytest.mark.parametrize("n", [4, 100, 400])
+def test_columns_are_summarised_as_rows_are(tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, but for the sums of kept maps, which are made in blocks."""
+    monkeypatch.setattr("experiments.jobs.sample_rows.ROW_GROUP", 64)
+    rows = drawn_rows(n, n)
+    metrics = ("anls", "exact_match", "cider_d")
+    got = summary(tmp_path / "samples.parquet", rows, *metrics)
+    wanted = plain_summary.summarise(cast(list[SampleRow], rows), metrics)
+    found, expected = (one["selection"].pop("position_gini") for one in (got, wanted))
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert got == wanted
+    assert [list(got["quality"][key]) for key in ("subsets", "subtasks")] == [
+        list(wanted["quality"][key]) for key in ("subsets", "subtasks")
+    ], "in this order"
+    scores = [row["scores"]["cider_d"] for row in rows]
+    assert [row["scores"]["cider_d"] for row in read_rows(tmp_path / "samples.parquet")] == scores
 
 
 @pytest.mark.parametrize(

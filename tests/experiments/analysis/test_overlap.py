@@ -15,8 +15,9 @@ from experiments.analysis.overlap import KeptTokens, chance_jaccard, overlap, re
 from experiments.analysis.rows import Row
 from experiments.analysis.systems import Result
 from experiments.analysis.table import collect, markdown
-from experiments.jobs.sample_rows import read_rows, write_samples
+from experiments.jobs.sample_rows import read_rows
 from tests.experiments.conftest import result_of
+from tests.experiments.planting import write_rows
 
 Eval = Callable[..., Path]
 GOLDEN = Path(__file__).parents[2] / "golden/study_format_1"
@@ -37,7 +38,7 @@ def kept(tmp_path: Path) -> Callable[..., KeptTokens]:
             template | {"id": name, "picture": picture, "kept": list(indices), "n_valid": n_valid}
             for name, picture, indices in zip(names, pictures or names, tokens, strict=True)
         ]
-        write_samples(tmp_path / "samples.parquet", rows)  # type: ignore[arg-type]
+        write_rows(tmp_path / "samples.parquet", rows)  # type: ignore[arg-type]
         return read_kept(tmp_path / "samples.parquet")
 
     return write

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from experiments.jobs.results import LOCK
-from tests.experiments.conftest import finish, lasting, result_of, rows_of, start, table_without_times
+from tests.experiments.conftest import finish, journaled, lasting, result_of, rows_of, start, table_without_times
 
 Eval = Callable[..., Path]
 
@@ -25,19 +25,19 @@ def test_a_killed_job_ends_with_the_table_of_an_undisturbed_one(tiny_weights: Pa
     killed = start("eval", *command, cwd=rough)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        found = list((rough / "outputs").glob("s/*/journal.jsonl"))
-        if found and found[0].read_bytes().count(b"\n") >= 3:
+        found = list((rough / "outputs").glob("s/*/journal.arrow"))
+        if found and len(journaled(found[0])) >= 3:
             break
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     finish(killed)
-    (journal,) = (rough / "outputs").glob("s/*/journal.jsonl")
-    before = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+    (journal,) = (rough / "outputs").glob("s/*/journal.arrow")
+    before = journaled(journal)
     assert 3 <= len(before) < 120, "killed too early or too late"
     assert result_of(journal.parent)["status"] == "running"
     # What a power cut adds: the beginning of a batch that never got to the disk.
     with open(journal, "ab") as file:
-        file.write(b'{"weights": "')
+        file.write(bytes(100))
 
     for folder, extra in ((rough, ["resume=true"]), (calm, [])):
         code, out, err = finish(start("eval", *command, *extra, cwd=folder))
@@ -48,11 +48,11 @@ def test_a_killed_job_ends_with_the_table_of_an_undisturbed_one(tiny_weights: Pa
     assert rows_of(rough_job) == rows_of(calm_job)
     ids = [row["id"] for row in rows_of(rough_job)]
     assert len(ids) == len(set(ids)) == 480
-    first = [row["id"] for entry in before for row in entry["rows"]]
+    first = [row["id"] for batch in before for row in batch]
     assert ids[: len(first)] == first
     assert lasting(result_of(rough_job)) == lasting(result_of(calm_job))
     assert table_without_times(rough / "outputs/s") == table_without_times(calm / "outputs/s")
-    assert not (rough_job / "journal.jsonl").exists()
+    assert not (rough_job / "journal.arrow").exists()
 
 
 def test_two_runs_give_the_same_result_but_for_times(eval_here: Eval, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def stopped(eval_here: Eval, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
     with monkeypatch.context() as patch:
         patch.setattr("experiments.profiling.Progress.advance", lambda self, n: dies() if n == 2 else None)
         job = eval_here(*arguments, ok=False)
-    assert len((job / "journal.jsonl").read_text().splitlines()) == 2
+    assert len(journaled(job / "journal.arrow")) == 2
     return job
 
 
@@ -151,12 +151,11 @@ def test_a_job_that_slurm_starts_again_goes_on(session: str, eval_here: Eval, mo
     """It has the command line of its first start, which knew nothing of the journal."""
     arguments = ("selector=pooled", "limit=8", "batch_size=2")
     job = stopped(eval_here, monkeypatch, *arguments)
-    entries = [json.loads(line) for line in (job / "journal.jsonl").read_text().splitlines()]
+    before = [{key: row[key] for key in ("id", "ms_denoise")} for row in sum(journaled(job / "journal.arrow"), [])]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     eval_here(*arguments, session)
     rows = pq.read_table(job / "samples.parquet", columns=["id", "ms_denoise"]).to_pylist()
     assert len(rows) == 8
-    before = [{"id": row["id"], "ms_denoise": entry["ms"]["denoise"] / 2} for entry in entries for row in entry["rows"]]
     assert rows[:4] == before, "answered again"
 
 

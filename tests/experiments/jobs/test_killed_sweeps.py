@@ -1,6 +1,5 @@
 """Sweeps on one machine that are killed, workers included, or lose one job: nothing is lost, nothing is done twice."""
 
-import json
 import os
 import random
 import signal
@@ -8,12 +7,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from tests.experiments.conftest import finish, result_of, start, table_without_times
+from experiments.jobs.answer_journal import JOURNAL
+from tests.experiments.conftest import finish, journaled, result_of, start, table_without_times
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
 
@@ -55,7 +54,7 @@ def test_a_job_that_dies_takes_no_other_with_it(two_jobs: list[str], calm: Path,
     process = start("eval", *two_jobs, f"threads={cores}", LOCAL, cwd=tmp_path)
     assert process.stderr is not None
     wait(process, study, 8)
-    (journal,) = study.glob("*/journal.jsonl")
+    (journal,) = study.glob("*/journal.arrow")
     os.kill(writer(journal), signal.SIGKILL)
     line = process.stderr.readline()
     assert not list(study.glob("*/samples.parquet")), "printed only after all jobs had ended"
@@ -118,20 +117,9 @@ def wait(process: subprocess.Popen[str], study: Path, samples: int) -> None:
 def answers(study: Path) -> Iterator[tuple[str, list[Answer]]]:
     """What each job has answered so far, in its journal or, when it has finished, in its samples."""
     for folder in study.glob("eval_*/"):
-        try:
-            lines = (folder / "journal.jsonl").read_bytes().split(b"\n")[:-1]
-            entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        except FileNotFoundError:
-            entries = []
-        if entries:
-            yield (
-                folder.name,
-                [
-                    (row["id"], entry["ms"]["denoise"] / len(entry["rows"]))
-                    for entry in entries
-                    for row in entry["rows"]
-                ],
-            )
+        batches = journaled(folder / JOURNAL) if (folder / JOURNAL).exists() else []
+        if batches:
+            yield folder.name, [(row["id"], row["ms_denoise"]) for batch in batches for row in batch]
         elif (folder / "samples.parquet").exists():
             yield folder.name, finished(folder)
 
@@ -150,7 +138,7 @@ def check(study: Path, calm: Path, answered: dict[str, list[Answer]]) -> None:
         before = answered.get(folder.name, [])
         assert finished(folder)[: len(before)] == before, "a sample was answered twice"
         assert len(set(ids)) == len(ids) and ids == [name for name, _ in finished(calm / folder.name)]
-        assert not (folder / "journal.jsonl").exists()
+        assert not (folder / "journal.arrow").exists()
 
 
 def writer(file: Path) -> int:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +14,9 @@ from safetensors.torch import save_file
 from experiments.atomic_files import remove_path
 from experiments.jobs import results
 from experiments.jobs.results import VERSION, adapter_path, config_hash, files_digest, read_result
-from experiments.jobs.sample_rows import SampleRow, read_rows, stream_samples, write_samples
+from experiments.jobs.sample_rows import SampleRow, read_rows, read_tables, table_of, write_tables
 from tests.experiments.conftest import Command, result_of, rows_of
+from tests.experiments.planting import write_rows
 
 STUDY = Path(__file__).parents[2] / "golden/study_format_1"
 FINISHED = (
@@ -76,25 +76,36 @@ def test_columns_are_the_keys_of_a_row(tmp_path: Path) -> None:
     spread = {"scores": ("score_anls",), "sources": ("n_kept",), "ms": ("ms_prefill",)}
     row = read_rows(STUDY / "completed" / "samples.parquet")[0]
     assert row.keys() == SampleRow.__annotations__.keys()
-    write_samples(tmp_path / "samples.parquet", [row])
+    write_rows(tmp_path / "samples.parquet", [row])
     assert read_rows(tmp_path / "samples.parquet") == [row]
     plain = [name for name in SampleRow.__annotations__ if name not in spread]
     row["scores"], row["sources"], row["ms"] = {"anls": 0.5}, {"kept": 3}, {"prefill": 1.5}
-    write_samples(tmp_path / "samples.parquet", [row])
+    write_rows(tmp_path / "samples.parquet", [row])
     schema = pq.read_schema(tmp_path / "samples.parquet")
     assert sorted(schema.names) == sorted([*plain, *(column for columns in spread.values() for column in columns)])
 
 
-def test_streamed_rows_are_those_that_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In three row groups, kept tokens from elsewhere."""
-    monkeypatch.setattr("experiments.jobs.sample_rows._ROW_GROUP", 20)
+def test_parts_are_written_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In row groups of 20; one part has a score and a time that the others do not have, and no digests."""
+    monkeypatch.setattr("experiments.jobs.sample_rows.ROW_GROUP", 20)
     rows = read_rows(STUDY / "completed" / "samples.parquet")
-    light = [cast(SampleRow, {**row, "kept": []}) for row in rows]
-    stream_samples(tmp_path / "streamed.parquet", light, (row["kept"] for row in rows))
-    write_samples(tmp_path / "whole.parquet", rows)
-    assert pq.ParquetFile(tmp_path / "streamed.parquet").num_row_groups == 3
-    assert pq.read_table(tmp_path / "streamed.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
-    assert any(row["kept"] for row in rows) and not any(row["kept"] for row in light)
+    for row in rows:
+        row["picture_digest"] = "0" * 16
+    rows[40]["scores"], rows[40]["ms"], rows[40]["picture_digest"] = {"anls": 0.5}, {"cache": 1.0}, None
+    parts = [table_of(rows[i : i + 7]) for i in range(0, len(rows), 7)]
+    with open(tmp_path / "parts.parquet", "wb") as file:
+        write_tables(file, parts)
+    read = list(map(len, read_tables(tmp_path / "parts.parquet", ["id"])))
+    assert read == [20, 20, 8] and pq.ParquetFile(tmp_path / "parts.parquet").num_row_groups == 3
+    found = read_rows(tmp_path / "parts.parquet")
+    for row, other in zip(rows, found, strict=True):
+        assert other["picture_digest"] is None, "some rows are from before digests"
+        assert {k: v for k, v in other["scores"].items() if v is not None} == row["scores"]
+        assert {k: v for k, v in other["ms"].items() if v is not None} == row["ms"]
+        later = ("picture_digest", "scores", "ms")
+        assert {k: v for k, v in other.items() if k not in later} == {k: v for k, v in row.items() if k not in later}
+    names = pq.read_schema(tmp_path / "parts.parquet").names
+    assert names.index("score_anls") < names.index("n_kept") < names.index("ms_cache")
 
 
 @pytest.fixture

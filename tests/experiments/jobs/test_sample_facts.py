@@ -12,9 +12,9 @@ from experiments.analysis.aggregate import summarise
 from experiments.analysis.stats import cluster_bootstrap
 from experiments.data.folder import Folder
 from experiments.jobs.sample_facts import changes, describe, facts_of
-from experiments.jobs.sample_rows import read_rows, read_scores
+from experiments.jobs.sample_rows import SampleColumns, read_scores
 from tests.data import official
-from tests.experiments.conftest import lasting, result_of, rows_of
+from tests.experiments.conftest import journaled, lasting, result_of, rows_of
 from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]
@@ -101,7 +101,7 @@ def test_a_stopped_job_ends_as_an_undisturbed_one_on_the_data_of_now(
     words = (*WORDS, f"data.root={data}", "batch_size=1")
     (data / "3.png").write_bytes(b"broken")
     job = eval_here(*words, ok=False)
-    assert len((job / "journal.jsonl").read_text().splitlines()) == 3
+    assert len(journaled(job / "journal.arrow")) == 3
     (data / "3.png").write_bytes(whole)
     CHANGES[kind][0](data)
     capfd.readouterr()
@@ -153,7 +153,7 @@ def test_pictures_without_names_are_told_apart_by_content(tmp_path: Path, eval_h
     digests = [row["picture_digest"] for row in rows_of(job)]
     assert digests[:4] * 6 == digests and len(set(digests)) == 4
     plant(job, lambda i: i % 4 == 0)
-    score = summarise(read_rows(job / "samples.parquet"), ("exact_match",))["quality"]["metrics"]["exact_match"]
+    score = summarise(SampleColumns(job / "samples.parquet"), ("exact_match",), {})["quality"]["metrics"]["exact_match"]
     values = np.asarray([float(i % 4 == 0) for i in range(24)])
     assert (score["low"], score["high"]) == cluster_bootstrap(values, [i % 4 for i in range(24)])
     assert {s.picture for s in read_scores(job / "samples.parquet", "exact_match").values()} == set(digests)

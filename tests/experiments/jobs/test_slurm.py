@@ -1,6 +1,5 @@
 """Sweeps, shards and training over two nodes of a real SLURM: cancelled, drained, put back into the queue, resumed."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,12 +8,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from experiments.training.callbacks import read_points
-from tests.experiments.conftest import Here, finish, lasting, result_of, rows_of, start, table_without_times
+from tests.experiments.conftest import Here, finish, journaled, lasting, result_of, rows_of, start, table_without_times
 from tests.experiments.jobs.cluster import slurm
 from tests.experiments.jobs.test_killed_sweeps import DIED, writer
 from tests.experiments.training.runs import last_step, wait_for_step
@@ -63,7 +61,7 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
 ) -> None:
     study = tmp_path / "outputs/s"
     waiting = start("eval", *sweep, SLURM, cwd=tmp_path, environment=cluster)
-    journal = wait_for(lambda: next(iter(written(study, "*B0*/journal.jsonl", lines=2)), None), waiting)
+    journal = wait_for(lambda: next(iter(written(study, "*B0*/journal.arrow", batches=2)), None), waiting)
     (job,) = (path.name for path in study.glob(".submitit/*_0"))
     with interrupted([writer(journal)]):
         control(cluster, "scancel", job)
@@ -76,7 +74,7 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
         assert last == DIED
         assert sum(line.startswith("ok ") for line in out.splitlines()) == 2
         assert sorted(row["status"] for row in table_without_times(study)) == ["ok", "ok", "stopped"]
-        first = [row["id"] for entry in entries(journal) for row in entry["rows"]]
+        first = [row["id"] for batch in journaled(journal) for row in batch]
         assert 8 <= len(first) < 240
     finally:
         control(cluster, "scontrol", "update", "nodename=n2", "state=resume")
@@ -95,11 +93,11 @@ def test_shards_over_both_nodes_equal_the_whole(
     words = ["-m", "shards=2", "shard=0,1", "experiment=P1", *sweep[2:], SLURM]
     study = tmp_path / "outputs/s"
     waiting = start("eval", *words, cwd=tmp_path, environment=cluster)
-    journal = wait_for(lambda: next(iter(written(study, "*shard-1*/journal.jsonl", lines=2)), None), waiting)
+    journal = wait_for(lambda: next(iter(written(study, "*shard-1*/journal.arrow", batches=2)), None), waiting)
     with interrupted([writer(journal)]):
         first = nodes(cluster, tmp_path)
         (job,) = (path.name for path in study.glob(".submitit/*_1"))
-        before = entries(journal)
+        before = journaled(journal)
         control(cluster, "scontrol", "requeue", job)
     assert 2 <= len(before) < 30
     code, out, err = finish(waiting)
@@ -107,7 +105,7 @@ def test_shards_over_both_nodes_equal_the_whole(
     assert sorted(first.values()) == ["n1", "n2"]
     parts = [rows_of(folder) for folder in sorted(study.glob("*_shard-*"))]
     assert list(map(len, parts)) == [120, 120]
-    assert [row["id"] for row in parts[1]][:8] == [row["id"] for entry in before[:2] for row in entry["rows"]]
+    assert [row["id"] for row in parts[1]][:8] == [row["id"] for batch in before[:2] for row in batch]
     (merged,) = (path for path in study.glob("eval_*shards-2*") if "_shard-" not in path.name)
     (whole,) = in_process.glob("*P1*")
     assert [{**row, "batch": 0} for row in rows_of(merged)] == [{**row, "batch": 0} for row in rows_of(whole)]
@@ -189,12 +187,8 @@ def nodes(cluster: Cluster, home: Path) -> dict[str, str]:
     return {job: node for job, node in map(str.split, listed.splitlines()) if job in jobs}
 
 
-def written(study: Path, pattern: str, lines: int) -> list[Path]:
-    return [path for path in study.glob(pattern) if path.read_bytes().count(b"\n") >= lines]
-
-
-def entries(journal: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
+def written(study: Path, pattern: str, batches: int) -> list[Path]:
+    return [path for path in study.glob(pattern) if len(journaled(path)) >= batches]
 
 
 def wait_for(found: Callable[[], Path | None], process: subprocess.Popen[str]) -> Path:
