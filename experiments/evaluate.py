@@ -72,16 +72,9 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         )
     profiling.reset_peak_memory(device)
     examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
-    stored = job.folder / results.SAMPLES
-    with job.journal() as journal:
-        batches = Batches.of(samples, cfg.batch_size)
-        answered = answer_all(pipeline, batches, examples, job, journal, shared.weights, cfg.workers)
-        tables, corpora = score_corpora(AnsweredTables(journal, answered.offsets), pipeline.scorers)
-        with replacing(stored) as file:
-            write_tables(file, tables)
-    rows = SampleColumns(stored)
-    summary = summarise(rows, tuple(pipeline.scorers), corpora)
-    timings = batch_times(rows, answered.warm_up)
+    rows, summary, timings = answer_and_summarise(
+        pipeline, samples, examples, job, shared.weights, cfg.batch_size, cfg.workers
+    )
     sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
@@ -96,7 +89,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
             "n": len(samples),
             "of": len(dataset),
             "ids": ids,
-            "digests": digests_of(read_facts(stored)),
+            "digests": digests_of(read_facts(rows.path)),
             "prompt": prompt_hash(cfg.data, decode.max_new_tokens),
             "cleaner": CLEANER,
             "scorer": scorer_version(),
@@ -126,7 +119,7 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         sections["times"]["flags"] = profiling.flags(sections["times"], held, limits, floor)
     with logger:  # only now: its threads would be timed, too
         logger.begin()
-        logger.end(sections, read_columns(stored, LOGGED))
+        logger.end(sections, read_columns(rows.path, LOGGED))
     shared.keep()
     return sections
 
@@ -188,8 +181,33 @@ class Examples:
                 save_map(folder, number, tokens, geometry(image.size).eligible_N, row["kept"])
 
 
+def answer_and_summarise(
+    pipeline: EvalPipeline,
+    samples: ChosenSamples,
+    examples: Examples,
+    job: Job,
+    weights: str,
+    batch_size: int,
+    workers: int,
+) -> tuple[SampleColumns, dict[str, Any], dict[str, np.ndarray]]:
+    """Answers what the job's journal does not have, and writes samples.parquet from it.
+
+    Returns:
+        The columns of samples.parquet, the sections of result.json that they make, and the times of `batch_times`.
+    """
+    path = job.folder / results.SAMPLES
+    with job.journal() as journal:
+        batches = SampleBatches.of(samples, batch_size)
+        answered = answer_all(pipeline, batches, examples, job, journal, weights, workers)
+        tables, corpora = score_corpora(AnsweredTables(journal, answered.offsets), pipeline.scorers)
+        with replacing(path) as file:
+            write_tables(file, tables)
+    rows = SampleColumns(path)
+    return rows, summarise(rows, tuple(pipeline.scorers), corpora), batch_times(rows, answered.warm_up)
+
+
 @dataclass(frozen=True)
-class Batches(Sequence[Sequence[Sample]]):
+class SampleBatches(Sequence[Sequence[Sample]]):
     """Samples in batches of a size, of which those with the given numbers are meant."""
 
     samples: ChosenSamples
@@ -227,7 +245,7 @@ class Answered:
 
 def answer_all(
     pipeline: EvalPipeline,
-    batches: Batches,
+    batches: SampleBatches,
     examples: Examples,
     job: Job,
     journal: AnswerJournal,
@@ -250,7 +268,7 @@ def answer_all(
     return found
 
 
-def find_answered(journal: AnswerJournal, batches: Batches, weights: str, folder: Path) -> Answered:
+def find_answered(journal: AnswerJournal, batches: SampleBatches, weights: str, folder: Path) -> Answered:
     """The batches that the journal has: of the same samples in the same order, none of which has changed since.
 
     Where the data has changed, this is said, and the rest is answered again.

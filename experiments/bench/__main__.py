@@ -77,6 +77,8 @@ OPTIONS = {
     "jobs": Option("sizes of studies, separated by commas", positives),
     "processes": Option("processes that hold the model at the same time", positive),
     "dtypes": Option("float32, bfloat16 or float16, separated by commas", dtypes),
+    "n": Option("numbers of samples, separated by commas", positives),
+    "kept": Option("kept tokens of a sample", positives),
 }
 """Options that a part may have; every part also has --device, --threads and --out."""
 
@@ -170,6 +172,11 @@ PARTS = {
         "sharing",
         "memory of processes that load the same checkpoint of 1 GiB, and the seconds that it takes each",
         {"model": "bench_small", "processes": "2", "dtypes": "bfloat16,float32"},
+    ),
+    "rows": Part(
+        "answer_rows",
+        "memory and time of a job's rows by their number: answered, stopped, resumed, summarised; without a model",
+        {"n": "1000,20000", "kept": "980", "batch": "16"},
     ),
 }
 

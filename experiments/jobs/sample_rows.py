@@ -123,7 +123,7 @@ _COLUMNS: dict[str, pa.DataType] = {
 }
 
 
-ROW_GROUP = 1024
+ROW_GROUP = 512
 _EXTRA = {"score_": pa.float64(), "n_": pa.int32(), "ms_": pa.float64()}
 """Columns of which every job has its own: scores by metric, token counts by source, times by stage."""
 
