@@ -97,6 +97,13 @@ def test_what_needs_a_mask_stays_padded() -> None:
     assert image_first.batchings == full.batchings == uncached.batchings == {"padded"}
 
 
+def test_where_tokens_are() -> None:
+    found = JoinedPrompts.of((3, 1, 2), CPU)
+    assert found.row_T.tolist() == [0, 0, 0, 1, 2, 2] and found.place_T.tolist() == [0, 1, 2, 0, 0, 1]
+    assert found.bound_E.tolist() == [0, 3, 4, 6] and found.last_B.tolist() == [2, 3, 5]
+    assert found.row_T.dtype == found.place_T.dtype == torch.int64
+
+
 def heads(n: int, heads: int, seed: int, **like: Any) -> Tensor:
     return noise(1, n, heads, 8, seed=seed).transpose(1, 2).to(**like)
 
