@@ -38,7 +38,7 @@ class Prefix:
 
     embeds_BPD: Tensor
     mask_BP: Tensor
-    """bool: False in padding."""
+    """bool: False in padding, which is behind the tokens of each prompt."""
     visual_BP: Tensor
     """bool: True at picture tokens, newlines included."""
     selections: tuple[Selection, ...] = ()
@@ -67,9 +67,15 @@ class Prefix:
 
     @cached_property
     def counts(self) -> tuple[PromptCounts, ...]:
-        """The counts of each prompt, asked of the device where they are not given."""
+        """The counts of each prompt, asked of the device where they are not given.
+
+        Raises:
+            UserError: for padding before a token.
+        """
         if self.given_counts is not None:
             return self.given_counts
+        if bool((self.mask_BP.diff(dim=-1) & ~self.mask_BP[:, :-1]).any()):
+            raise UserError("a prefix has padding before a token (mask_BP): pad prompts at their end")
         counts_B3 = torch.stack([x.sum(-1) for x in (self.mask_BP, self.visual_BP, self.behind_BP)], dim=-1)
         return tuple(PromptCounts(*row) for row in counts_B3.tolist())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lavida_adapter.decode_config import DecodeConfig, Rule
 from lavida_adapter.schedules import EPS
-from shirg import UserError
+from shirg import UserError, send
 from shirg.kernels import usable
 
 LogitsFn = Callable[[Tensor, Tensor | None], Tensor]
@@ -192,8 +192,8 @@ def topk_confident(confidence_BM: Tensor, open_BM: Tensor, ks: Sequence[int]) ->
     place_M = torch.arange(open_BM.shape[1], device=open_BM.device)
     if len(set(ks)) == 1:
         taken_BM = (place_M < ks[0]).expand_as(open_BM)
-    else:  # the copy does not wait for what runs on a GPU
-        taken_BM = place_M < torch.tensor(ks).to(open_BM.device, non_blocking=True)[:, None]
+    else:
+        taken_BM = place_M < send(torch.tensor(ks), open_BM.device)[:, None]
     return torch.zeros_like(open_BM).scatter(1, ranked_BM, taken_BM)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -257,6 +258,10 @@ DECODING: dict[str, Case] = {
     "graphs on a CPU": (
         lambda: small().generate(made_prefix(), DecodeConfig(max_new_tokens=4, engine="graph")),
         ["decode.engine=graph replays CUDA graphs: use decode.engine=compile or eager"],
+    ),
+    "padding before a token": (
+        lambda: small().prefill(replace(made_prefix(), mask_BP=made_prefix().mask_BP.flip(-1))),
+        ["a prefix has padding before a token (mask_BP): pad prompts at their end"],
     ),
     "no such backend": (
         lambda: attend(*[noise(1, 2, 3, 8)] * 3, None, "cudnn"),  # type: ignore[arg-type]  # what is tested
