@@ -5,6 +5,7 @@ import inspect
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from experiments import compare
 from experiments.bench import __main__ as command
 from experiments.bench import (
+    answer_rows,
     cache_size,
     decode,
     encoding,
@@ -26,6 +28,7 @@ from experiments.bench import (
     unequal_prompts,
 )
 from experiments.bench.common import table_of
+from experiments.jobs.sample_rows import digests_of, read_facts, read_rows
 from experiments.profiling import cost_of, time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig, LladaConfig, VisionConfig
@@ -205,6 +208,27 @@ def test_training_steps_are_timed_by_phase() -> None:
         assert step.keys() == set(training_step.PHASES) and step["forward"] > 0 and step["backward"] > 0
     # 80 picture tokens, the prompt and the three slots of the answer: the same for every glyph question.
     assert tokens % (2 * 3) == 0 and tokens > 2 * 3 * 83
+
+
+def test_rows_leave_memory_as_they_are_journaled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 980 kept tokens is 35 KiB as Python objects; what remains of it is its id."""
+    monkeypatch.setattr("experiments.jobs.sample_rows.ROW_GROUP", 64)
+    answer_rows.job(tmp_path / "warm", 32, 980, 16)
+    peaks = {}
+    for n in (200, 400):
+        tracemalloc.start()
+        answer_rows.job(tmp_path / str(n), n, 980, 16)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (peaks[400] - peaks[200]) / 200 < 400, f"{peaks} bytes"
+
+
+def test_rows_of_a_torn_journal_are_those_of_the_whole(tmp_path: Path) -> None:
+    answer_rows.job(tmp_path, 50, 20, 8)
+    rows, digests = read_rows(tmp_path / "samples.parquet"), answer_rows._torn(tmp_path)
+    answer_rows.job(tmp_path, 50, 20, 8)
+    assert read_rows(tmp_path / "samples.parquet") == rows and len(rows) == 50
+    assert digests_of(read_facts(tmp_path / "samples.parquet")) == digests
 
 
 @pytest.mark.parametrize("name", command.PARTS)
