@@ -17,8 +17,12 @@ from experiments.errors import ConfigError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside the target, renamed when the block ends well: a reader sees the old file or the new one."""
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file beside the target, renamed when the block ends well: a reader sees the old file or the new one.
+
+    Args:
+        durable: whether to wait until the disk has it, about 10 ms. Without, it survives the process, not the machine.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Process ids are unique on one machine alone.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -26,7 +30,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):  # on a file system that cannot be written to there is none
@@ -54,8 +59,8 @@ def clear_temporaries(folder: Path, min_age_s: float = 0.0) -> None:
                 path.unlink()
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    with replacing(path) as file:
+def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None:
+    with replacing(path, durable) as file:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from experiments.atomic_files import read_json, write_atomic, write_json
+from experiments.atomic_files import encode_json, read_json, write_atomic
 from experiments.data.image_io import picture_of
 from experiments.data.sample import Box, Sample
 from experiments.errors import ConfigError, leave_out
@@ -73,15 +73,19 @@ def save_example(
     boxes: Sequence[Box],
     geometry: TokenGeometry,
 ) -> None:
-    """Writes NN.json, NN.jpg (the picture), NN_kept.jpg (kept tokens) and, for a selector that ranks, NN_heat.jpg."""
+    """Writes NN.json, NN.jpg (the picture), NN_kept.jpg (kept tokens) and, for a selector that ranks, NN_heat.jpg.
+
+    No result depends on them: a job does not wait for the disk.
+    """
     longest = min(LONGEST, ENLARGE * max(image.size))
     plain = overlay(image, [(0, 0, 1, 1)], [0], targets=boxes, longest=longest)
-    write_atomic(folder / f"{number:02d}_kept.jpg", _jpeg(kept_map(image, selection, geometry, boxes, longest)))
     heat = None if selection.scores_BN is None else heat_map(image, selection.scores_BN[0], geometry, longest=longest)
-    if heat is not None:
-        write_atomic(folder / f"{number:02d}_heat.jpg", _jpeg(heat))
-    write_atomic(folder / f"{number:02d}.jpg", _jpeg(plain))
-    write_json(folder / f"{number:02d}.json", {key: row[key] for key in _STORED})
+    drawn = {"_kept": kept_map(image, selection, geometry, boxes, longest), "_heat": heat, "": plain}
+    for part, drawing in drawn.items():
+        if drawing is not None:
+            write_atomic(folder / f"{number:02d}{part}.jpg", _jpeg(drawing), durable=False)
+    record = encode_json({key: row[key] for key in _STORED})
+    write_atomic(folder / f"{number:02d}.json", record, durable=False)
 
 
 def load_examples(folder: Path) -> list[ExampleRecord]:

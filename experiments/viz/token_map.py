@@ -72,7 +72,7 @@ def save_map(folder: Path, number: int, tokens_ND: Tensor, eligible_N: Tensor, k
     np.savez_compressed(
         buffer, components=components_NC.numpy().astype(np.float16), share=share, kept=kept_N[used_N].numpy()
     )
-    write_atomic(folder / MAP.format(number), buffer.getvalue())
+    write_atomic(folder / MAP.format(number), buffer.getvalue(), durable=False)
 
 
 def load_map(path: Path) -> TokenMap:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,14 @@ def test_strips_and_dots_are_answered_and_drawn(selector: str, eval_here: Eval, 
     for example in examples:
         drawn = [Image.open(io.BytesIO(data)).size for data in (example.picture, example.overlay)]
         assert drawn[0] == drawn[1] and max(drawn[0]) <= 448
+
+
+def test_examples_do_not_wait_for_the_disk(eval_here: Eval, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: dict[int, int] = {}
+    for shots in (0, 6):
+        calls: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", calls.append)
+            folder = eval_here("selector=shirg", "limit=6", f"shots={shots}")
+        waits[shots] = len(calls)
+    assert waits[6] < waits[0] + 6 and len(list((folder / "shots").iterdir())) > 6 * 3
