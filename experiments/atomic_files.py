@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 import struct
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,22 +40,20 @@ def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
 
 
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{12}\.tmp|\d+)")
+_TEMPORARY = re.compile(r"\.(.+)\.([0-9a-f]{12}\.tmp|\d+)")
 """What killed processes leave; older versions put the process id at the end."""
 
 
-def clear_temporaries(folder: Path, min_age_s: float = 0.0) -> None:
-    """Removes what killed processes have left beside the files of a folder.
+def clear_temporaries(folder: Path, *, only: str | None = None, besides: str | None = None) -> None:
+    """Removes what killed processes have left beside the files of a folder. Call it under the lock of their writers.
 
     Args:
-        min_age_s: least age, where another process may be writing into the folder now.
+        only: name of the one file that the caller's lock is for.
+        besides: name of a file that has a lock of its own.
     """
     for path in folder.glob(".*"):
-        if not _TEMPORARY.fullmatch(path.name):
-            continue
-        with suppress(FileNotFoundError):  # another process has removed or renamed it
-            if time.time() - path.lstat().st_mtime >= min_age_s:
-                path.unlink()
+        if (found := _TEMPORARY.fullmatch(path.name)) and only in (None, found[1]) and found[1] != besides:
+            path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: str | bytes, durable: bool = True) -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from experiments.atomic_files import read_json, write_json
+from experiments.atomic_files import clear_temporaries, read_json, write_json
 from experiments.errors import ConfigError
 from shirg import UserError
 
@@ -204,6 +204,7 @@ def known_limits(folder: Path, device: torch.device, dtype: torch.dtype) -> Limi
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError):  # damaged; all of it is measured again
             known = {}
         measured = measure_limits(device, dtype)
+        clear_temporaries(folder, only=LIMITS)
         write_json(folder / LIMITS, {**known, key: measured.report()})
         return measured
 

@@ -26,6 +26,7 @@ from experiments.jobs.results import SHOTS
 from experiments.jobs.sample_facts import content_of
 from experiments.override_grammar import command_line, quote
 from experiments.sweeps import system_of
+from experiments.training.callbacks import last_loss
 from experiments.training.run_logger import RunLogger, logs_images
 from experiments.training.stages import build_stage, lora_config
 from experiments.training.trainer import build_trainer, gather_base
@@ -84,7 +85,7 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
         "training": {
             "stage": cfg.stage,
             "steps": cfg.optim.steps,
-            "loss": trainer.callback_metrics["loss"].item(),
+            "loss": last_loss(trainer),
             "trainable_parameters": trainable,
             "gate": reached,
         },

@@ -26,10 +26,9 @@ from experiments.analysis.systems import Result, RunGroup, group_runs
 from experiments.analysis.turns import study_lock
 from experiments.atomic_files import clear_temporaries, write_atomic
 from experiments.errors import visible
+from experiments.profiling import LIMITS
 
 NAME = "table"
-OLD_S = 3600.0
-"""Age in seconds of a temporary file that no process is writing any more."""
 _MARKDOWN = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;"})
 _FORMULA = ("=", "+", "-", "@")
 _FIRST = {BASELINE: 0, "full": 1}
@@ -57,7 +56,7 @@ def refresh(study: Path, *, overlaps: bool = True) -> StudyTable:
     """
     study.mkdir(parents=True, exist_ok=True)
     with study_lock(study):
-        clear_temporaries(study, min_age_s=OLD_S)
+        clear_temporaries(study, besides=LIMITS)
         table = read_study_table(study, overlaps=overlaps, merge=True)
         frame = table.frame
         if not frame.empty:

@@ -106,6 +106,8 @@ class History(Callback):
             raise UserError(f"trainer.log_every={every}: give at least 1")
         self.path, self.every, self.run_logger, self.throughput = path, every, run_logger, throughput
         self.points: list[Point] = []
+        self.loss: Tensor | None = None
+        """The loss of the last step."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
 
@@ -120,6 +122,7 @@ class History(Callback):
             before = 0 if last else self._sums.get(name, 0)
             self._sums[name] = before + value.detach().double()
             self._counts[name] = 1 if last else self._counts[name] + 1
+        self.loss = trainer.callback_metrics.get("loss")
         step = trainer.global_step
         if step % self.every == 0 or step == trainer.max_steps:
             self.points.append({"step": step} | {n: float(s) / self._counts[n] for n, s in self._sums.items()})
@@ -132,12 +135,22 @@ class History(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: float(value) for name, value in self._sums.items()}
-        return {"points": list(self.points), "sums": sums, "counts": dict(self._counts)}
+        loss = None if self.loss is None else self.loss.item()
+        return {"points": list(self.points), "sums": sums, "counts": dict(self._counts), "loss": loss}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.points = list(state_dict["points"])
         self._sums = {n: torch.tensor(s, dtype=torch.float64) for n, s in state_dict["sums"].items()}
         self._counts = defaultdict(int, state_dict["counts"])
+        if (loss := state_dict.get("loss")) is not None:  # checkpoints did not always have it
+            self.loss = torch.tensor(loss)
+
+
+def last_loss(trainer: L.Trainer) -> float:
+    """The loss of the last step; also of a training that was complete when it was killed, and has no step left."""
+    (history,) = (callback for callback in trainer.callbacks if isinstance(callback, History))  # type: ignore[attr-defined]
+    assert history.loss is not None
+    return history.loss.item()
 
 
 def read_points(path: Path) -> list[Point]:

@@ -29,7 +29,14 @@ from tests.experiments.conftest import ROOT, lasting, result_of, rows_of, table_
 COMMANDS = {
     "eval": ("eval", "selector=shirg", "limit=24", "batch_size=4", "shots=2"),
     "sweep": ("eval", "-m", "selector=pooled,random,shirg", "limit=12", "batch_size=4", "shots=1"),
-    "train": ("train", "selector=shirg", "optim.steps=12", "batch_size=2", "trainer.checkpoint_every=3"),
+    "train": (
+        "train",
+        "selector=shirg",
+        "optim.steps=12",
+        "optim.warmup=0",
+        "batch_size=2",
+        "trainer.checkpoint_every=3",
+    ),
 }
 COMMON = ("study=s", "device=cpu", "threads=1")
 CALLS = ("replace", "fsync", "unlink")

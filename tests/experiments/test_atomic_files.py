@@ -97,12 +97,11 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) 
     kept = [".lock", ".table.lock", ".refresh_seconds", "result.json", ".last.ckpt.tmp", ".notes.tmp"]
     for name in (*left, *kept):
         (tmp_path / name).write_text("")
-    clear_temporaries(tmp_path, min_age_s=60)
+    clear_temporaries(tmp_path, only="other.json")
     assert len(list(tmp_path.iterdir())) == len(left) + len(kept)
-    os.utime(tmp_path / left[0], (0, 0))
-    clear_temporaries(tmp_path, min_age_s=60)
+    clear_temporaries(tmp_path, besides="result.json")
     assert not (tmp_path / left[0]).exists() and (tmp_path / left[1]).exists()
-    clear_temporaries(tmp_path)
+    clear_temporaries(tmp_path, only="result.json")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
 
 
