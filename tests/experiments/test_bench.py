@@ -24,6 +24,7 @@ from experiments.bench import (
     profile_cache,
     reference,
     selectors,
+    sharing,
     training_step,
     unequal_prompts,
 )
@@ -301,6 +302,16 @@ def test_a_sweep_of_jobs() -> None:
     assert row["job"].endswith("selector-divprune")  # the second one: the first waits for imports
     assert 0 < row["answers_s"] < row["wall_s"] and 0 < row["cpu_s"] < 60
     assert row["overhead_s"] == result.report["overhead_s"]["max"] == row["wall_s"] - row["answers_s"]
+
+
+def test_weights_that_keep_their_dtype_take_no_memory_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 MiB of weights."""
+    sizes = ("d_model=512", "n_heads=4", "n_kv_heads=4", "n_layers=4", "mlp_hidden_size=1024", "vocab_size=4096")
+    monkeypatch.setattr(sharing, "SIZES", sizes)
+    result = sharing.run(device=CPU, model="bench_small", processes=1, dtypes=["bfloat16", "float32"])
+    mapped, converted = result.report["rows"]
+    assert mapped["own_mib"] < 10 < 30 < converted["own_mib"]
+    assert converted["file_mib"] < 10 < mapped["file_mib"]
 
 
 def test_from_a_profile_to_a_row(
