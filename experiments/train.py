@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import build, profiling
-from experiments.atomic_files import read_json, write_atomic, write_json
+from experiments.atomic_files import clear_temporaries, read_json, write_atomic, write_json
 from experiments.data.train_data import TrainData
 from experiments.jobs import results
 from experiments.jobs.distributed import Ranks
@@ -183,6 +183,7 @@ def save(cfg: DictConfig, stage: Trainable, job: Job, entry: dict[str, Any]) -> 
     stages = json.loads(base.read_text())["stages"] if base is not None and base.is_file() else []
     entry |= {"command": job.identity.command, "seed": cfg.seed, **results.code_version()}
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
+    clear_temporaries(folder)  # of a process that was killed in the next line
     write_atomic(folder / PROVENANCE, json.dumps({"sha256": sha, "stages": [*stages, entry]}, indent=2) + "\n")
     return folder
 

@@ -1,6 +1,5 @@
 """Files that survive a process."""
 
-import os
 from pathlib import Path
 
 import pytest
