@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from tests.experiments.conftest import ROOT, Here
 from tests.experiments.kill_campaign import compare, kind_of
 
 
+@pytest.mark.slow
 def test_killed_commands_end_as_undisturbed_ones(tiny_weights: Path, tmp_path: Path) -> None:
     out = tmp_path / "kills.json"
     words = ["--n", "4", "--seed", "2", "--only", "eval,train", "--out", str(out), f"model.path={tiny_weights}"]
@@ -39,7 +41,7 @@ def test_files_are_named_by_their_kind() -> None:
     names = [
         "s/.table.csv.0123456789ab.tmp",
         "s/job/shots/03_kept.jpg",
-        "s/job/journal.jsonl",
+        "s/job/journal.arrow",
         "s/job/.last.ckpt.4f.tmp",
     ]
-    assert list(map(kind_of, names)) == ["table.csv", "shots", "journal", "last.ckpt"]
+    assert list(map(kind_of, names)) == ["table.csv", "shots", "journal.arrow", "last.ckpt"]
