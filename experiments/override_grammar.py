@@ -16,6 +16,8 @@ from experiments.schema import CONF
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+MOST_CHARACTERS = 10_000
+"""Longest override: Hydra's parser takes half a millisecond a character."""
 MOST_JOBS = 100_000
 """Jobs of one sweep: all of them are composed before the first one starts."""
 _PLAIN = re.compile(r"[A-Za-z_/][\w./@%+-]*", re.ASCII)
@@ -51,18 +53,28 @@ def check_words(argv: Sequence[str]) -> None:
     for word in argv:
         if word.startswith("-") or not ("=" in word or word.startswith("~")):
             continue  # options of Hydra's own, and their values
+        if len(word) > MOST_CHARACTERS:
+            raise ConfigError(f"{visible(word)[:80]}...: an override has at most {MOST_CHARACTERS:,} characters")
         override = _parse(word)
         if override is None:
             raise ConfigError(_advice(word))
         name = override.key_or_group
-        if (CONF / name).is_dir() and not (override.is_sweep_override() or override.is_delete()):
+        if _is_group(name) and not override.is_sweep_override():
             value = override.value()
-            if not isinstance(value, str | list):
+            names = value if isinstance(value, list) and not override.is_delete() else [value]
+            if not all(isinstance(each, str) or (each is None and override.is_delete()) for each in names):
                 options = ", ".join(sorted(path.stem for path in (CONF / name).glob("*.yaml")))
                 raise ConfigError(f"{word}: give the name of an option; choose one of {options}")
         n_jobs *= _n_values(override)
     if n_jobs > MOST_JOBS and {"-m", "--multirun"} & set(argv):
         raise ConfigError(f"this sweep has {n_jobs:,} jobs: give fewer values, at most {MOST_JOBS:,} jobs")
+
+
+def _is_group(name: str) -> bool:
+    try:
+        return bool(name) and (CONF / name).is_dir()
+    except (OSError, ValueError):  # a name that no folder can have
+        return False
 
 
 def _parse(word: str) -> "Override | None":

@@ -178,6 +178,11 @@ PARTS = {
         "memory and time of a job's rows by their number: answered, stopped, resumed, summarised; without a model",
         {"n": "1000,20000", "kept": "980", "batch": "16"},
     ),
+    "hostile": Part(
+        "hostile",
+        "inputs that should be refused: how each command ends, its seconds and its memory",
+        {"only": None},
+    ),
 }
 
 

@@ -340,3 +340,16 @@ def test_from_a_profile_to_a_row(
     with pytest.raises(SystemExit):
         profile_cache.main(["forget=1.5", "selector=full"])
     assert "forget=1.5: give the share of all rows to drop" in capfd.readouterr().err
+
+
+def test_hostile_inputs(tmp_path: Path) -> None:
+    """In a process of its own, because each input is a child that is forked from it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.bench", "hostile", "only=classes", "device=cpu", f"out={tmp_path}/x.json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 inputs: 16 refused in one sentence, 0 ran, 0 faults" in done.stdout
