@@ -342,6 +342,7 @@ def test_from_a_profile_to_a_row(
     assert "forget=1.5: give the share of all rows to drop" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_hostile_inputs(tmp_path: Path) -> None:
     """In a process of its own, because each input is a child that is forked from it."""
     done = subprocess.run(
