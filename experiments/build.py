@@ -63,7 +63,7 @@ def compose_eval(*overrides: str) -> DictConfig:
     return compose_command("eval", overrides)[0]
 
 
-RANGES = {
+RANGES: Mapping[str, tuple[int, int] | tuple[float, float]] = {
     "threads": (1, 1024),
     "batch_size": (1, 2**20),
     "seed": (0, 2**63 - 1),
@@ -71,6 +71,10 @@ RANGES = {
     "workers": (0, 256),
     "trainer.workers": (0, 256),
     "shots": (0, 10_000),
+    "trainer.num_nodes": (1, 2**16),
+    "trainer.log_every": (1, 2**31),
+    "trainer.checkpoint_every": (1, 2**31),
+    "trainer.clip": (0.0, 1e9),
 }
 """Least and largest value: torch cannot hold more, or the memory or the machine would be full."""
 
@@ -83,7 +87,7 @@ def check_numbers(cfg: DictConfig) -> None:
     """
     for key, (least, most) in RANGES.items():
         value = OmegaConf.select(cfg, key)
-        if value is not None and not (isinstance(value, int) and least <= value <= most):
+        if value is not None and not (isinstance(value, type(least)) and least <= value <= most):
             raise UserError(f"{key}={value}: give a number from {least:,} to {most:,}")
 
 
@@ -353,7 +357,7 @@ def _checkpoint(path: str) -> str | Path:
     """The folder that a path names, else the path as it is: a hub id."""
     folder = local_folder(path)
     if folder is None and path.startswith(("./", "/")):
-        raise MissingFileError(f"model.path={path}: there are no weights there; `make tiny` trains the tiny model")
+        raise MissingFileError(f"model.path={path:.200}: there are no weights there; `make tiny` trains the tiny model")
     return folder or path
 
 

@@ -48,7 +48,8 @@ def sentence_of(error: BaseException, again: str = AGAIN, place: Path | None = N
         again: how to repeat a command for which there was no place on the disk.
         place: the folder that was written to, for an error that does not name a file.
     """
-    return _unwritable(error, again, place) or (str(error) if is_user_error(error) else None)
+    sentence = _unwritable(error, again, place) or _unreadable(error)
+    return sentence or (str(error) if is_user_error(error) else None)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,6 +66,18 @@ def _unwritable(error: BaseException, again: str, place: Path | None) -> str | N
         return f"{what}: make room there; {again}"
     if error.errno == errno.EROFS or (error.errno in _DENIED and path is not None and _may_only_read(path)):
         return f"{what}: get leave to write there, or start in another folder; {again}"
+    return None
+
+
+def _unreadable(error: BaseException) -> str | None:
+    """The sentence for a path that we may not read, or whose name no file system holds; None for other errors."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes):
+        return None
+    path = os.fsdecode(error.filename)
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{path[:80]}... ({len(path):,} characters) is too long for the name of a file: give a shorter one"
+    if error.errno in _DENIED and not os.access(path, os.R_OK):
+        return f"{path} could not be read ({error.strerror}): get leave to read it"
     return None
 
 

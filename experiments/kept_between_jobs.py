@@ -158,7 +158,7 @@ def _stamps(path: Path, deep: bool = True) -> list[Stamp]:
     Args:
         deep: whether folders in the folder count.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [_stamp(str(path))]
     found: list[Stamp] = []
     seen: set[tuple[int, int]] = set()

@@ -6,6 +6,7 @@ answers at once. Plug-in groups (model, selector, relevance, data, cache, logger
 """
 
 import itertools
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +34,8 @@ Time = StrEnum("Time", ["uniform", "logit_normal", "mode"])
 Weighting = StrEnum("Weighting", ["none", "inverse_time"])
 Strategy = StrEnum("Strategy", ["single", "ddp", "fsdp"])
 """One process; a copy of everything in each; or a copy of what is trained and a part of the base in each."""
+Precision = StrEnum("Precision", ["32-true", "16-mixed", "bf16-mixed"])
+"""Lightning's names of those in which the weights keep the dtype that they were loaded in."""
 Stage = StrEnum("Stage", ["adapt", "vision", "text", "align", "base"])
 """What train.py trains; all but the first make the tiny model's base."""
 
@@ -172,8 +175,8 @@ class Trainer:
     num_nodes: int = 1
     workers: int = 0
     """Processes that draw batches ahead of time, for each process that trains."""
-    precision: str = "32-true"
-    """Lightning's name; 32-true leaves every weight in the dtype in which it was loaded."""
+    precision: Precision = Precision["32-true"]
+    """32-true computes in the dtype of the weights, too."""
     clip: float = 1.0
     gradient_checkpointing: bool = False
     """Layers keep their input alone and run again in the backward pass."""
@@ -206,14 +209,7 @@ class Train(Run):
 
 def local_folder(path: str) -> Path | None:
     """The folder that a path names, relative to the working directory or to the repository; None if there is none."""
-    return next((folder for folder in (Path(path), CONF.parent / path) if _is_folder(folder)), None)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # a name that no file system can hold
-        return False
+    return next((folder for folder in (Path(path), CONF.parent / path) if os.path.isdir(folder)), None)
 
 
 def tasks_per_node(strategy: str, gpus_per_node: int | None) -> int:

@@ -6,11 +6,13 @@ command that evaluates them.
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from experiments.override_grammar import command_line, quote
 from experiments.sweeps import system_of
 from experiments.training.callbacks import last_loss
 from experiments.training.run_logger import RunLogger, logs_images
-from experiments.training.stages import build_stage, lora_config
+from experiments.training.stages import build_stage, lora_config, objective_config, optim_config
 from experiments.training.trainer import build_trainer, gather_base
 from lavida_adapter import Lavida, save_adapter
 from lavida_adapter.lightning_module import LavidaModule, Trainable
@@ -48,6 +50,9 @@ def train(cfg: DictConfig, job: Job) -> dict[str, Any]:
 
 def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     build.check_numbers(cfg)
+    # What these refuse should be found before weights are loaded, and hours of work are done.
+    optim_config(cfg), objective_config(cfg)
+    check_place(cfg.weights)
     device = profiling.use_device(cfg.device, job.ranks.local_rank)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
@@ -104,6 +109,20 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
         print(how_to_evaluate(cfg.stage, job.identity.overrides, path))
     run_logger.end(sections, shown)
     return sections
+
+
+def check_place(weights: str | None) -> None:
+    """Raises UserError, or what the operating system says, where `weights` cannot become a folder."""
+    if weights is None:
+        return
+    try:
+        is_folder = S_ISDIR(os.stat(weights).st_mode)
+    except FileNotFoundError:
+        return
+    except (NotADirectoryError, ValueError):  # below a file; a NUL in the name
+        is_folder = False
+    if not is_folder:
+        raise UserError(f"weights={weights}: there is a file, not a folder; give another one")
 
 
 def keep_data(job: Job, contents: Mapping[str, str | None], *, going_on: bool) -> None:

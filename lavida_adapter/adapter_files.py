@@ -17,6 +17,7 @@ folders are still read.
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -124,10 +125,10 @@ def weights_file(folder: Path) -> Path:
         MissingFileError: the folder holds no adapter.
     """
     for name in (SAFETENSORS_WEIGHTS_NAME, OLD_WEIGHTS):
-        if (folder / name).is_file() and (folder / META).is_file():
+        if os.path.isfile(folder / name) and os.path.isfile(folder / META):
             return folder / name
     raise MissingFileError(
-        f"{folder} holds no adapter ({META} and {SAFETENSORS_WEIGHTS_NAME}): give the folder that train.py named"
+        f"{folder!s:.200} holds no adapter ({META} and {SAFETENSORS_WEIGHTS_NAME}): give the folder that train.py named"
     )
 
 

@@ -169,7 +169,7 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
 def read_config(folder: Path) -> LavidaConfig:
     """The config of a checkpoint; MissingFileError without a config.json."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MissingFileError(f"{folder} has no config.json: it is not a checkpoint folder")
     config = LavidaConfig.from_dict(read_json(path))
     if unlike := unlike_published(config.lm):

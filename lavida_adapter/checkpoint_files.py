@@ -1,6 +1,8 @@
 """The files of a checkpoint folder: where it lies, its JSON, and its tensors in one safetensors file or in shards.
 
-Only safetensors files are read, because loading a pickle can run any code.
+Only safetensors files are read, because loading a pickle can run any code. Whether a path that somebody gave is a file
+or a folder is asked of os.path, here and elsewhere: it says no for a name that is too long, has a NUL or may not be
+looked up, where pathlib raises. A pipe or a device, which never ends, is no file.
 """
 
 import json
@@ -57,15 +59,15 @@ def locate(source: str | Path, *, option: str = "model.path", revision: str | No
         MissingFileError: there is no such folder, and the hub has no such repository or is out of reach.
         UserError: a revision of a local folder.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         if revision is not None:
             raise UserError(
                 f"model.revision={revision}: {option}={source} is a local folder, which has no revisions; leave the "
                 "revision out"
             )
         return Path(source)
-    if Path(source).exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise MissingFileError(f"{option}={source}: no such checkpoint folder")
+    if os.path.exists(source) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise MissingFileError(f"{option}={source!s:.200}: no such checkpoint folder")
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
@@ -99,18 +101,18 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file, from the index of a sharded checkpoint or from the single file."""
-    if (folder / INDEX).is_file():
+    if os.path.isfile(folder / INDEX):
         index = read_json(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"{folder / INDEX} has no weight_map: download the checkpoint again")
         names = {str(file): isinstance(file, str) and Path(file).name == file for file in index.values()}
         if foreign := [file for file, is_name in names.items() if not is_name]:
             raise UserError(f"{folder / INDEX} names {foreign[0][:80]!r}: the files of a checkpoint lie beside it")
-        absent = sorted(file for file in names if not is_regular(folder / file))
+        absent = sorted(file for file in names if not os.path.isfile(folder / file))
         if absent:
             raise MissingFileError(f"{folder}: {INDEX} names {_few(absent)}, which do not exist")
         files = {name: folder / file for name, file in index.items()}
-    elif (folder / SINGLE).is_file():
+    elif os.path.isfile(folder / SINGLE):
         with open_tensors(folder / SINGLE) as file:
             files = {name: folder / SINGLE for name in file.keys()}  # noqa: SIM118 (not a dict)
     else:
@@ -131,14 +133,6 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(ascii(name)[1:-1][:80] for name in names[:5])
-
-
-def is_regular(path: Path) -> bool:
-    """Whether there is a file of bytes: no folder, no link to nothing, no pipe or device, which never ends."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have, a link to itself
-        return False
 
 
 def parse_json(text: str | bytes) -> Any:

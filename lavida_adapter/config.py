@@ -79,6 +79,9 @@ class LavidaConfig:
     """False for random weights; tables and reports show it."""
 
     def __post_init__(self) -> None:
+        if len(self.system_prompt) > MOST_TEXT:
+            n = len(self.system_prompt)
+            raise UserError(f"config: system_prompt has {n:,} characters: give at most {MOST_TEXT:,}")
         _check_sizes(self.vision)
         _check_sizes(self.lm)
         if max(self.vision.num_hidden_layers, self.lm.n_layers) > MOST_LAYERS:
@@ -198,15 +201,19 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 _ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "gelu_new", "quick_gelu")
-MOST_LAYERS, MOST_VIEWS, MOST = 1000, 400, 2**40
-"""No model has more; a file that says so would be built, or would cut pictures, until memory is full."""
+MOST_LAYERS, MOST_VIEWS, MOST_WIDE, MOST, MOST_TEXT = 1000, 400, 2**24, 2**40, 100_000
+"""No model has more; a file that says so would be built, or would cut pictures, until memory is full. Widths and rows
+are bounded closer, so that the numbers of a matrix can be counted in 64 bits."""
+_MOST_OF = {"image_size": 2**14, "patch_size": 2**14, "max_sequence_length": MOST, "rope_theta": MOST}
 
 
 def _check_sizes(part: VisionConfig | LanguageModelConfig) -> None:
     sizes = {f.name: getattr(part, f.name) for f in fields(part) if not f.name.endswith("_id")}
-    if wrong := {name: n for name, n in sizes.items() if isinstance(n, int | float) and not 0 < n < MOST}:
-        given = ", ".join(f"{name}={n:.6g}" for name, n in wrong.items())
-        raise UserError(f"config: {given}: every size of {type(part).__name__} must be positive and below 2^40")
+    for name, n in sizes.items():
+        most = _MOST_OF.get(name, MOST_WIDE)
+        if isinstance(n, int | float) and not 0 < n <= most:
+            kind = type(part).__name__
+            raise UserError(f"config: {name}={n:.6g}: give {kind} a positive number of at most {most:,}")
 
 
 def _check_budgets(budgets: object) -> None:

@@ -48,6 +48,10 @@ class OptimConfig:
                 "training needs steps >= 1, lr > 0, 0 <= warmup <= steps and 0 <= lr_floor <= 1, got "
                 f"steps={self.steps}, lr={self.lr}, warmup={self.warmup}, lr_floor={self.lr_floor}"
             )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={str(list(self.betas)):.80}: give two numbers in [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optim.weight_decay={self.weight_decay}: give a number >= 0")
 
     def scale(self, step: int) -> float:
         """The learning rate of a step as a fraction of the highest."""

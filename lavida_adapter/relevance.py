@@ -6,6 +6,7 @@ fit the model raises; spaces are never matched by their width.
 Shape letters: B prompts, N source tokens, Q question tokens, L text positions, D width.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,8 @@ class External:
         if (path is None) == (scores is None):
             raise UserError("relevance=external needs relevance.path, a safetensors file of sample id -> [N] scores")
         if path is not None:
-            if not Path(path).is_file():
-                raise MissingFileError(f"relevance.path={path}: no such file")
+            if not os.path.isfile(path):
+                raise MissingFileError(f"relevance.path={path!s:.200}: no such file")
             try:
                 scores = load_file(path)
             except SafetensorError as error:
@@ -159,8 +160,8 @@ class SiglipText:
         """
         if not tolerance >= 0:
             raise UserError(f"relevance.tolerance={tolerance}: give a number >= 0")
-        if str(path).startswith((".", "/")) and not Path(path).is_dir():
-            raise MissingFileError(f"relevance.path={path}: no SigLIP checkpoint there")
+        if str(path).startswith((".", "/")) and not os.path.isdir(path):
+            raise MissingFileError(f"relevance.path={path!s:.200}: no SigLIP checkpoint there")
         self.tolerance = tolerance
         self.siglip = SiglipModel.from_pretrained(path).eval().requires_grad_(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)

@@ -5,6 +5,7 @@ byte-level BPE is made here: Unicode is composed (NFC), the text is cut by the p
 merged from its bytes (docs/lavida.md, "Dream").
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def load_tokenizer(folder: Path, config: LavidaConfig) -> Any:
     """
     family = FAMILIES[config.lm.family]
     try:
-        if (folder / WHOLE).is_file():
+        if os.path.isfile(folder / WHOLE):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         elif family.pretokens is not None and (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
             tokenizer = from_vocabulary(folder, family.pretokens, family.template)

@@ -4,6 +4,7 @@ The first stage of LaViDa's training stores a projector alone, and copies of a c
 reference then downloads SigLIP. Here its folder or hub id is given as `model.vision_path`.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -49,7 +50,7 @@ def with_tower(
 
 def _tower_tensors(folder: Path, config: VisionConfig) -> dict[str, StoredTensor]:
     """The tensors of a SigLIP's vision part under the names of a LaViDa checkpoint; its text part is left out."""
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise MissingFileError(f"{OPTION}={folder} has no config.json: it is not a checkpoint folder")
     raw = read_json(folder / "config.json")
     if raw.get("model_type") not in _KINDS:

@@ -1,8 +1,9 @@
 """Inputs that should be refused, each as a command of its own: how it ends, in how many seconds, in how much memory.
 
 An input is fine when its command ends with exit code 1 and one line that begins with "error: ", or runs as it should,
-within the limits. Every command runs in a child that is forked from a process with everything imported, so that seconds
-and memory are the input's own.
+within the limits. Seconds are limited beyond those of a plain run of the same command, measured just before the inputs
+of its kind, because a busy machine is slow for both. Every command runs in a child that is forked from a process with
+everything imported, so that seconds and memory are the input's own.
 """
 
 import gc
@@ -26,6 +27,7 @@ from experiments.schema import CONF
 from shirg import UserError
 
 MOST_S, MOST_MIB = 10.0, 1024.0
+"""Seconds beyond a plain run, and MiB."""
 GIVE_UP_S = 60
 WORDS = {"eval": ("limit=2", "shots=1"), "train": ("optim.steps=2", "batch_size=2", "optim.warmup=0")}
 IMPORTED = ("datasets", "transformers", "lightning", "peft", "pandas", "matplotlib.pyplot", "experiments.cli")
@@ -36,6 +38,7 @@ COLUMNS: Columns = {
     "ran": ("ran", "d"),
     "faults": ("faults", "d"),
     "slowest s": ("slowest_s", ".1f"),
+    "plain s": ("plain_s", ".1f"),
     "most MiB": ("largest_mib", ".0f"),
 }
 
@@ -50,11 +53,20 @@ def run(*, device: torch.device, only: Sequence[str] | None) -> BenchResult:
     torch.set_num_threads(1)  # no thread pool exists when children are forked
     gc.collect()
     gc.freeze()
-    ended = [outcome(one, device) for one in given if not only or one.kind in only]
+    ended = []
+    for kind in only or kinds:
+        alike = [one for one in given if one.kind == kind]
+        plain_s = {command: _plain_s(command, device) for command in dict.fromkeys(one.command for one in alike)}
+        ended += [outcome(one, device, plain_s[one.command]) for one in alike]
     rows = [_row(kind, part) for kind in kinds if (part := [one for one in ended if one["kind"] == kind])]
     total = _row("all", ended)
     faults = [one for one in ended if one["end"] == "fault"]
-    report: dict[str, Any] = {"limits": {"s": MOST_S, "mib": MOST_MIB}, "rows": rows, "total": total, "inputs": ended}
+    report: dict[str, Any] = {
+        "limits": {"s_beyond_plain": MOST_S, "mib": MOST_MIB},
+        "rows": rows,
+        "total": total,
+        "inputs": ended,
+    }
     notes = (
         f"{len(ended)} inputs: {total['refused']} refused in one sentence, {total['ran']} ran, {len(faults)} faults",
         *(f"fault: {one['kind']}, {one['name']}: {one['last'][:150]}" for one in faults),
@@ -62,8 +74,19 @@ def run(*, device: torch.device, only: Sequence[str] | None) -> BenchResult:
     return BenchResult("hostile inputs", report, table_of([*rows, total], COLUMNS), notes)
 
 
-def outcome(one: HostileInput, device: torch.device) -> dict[str, Any]:
-    """Runs one input: how it ended ("refused", "ran" or "fault"), seconds, MiB that it took, its last line."""
+def _plain_s(command: str, device: torch.device) -> float:
+    """Seconds of a command on the shipped model and data, as the inputs run it."""
+    ended = outcome(HostileInput("plain", command, command=command), device, GIVE_UP_S)
+    if ended["end"] != "ran":
+        raise RuntimeError(f"a plain run of {command} failed: {ended['last']}")
+    return float(ended["s"])
+
+
+def outcome(one: HostileInput, device: torch.device, plain_s: float) -> dict[str, Any]:
+    """Runs one input: how it ended ("refused", "ran" or "fault"), seconds, MiB that it took, its last line.
+
+    `plain_s`: seconds that the same command takes without the input.
+    """
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         data.mkdir()
@@ -74,10 +97,11 @@ def outcome(one: HostileInput, device: torch.device) -> dict[str, Any]:
         code, lines, seconds, mib = _forked(one.command, [*words, *one.words], Path(folder))
     sentence = code == 1 and len(lines) == 1 and lines[0].startswith("error: ")
     end = "refused" if sentence else "ran" if code == 0 and not lines else "fault"
-    if seconds > MOST_S or mib > MOST_MIB:
+    if seconds > plain_s + MOST_S or mib > MOST_MIB:
         end = "fault"
     last = lines[-1].replace(folder, "DIR").replace(str(CONF.parent), ".")[:300] if lines else ""
-    return {"kind": one.kind, "name": one.name, "end": end, "code": code, "s": seconds, "mib": mib, "last": last}
+    used = {"s": seconds, "plain_s": plain_s, "mib": mib}
+    return {"kind": one.kind, "name": one.name, "end": end, "code": code, **used, "last": last}
 
 
 def _forked(command: str, words: Sequence[str], cwd: Path) -> tuple[int, list[str], float, float]:
@@ -121,8 +145,9 @@ def _be_command(command: str, words: Sequence[str], cwd: Path) -> None:
 
 def _row(kind: str, ended: Sequence[dict[str, Any]]) -> dict[str, Any]:
     counts = {name: sum(one["end"] == end for one in ended) for name, end in _ENDS.items()}
-    slowest, largest = max(one["s"] for one in ended), max(one["mib"] for one in ended)
-    return {"kind": kind, "inputs": len(ended), **counts, "slowest_s": slowest, "largest_mib": largest}
+    most = {key: max(one[key] for one in ended) for key in ("s", "plain_s", "mib")}
+    most = {"slowest_s": most["s"], "plain_s": most["plain_s"], "largest_mib": most["mib"]}
+    return {"kind": kind, "inputs": len(ended), **counts, **most}
 
 
 _ENDS = {"refused": "refused", "ran": "ran", "faults": "fault"}

@@ -69,7 +69,12 @@ NUMBERS: Mapping[str, tuple[object, ...]] = {
 TRAINING: Mapping[str, tuple[object, ...]] = {
     "optim.steps": (0, -1, "nan"),
     "optim.lr": (-1, "nan", "inf", 1e308),
-    "optim.betas": ("[2,3]", "[nan,0.9]", 3),
+    "optim.betas": ("[2,3]", "[nan,0.9]", "[0.9]", 3),
+    "optim.weight_decay": (-1, "nan"),
+    "optim.lr_floor": (-1, 2),
+    "optim.warmup": (-1, HUGE),
+    "objective.extra_padding": (-1, "nan"),
+    "objective.alignment": (-1, "inf"),
     "batch_size": (0, HUGE),
     "lora.rank": (-1, HUGE, "a"),
     "lora.alpha": (0, "nan"),
@@ -77,7 +82,12 @@ TRAINING: Mapping[str, tuple[object, ...]] = {
     "lora.targets": (3, "[nothing]", "['{0-99999999}']"),
     "mix.budgets": ("[nan]", "[[1]]"),
     "trainer.workers": (-1, 10**6),
-    "trainer.precision": ("x",),
+    "trainer.precision": ("x", "64-true"),
+    "trainer.clip": (-1, "nan"),
+    "trainer.log_every": (0, -1),
+    "trainer.checkpoint_every": (0, -1),
+    "trainer.num_nodes": (0, HUGE),
+    "weights": ("/" + "a" * 5000,),
 }
 WORDS: Mapping[str, str] = {
     **{f"a {sign!r} without quotes": f"data.root=/a{sign}b" for sign in ("(", "[", "{", "=", "#", "!", "'", "é", "图")},
@@ -99,7 +109,8 @@ CLASSES = ("os.system", "no.such.Class", "logging.FileHandler", "3", "null", "ex
 def command_lines() -> Iterator[HostileInput]:
     for key, values in NUMBERS.items():
         for value in values:
-            yield HostileInput("values", f"{key}={value!s:.40}", (f"{key}={value}",))
+            few = ("data.n=8",) if key == "limit" else ()
+            yield HostileInput("values", f"{key}={value!s:.40}", (*few, f"{key}={value}"))
     for key, values in TRAINING.items():
         for value in values:
             yield HostileInput("values", f"train {key}={value!s:.40}", (f"{key}={value}",), command="train")
@@ -236,7 +247,7 @@ FIELDS: Mapping[str, tuple[object, ...]] = {
     "image_grid_pinpoints": (3, [], [[64 * 10**6, 64]], "[" * DEEP),
     "vision_config": (3, *({name: n} for name, n in (("patch_size", 0), ("image_size", 0), ("hidden_size", 2**30)))),
     "budgets": ({"base": -1}, {"base": NAN}, [1]),
-    "system_prompt": (3, "why " * 2_500_000),
+    "system_prompt": (3, "why " * 20_000, "why " * 2_500_000),
 }
 TEXTS = (b"[" * DEEP, b"3", b"null", b"", b"\xff")
 SPECIAL: Mapping[str, Callable[[Path], object]] = {

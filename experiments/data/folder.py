@@ -1,5 +1,6 @@
 """`data=folder`: your own pictures, with one question a row of a metadata file."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ class Folder:
         if limit is not None and limit < 1:
             raise UserError(f"data.limit={limit} must be a positive number of rows, or null for all")
         folder = Path(root)
-        if not folder.is_dir():
-            raise MissingFileError(f"data folder {folder} does not exist: set data.root to a folder with {metadata}")
+        if not os.path.isdir(folder):
+            raise MissingFileError(f"data folder {folder!s:.200} does not exist: give data.root=DIR, with {metadata}")
         self.name = name or folder.resolve().name
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens

@@ -74,9 +74,9 @@ class Llava:
         name: str | None = None,
     ) -> None:
         path, self._images = Path(json), Path(images)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise MissingFileError(f"data.json={path} does not exist: give a JSON file of conversations")
-        if not self._images.is_dir():
+        if not os.path.isdir(self._images):
             raise MissingFileError(f"data.images={images} does not exist: give the folder of the pictures")
         if limit is not None and limit < 1:
             raise UserError(f"data.limit={limit} must be a positive number of conversations, or null for all")

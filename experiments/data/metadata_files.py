@@ -5,6 +5,7 @@ A CSV holds texts alone: an empty cell is none, and a cell of `answers` that is 
 
 import csv
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def find_metadata(folder: Path, name: str = DEFAULT) -> Path | None:
         UserError: there are several.
     """
     if name != DEFAULT:
-        return folder / name if (folder / name).is_file() else None
+        return folder / name if os.path.isfile(folder / name) else None
     found = [folder / each for each in NAMES if (folder / each).is_file()]
     if len(found) > 1:
         both = " and ".join(path.name for path in found)

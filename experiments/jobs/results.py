@@ -168,7 +168,7 @@ def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -
     there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder is not None else []
     if name not in there:
         raise ConfigError(
-            f"adapter={adapter}: there is no adapter {name} in {path} ({', '.join(there) or 'it has none'}); "
+            f"adapter={adapter:.200}: there is no adapter {name:.200} in {path} ({', '.join(there) or 'it has none'}); "
             f"train one: python train.py selector={selector} weights={path}/{name}"
         )
     return f"{path}/{name}"

@@ -18,7 +18,6 @@ from experiments.atomic_files import write_atomic
 from experiments.profiling import Progress
 from experiments.training.run_logger import RunLogger
 from lavida_adapter.lightning_module import Trainable
-from shirg import UserError
 
 METRICS = "metrics.csv"
 _LAST = "lr"
@@ -102,8 +101,6 @@ class History(Callback):
     """
 
     def __init__(self, path: Path, every: int, run_logger: RunLogger | None, throughput: Throughput) -> None:
-        if every < 1:
-            raise UserError(f"trainer.log_every={every}: give at least 1")
         self.path, self.every, self.run_logger, self.throughput = path, every, run_logger, throughput
         self.points: list[Point] = []
         self.loss: Tensor | None = None

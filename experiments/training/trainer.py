@@ -44,8 +44,6 @@ def build_trainer(
 
     `checkpoints` is the folder of its checkpoints. The launcher has started all processes already.
     """
-    if cfg.trainer.checkpoint_every < 1:
-        raise UserError(f"trainer.checkpoint_every={cfg.trainer.checkpoint_every}: give at least 1")
     _silence_lightning()
     throughput = Throughput(folder.name, cfg.trainer.log_every, cfg.batch_size)
     trainer = L.Trainer(

@@ -8,6 +8,7 @@ Shape letters: B batch, P prefix slots, K kept slots.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,9 +53,9 @@ class LayerRetention(CachePacker):
             UserError: when it is not a profile.
         """
         path = Path(profile)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise MissingFileError(
-                f"cache.profile={profile}: no such file; `python -m experiments.bench.profile_cache` writes one"
+                f"cache.profile={profile!s:.200}: no such file; `python -m experiments.bench.profile_cache` writes one"
             )
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or "forget" not in content:

@@ -1,5 +1,6 @@
 """A public benchmark as a dataset, read from the hub, from its official files or from a folder."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,9 +97,9 @@ def read(
     if root is None:
         raise UserError(f"data.source={source} needs data.root=DIR, the folder of the {name} files")
     # One root may hold all benchmarks, each in a folder of its name, so that one sweep can read them all.
-    folder = next((f for f in (Path(root) / name, Path(root)) if f.is_dir()), None)
+    folder = next((f for f in (Path(root) / name, Path(root)) if os.path.isdir(f)), None)
     if folder is None:
-        raise MissingFileError(f"data.root={root} does not exist: give the folder of the {name} files")
+        raise MissingFileError(f"data.root={root!s:.200} does not exist: give the folder of the {name} files")
     raws = list(reader.disk(folder, split)) if source == "disk" else _folder_rows(folder, split)
     return _checked(raws, f"{name} ({split}) in {folder}"), {"source": source}
 

@@ -5,6 +5,7 @@ samples do not cost seven gigabytes. Without it `datasets` downloads the whole s
 a machine that has no network later.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,6 @@ from PIL import Image
 
 from experiments.data.benchmarks.official_files import Raw
 from experiments.data.image_io import PictureFile, read_picture
-from lavida_adapter.checkpoint_files import is_regular
 from shirg import MissingFileError, UserError
 
 PICTURE = "image"
@@ -113,7 +113,7 @@ def _list(reasons: Mapping[str, Sequence[str]]) -> list[str]:
 def read_hub(found: Found, columns: frozenset[str], streaming: bool) -> list[Raw]:
     """Every row of the split, without its picture."""
     # A folder is read in place: `datasets` would copy it, and confuses folders of the same name.
-    in_place = Path(found.candidate.id).is_dir()
+    in_place = os.path.isdir(found.candidate.id)
     if not (streaming or in_place):
         return _download(found, columns)
     if not all(url.endswith(".parquet") for url in found.files):
@@ -230,7 +230,7 @@ def _encoded(cell: Any, where: str) -> bytes:
     if isinstance(data, bytes):
         return data
     path = cell.get("path") if isinstance(cell, Mapping) else None
-    if path and is_regular(Path(path)):
+    if path and os.path.isfile(path):
         return PictureFile(Path(path)).read()
     raise UserError(f"{where}: has no picture; remove the row")
 

@@ -3,6 +3,7 @@
 A source gives raw rows (`Raw`); a reader turns each into an `Item`, a row in this project's terms.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,7 @@ from PIL import Image
 
 from experiments.data.image_io import PictureFile
 from experiments.data.sample import Box, check_texts
-from lavida_adapter.checkpoint_files import is_regular, parse_json
+from lavida_adapter.checkpoint_files import parse_json
 from shirg import MissingFileError, UserError
 
 
@@ -129,7 +130,7 @@ def existing(candidates: Iterable[Path], what: str) -> Path:
     """The first of these files that exists."""
     tried = list(candidates)
     for path in tried:
-        if is_regular(path):
+        if os.path.isfile(path):
             return path
     raise MissingFileError(f"{what} is missing: looked for {', '.join(str(path)[:200] for path in tried)}")
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class Entitygrid:
 
     def disk(self, root: Path, split: str) -> Iterator[Raw]:
         folder = root / split
-        if not (folder / MANIFEST).is_file():
+        if not os.path.isfile(folder / MANIFEST):
             raise MissingFileError(
                 f"data.split={split} does not exist in {root}: write it with "
                 f"`python -m experiments.data.synthetic.entitygrid {root} split={split}`"
