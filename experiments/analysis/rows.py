@@ -1,5 +1,6 @@
 """A study's row: one flat, versioned record for each evaluated system, read from the result.json of its jobs."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ _SHOWN_ELSEWHERE = frozenset(
     {"selector", "budget", "selector.budget", "data", "limit", "study", "seed", "threads", "workers", "logger", "shots"}
 )
 _NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
+_READ = ("selector", "data", "dataset", "budget", "changes", "n", "note")
+"""By what people tell the rows of a table apart."""
 _GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")
 
 MOST_DRAWN = 40
@@ -40,6 +43,18 @@ def group_row(group: RunGroup) -> Row:
     if row["status"] == "running" and not _is_alive(group.folders[0]):
         row["status"] = "stopped"
     return row
+
+
+def name_seeds(groups: Sequence[RunGroup], rows: Sequence[Row]) -> None:
+    """Adds the seeds to the changes of rows that would read the same: of jobs whose samples were drawn with them."""
+    alike: dict[tuple[object, ...], list[tuple[str, Row]]] = defaultdict(list)
+    for group, row in zip(groups, rows, strict=True):
+        seeds = ",".join(dict.fromkeys(str(result["config"].get("seed")) for result in group.results))
+        alike[tuple(row[name] for name in _READ)].append((seeds, row))
+    for named in alike.values():
+        if len({seeds for seeds, _ in named}) > 1:
+            for seeds, row in named:
+                row["changes"] = f"{row['changes']} seed={seeds}".strip()
 
 
 def flatten(result: Mapping[str, Any]) -> Row:

@@ -19,7 +19,7 @@ from experiments.analysis.columns import columns, differences, names_in_keys, sh
 from experiments.analysis.memo import Memo
 from experiments.analysis.overlap import overlap_all
 from experiments.analysis.paired import BASELINE, compare_all
-from experiments.analysis.rows import Row, group_row, unequal
+from experiments.analysis.rows import Row, group_row, name_seeds, unequal
 from experiments.analysis.shards import merge_shards
 from experiments.analysis.study import read_study
 from experiments.analysis.systems import Result, RunGroup, group_runs
@@ -108,6 +108,7 @@ def collect_rows(results: Mapping[Path, Result], known: Memo, *, overlaps: bool 
     groups = _groups(results, known)
     rows = [group_row(group) for group in groups]
     compare_all(groups, rows)
+    name_seeds(groups, rows)
     pairs = sorted(zip(groups, rows, strict=True), key=lambda pair: _order(pair[1]))
     if overlaps:
         overlap_all([group for group, _ in pairs], [row for _, row in pairs])

@@ -1,5 +1,6 @@
 """From a batch to rows: what is fed is what the selector owes, on every shape of picture."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from experiments.token_stats import TokenGeometry, check_counts
 from lavida_adapter import LavidaConfig
-from tests.experiments.conftest import result_of
+from tests.experiments.conftest import result_of, rows_of
 
 Eval = Callable[..., Path]
 SHAPES = {"square": (900, 900), "page": (850, 1100), "wide": (1600, 900), "icon": (90, 90), "tall": (80, 700)}
@@ -55,6 +56,31 @@ def test_true_geometry_on_pictures_of_all_shapes(model: str, eval_here: Eval, sh
     assert result_of(jobs["base"])["tokens"]["by_source"]["scaffold"] == 64
     shown = [Image.open(path).size for path in sorted((jobs["base"] / "shots").glob("*_kept.jpg"))]
     assert len(shown) == len(SHAPES)
+
+
+def test_a_prompt_that_is_too_long_is_found_before_any_answer(
+    eval_here: Eval, picture_folder: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A character is a token of the tiny model, whose context has 4,096."""
+
+    def words(*lengths: int) -> list[str]:
+        folder = picture_folder("-".join(map(str, lengths)), ["a" * length for length in lengths])
+        return ["data=folder", f"data.root={folder}", "batch_size=1", "data.max_new_tokens=4"]
+
+    def refused(length: int) -> int:
+        """Refuses the second of two questions; returns how many tokens it has beyond the context."""
+        job = eval_here(*words(3, length), ok=False)
+        (line,) = capfd.readouterr().err.splitlines()
+        found = re.search(
+            r"1.png#0: (\d+) tokens of text, at least 80 of the picture and 4 of the answer do not fit", line
+        )
+        assert found and not list(job.glob("*.arrow*")) and not (job / "samples.parquet").exists()
+        return int(found[1]) + 80 + 4 - 4096
+
+    surplus = refused(4090)
+    assert refused(4090 - surplus + 1) == 1
+    (row,) = rows_of(eval_here(*words(4090 - surplus)))
+    assert row["n_prefix"] == 4096 - 4
 
 
 def test_a_count_that_is_not_owed_stops_the_job() -> None:

@@ -1,5 +1,6 @@
 """Views and layouts: LaViDa's own at true geometry, then the other geometries and what of them reaches the prefix."""
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lavida_adapter import LavidaConfig
 from lavida_adapter.views import (
+    MOST_PADDED,
     SINGLE_VIEW,
     Views,
     cells_of,
@@ -196,6 +198,24 @@ def test_pad_mode() -> None:
     assert box[13, 0].tolist() == pytest.approx([0, (182 - 96) / 192, 14 / 384, (196 - 96) / 192])
     bright = patches(views).view(27, 27)
     assert bright[8:20].min() > 0.99
+
+
+def test_a_strip_is_made_smaller_before_it_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frame of a strip of 60,000 pixels would fill 10 GiB."""
+    frames = []
+
+    def new(mode: str, size: tuple[int, int], colour: tuple[int, ...]) -> Image.Image:
+        frames.append(size)
+        return blank(mode, size, colour)
+
+    blank, strip = Image.new, Image.new("RGB", (60_000, 60), (255, 255, 255))
+    monkeypatch.setattr(Image, "new", new)
+    views = make_views(strip, replace(CONFIG, image_aspect_ratio="pad"))
+    edge = math.isqrt(MOST_PADDED)
+    assert frames == [(edge, edge)] and edge**2 <= MOST_PADDED < (edge + 1) ** 2
+    assert views.size == (60_000, 60)
+    left, top, right, bottom = views.picture_4
+    assert (left, right) == (0, 1) and bottom - top == pytest.approx(60 / 60_000, rel=0.1)
 
 
 def test_several_pictures_a_prompt_are_padded() -> None:

@@ -59,6 +59,19 @@ def test_seeds_on_other_data_stay_apart(eval_here: Eval) -> None:
     assert len(collect(jobs[0].parent)) == 1, "a record from before digests: they are those of its samples"
 
 
+def test_seeds_that_drew_other_samples_are_named(eval_here: Eval) -> None:
+    for words in (*([f"seed={seed}", "limit=6"] for seed in (0, 1)), ["seed=2"]):
+        study = eval_here("selector=pooled", *words, *WORDS).parent
+    rows = collect(study)
+    shown = {column.title: column.texts for column in columns(rows)}
+    assert sorted(zip(shown["changes"], shown["n"], strict=True)) == [
+        ("", "12"),
+        ("seed=0", "6 of 12"),
+        ("seed=1", "6 of 12"),
+    ]
+    assert len({row["ids"] for row in rows}) == 3
+
+
 def test_a_record_of_an_older_study_has_the_system_of_today() -> None:
     """There, `seed` did not reach the selector."""
 
