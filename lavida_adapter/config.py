@@ -213,7 +213,7 @@ def _check_sizes(part: VisionConfig | LanguageModelConfig) -> None:
         most = _MOST_OF.get(name, MOST_WIDE)
         if isinstance(n, int | float) and not 0 < n <= most:
             kind = type(part).__name__
-            raise UserError(f"config: {name}={n:.6g}: give {kind} a positive number of at most {most:,}")
+            raise UserError(f"config: {name}={n:.6g}: it must be positive and at most {most:,} ({kind})")
 
 
 def _check_budgets(budgets: object) -> None:

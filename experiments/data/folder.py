@@ -73,7 +73,7 @@ class Folder:
             raise UserError(f"data.limit={limit} must be a positive number of rows, or null for all")
         folder = Path(root)
         if not os.path.isdir(folder):
-            raise MissingFileError(f"data folder {folder!s:.200} does not exist: give data.root=DIR, with {metadata}")
+            raise MissingFileError(f"data folder {folder!s:.200} does not exist: set data.root to DIR, with {metadata}")
         self.name = name or folder.resolve().name
         self.metric_names = tuple(metrics)
         self.max_new_tokens = max_new_tokens

@@ -61,6 +61,8 @@ JOBS = {
     ),
     "switch": ("selector=pooled model.prefix_attention=sideways", "prefix_attention .*sideways"),
     "adapter": ("adapter=outputs/absent", "outputs/absent holds no adapter"),
+    "a long adapter": (f"adapter=/{'a' * 5000}", f"/{'a' * 199} holds no adapter"),
+    "a long path": (f"model.path={'a' * 5000}", f"model.path={'a' * 200}: no such checkpoint folder"),
     "device": ("device=cuda:99", r"device=cuda:99: this machine has \d+ CUDA devices"),
     "limit": ("limit=0", "limit=0: positive number"),
     "batch": ("batch_size=0", "batch_size=0: a number from 1"),

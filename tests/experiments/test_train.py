@@ -24,6 +24,38 @@ def test_a_gate_names_what_fell_short() -> None:
         check_gate({"fine": 0.3}, {"letters": 0.35})
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("optim.betas=[2,3]", "optim.betas=[2.0, 3.0]: give two numbers in [0, 1)"),
+        ("objective.alignment=-1", "objective.alignment=-1.0: give a weight >= 0"),
+        ("trainer.clip=-1", "trainer.clip=-1.0: give a number from 0.0"),
+        ("trainer.log_every=0", "trainer.log_every=0: give a number from 1"),
+        (f"weights=/{'a' * 5000}", "aaa... (5,001 characters) is too long for the name of a file"),
+        ("weights=a_file", "weights=a_file: there is a file, not a folder"),
+        ("weights=a_file/inside", "weights=a_file/inside: there is a file, not a folder"),
+    ],
+)
+def test_what_would_stop_a_training_is_refused_before_its_model_is_built(
+    word: str,
+    sentence: str,
+    train_here: Here,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a_file").touch()
+    monkeypatch.setattr("experiments.build.build_model", lambda *_: pytest.fail("the model was built"))
+    train_here("selector=shirg", "optim.steps=2", word, ok=False)
+    assert sentence in capfd.readouterr().err
+
+
+def test_a_precision_that_would_change_the_weights_is_refused(command: Command) -> None:
+    ended = command("train", "trainer.precision=64-true")
+    expected = "expected one of [32-true, 16-mixed, bf16-mixed]"
+    assert ended.code == 1 and ended.err == [f"error: trainer.precision=64-true: Invalid value '64-true', {expected}"]
+
+
 def test_an_adapter_is_trained_named_and_evaluated(
     train_here: Here, command: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         for name, values in {
             "n_heads": (0, -4, True, "4", [4], {}),
             "n_kv_heads": (0, -1, 2.0),
-            "d_model": (0, HUGE, "wide"),
+            "d_model": (0, HUGE, 2**36, "wide"),
             "mlp_hidden_size": (0, HUGE),
             "rms_norm_eps": (NAN, INF, 0, -1e-5, "small"),
             "rope_theta": (NAN, INF, 0),
@@ -40,6 +40,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
             "mlp_ratio": ([1], "four", 2.5),
             "budgets": ([1], 3, {"base": "many"}, {"base": -1}, {"base": NAN}, {"base": {}}),
             "system_prompt": (3, [], {}),
+            "vocab_size": (2**36,),
             "image_grid_pinpoints": (3, "[" * DEEP, [[16.5, INF]], [[HUGE]], "(1x1),...,(6x6)"),
             "attention_dropout": (0.5, [], {}),
             "eos_token_id": ("a", [1], 1.5),
@@ -59,6 +60,8 @@ FIELDS: dict[str, tuple[dict[str, Any], str]] = {
         }.items()
         for value in values
     },
+    "a long system prompt": ({"system_prompt": "why " * 25_001}, "system_prompt has 100,004 characters"),
+    "a large patch": ({"vision_config": {"patch_size": 2**15, "image_size": 2**15}}, "at most 16,384"),
     "layers": ({"n_layers": 10**6}, "more than 1,000 layers"),
     "layers of the tower": ({"vision_config": {"num_hidden_layers": 10**6}}, "more than 1,000 layers"),
     "a huge canvas": ({"image_grid_pinpoints": [[384 * 100, 384 * 100]]}, "has more than 400 views"),
