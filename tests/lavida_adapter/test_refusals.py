@@ -159,10 +159,8 @@ TRAINING: dict[str, Case] = {
         ["optim.rates.vision_tower: nothing of it is trained; take it out, or train it"],
     ),
     "a rate of no part": (rates(projector=1e-3), ["optim.rates.projector: no such part, the nearest is mm_projector"]),
-    **{
-        f"betas={betas}": (schedule(betas=betas), ["optim.betas=", "give two numbers in [0, 1)"])
-        for betas in ((2.0, 3.0), (0.9,), (0.9, math.nan), (-0.1, 0.9), (0.9, 0.9, 0.9))
-    },
+    "betas": (schedule(betas=(2.0, 3.0)), ["optim.betas=[2.0, 3.0]: give two numbers in [0, 1)"]),
+    "one beta": (schedule(betas=(0.9,)), ["optim.betas=[0.9]: give two numbers in [0, 1)"]),
     "a weight decay below 0": (schedule(weight_decay=-1.0), ["optim.weight_decay=-1.0: give a number >= 0"]),
     "a rate of 0": (rates(mm_projector=0.0), ["give rates above 0"]),
     "no gradient at all": (nothing_to_train, ["nothing requires a gradient: there is nothing to train"]),
