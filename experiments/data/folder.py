@@ -183,7 +183,7 @@ def _picture_path(folder: Path, file_name: str, where: str) -> Path:
     if not inside:
         raise UserError(f"{where}: picture {file_name!r} is outside the data folder; move it into {folder}")
     if size is None:
-        raise MissingFileError(f"{where}: picture {folder / relative} does not exist; add it or remove the row")
+        raise MissingFileError(f"{where}: picture {file_name!r} does not exist in {folder}; add it or remove the row")
     if size == 0:
         raise UserError(f"{where}: picture {folder / relative} is an empty file; replace it or remove the row")
     return folder / relative

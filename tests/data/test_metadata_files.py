@@ -126,6 +126,7 @@ PARQUET: dict[str, tuple[dict[str, list[Any]], str]] = {
     "objects": ({"file_name": [{"a": 1}, {"a": 2}]}, "row 0: needs a non-empty text 'file_name'"),
     "NaN": ({"id": [float("nan"), 1.0]}, "row 0: the id must be a text or a whole number, not nan"),
     "long": ({"question": ["?", "why " * 60_000]}, "row 1: a text of 240,000 characters"),
+    "a line break": ({"file_name": ["a.png", "0\n"]}, "row 1: picture '0\\n' does not exist in ... add it"),
     "empty": ({name: [] for name in GOOD}, "metadata.parquet is empty"),
 }
 

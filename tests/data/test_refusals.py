@@ -233,8 +233,8 @@ LINES: list[tuple[dict[str, Any] | str | bytes, str]] = [
     (row(file_name="a\0.png"), "cannot be looked up"),
     (row(file_name="x" * 5000), "cannot be looked up"),
     (row(file_name="empty.png"), "empty.png is an empty file"),
-    (row(file_name="gone.png"), "gone.png does not exist; add it or remove the row"),
-    (row(file_name="deep"), "deep does not exist; add it or remove the row"),
+    (row(file_name="gone.png"), "'gone.png' does not exist in ... add it or remove the row"),
+    (row(file_name="deep"), "'deep' does not exist in ... add it or remove the row"),
 ]
 
 
