@@ -25,7 +25,7 @@ Z95 = float(ndtri(0.975))
 RESAMPLES = 4000
 BLOCK = 500
 """Resamples drawn at a time where there are few clusters."""
-BLOCK_NUMBERS = 2**20
+BLOCK_NUMBERS = 2**18
 """Random numbers held at a time: with many clusters fewer resamples are drawn at once, from the same stream."""
 
 
