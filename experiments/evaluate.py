@@ -277,7 +277,9 @@ def find_answered(journal: AnswerJournal, batches: SampleBatches, weights: str, 
         UserError: the journal was begun with other weights.
     """
     found = Answered(np.full(len(batches), -1), np.zeros(len(batches), dtype=bool))
+    ids = batches.samples.ids
     place: dict[str, int] = {}
+    after = 0
     current = CurrentFacts(batches.samples)
     changed: dict[str, Change] = {}
     known = np.zeros(len(batches.samples), dtype=bool)
@@ -285,9 +287,13 @@ def find_answered(journal: AnswerJournal, batches: SampleBatches, weights: str, 
     for offset, answered in journal:
         if answered.weights != weights:
             raise UserError(f"{journal.path} was begun with other weights: overwrite=true starts again")
-        place = place or {name: i for i, name in enumerate(batches.samples.ids)}
         rows = answered.rows.select(FACTS).to_pylist()
-        here = [place.get(row["id"], -1) for row in rows]
+        here = list(range(after, after + len(rows)))
+        if [row["id"] for row in rows] != list(ids[after : after + len(rows)]):
+            # Not where the batch before it ended: only now is an index of all samples worth its memory.
+            place = place or {name: i for i, name in enumerate(ids)}
+            here = [place.get(row["id"], -1) for row in rows]
+        after = here[-1] + 1
         for i, row in zip(here, rows, strict=True):
             fields = differing(row, current(batches.samples[i])) if i >= 0 else ()
             if i < 0 or fields:
