@@ -13,6 +13,7 @@ import torch
 from experiments import build
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect
+from experiments.kept_between_jobs import release_model
 from experiments.profiling import (
     Limits,
     LmCost,
@@ -69,6 +70,7 @@ def test_building_the_model_may_be_what_is_too_much(eval_here: Eval, monkeypatch
     def no_memory(*_: object, **__: object) -> None:
         raise ERRORS["cuda"]
 
+    release_model()  # one of an earlier test would be used again, and none be built
     monkeypatch.setattr("experiments.build.build_model", no_memory)
     result = result_of(eval_here("limit=4", ok=False))
     assert result["status"] == "oom"
