@@ -172,6 +172,8 @@ def write_tables(file: BinaryIO, tables: Iterable[pa.Table]) -> None:
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for group in _in_blocks(conform(table, schema, dropped) for table in tables):
             writer.write_table(group)
+            # What the writer keeps of each group lies between what it frees, which would stay with the process.
+            pa.default_memory_pool().release_unused()
 
 
 def _in_blocks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
