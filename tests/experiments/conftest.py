@@ -7,6 +7,7 @@ import re
 import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -184,6 +185,8 @@ def start(
     return subprocess.Popen(
         [*launcher, str(ROOT / f"{command}.py"), *overrides],
         cwd=cwd,
+        # A shell that runs the tests in the background has its children ignore Ctrl+C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={k: v for k, v in environment.items() if k != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
