@@ -4,13 +4,14 @@
 #             (MODEL=tiny_dream trains the one on Dream)
 # make evidence   both for five seeds, then the sweeps of docs/results
 # make gpu    on a machine with a GPU, in nine minutes: its tests and the bench at true size, to docs/results/gpu
+# make true-size   one answer after the other at the published size on a CPU: 21 GiB of memory, 25 minutes on two cores
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint gpu tiny adapters ranks evidence clean
+.PHONY: setup demo test lint gpu true-size tiny adapters ranks evidence clean
 
 setup: $(STAMP)
 
@@ -40,6 +41,15 @@ lint: setup
 # The environment of this folder if there is one, else PYTHON: rented machines often bring their own torch.
 gpu:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.bench.gpu
+
+# Pictures of your own: PICTURES=a.png,b.png,c.png, one for each turn.
+PICTURES ?=
+LM ?= llada
+true-size: setup
+	$(BIN)/python -m experiments.bench.true_size --device cpu --lm $(LM) --parts systems --engines eager --batch 1 \
+		--rounds 3 --answer 16 --steps 4 --seconds 1300 --out docs/results/true_size/$(LM).json \
+		$(if $(PICTURES),--pictures $(PICTURES))
+	$(BIN)/python -m experiments.bench.roofline docs/results/true_size/$(LM).json
 
 # Each stage starts from the weights of the stage before it. Each ends with a check (its gate); a failed check stops the
 # chain. A finished stage is not run again; to start over, delete the folder.

@@ -17,7 +17,7 @@ from lavida_adapter.modules import LavidaModules
 from lavida_adapter.prefix import picture_rows
 from lavida_adapter.prompt import encode_text
 from lavida_adapter.relevance import NoRelevance, Relevance, RelevanceContext
-from lavida_adapter.timing import Timer
+from lavida_adapter.timing import Pausing, Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels, ready
 from lavida_adapter.vision import in_own_dtype
 from shirg import Selection, Selector, VisionFeatures, send
@@ -113,16 +113,23 @@ class PictureEncoder:
             features = replace(features, boxes=tuple(tuple(prompts.boxes[i]) for i in asking))
         if self.relevance is None or not self.selector.uses_relevance:
             return features
-        with self.timer.stage("relevance"):
-            context = self._context(group, [prompts.questions[i].strip() for i in asking])
+        timer = Pausing(self.timer)
+        with timer.stage("relevance"):
+            context = self._context(group, [prompts.questions[i].strip() for i in asking], timer)
             with in_own_dtype(features.tokens_BND.device):
                 return replace(features, relevance_BN=self.relevance(features, context))
 
-    def _context(self, group: "PictureGroup", questions: list[str]) -> RelevanceContext:
+    def _context(self, group: "PictureGroup", questions: list[str], timer: Timer) -> RelevanceContext:
+        """What a provider may read; the time of projecting all tokens counts as such, as for selectors that do it."""
         model = self.model
         ids = [encode_text(model.tokenizer, question) for question in questions]
         ids_Q = [send(torch.tensor(q, dtype=torch.int64), model.device) for q in ids]
-        projected = in_precision_of_now(group.projected, model.device)
+        project = in_precision_of_now(group.projected, model.device)
+
+        def projected() -> Tensor:
+            with timer.stage("project"):
+                return project()
+
         return RelevanceContext(projected, ids_Q, model.lm.embedding, questions, model.model.vision_tower)
 
 

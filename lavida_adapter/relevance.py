@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, SiglipModel
 
 from lavida_adapter.vision import VisionTower
 from shirg import MissingFileError, UserError, VisionFeatures, saliency, send
-from shirg.similarity import Aggregate, aggregate_cosines, centred_unit
+from shirg.similarity import Aggregate, question_cosines
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,12 @@ class LmEmbed:
         mean_D = self._mean_word(context.embedding.weight)
         rows: dict[int, Tensor] = {}
         for picture, row in row_of.items():
+            asking = [i for i, other in enumerate(at) if other == picture]
+            if not all(len(context.questions[i]) for i in asking):
+                raise UserError("relevance=lm_embed needs a question, and this one has no tokens: use relevance=none")
+            words = [context.embedding(context.questions[i]) for i in asking]
             # One picture at a time: in float32 the tokens of a batch take gigabytes.
-            unit_ND = centred_unit(p[row : row + 1], valid[row : row + 1])[0]
-            for i in (i for i, other in enumerate(at) if other == picture):
-                ids_Q = context.questions[i]
-                if not len(ids_Q):
-                    raise UserError(
-                        "relevance=lm_embed needs a question, and this one has no tokens: use relevance=none"
-                    )
-                rows[i] = aggregate_cosines(unit_ND, context.embedding(ids_Q), self.agg, mean_D)
+            rows |= zip(asking, question_cosines(p[row], words, self.agg, valid[row], mean_D), strict=True)
         return torch.stack([rows[i] for i in range(len(at))])
 
     def _mean_word(self, weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ docs/method.md, "Relevance". Both sides of a cosine must be in one space, such a
 Shape letters: B pictures, N source tokens, Q question tokens, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +16,10 @@ from shirg.validation import UserError, one_of
 
 Aggregate = Literal["mean", "max", "pooled"]
 """How the question's tokens count: mean or largest of their cosines, or one cosine to their mean."""
+ROWS = 128
+"""Tokens that are compared at a time on a CPU: in float32 they fit its cache."""
+SHORTEST = 1e-12
+"""A shorter token counts as one of this length, so that a zero token has the cosine 0."""
 
 
 def cosine_relevance(
@@ -55,23 +59,63 @@ def cosine_relevance(
             )
     with torch.no_grad():
         valid_BN = torch.ones_like(tokens_BND[..., 0], dtype=torch.bool) if valid is None else valid
-        unit_BND = centred_unit(tokens_BND, valid_BN) if centre else F.normalize(tokens_BND.float(), dim=-1)
-        rows = zip(unit_BND, text, strict=True)
-        return torch.stack([aggregate_cosines(unit_ND, text_QD, agg, text_centre) for unit_ND, text_QD in rows])
+        pictures = zip(tokens_BND, valid_BN if centre else [None] * len(text), text, strict=True)
+        return torch.cat([question_cosines(x, [text_QD], agg, v, text_centre) for x, v, text_QD in pictures])
 
 
-def centred_unit(tokens_BND: Tensor, valid_BN: Tensor) -> Tensor:
-    """float32: tokens less the mean of their picture's valid tokens, scaled to length 1."""
-    x_BND = tokens_BND.float()
-    return F.normalize(x_BND - masked_mean(x_BND, valid_BN), dim=-1)
+def question_cosines(
+    tokens_ND: Tensor,
+    questions: Sequence[Tensor],
+    agg: Aggregate,
+    valid_N: Tensor | None = None,
+    text_centre: Tensor | None = None,
+) -> Tensor:
+    """float32 [len(questions), N]: cosine of each token of a picture and the words [Q, D] of each question, aggregated.
+
+    `valid_N`: the mean of these tokens is subtracted from all; None: nothing is.
+    """
+    directions = [_directions(text_QD, agg, text_centre) for text_QD in questions]
+    mean_D = None if valid_N is None else _mean_of_valid(tokens_ND, valid_N)
+    found_QN = torch.empty(len(questions), len(tokens_ND), device=tokens_ND.device)
+    for part, x_RD in _parts(tokens_ND):
+        if mean_D is not None:
+            x_RD -= mean_D
+        length_R = torch.linalg.vector_norm(x_RD, dim=-1).clamp_min(SHORTEST)
+        # Question by question: a product with all words at once would round differently beside other questions.
+        for found_N, words_WD in zip(found_QN, directions, strict=True):
+            r_RW = x_RD @ words_WD.T
+            r_R = r_RW.amax(-1) if agg == "max" else r_RW[:, 0]
+            torch.div(r_R, length_R, out=found_N[part])
+    return found_QN
 
 
-def aggregate_cosines(unit_ND: Tensor, text_QD: Tensor, agg: Aggregate, text_centre: Tensor | None = None) -> Tensor:
-    """float32 [N]: cosines of one picture's unit tokens with the question's tokens, aggregated over those."""
+def _parts(tokens_ND: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """float32 copies [R, D] of the tokens, part by part on a CPU; each lies where the last one was.
+
+    There new memory would cost more time than the arithmetic.
+    """
+    rows = ROWS if tokens_ND.device.type == "cpu" else len(tokens_ND)
+    buffer_RD = torch.empty(rows, tokens_ND.shape[-1], device=tokens_ND.device)
+    for start in range(0, len(tokens_ND), rows):
+        part = slice(start, start + rows)
+        yield part, buffer_RD[: len(tokens_ND[part])].copy_(tokens_ND[part])
+
+
+def _directions(text_QD: Tensor, agg: Aggregate, text_centre: Tensor | None) -> Tensor:
+    """float32 [W, D]: the vectors whose largest product with a unit token is the aggregated cosine."""
     q_QD = text_QD.float() if text_centre is None else text_QD.float() - text_centre
-    q_QD = F.normalize(q_QD.mean(0, keepdim=True) if agg == "pooled" else q_QD, dim=-1)
-    r_NQ = unit_ND @ q_QD.T
-    return r_NQ.amax(-1) if agg == "max" else r_NQ.mean(-1)
+    if agg == "pooled":
+        return F.normalize(q_QD.mean(0, keepdim=True), dim=-1)
+    q_QD = F.normalize(q_QD, dim=-1)
+    # The mean of products is the product with the mean.
+    return q_QD if agg == "max" else q_QD.mean(0, keepdim=True)
+
+
+def _mean_of_valid(tokens_ND: Tensor, valid_N: Tensor) -> Tensor:
+    """float32 [D]: the mean of the valid tokens."""
+    weight_N = valid_N.float()
+    sums = [weight_N[part] @ x_RD for part, x_RD in _parts(tokens_ND)]
+    return sum(sums[1:], sums[0]) / weight_N.sum().clamp_min(1)
 
 
 def saliency(tokens_BND: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import torch
 
 from experiments.atomic_files import write_json
-from experiments.profiling import release
+from experiments.profiling import peak_memory_mib, release, reset_peak_memory
 from lavida_adapter import Lavida
 from lavida_adapter.views import Views
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "transformers", "numpy", "flash-attn")
 QUERY = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit"
-
+PEAK_RESET = Path("/proc/self/clear_refs")
+"""Linux: writing 5 starts the count of the process's largest resident memory anew."""
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class Bench:
     model: Lavida
     lm: str
     views: Sequence[Views]
-    """A picture for each row of the largest batch."""
+    """At least as many pictures as the largest batch has rows; each turn takes the next ones."""
     question: str
     batches: Sequence[int]
     engines: Sequence[str]
@@ -156,6 +157,23 @@ def medians(results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for result in results for key in result))
     every = {key: [result.get(key, 0.0) for result in results] for key in keys}
     return {"ms": {k: statistics.median(v) for k, v in every.items()}, "n": len(results), "ms_all": every}
+
+
+def start_peak(device: torch.device) -> None:
+    """From here on `peak_since_mib` counts."""
+    reset_peak_memory(device)
+    if device.type == "cpu" and PEAK_RESET.exists():
+        PEAK_RESET.write_text("5")
+
+
+def peak_since_mib(device: torch.device) -> float | None:
+    """Peak memory since `start_peak`: allocated on the GPU, or on Linux resident in the process, weights included."""
+    if device.type != "cpu":
+        return peak_memory_mib(device)
+    if not PEAK_RESET.exists():
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return None if found is None else int(found[1]) / 1024
 
 
 def synchronise(device: torch.device) -> None:

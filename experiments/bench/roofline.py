@@ -2,10 +2,12 @@
 
 The floor of a stage is its least work divided by the device's limits: bytes by the rate of a large copy, operations by
 that of a large matrix product. Limits were measured before and after the rows; the better of both counts. A time below
-its floor is shown with an exclamation mark: the limits or the time are wrong then.
+its floor is shown with an exclamation mark: the limits or the time are wrong then. "gate %" is relevance and selection
+over the tower. Ratios are medians over the turns.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,11 +29,29 @@ def better(first: Row, second: Row | None) -> Limits:
 
 
 def times_floor(row: Row, stage: str, limits: Limits) -> float | None:
-    """The stage's median over its floor; None where its work is not known."""
-    least, ms = row.get("work", {}).get(stage), row.get("ms", {}).get(stage)
-    if least is None or ms is None:
+    """The stage's time over its floor, the median over the turns; None where its work is not known."""
+    times = row.get("ms_all", {}).get(stage, ())
+    works = [turn.get("work", {}).get(stage) for turn in row.get("turns") or [row] * len(times)]
+    found = [ms / limits.floor_ms(Work(*least)) for ms, least in zip(times, works, strict=True) if least is not None]
+    return statistics.median(found) if found else None
+
+
+def over_base(row: Row, base: Row | None) -> float | None:
+    """The whole time over that of the base, turn by turn on the same picture: the median."""
+    if base is None:
         return None
-    return ms / limits.floor_ms(Work(*least))
+    return statistics.median(a / b for a, b in zip(row["ms_all"]["wall"], base["ms_all"]["wall"], strict=False))
+
+
+def gate_percent(row: Row) -> float:
+    """Relevance and selection in % of the tower, the median over the turns."""
+    stages = (row["ms_all"].get(stage, [0.0] * row["n"]) for stage in ("relevance", "select", "tower"))
+    return statistics.median(100 * (r + s) / tower for r, s, tower in zip(*stages, strict=True))
+
+
+def visual_tokens(row: Row) -> str:
+    counts = [turn["visual_tokens"] for turn in row.get("turns") or [row]]
+    return f"{min(counts)}-{max(counts)}" if min(counts) < max(counts) else str(counts[0])
 
 
 def show(value: float | None, form: str = ".2f") -> str:
@@ -49,21 +69,22 @@ def aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 def systems_table(rows: Sequence[Row], limits: Limits) -> list[str]:
     """Milliseconds of a batch by stage, and the whole over B0's with the same engine and batch."""
-    base = {(r["engine"], r["batch"]): r["ms"]["wall"] for r in rows if r["name"] == "B0"}
-    table = [["engine", "B", "system", "tokens", "n", *STAGES, "tower x", "prefill x", "step x", "wall/B0", "GiB"]]
+    base = {(r["engine"], r["batch"]): r for r in rows if r["name"] == "B0"}
+    floors = ("tower", "prefill", "step")
+    table = [["engine", "B", "system", "tokens", "n", *STAGES, *(f"{s} x" for s in floors), "gate %", "wall/B0", "GiB"]]
     for row in rows:
-        wall = base.get((row["engine"], row["batch"]))
         peak = row.get("peak_mib")
         table.append(
             [
                 row["engine"],
                 str(row["batch"]),
                 row["name"],
-                str(row["visual_tokens"]),
+                visual_tokens(row),
                 str(row["n"]),
                 *(show(row["ms"].get(stage)) for stage in STAGES),
-                *(ratio(times_floor(row, stage, limits)) for stage in ("tower", "prefill", "step")),
-                show(None if wall is None else row["ms"]["wall"] / wall, ".3f"),
+                *(ratio(times_floor(row, stage, limits)) for stage in floors),
+                show(gate_percent(row)),
+                show(over_base(row, base.get((row["engine"], row["batch"]))), ".3f"),
                 show(None if peak is None else peak / 1024, ".1f"),
             ]
         )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from baselines import Full, Pooled, Saint, TopV
 from experiments.bench import reference
-from experiments.bench.recorder import Bench, synchronise, take_turns, time_ms
-from experiments.profiling import LmCost, Work, cost_of, peak_memory_mib, release, reset_peak_memory
+from experiments.bench.recorder import Bench, peak_since_mib, start_peak, synchronise, take_turns, time_ms
+from experiments.profiling import LmCost, Work, cost_of, release
 from lavida_adapter import DecodeConfig, LavidaConfig, LmEmbed, Prefix
 from lavida_adapter.captured_steps import GraphCache
 from lavida_adapter.engine import DecodeEngine, EagerEngine
@@ -50,41 +50,44 @@ class Answering:
     engine: str
     batch: int
     about: dict[str, Any] = field(default_factory=dict)
-    """Filled by the calls: sizes, peak memory, a digest of the answers, the work of each stage."""
+    """Filled by the calls: peak memory and what the first, uncounted turn was: tokens, work of each stage, a digest of
+    the answers. The same of each later turn is in `turns`, since pictures may differ."""
     relevance: LmEmbed = field(default_factory=LmEmbed)
     """One for all calls, as in an evaluation: it keeps the mean word embedding."""
+    turn: int = 0
 
     def __call__(self) -> dict[str, float]:
         model, bench = self.bench.model, self.bench
         timer, relevance = StageTimer(bench.device), self.relevance if self.selector.uses_relevance else None
         decode = DecodeConfig(max_new_tokens=bench.n_answer, step_per_block=bench.n_steps, engine=self.engine)  # type: ignore[arg-type]  # DecodeConfig refuses unknown engines
-        reset_peak_memory(bench.device)
+        views = [bench.views[(self.turn * self.batch + i) % len(bench.views)] for i in range(self.batch)]
+        start_peak(bench.device)
         synchronise(bench.device)
         began = time.perf_counter()
-        prefix = model.encode(
-            bench.views[: self.batch], [bench.question] * self.batch, self.selector, relevance=relevance, timer=timer
-        )
+        prefix = model.encode(views, [bench.question] * self.batch, self.selector, relevance=relevance, timer=timer)
         answer = model.generate(prefix, decode, timer=timer)
         ms = timer.collect()
         ms["wall"] = 1000 * (time.perf_counter() - began)
         ms["step"] = ms["denoise"] / answer.forwards
-        peak = peak_memory_mib(bench.device)
         # Of the first answer: later ones find an arena that has grown to the longest prompt.
-        self.about.setdefault("peak_mib", peak)
-        if "visual_tokens" not in self.about:
-            self._describe(prefix, answer.ids_BA, answer.forwards)
+        self.about.setdefault("peak_mib", peak_since_mib(bench.device))
+        described = self._describe(prefix, len(views[0].pixels_V3SS), answer.ids_BA, answer.forwards)
+        if self.turn:
+            self.about.setdefault("turns", []).append(described)
+        else:
+            self.about |= described
+        self.turn += 1
         return ms
 
-    def _describe(self, prefix: Prefix, ids_BA: Tensor, forwards: int) -> None:
+    def _describe(self, prefix: Prefix, n_views: int, ids_BA: Tensor, forwards: int) -> dict[str, Any]:
         bench, p = self.bench, prefix.embeds_BPD.shape[1]
         cost = cost_of(bench.model.config.lm, bench.model.dtype)
-        views = len(bench.views[0].pixels_V3SS)
         work = {
-            "tower": tower_work(bench.model.config, views * self.batch, bench.model.dtype.itemsize),
+            "tower": tower_work(bench.model.config, n_views * self.batch, bench.model.dtype.itemsize),
             "prefill": cost.prefill(p, self.batch),
             "step": step_work(cost, p, bench.n_answer, self.batch),
         }
-        self.about |= {
+        return {
             "visual_tokens": prefix.n_visual[0],
             "prefix": p,
             "padded": prefix.padding is not None,
@@ -185,7 +188,7 @@ class Stepping:
         """Prefill, the first step, and its logits."""
         bench, model, n = self.bench, self.bench.model, self.bench.n_answer
         batch, p = self.prefix.embeds_BPD.shape[:2]
-        reset_peak_memory(bench.device)
+        start_peak(bench.device)
         engine = ENGINES[self.engine](model.lm)
         cache = engine.prefill(
             self.prefix.embeds_BPD, self.prefix.padding, model.visual(self.prefix.visual_BP), n, None
@@ -201,7 +204,7 @@ class Stepping:
         self.about |= {
             "prefix": p,
             "first_call_s": time.perf_counter() - began,
-            "peak_mib": peak_memory_mib(bench.device),
+            "peak_mib": peak_since_mib(bench.device),
             "work": {"step": [least.flops, least.bytes]},
         }
 

@@ -2,7 +2,8 @@
 
 The weights are made on the device in bfloat16, the pictures on the spot: nothing is downloaded, and Hydra is not
 needed. `experiments.bench.gpu` starts these processes, one for each group of measurements, so that a kernel that breaks
-one process leaves the others alone. Every row is written to the JSON file as soon as it is measured.
+one process leaves the others alone. `make true-size` starts one on a CPU. Every row is written to the JSON file as soon
+as it is measured.
 """
 
 import argparse
@@ -102,12 +103,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--engines", type=lambda text: text.split(","), default=["eager", "graph"], help="eager, graph, compile")
     add("--batch", type=lambda text: [int(part) for part in text.split(",")], default=[1, 16], help="batch sizes")
     add("--rounds", type=int, default=7, help="how often each system has its turn; fewer at larger batches")
+    add(
+        "--pictures",
+        type=lambda text: [Path(part) for part in text.split(",")],
+        help="files, a turn each, for made ones",
+    )
+    add("--answer", type=int, default=N_ANSWER, help="new tokens")
+    add("--steps", type=int, default=N_STEPS, help="denoising steps")
     add("--seconds", type=float, default=180.0, help="when to stop; what is not measured by then is recorded as such")
     add("--size", choices=SIZES, default="published", help="toy: a rehearsal")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     add("--commit", help="the commit that is measured, where there is no git checkout")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.pictures and len(given.pictures) < max(given.batch):
+        parser.error(f"--pictures: {len(given.pictures)} pictures for a batch of {max(given.batch)}")
+    if missing := [str(path) for path in given.pictures or () if not path.is_file()]:
+        parser.error(f"--pictures: {missing[0]} does not exist")
+    return given
+
+
+def pictures_of(given: argparse.Namespace) -> list[Image.Image]:
+    """The files, or as many made pictures as the largest batch has rows."""
+    if not given.pictures:
+        return [picture(seed) for seed in range(max(given.batch))]
+    return [Image.open(path).convert("RGB") for path in given.pictures]
 
 
 def limits_of(device: torch.device, dtype: torch.dtype) -> Mapping[str, Any]:
@@ -125,12 +145,20 @@ def main(arguments: list[str]) -> None:
     head = {
         "command": short(shlex.join(["python", "-m", "experiments.bench.true_size", *arguments])),
         "machine": machine(device, given.commit),
-        "sizes": {"lm": given.lm, "size": given.size, "dtype": given.dtype, "answer": N_ANSWER, "steps": N_STEPS},
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "pictures": [path.name for path in given.pictures or ()],
+        "sizes": {
+            "lm": given.lm,
+            "size": given.size,
+            "dtype": given.dtype,
+            "answer": given.answer,
+            "steps": given.steps,
+        },
     }
     recorder = Recorder(given.out, head, began + given.seconds)
     recorder.note("limits_before", limits_of(device, dtype))
     model = random_model(SIZES[given.size](given.lm), device, dtype)
-    views = [make_views(picture(seed), model.config) for seed in range(max(given.batch))]
+    views = [make_views(image, model.config) for image in pictures_of(given)]
     bench = Bench(
         model=model,
         lm=given.lm,
@@ -139,8 +167,8 @@ def main(arguments: list[str]) -> None:
         batches=given.batch,
         engines=given.engines,
         rounds=given.rounds,
-        n_answer=N_ANSWER,
-        n_steps=N_STEPS,
+        n_answer=given.answer,
+        n_steps=given.steps,
         recorder=recorder,
     )
     recorder.note("ready_s", time.monotonic() - began)

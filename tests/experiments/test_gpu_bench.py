@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from experiments.bench import gpu, roofline
 from experiments.bench.recorder import Recorder, short, take_turns, time_ms
@@ -80,10 +81,36 @@ def test_a_time_below_its_floor_is_shown_with_a_mark() -> None:
     fast = {"copy": {"100": 3e3, "1000": 1e3}, "matmul": 4e3}
     limits = roofline.better(slow, fast)
     assert limits.copy == {100: 3e3, 1000: 2e3} and limits.matmul == 5e3
-    row = {"ms": {"step": 400.0, "tower": 1.0}, "work": {"step": [1000.0, 1000.0]}}
+    row = {"ms_all": {"step": [100.0, 400.0, 900.0], "tower": [1.0]}, "work": {"step": [1000.0, 1000.0]}}
     assert roofline.times_floor(row, "step", limits) == pytest.approx(0.8)  # 1000 bytes at 2000 a second are 500 ms
     assert roofline.ratio(0.8) == "0.80!" and roofline.ratio(0.98) == "0.98"
     assert roofline.times_floor(row, "tower", limits) is None and roofline.ratio(None) == "-"
+
+
+def test_turns_over_pictures_of_other_sizes(tmp_path: Path) -> None:
+    """Each turn answers the next picture, the same for all systems, and is compared with the turn beside it."""
+    files = [tmp_path / f"{width}.png" for width in (128, 40, 64)]
+    for path, height in zip(files, (128, 128, 64), strict=True):
+        Image.new("RGB", (int(path.stem), height), (90, 30, 200)).save(path)
+    words = ["--out", str(tmp_path / "r.json"), "--size", "toy", "--device", "cpu", "--dtype", "float32"]
+    words += ["--batch", "1", "--engines", "eager", "--parts", "systems", "--rounds", "3", "--answer", "4"]
+    main([*words, "--steps", "2", "--pictures", ",".join(map(str, files))])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    tokens = {name: [turn["visual_tokens"] for turn in row["turns"]] for name, row in rows.items()}
+    assert tokens["B0"] == tokens["P1 matched"] == [40, 36, 88] and tokens["P1"] == [80, 80, 80]
+    assert [row["visual_tokens"] for row in rows.values()] == [88, 80, 88, 100, 100, 336]
+    assert rows["B0"]["forwards"] == 2 and all(row["peak_mib"] > 100 for row in rows.values())
+    assert roofline.visual_tokens(rows["B0"]) == "36-88" and roofline.visual_tokens(rows["P1"]) == "80"
+
+    walls = {"B0": [1.0, 2.0, 10.0], "P1": [2.0, 2.0, 11.0]}
+    timed = {
+        name: {"ms_all": {"wall": ms, "relevance": [1.0, 2, 9], "select": [1.0, 0, 9], "tower": [10.0, 100, 4]}}
+        for name, ms in walls.items()
+    }
+    assert roofline.over_base(timed["P1"], timed["B0"]) == 1.1 and roofline.over_base(timed["P1"], None) is None
+    assert roofline.gate_percent(timed["P1"] | {"n": 3}) == 20.0
+    with pytest.raises(SystemExit):
+        main([*words, "--pictures", str(tmp_path / "none.png")])
 
 
 def test_turns_errors_and_time_limits(tmp_path: Path) -> None:
