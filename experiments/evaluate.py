@@ -289,7 +289,7 @@ def find_answered(journal: AnswerJournal, batches: SampleBatches, weights: str, 
             raise UserError(f"{journal.path} was begun with other weights: overwrite=true starts again")
         rows = answered.rows.select(FACTS).to_pylist()
         here = list(range(after, after + len(rows)))
-        if [row["id"] for row in rows] != list(ids[after : after + len(rows)]):
+        if [row["id"] for row in rows] != ids[after : after + len(rows)]:
             # Not where the batch before it ended: only now is an index of all samples worth its memory.
             place = place or {name: i for i, name in enumerate(ids)}
             here = [place.get(row["id"], -1) for row in rows]

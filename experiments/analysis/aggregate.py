@@ -18,7 +18,6 @@ from experiments.jobs.sample_rows import (
     SampleColumns,
     SampleRow,
     read_columns,
-    read_tables,
     subset_name,
 )
 from experiments.metrics.answers import Scorer, score_together
@@ -64,14 +63,14 @@ def summarise(rows: SampleColumns, metrics: Sequence[str], corpora: Mapping[str,
         "decoding": {
             "steps": _count_spread(rows.known("n_steps")),
             "cache_bytes": _mean(rows.known("cache_bytes")),
-            "drift": max(rows.known("drift").tolist(), default=None),
+            "drift": max(map(float, rows.known("drift")), default=None),
             "same_top1": _mean(rows.known("same_top1")),
             # How many texts had no answer where `data.answer_rule` looks; None for a rule that always finds one.
             "without_final_answer": int((~final).sum()) if len(final) else None,
         },
         "selection": {
             **{name: _Means(rows, name, pictures_N).over() for name in SPREADS},
-            "position_gini": position_gini(table["kept_map"] for table in read_tables(rows.path, ["kept_map"])),
+            "position_gini": position_gini(table["kept_map"] for table in rows.tables(["kept_map"])),
         },
     }
 
@@ -146,7 +145,7 @@ def _placed(rows: SampleColumns, metric: str) -> Iterator[SampleRow]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    return sum(values.tolist()) / len(values) if len(values) else None
+    return sum(map(float, values)) / len(values) if len(values) else None
 
 
 def _count_spread(counts: np.ndarray) -> Score:

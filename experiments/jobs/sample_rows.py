@@ -150,6 +150,8 @@ def schema_of(names: Iterable[str]) -> pa.Schema:
 
 def conform(table: pa.Table, schema: pa.Schema, dropped: Collection[str] = ()) -> pa.Table:
     """The columns of the schema, nulls in those that the table does not have or that are dropped."""
+    if table.schema == schema and not dropped:
+        return table.replace_schema_metadata()
     there = set(table.column_names) - set(dropped)
     columns = [table[f.name].cast(f.type) if f.name in there else pa.nulls(len(table), f.type) for f in schema]
     return pa.table(columns, schema=schema)
@@ -193,9 +195,17 @@ def _in_blocks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 def read_tables(path: Path, columns: Collection[str] | None = None) -> Iterator[pa.Table]:
     """The rows of samples.parquet in blocks, with those of the columns that it has; all columns if None are given."""
-    file = pq.ParquetFile(path)
+    return _blocks_of(_open(path), columns)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Without reading ahead, which would bring the chosen columns of the whole file into memory at once."""
+    return pq.ParquetFile(path, pre_buffer=False)
+
+
+def _blocks_of(file: pq.ParquetFile, columns: Collection[str] | None) -> Iterator[pa.Table]:
     there = [name for name in file.schema_arrow.names if columns is None or name in columns]
-    for batch in file.iter_batches(ROW_GROUP, columns=there):
+    for batch in file.iter_batches(ROW_GROUP, columns=there, use_threads=False):
         yield pa.Table.from_batches([batch])
 
 
@@ -211,11 +221,14 @@ def read_rows(path: Path) -> list[SampleRow]:
 
 
 class SampleColumns:
-    """The columns of samples.parquet, read one at a time: what a job of any size keeps in memory is one of them."""
+    """The columns of samples.parquet, read one at a time: what a job of any size keeps in memory is one of them.
+
+    What the file says about its groups of rows is read once, for all that is read here.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = pq.ParquetFile(path)
+        self._file = _open(path)
         self.names: list[str] = self._file.schema_arrow.names
         own = [name for name in self.names if name not in _COLUMNS]
         self.sources = [name.removeprefix("n_") for name in own if name.startswith("n_")]
@@ -239,29 +252,44 @@ class SampleColumns:
 
     def coded(self, name: str) -> tuple[np.ndarray, list[str]]:
         """The number of each row's text, and the texts in the order of their first rows."""
-        texts = self._read(name).fill_null("").dictionary_encode().combine_chunks()
-        return np.asarray(texts.indices), texts.dictionary.to_pylist()
+        numbers, texts = self._encoded(name)
+        return numbers, texts.to_pylist()
 
     def pictures(self) -> np.ndarray:
         """Which picture each row is about: rows that share a number are resampled together."""
-        pictures = self._read(picture_column(self.path)).dictionary_encode().combine_chunks()
-        return np.asarray(pictures.indices)
+        return self._encoded(_picture_column(self._file))[0]
+
+    def tables(self, columns: Collection[str]) -> Iterator[pa.Table]:
+        """The rows in blocks, as `read_tables` does."""
+        return _blocks_of(self._file, columns)
+
+    def _encoded(self, name: str) -> tuple[np.ndarray, pa.Array]:
+        """The number of each row's text, and the texts; null counts as an empty one."""
+        blocks = [chunk.fill_null("").dictionary_encode() for chunk in self._chunks(name)]
+        encoded = pa.chunked_array(blocks, pa.dictionary(pa.int32(), pa.string())).unify_dictionaries().combine_chunks()
+        return np.asarray(encoded.indices), encoded.dictionary
 
     def _read(self, name: str) -> pa.ChunkedArray:
+        return pa.chunked_array(self._chunks(name), _type_of(name))
+
+    def _chunks(self, name: str) -> Iterator[pa.Array]:
         if name not in self.names:
-            return pa.chunked_array([pa.nulls(len(self), _COLUMNS.get(name) or _type_of(name))])
-        return self._file.read(columns=[name])[name]
+            yield pa.nulls(len(self), _type_of(name))
+        else:
+            for block in self.tables([name]):
+                yield from block[name].chunks
 
 
 def check_types(schema: pa.Schema) -> None:
     """Raises ValueError for rows that are not those of samples.parquet; columns may be missing."""
     for field in schema:
-        if field.type != (_COLUMNS.get(field.name) or _type_of(field.name)):
+        if field.type != _type_of(field.name):
             raise ValueError(f"column {field.name} has type {field.type}")
 
 
 def _type_of(name: str) -> pa.DataType:
-    return next((kind for prefix, kind in _EXTRA.items() if name.startswith(prefix)), pa.null())
+    extra = (kind for prefix, kind in _EXTRA.items() if name.startswith(prefix))
+    return _COLUMNS.get(name) or next(extra, pa.null())
 
 
 def picture_of_row(row: Mapping[str, Any]) -> str:
@@ -329,10 +357,14 @@ def read_scores(path: Path, metric: str) -> dict[str, Score]:
 
 def picture_column(path: Path) -> str:
     """The column of samples.parquet that tells which picture a row is about; see `picture_of_row`."""
-    file = pq.ParquetFile(path)
+    return _picture_column(_open(path))
+
+
+def _picture_column(file: pq.ParquetFile) -> str:
     if "picture_digest" not in file.schema_arrow.names:
         return "picture"
-    return "picture" if file.read(columns=["picture_digest"])["picture_digest"].null_count else "picture_digest"
+    unknown = any(block["picture_digest"].null_count for block in _blocks_of(file, ["picture_digest"]))
+    return "picture" if unknown else "picture_digest"
 
 
 def _flatten(row: SampleRow) -> dict[str, Any]:

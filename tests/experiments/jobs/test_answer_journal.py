@@ -35,6 +35,16 @@ def test_batches_are_read_back(tmp_path: Path) -> None:
     assert [(w, warm, len(rows)) for w, warm, rows in taken(tmp_path)] == [("w", True, 3), ("w", False, 2)]
 
 
+def test_batches_of_another_compression_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was begun with zstd goes on with LZ4."""
+    for compression in ("zstd", "lz4"):
+        monkeypatch.setattr("experiments.jobs.answer_journal._LZ4", pa.ipc.IpcWriteOptions(compression=compression))
+        with AnswerJournal(tmp_path) as journal:
+            journal.append(ROWS, {"a": 5.0}, "w", False)
+    first, second = taken(tmp_path)
+    assert first == second and [row["kept"] for row in first[2]] == [row["kept"] for row in ROWS]
+
+
 def test_a_journal_of_an_older_version_is_taken_over(tmp_path: Path) -> None:
     """A process that is killed in between takes it over again; a torn last line is left out."""
     (old,) = STUDY.glob(f"*/{OLD_JOURNAL}")

@@ -5,7 +5,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import save_file
 from experiments.atomic_files import remove_path
 from experiments.jobs import results
 from experiments.jobs.results import VERSION, adapter_path, config_hash, files_digest, read_result
-from experiments.jobs.sample_rows import SampleRow, read_rows, read_tables, table_of, write_tables
+from experiments.jobs.sample_rows import SampleColumns, SampleRow, read_rows, read_tables, table_of, write_tables
 from tests.experiments.conftest import Command, result_of, rows_of
 from tests.experiments.planting import write_rows
 
@@ -83,6 +86,29 @@ def test_columns_are_the_keys_of_a_row(tmp_path: Path) -> None:
     write_rows(tmp_path / "samples.parquet", [row])
     schema = pq.read_schema(tmp_path / "samples.parquet")
     assert sorted(schema.names) == sorted([*plain, *(column for columns in spread.values() for column in columns)])
+
+
+def test_a_block_is_read_when_its_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrow would read ahead: 20 blocks of 64 KiB of a column, or all texts, before the first is used."""
+    monkeypatch.setattr("experiments.jobs.sample_rows.ROW_GROUP", 64)
+    random = np.random.default_rng(0)
+    (row,) = read_rows(STUDY / "completed" / "samples.parquet")[:1]
+    rows = [
+        {**row, "id": str(i), "kept_map": random.random(128).tolist(), "picture": f"picture {i // 5 % 200}"}
+        for i in range(20 * 64)
+    ]
+    with open(tmp_path / "samples.parquet", "wb") as file:
+        write_tables(file, [table_of(cast(list[SampleRow], rows))])
+    columns = SampleColumns(tmp_path / "samples.parquet")
+    before, held = pa.total_allocated_bytes(), []
+    for block in columns.tables(["kept_map"]):
+        held.append(pa.total_allocated_bytes() - before)
+        assert len(block) == 64
+    assert len(held) == 20 and max(held) < 5 * 64 * 1024
+    # The texts of a column are numbered in the order of their first rows, whatever block they are in.
+    number_N, texts = columns.coded("picture")
+    assert texts == [f"picture {i}" for i in range(200)]
+    assert number_N.tolist() == [i // 5 % 200 for i in range(len(rows))] == columns.pictures().tolist()
 
 
 def test_parts_are_written_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
