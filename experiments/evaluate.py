@@ -34,6 +34,8 @@ from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.metrics.final_answer import check_rule
 from experiments.profiling import Progress
+from experiments.schema import Profiler
+from experiments.torch_trace import TorchTrace
 from experiments.training.run_logger import LOGGED, RunLogger
 from experiments.viz.examples import pick_examples, save_example
 from experiments.viz.token_map import MAPS, TokenCapture, save_map
@@ -72,9 +74,10 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
         )
     profiling.reset_peak_memory(device)
     examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
-    rows, summary, timings = answer_and_summarise(
-        pipeline, samples, examples, job, shared.weights, cfg.batch_size, cfg.workers
-    )
+    with TorchTrace(job.folder if cfg.profiler == Profiler.torch else None, device) as trace:
+        rows, summary, timings = answer_and_summarise(
+            pipeline, samples, examples, job, shared.weights, cfg.batch_size, cfg.workers, trace
+        )
     sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
@@ -189,6 +192,7 @@ def answer_and_summarise(
     weights: str,
     batch_size: int,
     workers: int,
+    trace: TorchTrace | None = None,
 ) -> tuple[SampleColumns, dict[str, Any], dict[str, np.ndarray]]:
     """Answers what the job's journal does not have, and writes samples.parquet from it.
 
@@ -198,7 +202,7 @@ def answer_and_summarise(
     path = job.folder / results.SAMPLES
     with job.journal() as journal:
         batches = SampleBatches.of(samples, batch_size)
-        answered = answer_all(pipeline, batches, examples, job, journal, weights, workers)
+        answered = answer_all(pipeline, batches, examples, job, journal, weights, workers, trace or TorchTrace(None))
         tables, corpora = score_corpora(AnsweredTables(journal, answered.offsets), pipeline.scorers)
         with replacing(path) as file:
             write_tables(file, tables)
@@ -240,7 +244,8 @@ class Answered:
     offsets: np.ndarray
     """int64: where in the journal each batch is; -1 for one that is not."""
     warm_up: np.ndarray
-    """bool: the first batches of sessions, which warm caches and allocators up."""
+    """bool: batches whose times do not count: the first of sessions, which warm caches and allocators up, and recorded
+    ones."""
 
 
 def answer_all(
@@ -251,6 +256,7 @@ def answer_all(
     journal: AnswerJournal,
     weights: str,
     workers: int,
+    trace: TorchTrace,
 ) -> Answered:
     """Answers the batches that the journal does not have."""
     with Progress(job.identity.job, len(batches.samples)) as progress, examples.watch:
@@ -262,7 +268,8 @@ def answer_all(
             with profiling.explain_oom(pipeline.model, len(batch), pipeline.n_vision):
                 answers = pipeline.answer(batch, loaded)
             examples.draw(batch, answers)
-            found.warm_up[i] = i == todo.numbers[0]
+            found.warm_up[i] = i == todo.numbers[0] or trace.is_recording
+            trace.step()
             found.offsets[i] = journal.append(answers.rows, answers.ms, weights, bool(found.warm_up[i]))
             progress.advance(len(batch))
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 MAX_BYTES = 180
 """File systems allow 255 bytes a name; a digest and the suffixes of lock and temporary files need some of them."""
 UNNAMED = frozenset(
-    {"study", "resume", "overwrite", "threads", "workers", "logger", "trainer.num_nodes", "trainer.workers"}
+    {"study", "resume", "overwrite", "threads", "workers", "logger", "profiler", "trainer.num_nodes", "trainer.workers"}
 )
 """Keys that do not make another job."""
 _DROPPED = re.compile(r"[^\w.-]+")

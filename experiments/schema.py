@@ -36,6 +36,7 @@ Strategy = StrEnum("Strategy", ["single", "ddp", "fsdp"])
 """One process; a copy of everything in each; or a copy of what is trained and a part of the base in each."""
 Precision = StrEnum("Precision", ["32-true", "16-mixed", "bf16-mixed"])
 """Lightning's names of those in which the weights keep the dtype that they were loaded in."""
+Profiler = StrEnum("Profiler", ["none", "torch"])
 Stage = StrEnum("Stage", ["adapt", "vision", "text", "align", "base"])
 """What train.py trains; all but the first make the tiny model's base."""
 
@@ -78,6 +79,8 @@ class Run:
     attention: Attention = Attention.sdpa
     dtype: Dtype = Dtype.float32
     threads: int | None = None
+    profiler: Profiler = Profiler.none
+    """torch: a trace of the first batches or steps in the job's folder, and on a GPU a snapshot of its memory."""
     resume: bool = False
     overwrite: bool = False
     model: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +183,8 @@ class Trainer:
     clip: float = 1.0
     gradient_checkpointing: bool = False
     """Layers keep their input alone and run again in the backward pass."""
+    detect_anomaly: bool = False
+    """Ends the training at the first NaN of a backward pass, and says which operation made it; slow."""
     log_every: int = 25
     checkpoint_every: int = 200
 

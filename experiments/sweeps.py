@@ -1,4 +1,4 @@
-"""Sweeps: `sweep=NAME` and `run=FOLDER` stand for several overrides; the config of each job is composed once.
+"""Sweeps: `sweep=NAME`, `run=FOLDER` and `debug=true` stand for several overrides; each job's config is composed once.
 
 The words are expanded before Hydra reads the command line, so that a job's folder, its record and the command in its
 row have the real overrides. An override given by hand replaces the sweep's own.
@@ -39,7 +39,7 @@ def expand(command: str, argv: Sequence[str]) -> list[list[str]]:
         ConfigError: a sweep that does not exist or is for the other command; a folder without a finished adapter.
     """
     sweeps, runs = ([word.partition("=")[2] for word in argv if word.startswith(f"{key}=")] for key in ("sweep", "run"))
-    given = [word for word in argv if not word.startswith(("sweep=", "run=", f"{TRUST}="))]
+    given = [word for word in argv if not word.startswith(("sweep=", "run=", "debug=", f"{TRUST}="))]
     trusts = [word for word in argv if word.startswith(f"{TRUST}=")]
     if trusts and (not runs or trusts != [f"{TRUST}=true"]):
         raise ConfigError(
@@ -50,14 +50,32 @@ def expand(command: str, argv: Sequence[str]) -> list[list[str]]:
             "sweep= and run= stand for whole command lines: give one of them, once; run= is for eval.py "
             "(several runs: run='outputs/STUDY/*')"
         )
+    debugging = debug_overrides(command, [word for word in argv if word.startswith("debug=")])
     products: list[list[str]] = [[]]
     if sweeps:
         given = given if {"-m", "--multirun"} & set(given) else ["-m", *given]
         products = sweep_overrides(command, sweeps[0])
     elif runs:
         products = [run_overrides(folder, bool(trusts)) for folder in job_folders("run", runs[0], "train")]
+    return [_joined(_joined(given, debugging), product) for product in products]
+
+
+def _joined(given: Sequence[str], brought: Sequence[str]) -> list[str]:
+    """The words with those that they do not give themselves, beside their last override: Hydra wants them together."""
     asked = {override_key(word) for word in given if "=" in word}
-    return [[*given, *(word for word in product if override_key(word) not in asked)] for product in products]
+    end = max((i for i, word in enumerate(given, 1) if "=" in word and not word.startswith("-")), default=len(given))
+    return [*given[:end], *(word for word in brought if override_key(word) not in asked), *given[end:]]
+
+
+def debug_overrides(command: str, words: Sequence[str]) -> list[str]:
+    """What `debug=true` stands for."""
+    if wrong := [word for word in words if word not in ("debug=true", "debug=false")]:
+        raise ConfigError(f"{wrong[0]}: give debug=true or leave it out")
+    if "debug=true" not in words:
+        return []
+    node = OmegaConf.to_container(OmegaConf.load(CONF / "debug.yaml"))
+    assert isinstance(node, dict)
+    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in node[command].items()]
 
 
 def sweep_overrides(command: str, name: str) -> list[list[str]]:

@@ -27,7 +27,9 @@ from experiments.jobs.job import CHECKPOINT, Job
 from experiments.jobs.results import SHOTS
 from experiments.jobs.sample_facts import content_of
 from experiments.override_grammar import command_line, quote
+from experiments.schema import Profiler
 from experiments.sweeps import system_of
+from experiments.torch_trace import TorchTrace
 from experiments.training.callbacks import last_loss
 from experiments.training.run_logger import RunLogger, logs_images
 from experiments.training.stages import build_stage, lora_config, objective_config, optim_config
@@ -69,10 +71,12 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     print(f"stage {cfg.stage}: {trainable:,} of {total:,} parameters are trained")
 
     began = time.perf_counter()
-    trainer, throughput = build_trainer(cfg, job.ranks, device, job.folder, last.parent, run_logger)
+    trace = TorchTrace(job.folder if cfg.profiler == Profiler.torch and job.ranks.is_main else None, device)
+    trainer, throughput = build_trainer(cfg, job.ranks, device, job.folder, last.parent, run_logger, trace)
     run_logger.begin()
     try:
-        trainer.fit(stage.module, datamodule=data, ckpt_path=starting_point(last, cfg.resume, job.ranks))
+        with trace:
+            trainer.fit(stage.module, datamodule=data, ckpt_path=starting_point(last, cfg.resume, job.ranks))
     except SystemExit as end:
         if not isinstance(end.__context__, KeyboardInterrupt):
             raise

@@ -29,11 +29,12 @@ from experiments.jobs.distributed import Ranks, init_distributed, is_requeued
 from experiments.jobs.launchers import JobOutcome
 from experiments.jobs.results import adapter_path
 from experiments.override_grammar import command_line
+from experiments.torch_trace import MEMORY, TRACE
 from shirg import UserError
 
 CHECKPOINT = "checkpoints/last.ckpt"
 ERROR = "error.txt"
-_OWNED = (results.RESULT, results.SAMPLES, JOURNAL, OLD_JOURNAL, ERROR, results.SHOTS)
+_OWNED = (results.RESULT, results.SAMPLES, JOURNAL, OLD_JOURNAL, ERROR, results.SHOTS, TRACE, MEMORY)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from experiments.errors import fail
 from experiments.schema import CONF
 
 SLOT_POLL_S = 0.2
@@ -99,6 +100,20 @@ class JobOutcome:
     line: str
     """The line that the job printed last."""
 
+    def __float__(self) -> float:
+        """The mean of the job's first metric, which a sweeper that searches, such as optuna, asks each job for.
+
+        Raises:
+            ValueError: the job has no score.
+        """
+        from experiments.jobs.results import read_result
+
+        result = read_result(self.folder) if self.ok else None
+        quality = (result or {}).get("quality")
+        if not quality:
+            raise ValueError(f"{self.folder.name} has no score")
+        return float(quality["metrics"][quality["metric"]]["mean"])
+
 
 @dataclass
 class Session:
@@ -142,6 +157,8 @@ class SweepCallback(Callback):
             current_session().add(outcome)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+            _check_search(config)
         if config.hydra.launcher._target_.endswith(".BasicLauncher"):
             return
         # Jobs import the code that this process runs, whatever folder they start in and whatever is installed.
@@ -149,6 +166,16 @@ class SweepCallback(Callback):
         # On a cluster without accounting, submitit warns each time it asks for its jobs.
         os.environ.setdefault("SUBMITIT_LOG_LEVEL", "ERROR")
         export_gpus()
+
+
+def _check_search(config: DictConfig) -> None:
+    """Ends a sweep whose sweeper searches for what cannot be found, or must not be."""
+    if config.hydra.job.name != "eval":
+        fail("hydra/sweeper: a search needs a score, which eval.py gives; train with one value after the other")
+    if config.data.get("split") == "test":
+        fail("hydra/sweeper: a search would choose options on the test split; give data.split=val, and test the best")
+    if config.hydra.sweeper.get("direction", "maximize") != "maximize":
+        fail("hydra.sweeper.direction: scores are better when they are higher; give maximize")
 
 
 def outcome_of(job_return: JobReturn) -> JobOutcome | None:

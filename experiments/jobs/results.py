@@ -38,7 +38,9 @@ VOLATILE = ("times",)
 SESSION = frozenset({"resume", "overwrite"})
 """Keys that say how a job is started, not what it is: they are not recorded."""
 
-NOT_HASHED = frozenset({"study", "threads", "logger", "shots", "workers", "trainer.num_nodes", "trainer.workers"})
+NOT_HASHED = frozenset(
+    {"study", "threads", "logger", "profiler", "shots", "workers", "trainer.num_nodes", "trainer.workers"}
+)
 QUICK_BYTES, SAMPLE_BYTES = 2**26, 2**12
 _TARGET = "_target_"
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")

@@ -16,6 +16,7 @@ from torch import Tensor
 from experiments import profiling
 from experiments.atomic_files import write_atomic
 from experiments.profiling import Progress
+from experiments.torch_trace import TorchTrace
 from experiments.training.run_logger import RunLogger
 from lavida_adapter.lightning_module import Trainable
 
@@ -87,6 +88,16 @@ class Throughput(Callback):
             return {}
         rates = {"samples_per_s": self.steps * self.batch_size / self.seconds}
         return rates | ({"tokens_per_s": self.tokens / self.seconds} if self.tokens else {})
+
+
+class TraceSteps(Callback):
+    """Tells a trace where training steps end."""
+
+    def __init__(self, trace: TorchTrace) -> None:
+        self.trace = trace
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.trace.step()
 
 
 class History(Callback):

@@ -1,4 +1,4 @@
-"""Sends a job to a Lightning logger: training curve, results, and for wandb samples and overlays.
+"""Sends a job to a Lightning logger: training curve, results, overlays, and for wandb samples.
 
 The job's own files are the record. A logger that fails prints a warning; the job goes on.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
@@ -32,6 +33,7 @@ LOGGED = ("id", "question", "answers", "prediction", "n_visual", "recall")
 MOST_LOGGED = 10_000
 """Samples that wandb gets, which has no use for more in a table."""
 _SECTIONS = ("training", "quality", "tokens", "times")
+_SHOW_IMAGES = ("WandbLogger", "TensorBoardLogger")
 
 
 class RunLogger:
@@ -57,7 +59,7 @@ class RunLogger:
         """
         if not job.ranks.is_main:
             return cls(None, job)
-        if not logs_images(cfg):
+        if not _is(cfg, "WandbLogger"):
             return cls(build.build_logger(cfg), job)
         if not cfg.logger.get("offline"):
             import wandb
@@ -104,15 +106,26 @@ class RunLogger:
         self._send(lambda: self._log(point))
 
     def end(self, sections: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
-        """Logs the numbers of result.json, and to wandb the first samples and the overlays in the job's folder."""
+        """Logs the numbers of result.json, the overlays in the job's folder, and to wandb the first samples."""
         self._send(lambda: self.logger.log_metrics(numbers(sections)))
         table = [[_cell(row[c]) for c in LOGGED] for row in islice(rows, MOST_LOGGED)] if self._in_wandb else []
         if table:
             self._send(lambda: self.logger.log_text("samples", columns=list(LOGGED), data=table))
-        if self._in_wandb and (shots := load_examples(self.job.folder / SHOTS)):
-            pictures = [Image.open(io.BytesIO(shot.overlay)) for shot in shots]
-            captions = [f"{shot.record['question']} -> {shot.record['prediction']}" for shot in shots]
-            self._send(lambda: self.logger.log_image("kept tokens", pictures, caption=captions))
+        self._send(self._log_overlays)
+
+    def _log_overlays(self) -> None:
+        kind = type(self.logger).__name__
+        shots = load_examples(self.job.folder / SHOTS) if kind in _SHOW_IMAGES else []
+        pictures = [Image.open(io.BytesIO(shot.overlay)).convert("RGB") for shot in shots]
+        captions = [f"{shot.record['question']} -> {shot.record['prediction']}" for shot in shots]
+        if kind == "WandbLogger" and shots:
+            self.logger.log_image("kept tokens", pictures, caption=captions)
+        elif shots:
+            for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+                self.logger.experiment.add_image(
+                    f"kept tokens/{number}: {caption}", np.asarray(picture), dataformats="HWC"
+                )
+            self.logger.save()
 
     def _log(self, point: Mapping[str, float]) -> None:
         self.logger.log_metrics({k: v for k, v in point.items() if k != "step"}, step=int(point["step"]))
@@ -145,8 +158,12 @@ class RunLogger:
 
 
 def logs_images(cfg: DictConfig) -> bool:
-    """Whether the logger of a config is wandb. This is the same in all processes of a job."""
-    return str(cfg.logger.get("_target_", "")).endswith(".WandbLogger")
+    """Whether the logger of a config shows overlays. This is the same in all processes of a job."""
+    return any(_is(cfg, kind) for kind in _SHOW_IMAGES)
+
+
+def _is(cfg: DictConfig, kind: str) -> bool:
+    return str(cfg.logger.get("_target_", "")).endswith(f".{kind}")
 
 
 def _run_id(folder: Path, resume: bool) -> str:

@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from experiments.atomic_files import replacing
 from experiments.jobs.distributed import Ranks
-from experiments.training.callbacks import METRICS, History, SigtermHandler, Throughput
+from experiments.torch_trace import TorchTrace
+from experiments.training.callbacks import METRICS, History, SigtermHandler, Throughput, TraceSteps
 from experiments.training.run_logger import RunLogger
 from shirg import UserError
 
@@ -39,6 +40,7 @@ def build_trainer(
     folder: Path,
     checkpoints: Path,
     run_logger: RunLogger | None = None,
+    trace: TorchTrace | None = None,
 ) -> tuple[L.Trainer, Throughput]:
     """A trainer that writes metrics.csv to `folder`, and the callback that measures its throughput.
 
@@ -55,11 +57,13 @@ def build_trainer(
         precision=cfg.trainer.precision,
         max_steps=cfg.optim.steps,
         gradient_clip_val=cfg.trainer.clip,
+        detect_anomaly=cfg.trainer.detect_anomaly,
         logger=False,  # History sends its points to the run logger; see there
         callbacks=[
             SigtermHandler(),
             throughput,  # before History, which reads it
             History(folder / METRICS, cfg.trainer.log_every, run_logger, throughput),
+            *([TraceSteps(trace)] if trace is not None else []),
             ModelCheckpoint(
                 checkpoints,
                 save_last=True,

@@ -56,6 +56,19 @@ def test_a_sweep_may_be_several_products() -> None:
     assert all("adapter=null" in line and "adapter=null,random" not in line for line in lines)
 
 
+def test_debug_stands_for_a_small_run() -> None:
+    (line,) = expand("eval", ["selector=pooled", "debug=true", "threads=2", "-m"])
+    small = ["study=debug", "overwrite=true", "limit=8", "batch_size=2", "workers=0", "decode.engine=eager"]
+    assert line == ["selector=pooled", "threads=2", *small, "-m"], "the options stay behind the overrides"
+    assert expand("eval", ["debug=false", "limit=3"]) == [["limit=3"]]
+    (line,) = expand("train", ["debug=true"])
+    assert {"optim.steps=3", "trainer.detect_anomaly=true", "study=debug"} <= set(line)
+    for line in expand("eval", ["sweep=equal_budget", "debug=true"]):
+        assert "limit=8" in line and "study=debug" in line and "study=equal_budget" not in line
+    with pytest.raises(ConfigError, match="debug=yes: give debug=true"):
+        expand("eval", ["debug=yes"])
+
+
 def test_a_line_without_shorthand_stays_as_it_is() -> None:
     words = ["-m", "selector=pooled,full", "--cfg", "job"]
     assert expand("eval", words) == [words]

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,3 +145,24 @@ def test_a_logger_that_fails_takes_no_result_with_it(
     for run, words in ((eval_here, ("selector=full", "limit=6")), (train_here, WORDS)):
         assert result_of(run(*words, "logger=csv"))["status"] == "ok"
         assert capfd.readouterr().err.count("warning: the logger failed (no route)") == 1
+
+
+def test_tensorboard_gets_curves_numbers_and_overlays(train_here: Here, eval_here: Here) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def read(folder: Path) -> Any:
+        found = events.EventAccumulator(str(folder / "tensorboard"))
+        found.Reload()
+        return found
+
+    folder = train_here(*WORDS, "logger=tensorboard")
+    found, points = read(folder), read_points(folder / "metrics.csv")
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [
+        (p["step"], pytest.approx(p["loss"], rel=1e-6)) for p in points
+    ]
+    assert len(found.Tags()["images"]) == 4 and all(" -> " in name for name in found.Tags()["images"])
+
+    folder = eval_here("selector=pooled", "limit=6", "logger=tensorboard", "shots=3")
+    found, quality = read(folder), result_of(folder)["quality"]
+    (score,) = found.Scalars("quality.metrics.exact_match.mean")
+    assert score.value == pytest.approx(quality["metrics"]["exact_match"]["mean"]) and len(found.Tags()["images"]) == 3
