@@ -17,7 +17,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from experiments.analysis.aggregate import score_corpora, summarise
-from experiments.analysis.table import refresh
 from experiments.atomic_files import encode_json, read_json, replacing_together
 from experiments.data.sample import ids_hash
 from experiments.errors import sentence_of
@@ -27,6 +26,7 @@ from experiments.jobs.results import SHOTS
 from experiments.jobs.sample_rows import RECALL, SampleColumns, read_columns, read_tables, write_tables
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import Scorer, score_answer, scorer_version, text_metrics
+from experiments.report.publish import refresh_report
 from experiments.sweeps import job_folders
 from shirg import MissingFileError, UserError
 
@@ -97,7 +97,7 @@ def rescore(folder: Path, metrics: Sequence[str] | None = None) -> tuple[Mapping
             qualities = _rescore(folder, metrics)
     except Timeout:
         raise UserError(f"{WORD}={folder}: another process is running this job; wait for it") from None
-    refresh(folder.parent, overlaps=False)
+    refresh_report(folder.parent)  # the command writes the rest when all are scored
     return qualities
 
 

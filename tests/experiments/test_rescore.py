@@ -13,9 +13,11 @@ from filelock import FileLock
 
 from experiments import rescore as module
 from experiments.analysis.table import collect
+from experiments.analysis.turns import LAST_REFRESH
 from experiments.jobs.results import LOCK
 from experiments.metrics.answers import scorer_version
 from experiments.metrics.text import ExactMatch
+from experiments.report.publish import publish
 from experiments.rescore import RescoreRequest, parse, rescore, rescore_all
 from tests.data import official
 from tests.experiments.conftest import Command, result_of, rows_of
@@ -77,6 +79,7 @@ def test_a_changed_metric_changes_scores_alone(eval_here: Eval, monkeypatch: pyt
     assert rows_of(job) == [{**row, "score_exact_match": 0.25} for row in rows]
     (row,) = collect(job.parent)
     assert row["exact_match mean"] == 0.25
+    publish(job.parent)  # what the command does at its end
     table = (job.parent / "table.md").read_text()
     assert " 25.0 " in table and f"rescored {after['times']['rescored'][:10]}" in table
 
@@ -161,6 +164,16 @@ def test_answers_that_are_not_those_of_the_result(eval_here: Eval) -> None:
     (job / "samples.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="has no samples.parquet: overwrite=true answers again"):
         rescore(job)
+
+
+def test_a_process_that_writes_the_table_is_not_waited_for(eval_here: Eval) -> None:
+    job = eval_here(*GLYPHS)
+    (job.parent / LAST_REFRESH).unlink()
+    with FileLock(job.parent / ".table.lock"):
+        before, after = rescore(job)
+    assert before["metrics"] == after["metrics"] and not (job.parent / LAST_REFRESH).exists()
+    rescore(job)
+    assert (job.parent / LAST_REFRESH).exists()
 
 
 def test_jobs_that_have_nothing_to_score(eval_here: Eval, tmp_path: Path) -> None:
