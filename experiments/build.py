@@ -6,7 +6,7 @@ Weights that are missing, or a budget that the model does not name, raise one se
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,11 +125,12 @@ def _weights(cfg: DictConfig) -> dict[str, float]:
     return weights
 
 
-def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
+def build_model(cfg: DictConfig, device: torch.device, prepare: "Callable[[Lavida], None] | None" = None) -> "Lavida":
     """The model of `model=...`, ready to answer.
 
     `model.path` is a folder (relative ones start at the repository) or a hub id; without it the model is built from
-    `model.config` with random weights.
+    `model.config` with random weights. `prepare` is called before the model has weights, and may split them over
+    processes.
     """
     from lavida_adapter import Lavida
 
@@ -146,12 +147,14 @@ def build_model(cfg: DictConfig, device: torch.device) -> "Lavida":
             raise UserError(f"model.{useless[0]}: a model of random weights (model.config) has no such files")
         if not isinstance(sizes, dict):
             raise UserError(f"model.config={sizes}: give sizes by name")
-        model = _random_model({str(k): v for k, v in sizes.items()}, int(spec.get("seed") or 0), cfg.dtype, device)
+        sizes = {str(k): v for k, v in sizes.items()}
+        model = _random_model(sizes, int(spec.get("seed") or 0), cfg.dtype, device, prepare)
     else:
         source: dict[str, Any] = {k: str(spec[k]) for k in _SOURCE if spec.get(k) is not None}
         if "vision_path" in source:
             source["vision_path"] = local_folder(source["vision_path"]) or source["vision_path"]
-        model = Lavida.from_pretrained(_checkpoint(str(path)), dtype=str(cfg.dtype), device=device, **source)
+        folder = _checkpoint(str(path))
+        model = Lavida.from_pretrained(folder, dtype=str(cfg.dtype), device=device, prepare=prepare, **source)
     model.config = switched(model.config, cfg.model)
     if cfg.attention == "flash" and find_spec("flash_attn") is None:
         raise UserError("attention=flash needs the flash-attn package: pip install -e '.[gpu]', or use attention=sdpa")
@@ -289,11 +292,18 @@ def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["ma
     raise UserError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
 
 
-def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.device) -> "Lavida":
+def _random_model(
+    sizes: dict[str, Any],
+    seed: int,
+    dtype: str,
+    device: torch.device,
+    prepare: "Callable[[Lavida], None] | None",
+) -> "Lavida":
     """A model of the given sizes whose tokenizer is the built-in one; its config says that it is untrained."""
     from experiments.data.synthetic.tokenizer import build_tokenizer
     from lavida_adapter import Lavida, LavidaConfig, VisionConfig
     from lavida_adapter.published_config import LAYOUTS
+    from lavida_adapter.sharding import draw
 
     for name in ("lm", "vision"):
         if not isinstance(sizes.setdefault(name, {}), dict):
@@ -322,31 +332,32 @@ def _random_model(sizes: dict[str, Any], seed: int, dtype: str, device: torch.de
         ) from None
     if lm.vocab_size < len(tokenizer):
         raise UserError(f"model.config.lm.vocab_size={lm.vocab_size}: the tokenizer has {len(tokenizer)} entries")
-    _check_memory(config, tokenizer, dtype, device)
-    generator_state = torch.get_rng_state()
-    default = torch.get_default_dtype()
-    torch.manual_seed(seed)
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with device:
-            return Lavida(config, tokenizer)
-    finally:
-        torch.set_default_dtype(default)
-        torch.set_rng_state(generator_state)
-
-
-def _check_memory(config: "LavidaConfig", tokenizer: Any, dtype: str, device: torch.device) -> None:
-    """Refuses a model whose weights are larger than the memory of the device."""
-    from lavida_adapter import Lavida
-
     with torch.device("meta"):
-        n = sum(p.numel() for p in Lavida(config, tokenizer).parameters())
-    need = n * getattr(torch, dtype).itemsize
+        model = Lavida(config, tokenizer).to(getattr(torch, dtype))
+    if prepare is not None:
+        prepare(model)
+    if device.type != "meta":
+        _check_memory(model, device)
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(seed)
+        try:
+            draw(model, device)
+        finally:
+            torch.set_rng_state(generator_state)
+    return model
+
+
+def _check_memory(model: "Lavida", device: torch.device) -> None:
+    """Refuses a model whose weights, or what this process holds of them, are larger than the memory of the device."""
+    from lavida_adapter.sharding import held
+
+    need = sum(held(p).nbytes for p in model.parameters())
     if device.type == "cuda":
         there = torch.cuda.get_device_properties(device).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there:
+        n = sum(p.numel() for p in model.parameters())
         raise UserError(
             f"model.config: {n:,} parameters need {need / 2**30:,.0f} GiB, and {device} has {there / 2**30:,.0f} GiB: "
             "choose smaller sizes"

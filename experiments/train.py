@@ -32,10 +32,12 @@ from experiments.sweeps import system_of
 from experiments.torch_trace import TorchTrace
 from experiments.training.callbacks import last_loss
 from experiments.training.run_logger import RunLogger, logs_images
-from experiments.training.stages import build_stage, lora_config, objective_config, optim_config
-from experiments.training.trainer import build_trainer, gather_base
+from experiments.training.stages import base_splitter, build_stage, lora_config, objective_config, optim_config
+from experiments.training.trainer import build_trainer
 from lavida_adapter import Lavida, save_adapter
+from lavida_adapter.adapter_files import base_fingerprint
 from lavida_adapter.lightning_module import LavidaModule, Trainable
+from lavida_adapter.sharding import gather_base
 from shirg import MissingFileError, UserError
 
 DATA = "data.json"
@@ -59,7 +61,7 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    model = build.build_model(cfg, device)
+    model = build.build_model(cfg, device, base_splitter(cfg, device))
     stage = build_stage(cfg, model, job.ranks)
     contents = {name: facts["content"] for name, facts in stage.data.items()}
     last = job.folder / CHECKPOINT
@@ -88,7 +90,7 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
         reached = stage.gate()
         shown = stage.show(job.folder / SHOTS) if logs_images(cfg) else []
     check_gate(reached, cfg.gate)
-    gather_base(model)
+    base = prepare_saving(cfg, stage.module)
     rates = throughput.rates()
     sections = {
         "training": {
@@ -104,7 +106,7 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     }
     if job.ranks.is_main:
         entry = {"stage": cfg.stage, "seconds": round(seconds, 1), "gate": reached}
-        artifact = save(cfg, stage.module, job, entry)
+        artifact = save(cfg, stage.module, job, entry, base)
         shutil.rmtree(last.parent, ignore_errors=True)
         path = artifact.relative_to(Path.cwd()) if artifact.is_relative_to(Path.cwd()) else artifact
         sections["training"]["artifact"] = str(path)
@@ -190,20 +192,29 @@ def check_gate(reached: Mapping[str, float], thresholds: Mapping[str, float]) ->
         print("gate     " + "  ".join(f"{k}={v:.3f}" for k, v in reached.items()))
 
 
-def save(cfg: DictConfig, stage: Trainable, job: Job, entry: dict[str, Any]) -> Path:
+def prepare_saving(cfg: DictConfig, stage: Trainable) -> str:
+    """What rank 0 needs of the others to save; every rank must call it. Returns the base's fingerprint, "" for none."""
+    if isinstance(stage, LavidaModule) and cfg.stage == "adapt":
+        return base_fingerprint(stage.model, lora_config(cfg), stage.selector)
+    gather_base(stage.model)
+    return ""
+
+
+def save(cfg: DictConfig, stage: Trainable, job: Job, entry: dict[str, Any], base: str) -> Path:
     """Writes an adapter for the stage "adapt" and whole weights for the others; returns the folder.
 
-    training.json in the folder lists the stages of the base model, then this one (`entry`).
+    `base` is the fingerprint of an adapter's base. training.json in the folder lists the stages of the base model, then
+    this one (`entry`).
     """
     adapting = cfg.stage == "adapt"
     folder = Path(cfg.weights) if cfg.weights else job.folder / ("adapter" if adapting else "weights")
     if adapting:
         assert isinstance(stage, LavidaModule)
-        save_adapter(stage.model, lora_config(cfg), folder, stage.selector)
+        save_adapter(stage.model, lora_config(cfg), folder, stage.selector, base=base)
     else:
         save_weights(stage.model, folder, trained=cfg.stage == "base")
-    base = Path(cfg.model.path) / PROVENANCE if cfg.model.get("path") else None
-    stages = json.loads(base.read_text())["stages"] if base is not None and base.is_file() else []
+    before = Path(cfg.model.path) / PROVENANCE if cfg.model.get("path") else None
+    stages = json.loads(before.read_text())["stages"] if before is not None and before.is_file() else []
     entry |= {"command": job.identity.command, "seed": cfg.seed, **results.code_version()}
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}
     clear_temporaries(folder)  # of a process that was killed in the next line

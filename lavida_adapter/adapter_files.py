@@ -51,15 +51,24 @@ _PREFIX = "base_model.model."
 
 
 def save_adapter(
-    model: LavidaModules, config: LoraConfig, folder: str | Path, selector: Selector | None = None
+    model: LavidaModules,
+    config: LoraConfig,
+    folder: str | Path,
+    selector: Selector | None = None,
+    *,
+    base: str | None = None,
 ) -> None:
-    """Writes the trained tensors, their config and the base's fingerprint; an adapter in the folder is replaced."""
+    """Writes the trained tensors, their config and the base's fingerprint; an adapter in the folder is replaced.
+
+    `base`: the fingerprint, if it is known. That of a base that is split over processes is computed by all of them.
+    """
     folder = Path(folder)
     family = model.config.lm.family
     published = FAMILIES[family].published_name
     trained = _trained_tensors(model, selector)
     tensors = {_PREFIX + published(n): p.detach().cpu().contiguous() for n, p in trained.items()}
-    meta = {"lora": asdict(config), "base": base_fingerprint(model, config, selector), "family": family}
+    base = base_fingerprint(model, config, selector) if base is None else base
+    meta = {"lora": asdict(config), "base": base, "family": family}
     with saving(folder) as temporary:
         save_file(tensors, temporary / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if targets := lora_targets(tree_of(model, selector), config):

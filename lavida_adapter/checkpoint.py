@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +35,7 @@ from lavida_adapter.config import LavidaConfig
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.modules import LavidaModules
 from lavida_adapter.published_config import unlike_published
+from lavida_adapter.sharding import first_bits, in_all, is_split, own_rows, place
 from lavida_adapter.tokenizer_files import load_tokenizer, n_rows
 from lavida_adapter.tower_files import TOWER, with_tower
 from shirg import MissingFileError, UserError
@@ -54,12 +55,14 @@ def load(
     device: torch.device,
     revision: str | None = None,
     vision_path: str | Path | None = None,
+    prepare: Callable[[M], None] | None = None,
 ) -> M:
     """Builds the model on the meta device, then reads every tensor once.
 
     `dtype`: a torch dtype, its name, or "auto" for the dtype of the stored embedding. Rows of embedding and head beyond
     the tokenizer's are cut off, as in the reference's inference. `revision` pins a version on the hub; `vision_path` is
-    a SigLIP for a checkpoint that is stored without its tower.
+    a SigLIP for a checkpoint that is stored without its tower. `prepare` is called with the model on the meta device:
+    of weights that it splits over processes (`lavida_adapter.sharding.shard`) each process reads its own rows only.
 
     Raises:
         MissingFileError: no checkpoint there, or no weights in it.
@@ -78,18 +81,19 @@ def load(
     embedding, head = (published[_name_of(model, layer.weight)] for layer in (model.lm.embedding, model.lm.head))
     absent = check_tensors(shapes, stored, folder, config, rows=(embedding, head))
     dtype = parse_dtype(dtype, stored[embedding].dtype)
-    broken = _read(model, {name: own for own, name in published.items()}, shapes, stored, dtype, device)
+    model.to(dtype)
+    if prepare is not None:
+        prepare(model)
+    broken = in_all(model, _read(model, {name: own for own, name in published.items()}, stored, dtype, device))
     if broken:
         raise UserError(
-            f"{folder} has NaN or infinity, as {str(dtype).removeprefix('torch.')}, in {_listed(sorted(broken))}: "
+            f"{folder} has NaN or infinity, as {str(dtype).removeprefix('torch.')}, in {_listed(broken)}: "
             "download the checkpoint again, or choose a wider dtype"
         )
     for name in absent:  # in most checkpoints, but never applied
         fill = torch.ones if name.endswith("norm.weight") else torch.zeros
-        _assign(model, name, fill(shapes[name], device=device, dtype=dtype))
-    positions = torch.arange(config.vision.side**2, device=device).expand(1, -1)
-    embeddings = model.model.vision_tower.vision_tower.vision_model.embeddings
-    embeddings.register_buffer("position_ids", positions, persistent=False)
+        place(model, name, fill(shapes[name], device=device, dtype=dtype))
+    model.model.vision_tower.number_positions(device)
     left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if left:
         raise RuntimeError(f"tensors without memory after loading {folder}: {', '.join(left)}")
@@ -99,24 +103,26 @@ def load(
 def _read(
     model: nn.Module,
     own: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, StoredTensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[str]:
-    """Reads every tensor that the model has; returns the names of those that are not finite."""
-    broken = []
+    """Reads this process's rows of every tensor that the model has; returns the names of those that are not finite."""
+    broken, split = [], is_split(model)
     for path in sorted({tensor.file for tensor in stored.values()}):
         with open_tensors(path) as file:
-            for name in (n for n in shapes if n in stored and stored[n].file == path):
-                part = file.get_slice(stored[name].name)[: shapes[name][0]]
+            for name in (n for n in own if n in stored and stored[n].file == path):
+                rows = own_rows(model.get_parameter(own[name]))
+                part = file.get_slice(stored[name].name)[rows]
                 tensor = part.to(device=device, dtype=dtype)
-                if stored[name].shape != shapes[name]:  # a view of all rows, which could not be saved again
+                # On a CPU it is a view of the file: of all its rows, which could not be saved again, or with pages in
+                # memory that belong to rows of another process.
+                if split or len(tensor) < stored[name].shape[0]:
                     tensor = tensor.clone()
                 # Smallest and largest number: one pass without memory of its own, and NaN is both.
                 if not tensor.is_meta and not torch.stack(torch.aminmax(tensor)).isfinite().all():
                     broken.append(name)
-                _assign(model, own[name], tensor)
+                place(model, own[name], tensor)
     return broken
 
 
@@ -154,15 +160,13 @@ def fingerprint(model: nn.Module, skip: tuple[str, ...] = ()) -> str:
     """SHA-256 over name, shape and the first 1,024 numbers (as bfloat16) of every base tensor; identifies the base.
 
     Cheap for 8 B parameters, and equal in every dtype at least as wide as the stored one. Adapters and the modules in
-    `skip` are left out.
+    `skip` are left out. Collective for a base that is split over processes, which is not gathered.
     """
     sha = hashlib.sha256()
-    base = ((name.replace(".base_layer", ""), t) for name, t in model.named_parameters() if "lora_" not in name)
-    for name, tensor in sorted(base, key=lambda pair: pair[0]):
-        if any(name == s or name.startswith(s + ".") for s in skip):
-            continue
-        head = tensor.detach().reshape(-1)[:1024].to(torch.bfloat16).view(torch.int16).cpu().numpy()
-        sha.update(f"{name}{tuple(tensor.shape)}".encode() + head.tobytes())
+    named = {name.replace(".base_layer", ""): t for name, t in model.named_parameters() if "lora_" not in name}
+    base = {n: t for n, t in sorted(named.items()) if not any(n == s or n.startswith(s + ".") for s in skip)}
+    for (name, tensor), head in zip(base.items(), first_bits(base.values(), 1024), strict=True):
+        sha.update(f"{name}{tuple(tensor.shape)}".encode() + head.numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -238,8 +242,3 @@ def check_tensors(
 
 def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:_LISTED])}{' ...' if len(names) > _LISTED else ''}"
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))

@@ -1,6 +1,6 @@
 """LaViDa: picture and question -> prefix, prefix -> answer, examples -> loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,13 +55,17 @@ class Lavida(LavidaModules):
         device: str | torch.device = "cpu",
         revision: str | None = None,
         vision_path: str | Path | None = None,
+        prepare: Callable[[Self], None] | None = None,
     ) -> Self:
         """Loads a folder or hub repository in the published layout; see `lavida_adapter.checkpoint`.
 
-        `revision` pins a version on the hub; `vision_path` is a SigLIP for a checkpoint stored without its tower.
+        `revision` pins a version on the hub; `vision_path` is a SigLIP for a checkpoint stored without its tower;
+        `prepare` is called before weights are read, and may split them over processes (`lavida_adapter.sharding`).
         """
         device = torch.device(device)
-        return load(cls, source, dtype=dtype, device=device, revision=revision, vision_path=vision_path)
+        return load(
+            cls, source, dtype=dtype, device=device, revision=revision, vision_path=vision_path, prepare=prepare
+        )
 
     def save_pretrained(self, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
         """Writes the published layout: config.json, safetensors weights in one file or shards, tokenizer."""

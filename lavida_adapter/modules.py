@@ -23,7 +23,13 @@ class _Parts(nn.Module):
         self.transformer = FAMILIES[config.lm.family].language_model(config.lm)
         self.vision_tower = VisionTower(config.vision)
         self.mm_projector = build_projector(config.vision.hidden_size, config.lm.d_model)
-        self.image_newline = nn.Parameter(torch.randn(config.lm.d_model) * config.lm.d_model**-0.5)
+        self.image_newline = nn.Parameter(torch.empty(config.lm.d_model))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the newline vector, as torch's own modules draw theirs."""
+        self.image_newline.normal_().mul_(len(self.image_newline) ** -0.5)
 
 
 class LavidaModules(nn.Module):
@@ -34,10 +40,10 @@ class LavidaModules(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Parts(config)
-        self._initialise()
+        self.initialise()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
+    def initialise(self) -> None:
         """Random embeddings with the standard deviations of the config; all other layers have drawn their own."""
         config = self.config
         draw_normal(self.lm.embedding.weight, config.lm.emb_std)

@@ -6,7 +6,7 @@ tensors from inside single layers (taps), and only requested taps may cost time 
 Shape letters: V views, S pixels a side, n tokens of a view, H heads, D width.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any, cast
@@ -27,10 +27,33 @@ receives within its view, averaged over heads and queries [V, n]. "input": the r
 layer [V, n, D]."""
 
 
+class TowerLayer(SiglipEncoderLayer):
+    """A layer of SigLIP that also records what is asked for."""
+
+    def forward(self, x: Tensor, here: Collection[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer's output [V, n, D], and the recordings named in `here`; see `TAPS`."""
+        found: dict[str, Tensor] = {}
+        h = self.layer_norm1(x)
+        if "input" in here:
+            found["input"] = x
+        if "keys" in here:
+            found["keys"] = self.self_attn.k_proj(h).unflatten(-1, (self.self_attn.num_heads, -1))
+        if "attention" in here:
+            found["attention"] = attention_received(self.self_attn, h)
+        x = x + self.self_attn(h)[0]
+        h = self.layer_norm2(x)
+        if "post_norm" in here:
+            found["post_norm"] = h
+        x = x + self.mlp(h)
+        if "output" in here:
+            found["output"] = x
+        return x, found
+
+
 class _Encoder(nn.Module):
     def __init__(self, config: SiglipVisionConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(TowerLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class _VisionModel(nn.Module):
@@ -62,8 +85,13 @@ class VisionTower(nn.Module):
         """Gradient checkpointing: layers run again in the backward pass instead of storing their activations."""
 
     @property
-    def layers(self) -> Sequence[SiglipEncoderLayer]:
-        return cast("Sequence[SiglipEncoderLayer]", self.vision_tower.vision_model.encoder.layers)
+    def layers(self) -> Sequence["TowerLayer"]:
+        return cast("Sequence[TowerLayer]", self.vision_tower.vision_model.encoder.layers)
+
+    def number_positions(self, device: torch.device) -> None:
+        """Makes the numbers of the positions again, which no checkpoint has and the meta device does not hold."""
+        positions = torch.arange(self.config.side**2, device=device).expand(1, -1)
+        self.vision_tower.vision_model.embeddings.register_buffer("position_ids", positions, persistent=False)
 
     def forward(self, pixels_V3SS: Tensor, taps: Iterable[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """States, and the recordings named by `taps`.
@@ -84,7 +112,7 @@ class VisionTower(nn.Module):
         x = x.contiguous()
         for i, layer in enumerate(self.layers):
             here = frozenset(what for what, at in wanted.values() if at == i)
-            x, found = run_block(self.recompute, _through, layer, x, here)
+            x, found = run_block(self.recompute, layer, x, here)
             # Two spellings of one tap ("keys@2" and "keys@-1") both get an entry.
             recorded |= {tap: found[what] for tap, (what, at) in wanted.items() if at == i}
         return x, recorded
@@ -102,26 +130,6 @@ class VisionTower(nn.Module):
                 "counted from the end if negative, or a share of the depth from 0.0 to below 1.0"
             )
         return what, index % n
-
-
-def _through(layer: SiglipEncoderLayer, x: Tensor, here: frozenset[str]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A layer's output, and the requested recordings."""
-    found: dict[str, Tensor] = {}
-    h = layer.layer_norm1(x)
-    if "input" in here:
-        found["input"] = x
-    if "keys" in here:
-        found["keys"] = layer.self_attn.k_proj(h).unflatten(-1, (layer.self_attn.num_heads, -1))
-    if "attention" in here:
-        found["attention"] = attention_received(layer.self_attn, h)
-    x = x + layer.self_attn(h)[0]
-    h = layer.layer_norm2(x)
-    if "post_norm" in here:
-        found["post_norm"] = h
-    x = x + layer.mlp(h)
-    if "output" in here:
-        found["output"] = x
-    return x, found
 
 
 def attention_received(attention: SiglipAttention, h_BND: Tensor, chunk: int = 128) -> Tensor:

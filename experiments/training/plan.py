@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from experiments.errors import one_sentence
 from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
 from experiments.training.stages import make_trainable, objective_config, optim_config
-from experiments.training.trainer import frozen_linears
 from lavida_adapter import DreamConfig, LanguageModelConfig, Lavida, LavidaConfig, LladaConfig
 from lavida_adapter.checkpoint import read_config
 from lavida_adapter.lightning_module import LavidaModule
@@ -31,6 +31,7 @@ from lavida_adapter.lora import part_of
 from lavida_adapter.memory_estimate import Shape, footprint
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prompt import training_example
+from lavida_adapter.sharding import units
 from lavida_adapter.tokenizer_files import load_tokenizer, n_rows
 from lavida_adapter.views import geometry_layout, pooled_count
 from shirg import MissingFileError, Selector, UserError
@@ -157,7 +158,7 @@ def memory(
     )
     trained = OPTIMISER * sum(p.numel() for m in (model, selector) for p in m.parameters() if p.requires_grad)
     base = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    linears = [sum(p.nbytes for p in layer.parameters()) for layer in frozen_linears(model)]
+    split = [sum(layer.weight.nbytes for layer in layers) for _, layers in units(model)]
     model.to(dtype)
     row = []
     for recompute in (False, True):
@@ -172,8 +173,9 @@ def memory(
     for gpus in (n for n in GPUS if not cfg.batch_size % n):
         rows = cfg.batch_size // gpus
         cells = [base, trained, rows * row[0], rows * row[1]]
-        # Under fsdp linear layers are in shards, and one at a time is gathered.
-        shards = base if gpus == 1 else base - sum(linears) + sum(linears) / gpus + max(linears, default=0)
+        # Under fsdp a unit is gathered while the one before it still computes.
+        whole = max(map(sum, pairwise(split)), default=sum(split))
+        shards = base if gpus == 1 else base - sum(split) * (1 - 1 / gpus) + whole
         cells += [x + trained + rows * kept for x in (base, shards) for kept in row]
         b, t, plain, again, total, less, sharded, least = (f"{x / unit:,.2f}" for x in cells)
         yield (
@@ -182,9 +184,10 @@ def memory(
         )
     kind = str(dtype).removeprefix("torch.")
     yield (
-        f"formula  base: frozen parameters in {cfg.dtype}, under fsdp linear layers in shards and the largest of them "
-        f"once whole; trained: {OPTIMISER} bytes a parameter (itself, its gradient, AdamW's two moments, all float32); "
-        f"activations: rows x what autograd keeps of one row's forward pass in {kind}, counted on tensors without "
+        f"formula  base: frozen parameters in {cfg.dtype}, under fsdp the linear layers of blocks in shards and two "
+        f"neighbouring blocks, or the last block and the head, whole; trained: {OPTIMISER} bytes a parameter (itself, "
+        f"its gradient, AdamW's two moments, all float32); activations: rows x what autograd keeps of one row's "
+        f"forward pass in {kind}, counted on tensors without "
         "memory, and what comes on top in the backward pass: the gradient of the logits, and a block that runs again. "
         "Not in it: what the driver takes, fragmentation, buckets of ddp, what a selector needs while it scores"
     )

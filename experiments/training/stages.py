@@ -2,12 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
 
 from experiments import build
 from experiments.data.loader import Batches
@@ -26,7 +29,8 @@ from experiments.training.pretrain.text_stage import Curriculum
 from experiments.viz.examples import save_example
 from lavida_adapter import DecodeConfig, Lavida, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig, Trainable
-from lavida_adapter.lora import rank_growth
+from lavida_adapter.lora import part_of, rank_growth, trained_whole, tree_of
+from lavida_adapter.sharding import shard
 from lavida_adapter.views import Views, cut
 from shirg import Geometry, Selector, UserError
 
@@ -149,6 +153,10 @@ def _base(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
     """Trains all but the vision tower, with the selector of the config: `pooled` for LaViDa's own base."""
     if any(True for _ in selector.parameters()):
         raise UserError("stage=base saves the model alone: choose a selector without layers of its own")
+    _train_base(model)
+
+
+def _train_base(model: Lavida) -> None:
     model.requires_grad_(False)
     for part in (model.lm, model.model.mm_projector):
         part.requires_grad_(True)
@@ -163,6 +171,25 @@ def _adapt(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
 def make_trainable(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
     """Sets which parameters this stage trains, and prints them."""
     _WITH_SELECTOR[cfg.stage](cfg, model, selector)
+
+
+def base_splitter(cfg: DictConfig, device: torch.device) -> Callable[[Lavida], None] | None:
+    """For trainer=fsdp: splits what this stage leaves frozen over the processes, before the model has weights."""
+    if cfg.trainer.strategy != "fsdp" or cfg.stage not in _WITH_SELECTOR:
+        return None
+
+    def split(model: Lavida) -> None:
+        if cfg.stage == "base":
+            _train_base(model)
+        else:
+            model.requires_grad_(False)
+            config = lora_config(cfg)
+            mine = tuple(pattern for pattern in config.train_whole if part_of(pattern) != "selector")
+            for parameter in trained_whole(tree_of(model, None), replace(config, train_whole=mine)).values():
+                parameter.requires_grad_(True)
+        shard(model, init_device_mesh(device.type, (dist.get_world_size(),)))
+
+    return split
 
 
 def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:

@@ -1,13 +1,12 @@
 """The Lightning trainer of a run: its callbacks, its checkpoints, and the strategy `trainer=fsdp`.
 
-torch's FSDP2 holds the weights of each frozen linear layer in equal parts and gathers them only while the layer
-computes (Zhao et al. 2023, arXiv 2304.11277). The trained parameters are few, so every process has all of them: their
-gradients are averaged as under DDP, and a checkpoint is the same file as there.
+There the frozen base is split over the processes before it is read (`lavida_adapter.sharding`). The trained parameters
+are few, so every process has all of them: their gradients are averaged as under DDP, and a checkpoint is the same file
+as there.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,21 +14,17 @@ from zipfile import is_zipfile
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from experiments.atomic_files import replacing
 from experiments.jobs.distributed import Ranks
 from experiments.torch_trace import TorchTrace
 from experiments.training.callbacks import METRICS, History, SigtermHandler, Throughput, TraceSteps
 from experiments.training.run_logger import RunLogger
+from lavida_adapter.sharding import is_split
 from shirg import UserError
 
 
@@ -138,10 +133,10 @@ def _reason(error: BaseException) -> str:
 
 
 class ShardedBase(DDPStrategy):
-    """FSDP2 for the frozen linear layers, DDP for the trained parameters.
+    """DDP for the trained parameters of a model whose frozen weights are split over the processes.
 
     Raises:
-        UserError: no linear layer is frozen.
+        UserError: no weight is split.
     """
 
     def __init__(self) -> None:
@@ -150,27 +145,6 @@ class ShardedBase(DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.model is not None
-        layers = list(frozen_linears(self.model))
-        if not layers:
-            raise UserError("trainer=fsdp shards frozen layers and this stage has none: use trainer=ddp")
-        mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        # Under one root the layers share CUDA streams, and the next one is gathered while others compute.
-        whole = {p for p in self.model.parameters() if not isinstance(p, DTensor)}
-        fully_shard(self.model, mesh=mesh, ignored_params=whole)
+        if not is_split(self.model):
+            raise UserError("trainer=fsdp splits the frozen layers of a base, and none is frozen here: use trainer=ddp")
         super().configure_ddp()
-
-
-def frozen_linears(module: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers without a trained parameter: what `ShardedBase` shards."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear) and not any(p.requires_grad for p in part.parameters()):
-            yield part
-
-
-def gather_base(module: nn.Module) -> None:
-    """Gathers all sharded weights in every process. Collective: every rank must call it."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()

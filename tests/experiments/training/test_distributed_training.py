@@ -1,5 +1,6 @@
 """A training in several processes: one record, and the loss curve of a single process."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from experiments.training.callbacks import read_points
 from tests.experiments.conftest import Here, finish, result_of, start
-from tests.experiments.training.runs import read_run
+from tests.experiments.training.runs import last_step, read_run, wait_for_step
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -42,6 +43,37 @@ def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Pat
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
         assert (folder / "adapter/adapter.json").read_text() == (alone / "adapter/adapter.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_split_base_of_random_weights_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """Without a checkpoint every process draws the base and keeps its part; the gate answers with it."""
+    words = ["model=tiny_scratch", "selector=shirg", "optim.steps=60", "optim.warmup=0", "batch_size=4", "threads=1"]
+    words += ["device=cpu", "trainer.log_every=2", "trainer.checkpoint_every=4", "study=s"]
+    glyphs = "_target_: experiments.data.synthetic.glyphs.SynthGlyphs, split: val, n: 6, density: [sparse]"
+    words += [f"+check={{{glyphs}}}", "+gate={fine: 0}"]
+    homes = {name: tmp_path / name for name in ("alone", "whole", "killed")}
+    for home in homes.values():
+        home.mkdir()
+    assert finish(start("train", *words, cwd=homes["alone"]))[0] == 0
+    words += ["trainer=fsdp"]
+    code, _, err = finish(start("train", *words, cwd=homes["whole"], launcher=TORCHRUN))
+    assert code == 0, err
+    process = start("train", *words, cwd=homes["killed"], launcher=TORCHRUN)
+    wait_for_step(process, homes["killed"], 8)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    (killed,) = homes["killed"].glob("outputs/s/train_*")
+    assert 4 <= last_step(killed) < 60
+    code, _, err = finish(start("train", *words, "resume=true", cwd=homes["killed"], launcher=TORCHRUN))
+    assert code == 0, err
+    (alone,), (whole,) = (homes[name].glob("outputs/s/train_*") for name in ("alone", "whole"))
+    for name in ("metrics.csv", "adapter/adapter_model.safetensors", "adapter/adapter.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert (whole / "adapter/adapter.json").read_text() == (alone / "adapter/adapter.json").read_text()
+    losses = [[point["loss"] for point in read_points(folder / "metrics.csv")] for folder in (alone, whole)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert result_of(whole)["training"]["gate"] == result_of(alone)["training"]["gate"]
 
 
 @pytest.mark.gpu
