@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 REGION = 4
 """Cells a side of the regions whose coverage is measured: the notes' blocks (docs/method.md, "Coverage")."""
+CACHED_SIZES = 128
+"""At true size the places of one picture size take 150 KiB, and a dataset may have thousands of sizes."""
 FIELDS = 8
 """The picture is divided into 8 x 8 equal fields, in which selections of different pictures are added up."""
 
@@ -83,16 +85,14 @@ class TokenPlaces:
 
 
 class TokenGeometry:
-    """Where a model puts its tokens, by picture size; cached, because datasets repeat sizes."""
+    """Where a model puts its tokens, by picture size; the latest sizes are cached, because datasets repeat them."""
 
     def __init__(self, config: "LavidaConfig", geometry: Geometry = "lavida_tiles") -> None:
         self.config, self.geometry = config, geometry
-        self._placed: dict[tuple[int, int], TokenPlaces] = {}
+        self._placed = lru_cache(CACHED_SIZES)(self._place)
 
     def __call__(self, size: tuple[int, int]) -> TokenPlaces:
-        if size not in self._placed:
-            self._placed[size] = self._place(size)
-        return self._placed[size]
+        return self._placed(size)
 
     def matched(self, size: tuple[int, int]) -> int:
         """The number of tokens that the base model itself would use for a picture of this size."""

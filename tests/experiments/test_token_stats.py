@@ -32,6 +32,18 @@ def tiles(placed: TokenPlaces, rows: slice, columns: slice) -> Tensor:
     return torch.nonzero(inside_N & (placed.layout.role_N != Role.GLOBAL)).flatten()
 
 
+def test_the_latest_sizes_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job may see thousands of sizes; what it holds of them has a limit."""
+    monkeypatch.setattr("experiments.token_stats.CACHED_SIZES", 3)
+    geometry = TokenGeometry(TINY)
+    first = [geometry((128, height)) for height in (100, 110, 120)]
+    assert [geometry((128, height)) for height in (100, 110, 120)] == first
+    geometry(WIDE)
+    again = geometry((128, 100))
+    assert again is not first[0] and again.box_N4.equal(first[0].box_N4)
+    assert geometry(WIDE) is geometry(WIDE)
+
+
 @pytest.mark.parametrize("size", [(60000, 1), (1, 60000), (2000, 60), (60, 2000)])
 def test_a_strip_that_covers_no_tile_token(size: tuple[int, int]) -> None:
     placed = places(size)

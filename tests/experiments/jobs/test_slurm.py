@@ -1,6 +1,7 @@
 """Sweeps, shards and training over two nodes of a real SLURM: cancelled, drained, put back into the queue, resumed."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_a_cancelled_job_and_a_drained_node_cost_one_row(
     assert table_without_times(study) == table_without_times(in_process)
     ids = [row["id"] for row in rows_of(journal.parent)]
     assert ids[: len(first)] == first and len(set(ids)) == len(ids) == 240
+
+
+def test_an_interrupted_command_says_in_one_line_what_goes_on(
+    sweep: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Ctrl+C goes to all processes of a terminal; the jobs are not its children."""
+    study = tmp_path / "outputs/s"
+    waiting = start("eval", *sweep, SLURM, cwd=tmp_path, environment=cluster, session=True)
+    journal = wait_for(lambda: next(iter(written(study, "*/journal.arrow", batches=2)), None), waiting)
+    (array,) = {path.name.partition("_")[0] for path in study.glob(".submitit/*_0")}
+    with interrupted([writer(journal)]):
+        os.killpg(waiting.pid, signal.SIGINT)
+        code, _, (line,) = finish(waiting)
+        control(cluster, "scancel", array)
+    assert code == 130
+    said = rf"error: interrupted; (1 job goes|[23] jobs go) on in SLURM, `scancel {array}` ends them; the same command"
+    assert re.fullmatch(rf"{said} with resume=true goes on from here", line)
 
 
 def test_shards_over_both_nodes_equal_the_whole(
