@@ -5,21 +5,14 @@ Rows are read in blocks and columns one at a time: neither the rows nor their te
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from experiments.analysis.position_bias import probe
 from experiments.analysis.stats import estimate
-from experiments.jobs.sample_rows import (
-    RECALL,
-    SPREADS,
-    SampleColumns,
-    SampleRow,
-    read_columns,
-    subset_name,
-)
+from experiments.jobs.sample_rows import RECALL, SPREADS, SampleColumns, subset_name
 from experiments.metrics.answers import Scorer, score_together
 from experiments.metrics.concentration import gini
 
@@ -50,7 +43,7 @@ def summarise(rows: SampleColumns, metrics: Sequence[str], corpora: Mapping[str,
             "subsets": {key: quality.over(part_M) for key, part_M in subsets.items()},
             "subtasks": {key: quality.over(part_M) for key, part_M in subtasks.items()},
             "corpora": {name: facts for name, facts in corpora.items() if facts},
-            "probe": probe(list(_placed(rows, headline)), headline),
+            "probe": probe(_placed(rows, headline), headline),
             "recall": recall.over(),
             "recall_subsets": {key: recall.over(part_M) for key, part_M in subsets.items()},
         },
@@ -136,12 +129,13 @@ def _parts(code_N: np.ndarray, names: Sequence[str], order_N: np.ndarray) -> dic
     return {name: np.concatenate(found) for name, found in parts.items()}
 
 
-def _placed(rows: SampleColumns, metric: str) -> Iterator[SampleRow]:
+def _placed(rows: SampleColumns, metric: str) -> Iterator[Mapping[str, Any]]:
     """The rows of questions about places (EntityGrid), as far as the probe of position bias needs them."""
     if any(rows.coded("place")[1]):
         score = f"score_{metric}"
-        for row in read_columns(rows.path, ("place", "subtask", "entity", RECALL, "prediction", "answers", score)):
-            yield cast(SampleRow, {**row, "scores": {metric: row[score]}})
+        for block in rows.tables(("place", "subtask", "entity", RECALL, "prediction", "answers", score)):
+            for row in block.to_pylist():
+                yield {**row, "scores": {metric: row[score]}}
 
 
 def _mean(values: np.ndarray) -> float | None:
