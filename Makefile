@@ -1,5 +1,6 @@
 # make demo   install, evaluate four selectors on the tiny model and two on the one with Dream, write a report
 # make test   run the tests in WORKERS=2 processes          make lint   style, types, import directions
+# make app    open the page in the browser: a picture, a question, selectors side by side (docs/app.md)
 # make tiny   train the tiny model from scratch on two cores   make adapters   then one LoRA for each selector
 #             (MODEL=tiny_dream trains the one on Dream)
 # make evidence   both for five seeds, then the sweeps of docs/results
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo test lint gpu true-size tiny adapters ranks evidence clean
+.PHONY: setup demo app test test-app lint gpu true-size tiny adapters ranks evidence clean
 
 setup: $(STAMP)
 
@@ -26,6 +27,25 @@ demo: setup
 	$(BIN)/python eval.py -m study=demo threads=1 resume=true adapter=null,own selector=pooled,full,random,shirg
 	$(BIN)/python eval.py -m study=demo threads=1 resume=true model=tiny_dream adapter=own selector=pooled,shirg
 	@echo "report: outputs/demo/report.html"
+
+# Gradio needs an older Pillow than all the rest: an environment of its own that sees the packages of the first one.
+APP := $(VENV)/app
+APP_STAMP := $(APP)/.installed
+$(APP_STAMP): $(STAMP)
+	@echo "installing Gradio into $(APP)"
+	@$(PYTHON) -m venv $(APP)
+	@$(APP)/bin/python -c 'import sysconfig, sys; path = sysconfig.get_path("purelib"); \
+	  open(f"{path}/first.pth", "w").write(f"import site; site.addsitedir({sys.argv[1]!r})\n")' \
+	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@grep -v '^pillow==' constraints.txt > $(APP)/constraints.txt
+	@$(APP)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(APP)/constraints.txt -e '.[app]'
+	@touch $@
+
+app: $(APP_STAMP)
+	$(APP)/bin/python -m experiments.app
+
+test-app: $(APP_STAMP)
+	$(APP)/bin/python -m pytest tests/experiments/app
 
 # A file's tests share one process, and with it what they prepare; files in their order, since a slow one must not be last.
 WORKERS ?= 2

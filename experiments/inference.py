@@ -39,6 +39,10 @@ class Answers:
     selections: tuple[Selection, ...]
     ms: dict[str, float]
     """Milliseconds of the whole batch by stage."""
+    history: tuple[Tensor, ...] = ()
+    """The answers after every step, with `decode.keep_history`."""
+    confidence: tuple[Tensor, ...] = ()
+    """As in `Generation`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +119,7 @@ class EvalPipeline:
         ]
         for row, digest in zip(rows, loaded.digests, strict=True):
             row["picture_digest"] = digest
-        return Answers(rows, pictures, left, ms)
+        return Answers(rows, pictures, left, ms, generation.history, generation.confidence)
 
     def check(self, sample: Sample) -> None:
         """Finds a prompt that cannot fit into the model's context, and an unusable draft, without a picture.

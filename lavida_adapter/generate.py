@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lavida_adapter.decode_config import DecodeConfig
 from lavida_adapter.kv_cache import StoredPrefix
-from lavida_adapter.sampling import LLADA_SAMPLER, Denoised, Draw, LogitsFn, Sampler
+from lavida_adapter.sampling import LLADA_SAMPLER, Denoised, Draw, LogitsFn, Sampler, confidence
 from lavida_adapter.schedules import drawn_counts, tokens_per_step
 from shirg import UserError
 
@@ -32,6 +32,9 @@ class Generation:
     """Of each answer: the forwards that ran while it was unfinished."""
     history: tuple[Tensor, ...] = ()
     """The answer after every step, when asked for."""
+    confidence: tuple[Tensor, ...] = ()
+    """float32 [B, A] of every step, with `history`: the probability of each token that it committed, 0 elsewhere. Empty
+    where a published loop runs (`decode.parity` of Dream), which does not tell."""
     cached_BP: Tensor | None = None
     """bool: prefix slots that were in the cache at the end; None without a cache selector."""
     cache: StoredPrefix | None = None
@@ -79,6 +82,7 @@ def denoise(
     eos_id: int | None = None,
     least_slots: int = 1,
     n_masks: list[list[int]] | None = None,
+    sure: list[Tensor] | None = None,
 ) -> Denoised:
     """Fills every mask of `ids_BA`; returns the ids, the number of forwards in all and for each row, and the history.
 
@@ -88,6 +92,8 @@ def denoise(
 
     `n_masks`: how many masks each row has in each block; None asks the device, for which the host has to wait. Options
     under which a step may commit any number of tokens take one such wait a step, when all of its work is queued.
+
+    `sure` is filled with `Generation.confidence`.
     """
     if config.parity and sampler.published is not None:
         return sampler.published(logits_of, ids_BA, config, mask_id, generator)
@@ -116,6 +122,9 @@ def denoise(
             ids_BA = ended(write(ids_BA, want_BM, tokens_BM, commit_BM), config, mask_id, eos_id)
             if config.keep_history:
                 history.append(ids_BA)
+            if sure is not None:
+                p_BM = commit_BM * confidence(logits_BMW, tokens_BM, "low_confidence", torch.float32)
+                sure.append(p_BM if want_BM is None else p_BM.new_zeros(ids_BA.shape).scatter(1, want_BM, p_BM))
             if must_look:
                 n_masks = masks_left(ids_BA, mask_id, config.block)
                 left = [of_blocks[number] for of_blocks in n_masks]

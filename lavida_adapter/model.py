@@ -168,6 +168,7 @@ class Lavida(LavidaModules):
             logits_of: LogitsFn = cached or partial(self._logits_whole, prefix)
             # The first answer may end before a step, or hold a mask that the prompt predicts.
             known = not (decode.early_stop or decode.allow_mask_token)
+            sure: list[Tensor] | None = [] if decode.keep_history else None
             ids_BA, forwards, steps, history = denoise(
                 logits_of,
                 answer_BA,
@@ -180,6 +181,7 @@ class Lavida(LavidaModules):
                 # torch.compile treats a dimension of size 1 as another kind of shape.
                 least_slots=decode.block if self.device.type == "cuda" else 1 + (decode.engine == "compile"),
                 n_masks=masks_left(blank_BA, mask_id, decode.block) if known else None,
+                sure=sure,
             )
         return Generation(
             ids_BA,
@@ -187,6 +189,7 @@ class Lavida(LavidaModules):
             forwards,
             tuple(steps),
             tuple(history),
+            tuple(sure or ()),
             None if cached is None else cached.cached_BP,
             None if cached is None else cached.cache,
         )

@@ -22,7 +22,7 @@ ENTRIES = ("train", "eval")
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("lavida", "method", "data", "report", "structure", "findings")),
+    *(f"docs/{name}.md" for name in ("lavida", "method", "data", "report", "app", "structure", "findings")),
 )
 PAGES = (*DOCUMENTS, "docs/any_vlm.md")
 """Also the page whose options are arguments of Python."""
@@ -53,7 +53,7 @@ GROUPS = "|".join(
 def modules() -> list[str]:
     found = [path.relative_to(ROOT).with_suffix("") for p in PACKAGES for path in (ROOT / p).rglob("*.py")]
     dotted = [".".join(path.parts).removesuffix(".__init__") for path in found if path.name != "__main__"]
-    for library, needed_by in (("triton", "_triton"), ("lmms_eval", "lmms_model")):
+    for library, needed_by in (("triton", "_triton"), ("lmms_eval", "lmms_model"), ("gradio", "web_page")):
         if find_spec(library) is None:
             dotted = [name for name in dotted if not name.endswith(needed_by)]
     return sorted(dotted) + [entry for entry in ENTRIES if (ROOT / f"{entry}.py").exists()]
@@ -168,7 +168,7 @@ def test_entry_points_are_imported_by_nobody() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     distributions = importlib.metadata.packages_distributions()
-    declared = {r.name.lower().replace("_", "-") for r in requirements("gpu", "slurm", "viz", "lmms", "dev")}
+    declared = {r.name.lower().replace("_", "-") for r in requirements("gpu", "slurm", "viz", "app", "lmms", "dev")}
     known = {*PACKAGES, *ENTRIES, "tests"} | sys.stdlib_module_names
     for path in sources():
         local = {p.stem for p in path.parent.glob("*.py")} if "tests" in path.parts else set()
@@ -180,7 +180,7 @@ def test_every_import_is_a_declared_dependency() -> None:
 def test_every_dependency_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
-    for requirement in requirements("slurm", "viz", "dev"):
+    for requirement in requirements("slurm", "viz", "app", "dev"):
         if requirement.name == "shirg":  # an extra that takes another one in
             continue
         pin = pins.get(requirement.name.lower())

@@ -11,6 +11,8 @@ from experiments.analysis.systems import POSITION
 from experiments.metrics import CLEAN
 
 EMPTY = "-"
+SUSPICIOUS = "!"
+"""Behind a time or a memory that the device should not reach; the column "flags" has the reason."""
 _CHANCE = " chance"
 _STAGES = ("select", "prefill", "cache", "denoise", "total")
 
@@ -35,6 +37,8 @@ class Cell:
     """What follows the interval: a star for significance, or the best possible score."""
     hint: str = ""
     """A remark that the page shows at the pointer."""
+    suspicious: bool = False
+    """Whether it is shown with a flag, and then not among the best."""
 
     @property
     def interval(self) -> tuple[str, str] | None:
@@ -91,7 +95,7 @@ class Column:
         values = {
             i: self.sign * cell.value
             for i, cell in enumerate(self.cells)
-            if self.better is not None and among[i] and cell.value is not None
+            if self.better is not None and among[i] and cell.value is not None and not cell.suspicious
         }
         return {i for i, value in values.items() if value == max(values.values())} if len(values) > 1 else set()
 
@@ -261,14 +265,24 @@ def drift_cell(value: float | None) -> Cell:
 
 
 def cost_cell(row: Row, name: str, *, fine: bool = False) -> Cell:
-    """A time or a memory; with `fine`, small values have decimals."""
+    """A time or a memory; with `fine`, small values have decimals. A suspicious one has a mark, and its reason."""
     value = row.get(name)
-    if name in flags(row):
-        return Cell("impossible", hint=flags(row)[name])
     if value is None:
         return Cell()
     places = 2 if fine and value < 10 else 1 if fine and value < 100 else 0
-    return Cell(f"{value:.{places}f}", value)
+    why = flags(row).get(name, "")
+    return Cell(f"{value:.{places}f}{mark_of(row, name)}", value, hint=why, suspicious=bool(why))
+
+
+def mark_of(row: Row, name: str) -> str:
+    return SUSPICIOUS if name in flags(row) else ""
+
+
+def doubts(rows: Sequence[Row], name: str) -> str:
+    """A sentence about the systems whose value is suspicious, with the reasons; "" where none is."""
+    marked = [(label, flags(row)) for row, label in zip(rows, labels(rows), strict=True)]
+    reasons = "; ".join(f"{label}: {found[name]}" for label, found in marked if name in found)
+    return f" Suspicious ({SUSPICIOUS}): {reasons}." if reasons else ""
 
 
 def count_cell(value: float | None) -> Cell:

@@ -36,8 +36,7 @@ def group_row(group: RunGroup) -> Row:
     row["jobs"] = " ".join(result["job"] for result in group.results)
     row["config_hash"] = " ".join(result["config_hash"] for result in group.results)
     row["command"] = "\n".join(result["command"] for result in group.results)
-    # Physically impossible timings are dropped from every output.
-    row |= {column: None for result in group.results for column in impossible(result)}
+    row["flags"] = _flags_text(group.results)
     if len(group.results) > 1:
         row["changes"] = without_seed(row["changes"])
     if row["status"] == "running" and not _is_alive(group.folders[0]):
@@ -99,7 +98,7 @@ def flatten(result: Mapping[str, Any]) -> Row:
     row |= {f"steps {key}": value for key, value in decoding.get("steps", {}).items()}
     row |= {key.replace("_", " "): decoding.get(key) for key in ("cache_bytes", "drift", "same_top1")}
     row |= {f"{stage} ms": ms for stage, ms in times.get("ms_per_sample", {}).items()}
-    row["flags"] = "; ".join(f"{column}: {why}" for column, why in impossible(result).items())
+    row["flags"] = _flags_text([result])
     row["peak memory MiB"] = times.get("peak_memory_mib")
     row["weights MiB"] = _weights_mib(result)
     row["trainable parameters"] = result.get("model", {}).get("trainable_parameters")
@@ -116,16 +115,18 @@ def _kept(result: Mapping[str, Any]) -> Row:
     return row | {POSITION: selection.get("position_gini")}
 
 
-def impossible(result: Mapping[str, Any]) -> dict[str, str]:
-    """Columns whose value is physically impossible on the device, and why; with a stage, the sum of the stages."""
-    found: dict[str, str] = dict(result.get("times", {}).get("flags", {}))
+def _flags_text(results: Sequence[Mapping[str, Any]]) -> str:
+    """The column "flags" of the jobs of a row: which of its figures are suspicious, and why."""
+    found: dict[str, str] = {}
+    for result in results:
+        found |= result.get("times", {}).get("flags", {})
     if any(column.endswith(" ms") for column in found):
-        found["total ms"] = "one of its stages is impossible"
-    return found
+        found["total ms"] = "one of its stages is below its floor"
+    return "; ".join(f"{column}: {why}" for column, why in found.items())
 
 
 def flags(row: Row) -> dict[str, str]:
-    """Columns of a row whose value is physically impossible, and why (experiments.profiling)."""
+    """Columns of a row whose value is suspicious, and why (experiments.profiling)."""
     return dict(flag.split(": ", 1) for flag in row["flags"].split("; ") if flag)
 
 

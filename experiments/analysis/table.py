@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.analysis import memo
-from experiments.analysis.columns import columns, differences, names_in_keys, shared
+from experiments.analysis.columns import SUSPICIOUS, columns, differences, names_in_keys, shared
 from experiments.analysis.memo import Memo
 from experiments.analysis.overlap import overlap_all
 from experiments.analysis.paired import BASELINE, compare_all
@@ -236,7 +236,11 @@ def legend(rows: Sequence[Row]) -> str:
     sentences = [
         f"All rows: {common}." if common else "",
         f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "
-        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample.",
+        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample, of jobs "
+        "that ran one after the other (python -m experiments.bench end2end lets systems take turns).",
+        f"{SUSPICIOUS}: faster or smaller than the device allows, see flags."
+        if any(row["flags"] for row in rows)
+        else "",
         _tests(rows),
         "Several seeds: mean of their trainings, the interval for a new seed and a new picture, ± the standard "
         "deviation of the seeds' means."

@@ -18,7 +18,7 @@ from experiments.data.sample import Sample
 from experiments.errors import ConfigError
 from experiments.inference import EvalPipeline
 from experiments.jobs.results import adapter_path
-from experiments.profiling import Progress
+from experiments.progress import Progress
 from lavida_adapter.families import FAMILIES
 from shirg import UserError
 

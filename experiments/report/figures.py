@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.analysis.columns import differences, headlines, labels, short
+from experiments.analysis.columns import differences, doubts, headlines, labels, mark_of, short
 from experiments.analysis.memo import Memo, stamp
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
-from experiments.analysis.rows import MOST_DRAWN, Row, flags, leading, unequal
+from experiments.analysis.rows import MOST_DRAWN, Row, leading, unequal
 from experiments.analysis.stats import ALPHA
 from experiments.analysis.systems import Result
 from experiments.analysis.table import StudyTable, parts, records
@@ -122,7 +122,7 @@ def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure
     caption = (
         f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both. "
         f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
-        "Systems with the same cost are drawn side by side."
+        "Systems with the same cost are drawn side by side." + doubts(known, cost)
     )
     return ReportFigure(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
 
@@ -259,7 +259,7 @@ def forest(rows: Sequence[Row], against: str) -> ReportFigure | None:
 def stages(rows: Sequence[Row]) -> ReportFigure | None:
     """Where the time of a sample goes."""
     names = [s for s in STAGES if any(row.get(f"{s} ms") for row in rows)]
-    shown = [row for row in rows if row.get("total ms") is not None and not flags(row)]
+    shown = [row for row in rows if row.get("total ms") is not None]
     if not names or not shown:
         return None
     figure, (panel,) = panels(1, 1, 0.75 + 0.2 * len(shown))
@@ -268,12 +268,13 @@ def stages(rows: Sequence[Row]) -> ReportFigure | None:
         width = [row.get(f"{name} ms") or 0.0 for row in shown]
         panel.barh(range(len(shown)), width, left=left, height=0.66, color=STAGES[name], label=name)
         left = [a + b for a, b in zip(left, width, strict=True)]
-    for i, total in enumerate(left):
-        panel.text(total, i, f" {total:.3g}", va="center", color=SOFT, fontsize=7)
+    for i, (row, total) in enumerate(zip(shown, left, strict=True)):
+        panel.text(total, i, f" {total:.3g}{mark_of(row, 'total ms')}", va="center", color=SOFT, fontsize=7)
     name_bars(panel, shown)
     panel.set_xlabel("milliseconds per sample (medians of the stages, stacked)")
     figure.legend(loc="outside upper left", ncols=len(names), columnspacing=1.0, handlelength=1.0)
     caption = "Where a sample's time goes, stage by stage: medians over batches after warm-up."
+    caption += doubts(shown, "total ms")
     return ReportFigure("latency", "Latency by stage", caption, figure)
 
 
@@ -288,11 +289,13 @@ def memory(rows: Sequence[Row]) -> ReportFigure | None:
     panel.barh(range(len(shown)), weights, height=0.66, color=STAGES["tower"], label="weights")
     panel.barh(range(len(shown)), rest, left=weights, height=0.66, color=ACCENT, label="prefix cache and activations")
     for i, row in enumerate(shown):
-        panel.text(row["peak memory MiB"], i, f" {row['peak memory MiB']:.4g}", va="center", color=SOFT, fontsize=7)
+        text = f" {row['peak memory MiB']:.4g}{mark_of(row, 'peak memory MiB')}"
+        panel.text(row["peak memory MiB"], i, text, va="center", color=SOFT, fontsize=7)
     name_bars(panel, shown)
     panel.set_xlabel("peak memory, MiB")
     figure.legend(loc="outside upper left", ncols=2, columnspacing=1.0, handlelength=1.0)
     caption = "Peak memory allocated on the accelerator while answering, batch by batch."
+    caption += doubts(shown, "peak memory MiB")
     return ReportFigure("memory", "Memory", caption, figure)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from experiments import profiling
 from experiments.atomic_files import write_atomic
-from experiments.profiling import Progress
+from experiments.progress import Progress
 from experiments.torch_trace import TorchTrace
 from experiments.training.run_logger import RunLogger
 from lavida_adapter.lightning_module import Trainable

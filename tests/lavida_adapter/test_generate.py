@@ -201,3 +201,13 @@ def test_shapes_vary_less_on_request(least: int, asked: list[int]) -> None:
     ids, _, _, history = denoise(logits_of, blank, config, MASK, least_slots=least)
     assert seen == asked and ids.tolist() == [[0, 0, 1, 2]]
     assert history == [], "only on request"
+
+
+def test_the_confidence_of_every_step_is_kept() -> None:
+    """The likeliest tokens have probabilities of 0.5, 0.4, 0.46 and 0.44."""
+    sure: list[Tensor] = []
+    config = DecodeConfig(max_new_tokens=4, keep_history=True)
+    _, _, _, history = denoise(at(table), start(1, config, MASK, ()), config, MASK, sure=sure)
+    assert committed(history) == [[0], [2], [3], [1]]
+    expected = [[0.5, 0, 0, 0], [0, 0, 0.46, 0], [0, 0, 0, 0.44], [0, 0.4, 0, 0]]
+    torch.testing.assert_close(torch.cat(sure), torch.tensor(expected))

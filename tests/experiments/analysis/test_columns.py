@@ -9,6 +9,7 @@ import pytest
 from experiments.analysis.columns import Cell, Column, columns, delta_cell, score_cell
 from experiments.analysis.rows import flags
 from experiments.analysis.table import markdown, records, refresh
+from experiments.report.figures import stages
 from tests.experiments.conftest import result_of
 from tests.experiments.planting import change_result
 
@@ -72,16 +73,27 @@ def test_every_column_of_a_study_has_its_direction(eval_here: Eval) -> None:
     assert all(shown[title] is None for title in ("selector", "n", "visual tokens", "prefix tokens", "status"))
 
 
-def test_an_impossible_time_is_flagged_and_not_shown(eval_here: Eval) -> None:
+def test_a_suspicious_time_is_shown_with_its_flag(eval_here: Eval) -> None:
+    eval_here("selector=random", "limit=6")
     job = eval_here("selector=pooled", "limit=6")
     times = result_of(job)["times"]
-    times["ms_per_sample"]["denoise"] = 0.000123
-    times["flags"] = {"denoise ms": "0.000123 ms is below the floor of 0.01 ms"}
+    times["ms_per_sample"]["denoise"] = 0.0123
+    times["flags"] = {"denoise ms": "0.0123 ms is below the floor of 0.02 ms"}
     change_result(job, times=times)
-    (row,) = records(refresh(job.parent).frame)
+    frame = refresh(job.parent).frame
+    row, other = sorted(records(frame), key=lambda row: row["selector"])
     assert flags(row)["denoise ms"] == times["flags"]["denoise ms"] and "total ms" in flags(row)
-    shown = {column.title: column.texts for column in columns([row])}
-    assert shown["denoise ms"] == shown["total ms"] == ["impossible"]
-    assert "below the floor of 0.01 ms" in shown["flags"][0]
-    assert row["denoise ms"] is row["total ms"] is None and "0.000123," not in (job.parent / "table.csv").read_text()
-    assert "impossible" in markdown([row])
+    shown = {column.title: column for column in columns([row, other])}
+    assert shown["denoise ms"].texts == ["0.01!", f"{other['denoise ms']:.2f}"]
+    assert shown["denoise ms"].cells[0].hint == times["flags"]["denoise ms"]
+    assert shown["total ms"].texts[0] == f"{row['total ms']:.2f}!"
+    assert "below the floor of 0.02 ms" in shown["flags"].texts[0]
+    assert shown["denoise ms"].best([True, True]) == set(), "a suspicious value is not the best, nor is one alone"
+    assert ",0.0123," in (job.parent / "table.csv").read_text()
+    text = markdown([row, other])
+    assert "0.01!" in text and "!: faster or smaller than the device allows, see flags." in text
+    assert "impossible" not in text
+    figure = stages([row, other])
+    assert figure is not None and figure.caption.endswith(
+        "Suspicious (!): pooled: one of its stages is below its floor."
+    )

@@ -125,7 +125,7 @@ def stopped(eval_here: Eval, monkeypatch: pytest.MonkeyPatch, *arguments: str) -
             raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.profiling.Progress.advance", lambda self, n: dies() if n == 2 else None)
+        patch.setattr("experiments.progress.Progress.advance", lambda self, n: dies() if n == 2 else None)
         job = eval_here(*arguments, ok=False)
     assert len(journaled(job / "journal.arrow")) == 2
     return job

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 
-from experiments import profiling
+from experiments import profiling, progress
 from experiments.training.callbacks import Throughput
 from tests.lavida_adapter.training_runs import fit, stage
 
@@ -23,7 +23,7 @@ class _Tokens(L.Callback):
 
 
 def test_lines_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(profiling, "EVERY_S", -1.0)  # a line at every step
+    monkeypatch.setattr(progress, "EVERY_S", -1.0)  # a line at every step
     throughput, tokens, module = Throughput("job", 2, batch_size=2), _Tokens(), stage()
     losses = fit(module, 4, callbacks=[throughput, tokens])
     head, *lines = [line for line in capsys.readouterr().out.splitlines() if "job: " in line]
@@ -44,7 +44,7 @@ def test_lines_of_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
-    with profiling.Progress("job", 4, "steps") as shown:
+    with progress.Progress("job", 4, "steps") as shown:
         shown.advance(3, "loss 0.5000  1,200 tokens/s  0.80 GiB")
         shown.advance(1)
     out = capsys.readouterr().out
