@@ -15,11 +15,11 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "few": ("synth_glyphs", {"density": ["sparse"]}),
     "many": ("synth_glyphs", {"density": ["dense"]}),
     "hard": ("synth_glyphs", {"density": ["hard"]}),
+    "shape": ("synth_glyphs", {"density": ["dense"], "tasks": ["shape"], "qa_per_image": 1}),
     "shapes": ("synth_shapes", {}),
     "chart": ("synth_chart", {}),
     "page": ("synth_doc", {}),
     "board": ("synth_grid", {}),
-    "large": ("entitygrid", {"sizes": [112]}),
 }
 """Captions; the dataset whose first sample is shown, and options of it."""
 ANSWER_ONLY = "\nAnswer the question using a single word or phrase."

@@ -24,7 +24,7 @@ NASTY = "<script>alert(1)</script>"
 @pytest.fixture(scope="module")
 def question(tmp_path_factory: pytest.TempPathFactory) -> PictureQuestion:
     shipped = shipped_pictures()
-    assert [picture.caption for picture in shipped] == list(SHIPPED) and shipped[-1].image.size == (768, 768)
+    assert [picture.caption for picture in shipped] == list(SHIPPED)
     first, path = shipped[0], tmp_path_factory.mktemp("pictures") / "first.png"
     first.image.save(path)
     return PictureQuestion(
