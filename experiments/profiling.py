@@ -57,8 +57,9 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
             )
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise UserError(f"device={name}: give auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    # With its number: torch makes no device without one the current one.
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or device.index >= torch.cuda.device_count()):
         raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices; use device=cpu")
     return device
 

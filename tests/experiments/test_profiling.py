@@ -216,16 +216,17 @@ def test_stage_times_add_up_and_start_over(monkeypatch: pytest.MonkeyPatch) -> N
     assert got == {"ms_per_sample": {"a": 2.0, "b": 2.0, "total": 4.0}, "batches_timed": 3}
 
 
-@pytest.mark.parametrize(("name", "made_current"), [("cpu", []), ("cuda:1", [torch.device("cuda:1")])])
-def test_the_device_of_a_job_becomes_the_current_one(
-    name: str, made_current: list[torch.device], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "device"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("cuda", "cuda:0"), ("auto", "cuda:0")]
+)
+def test_the_device_of_a_job_becomes_the_current_one(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton and CUDA graphs use the current device, whatever device the tensors are on."""
     seen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
-    assert use_device(name) == torch.device(name) and seen == made_current
+    assert use_device(name) == torch.device(device)
+    assert seen == ([] if device == "cpu" else [torch.device(device)]), "torch refuses one without a number"
 
 
 def test_flash_attention_in_float32_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
