@@ -5,7 +5,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,15 @@ class Timing:
     cpu_ms: tuple[float, ...]
     """Time of all threads of this process, which other processes disturb less; empty on CUDA."""
 
+    @classmethod
+    def of(cls, runs: Sequence[tuple[float, float]], device: torch.device) -> Self:
+        """Of the seconds that `time_once` gave for each run."""
+        from torch.utils.benchmark import Measurement, TaskSpec
+
+        wall_s, cpu_s = zip(*runs, strict=True)
+        wall = Measurement(1, list(wall_s), TaskSpec("call()", "", num_threads=torch.get_num_threads()))
+        return cls(wall, () if device.type == "cuda" else tuple(1000 * seconds for seconds in cpu_s))
+
     @property
     def median(self) -> float:
         return 1000 * self.wall.median
@@ -106,24 +115,19 @@ class Timing:
         }
 
 
+def time_once(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a call by the clock of torch.utils.benchmark, which synchronises CUDA, and of all threads."""
+    from torch.utils.benchmark import timer  # a tenth of a second to import
+
+    cpu_began, wall_began = time.process_time(), timer()
+    call()
+    return timer() - wall_began, time.process_time() - cpu_began
+
+
 def time_call(call: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 2) -> Timing:
-    """Times `call` with the clock of torch.utils.benchmark, which synchronises CUDA; `warm_up` calls are not counted.
-
-    Every repetition is one call: the calls that are timed take milliseconds to seconds.
-    """
-    from torch.utils.benchmark import Measurement, TaskSpec, timer  # a tenth of a second to import
-
-    for _ in range(warm_up):
-        call()
-    wall_s, cpu_s = [], []
-    for _ in range(repeats):
-        cpu_began, wall_began = time.process_time(), timer()
-        call()
-        wall_s.append(timer() - wall_began)
-        cpu_s.append(time.process_time() - cpu_began)
-    task = TaskSpec(stmt="call()", setup="", num_threads=torch.get_num_threads())
-    cpu_ms = () if device.type == "cuda" else tuple(1000 * seconds for seconds in cpu_s)
-    return Timing(Measurement(number_per_run=1, raw_times=wall_s, task_spec=task), cpu_ms)
+    """Times single calls, which take milliseconds to seconds; `warm_up` calls are not counted."""
+    runs = [time_once(call) for _ in range(warm_up + repeats)]
+    return Timing.of(runs[warm_up:], device)
 
 
 LIMITS = "limits.json"
@@ -308,8 +312,7 @@ def flags(
 def eval_floor(
     cost: LmCost, n_prefix: np.ndarray, n_steps: np.ndarray, n_answer: int, batch_size: int
 ) -> dict[str, Work]:
-    """The least work of a sample of an evaluation with a prefix cache, on average; from each sample's prompt tokens and
-    denoising steps.
+    """The least work of a sample with a prefix cache, on average, from each sample's prompt tokens and steps.
 
     Weights are read once for a whole batch. A step counts one masked slot: how many there were is not recorded.
     """
@@ -330,9 +333,8 @@ class OutOfMemory(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and CPU_MESSAGE in str(error)
+    known = isinstance(error, OutOfMemory | torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and CPU_MESSAGE in str(error))
 
 
 @contextmanager

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from shirg import UserError
 
-Backend = Literal["sdpa", "math", "flash"]
+Backend = Literal["sdpa", "math", "flash", "cpp"]
+"""`cpp` is chosen by `lavida_adapter.cpu_kernels`, not by a config: its kernel where it can run, otherwise `sdpa`."""
+
+CPP_WIDTH = 16
+"""The kernel of `cpp` takes no mask, and heads of a multiple of this size."""
 
 AttentionHook = Callable[[Tensor, Tensor, Tensor | None], None]
 """Called with the rotated queries, the keys and the mask of each layer, in the order of the layers."""
@@ -27,7 +31,10 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
         UserError: for an unknown backend.
     """
     groups = q_BHQD.shape[1] // k_BHKD.shape[1]
-    if backend == "sdpa" or (backend == "flash" and mask is not None):
+    if backend == "cpp" and mask is None and q_BHQD.shape[-1] % CPP_WIDTH == 0:
+        heads_BQHD: Tensor = torch.ops.shirg_cpu.attend(q_BHQD, k_BHKD, v_BHKD)
+        return heads_BQHD.transpose(1, 2)
+    if backend in ("sdpa", "cpp") or (backend == "flash" and mask is not None):
         if groups > 1:
             return _attend_in_groups(q_BHQD, k_BHKD, v_BHKD, mask, groups)
         return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=mask)

@@ -6,13 +6,12 @@ written behind them in place. The last layer and the head run only for the slots
 Shape letters: B batch, P prefix slots, A answer slots, M wanted slots, K = P + A keys, W vocabulary.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lavida_adapter.attention import AttentionHook
 from lavida_adapter.cache_compression.compressor import (
@@ -22,13 +21,13 @@ from lavida_adapter.cache_compression.compressor import (
     PackedPrefix,
     ShortenedCache,
 )
+from lavida_adapter.cpu_kernels import can_pack, compiler, packed_copy, state_of
 from lavida_adapter.kv_cache import PrefixCache, Slots, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, pick
 from lavida_adapter.prefix import Prefix
 from lavida_adapter.prefix_attention import SeenKeys
 from lavida_adapter.sampling import LogitsFn
 from lavida_adapter.timing import Timer
-from shirg import UserError
 
 OpenLayer = Callable[[int], tuple[Tensor, Tensor]]
 """Layer number -> its buffers of keys and values [B, H, P + A, Dh], with the prefix in them."""
@@ -225,6 +224,8 @@ class CompiledEngine:
     torch compiles at the first call for each kind of input: one prompt or several, padded or not. The number of prefix
     tokens is a dynamic shape. The prefill of unequal prompts one behind the other is not compiled: it is faster than
     the compiled one with padding, and would be compiled for each number of prompts.
+
+    In float32 the kernels of `lavida_adapter.cpu_kernels` run, on packed copies of the weights.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
@@ -233,11 +234,18 @@ class CompiledEngine:
             UserError: on a CPU without a C++ compiler.
         """
         self.lm = lm
-        check_compiler()
-        store_by_column(lm)
-        options: dict[str, Any] = {"cpp_wrapper": True}  # a C++ launcher saves a tenth of a small step
-        self._step = torch.compile(step_logits, dynamic=True, options=options)
-        self._prefill: Callable[..., PrefixCache] = torch.compile(lm.prefill, dynamic=True, options=options)
+        compiler()
+        self._state: tuple[object, ...] = ()
+        self._find_weights()
+
+    def _find_weights(self) -> None:
+        """Packs the weights again where they have changed."""
+        if state_of(self.lm) == self._state:
+            return
+        self._state = state_of(self.lm)
+        self._run = packed_copy(self.lm) if can_pack(self.lm) else self.lm
+        self._step = _compiled(step_logits, private=self._run is not self.lm)
+        self._prefill: Callable[..., PrefixCache] = _compiled(self._run.prefill)
 
     def prefill(
         self,
@@ -248,14 +256,30 @@ class CompiledEngine:
         hook: AttentionHook | None = None,
         lengths: Sequence[int] | None = None,
     ) -> PrefixCache:
+        self._find_weights()
         if lengths is not None:
-            return EagerEngine(self.lm).prefill(embeds_BPD, mask_BP, visual_BP, n_answer, hook, lengths)
+            return EagerEngine(self._run).prefill(embeds_BPD, mask_BP, visual_BP, n_answer, hook, lengths)
         # Computed outside, because the compiler would compute them again at every use.
         angles = self.lm.angles(torch.arange(embeds_BPD.shape[1], device=embeds_BPD.device)[None])
         return self._prefill(embeds_BPD, mask_BP, visual_BP, n_answer, hook, angles=angles)
 
     def steps(self, cache: StoredPrefix, n_answer: int) -> "CompiledSteps":
-        return CompiledSteps(DecodeSteps(self.lm, cache, n_answer, self._step))
+        self._find_weights()
+        return CompiledSteps(DecodeSteps(self._run, cache, n_answer, self._step))
+
+
+def _compiled(function: Callable[..., Any], *, private: bool = False) -> Callable[..., Any]:
+    """The function compiled for inputs of any length.
+
+    `private`: it gets a model that nothing else changes, so that whether its modules are still the same is not asked
+    at each step, which takes a twentieth of a small one. Other engines then must not share what was compiled.
+    """
+    options: dict[str, Any] = {"cpp_wrapper": True}  # a C++ launcher saves a tenth of a small step
+    own: dict[str, Any] = {}
+    if private and "isolate_recompiles" in signature(torch.compile).parameters:  # of later versions of torch
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        own["isolate_recompiles"] = True
+    return torch.compile(function, dynamic=True, options=options, **own)
 
 
 class CompiledSteps:
@@ -268,26 +292,3 @@ class CompiledSteps:
         if want_BM is None:
             want_BM = torch.arange(ids_BA.shape[1], device=ids_BA.device).expand(len(ids_BA), -1)
         return self._steps(ids_BA, want_BM)
-
-
-def check_compiler() -> None:
-    """Raises UserError when the C++ compiler that torch would call is not installed."""
-    name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
-        raise UserError(
-            f"decode.engine=compile needs a C++ compiler on a CPU, and there is no {name!r} on the path: install one, "
-            "name another in CXX, or use decode.engine=eager"
-        )
-
-
-@torch.inference_mode(False)
-def store_by_column(module: nn.Module) -> None:
-    """Stores float32 weights [out, in] of linear layers with `out` as the inner dimension; the values do not change.
-
-    For the few rows of a denoising step, torch's matrix product spends a third of its time on bringing weights into
-    this order. For many rows it makes no difference. Products differ in their last digits, since sums are taken in
-    another order.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32:
-            layer.weight.data = layer.weight.data.t().contiguous().t()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from lavida_adapter.attention import Backend, attend
+from lavida_adapter.attention import CPP_WIDTH, Backend, attend
 from lavida_adapter.lm_config import LanguageModelConfig
 from shirg import send
 from shirg.kernels import usable
@@ -129,8 +129,10 @@ def kernels_of(
 ) -> str:
     """What computes attention, in words: in general, then in steps and prefills that have kernels of their own.
 
-    `batchings`: of the prompts so far. `replayed`: steps run as CUDA graphs where there is CUDA.
+    `batchings`: of the prompts so far. `replayed`: steps run as CUDA graphs where there is CUDA, and compiled on a CPU.
     """
+    if replayed and backend == "sdpa" and device.type == "cpu" and dtype == torch.float32:
+        backend = "cpp" if config.head_dim % CPP_WIDTH == 0 else backend
     words = [f"sdpa ({_chosen(device, dtype, config, masked=False)})" if backend == "sdpa" else backend]
     unequal = {"joined", "padded"} & set(batchings)
     if (replayed or unequal) and backend != "math" and usable(device):

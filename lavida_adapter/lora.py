@@ -289,6 +289,7 @@ def merge_lora(*modules: nn.Module) -> None:
     for module in modules:
         for name, layer in list(lora_layers(module)):
             layer.merge()
+            torch.autograd.graph.increment_version(layer.get_base_layer().weight)  # peft does not say that it changed
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, layer.get_base_layer())
 

@@ -60,7 +60,7 @@ class Option:
 
 
 OPTIONS = {
-    "dtype": Option("float32, bfloat16 or float16", dtype),
+    "dtype": Option("float32, bfloat16 or float16; the model's own when not given", dtype),
     "batch": Option("batch sizes, separated by commas", positives),
     "only": Option("some of them, separated by commas, options after a space; all when not given", names),
     "repeats": Option("timed calls; the table has their median", positive),
@@ -109,6 +109,7 @@ PARTS = {
         "prefill and denoising steps, beside a plain implementation of the public reference and the device's floor",
         {
             "model": "bench_small",
+            "dtype": None,
             "prompt": "1050",
             "answer": "32",
             "steps": None,
@@ -221,7 +222,7 @@ def _measure(given: argparse.Namespace, command: str) -> None:
     run = import_module(f"experiments.bench.{part.module}").run
     result: BenchResult = run(device=device, **{key: getattr(given, key) for key in part.defaults})
     print("\n".join(result.lines()))
-    made_by = environment(device, getattr(given, "dtype", "float32"))
+    made_by = environment(device, getattr(given, "dtype", None) or result.report.get("dtype", "float32"))
     write_json(given.out, {"command": command, "environment": made_by, **result.report})
     print(f"written: {given.out}")
     if result.figure is not None:

@@ -1,8 +1,8 @@
 """What the benches share: results and their tables, models, inputs, and the distance to the device's limits."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments import build
-from experiments.profiling import Limits, Work
+from experiments.profiling import Limits, Timing, Work, time_once
 from lavida_adapter import LavidaConfig, VisionConfig
 from lavida_adapter.views import Views, cut, layout_on, patch_pixels
 from lavida_adapter.vision import VisionTower
@@ -92,9 +92,25 @@ def times_floor(limits: Limits, ms: float, work: Work) -> dict[str, Any]:
     return {"gflop": work.flops / 1e9, "mb": work.bytes / 1e6, "floor_ms": floor, "times_floor": ms / floor}
 
 
-def load_model(name: str, device: torch.device, attention: str = "sdpa") -> "Lavida":
-    """Weights of a checkpoint, or random ones made on the device itself."""
-    return build.build_model(build.compose_eval(f"model={name}", f"attention={attention}"), device)
+Name = TypeVar("Name", bound=Hashable)
+
+
+def time_in_turns(
+    calls: Mapping[Name, Callable[[], object]], device: torch.device, *, repeats: int, warm_up: int = 2
+) -> dict[Name, Timing]:
+    """`time_call` of several calls that take turns, so that a change of the clock and other processes hit all alike."""
+    runs: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
+    for number in range(-warm_up, repeats):
+        for name, call in calls.items():
+            run = time_once(call)
+            runs[name] += [run] if number >= 0 else []
+    return {name: Timing.of(seconds, device) for name, seconds in runs.items()}
+
+
+def load_model(name: str, device: torch.device, attention: str = "sdpa", dtype: str | None = None) -> "Lavida":
+    """Weights of a checkpoint, or random ones made on the device itself. `dtype`: None is the model's own."""
+    words = [f"model={name}", f"attention={attention}", *([f"dtype={dtype}"] if dtype else [])]
+    return build.build_model(build.compose_eval(*words), device)
 
 
 def prompt_embeds(model: "Lavida", batch: int, n: int) -> Tensor:

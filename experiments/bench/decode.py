@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from experiments.bench.common import (
     prompt_embeds,
     sizes_of,
     table_of,
+    time_in_turns,
     times_floor,
     title_of,
 )
-from experiments.profiling import Limits, cost_of, measure_limits, peak_memory_mib, reset_peak_memory, time_call
+from experiments.bench.roofline import better
+from experiments.profiling import cost_of, measure_limits, peak_memory_mib, reset_peak_memory
 
 if TYPE_CHECKING:
     from lavida_adapter import DecodeConfig, Lavida, Prefix
@@ -46,6 +48,7 @@ def run(
     *,
     device: torch.device,
     model: str,
+    dtype: str | None,
     prompt: list[int],
     answer: int,
     steps: int | None,
@@ -55,7 +58,7 @@ def run(
     repeats: int,
 ) -> BenchResult:
     n_prompt, size = only_one("decode", "prompt", prompt), only_one("decode", "batch", batch)
-    loaded = load_model(model, device, attention)
+    loaded = load_model(model, device, attention, dtype)
     return measure(model, loaded, n_prompt, answer, steps or answer, size, engine, repeats)
 
 
@@ -70,46 +73,81 @@ def measure(
     engines: Sequence[str],
     repeats: int,
 ) -> BenchResult:
-    """The plain implementation of the public reference first, then each engine, one after the other in one process."""
+    """The plain implementation of the public reference and each engine, in turns in one process.
+
+    The device's limits are measured before and after; the better of both counts.
+    """
     from lavida_adapter import DecodeConfig
     from lavida_adapter.joined_prompts import kernels_of
 
     lm, embeds = model.lm, prompt_embeds(model, batch, n_prompt)
     decode = DecodeConfig(max_new_tokens=n_answer, step_per_block=steps)
     limits = measure_limits(model.device, model.dtype)
-    mask_id, angles = model.config.lm.mask_token_id, reference.angles_of(lm, n_prompt)
-    plain, expected = _row(
-        "plain twin",
+    calls = {"plain twin": _plain(model, embeds, decode)} | {
+        f"engine={engine}": _engine(model, embeds, replace(decode, engine=engine))  # type: ignore[arg-type]
+        for engine in engines  # DecodeConfig refuses unknown ones
+    }
+    answers, peaks = {}, {}
+    for way, (generate, _) in calls.items():
+        reset_peak_memory(model.device)
+        answers[way] = generate()
+        peaks[way] = peak_memory_mib(model.device)
+    stages = {(way, i): call for way, both in calls.items() for i, call in enumerate(both)}
+    timings = time_in_turns(stages, model.device, repeats=repeats)
+    limits = better(limits.report(), measure_limits(model.device, model.dtype).report())
+    cost = cost_of(model.config.lm, model.dtype)
+    # The floor counts what must be computed, whatever an implementation computes: only masked slots need logits.
+    masked = mean_open(reference.plain_counts(lm, decode))
+    work = cost.prefill(n_prompt, batch), cost.step(n_prompt, n_answer, masked, batch)
+    rows = []
+    for way, (ids, forwards) in answers.items():
+        whole, prefill = timings[way, 0], timings[way, 1]
+        step_ms = (whole.median - prefill.median) / forwards
+        floors = (times_floor(limits, ms, least) for ms, least in zip((prefill.median, step_ms), work, strict=True))
+        rows.append(
+            {
+                "name": way,
+                "whole": whole.report(),
+                "prefill": prefill.report(),
+                "forwards": forwards,
+                "step_ms": step_ms,
+                "peak_mib": peaks[way],
+                "floor": dict(zip(("prefill", "step"), floors, strict=True)),
+                "same_ids": torch.equal(ids, answers["plain twin"][0]),
+                "times_faster": timings["plain twin", 0].median / whole.median,
+            }
+        )
+    at = lm.backend, embeds.device, embeds.dtype, model.config.lm
+    attention = {engine: kernels_of(*at, replayed=engine != "eager") for engine in engines}
+    sizes = sizes_of(model, batch=batch, prompt=n_prompt, answer=n_answer, steps=steps)
+    elsewhere = ELSEWHERE_S.get(name)
+    notes = [f"attention of engine={engine}: {kernels}" for engine, kernels in attention.items()]
+    if elsewhere:
+        notes.append(f"the public reference, on one thread of another machine: {1000 * elsewhere:.0f} ms")
+    report = {"model": name, **sizes, "attention": attention, "limits": limits.report()}
+    report |= {"reference_elsewhere_s": elsewhere, "rows": rows}
+    return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), tuple(notes))
+
+
+Calls = tuple[Callable[[], tuple[Tensor, int]], Callable[[], object]]
+"""A whole answer, which gives the ids and the number of steps, and its prefill alone."""
+
+
+def _plain(model: "Lavida", embeds: Tensor, decode: "DecodeConfig") -> Calls:
+    lm, mask_id = model.lm, model.config.lm.mask_token_id
+    angles = reference.angles_of(lm, embeds.shape[1])
+    return (
         lambda: (reference.plain_generate(lm, embeds, decode, mask_id), decode.steps),
         lambda: reference.plain_forward(lm, embeds, None, angles),
-        model,
-        embeds,
-        decode,
-        repeats,
-        limits,
     )
-    rows = [plain | {"same_ids": True}]
+
+
+def _engine(model: "Lavida", embeds: Tensor, decode: "DecodeConfig") -> Calls:
     prefix = as_prefix(embeds)
-    for engine in engines:
-        config = replace(decode, engine=engine)  # type: ignore[arg-type]  # DecodeConfig refuses unknown engines
-        row, ids = _row(
-            f"engine={engine}",
-            lambda c=config: _generated(model, prefix, c),  # type: ignore[misc]
-            lambda c=config: model.prefill(prefix, c.max_new_tokens, engine=c.engine),  # type: ignore[misc]
-            model,
-            embeds,
-            config,
-            repeats,
-            limits,
-        )
-        rows.append(row | {"same_ids": torch.equal(ids, expected)})
-    rows = [row | {"times_faster": rows[0]["whole"]["ms"] / row["whole"]["ms"]} for row in rows]
-    attention = kernels_of(lm.backend, embeds.device, embeds.dtype, model.config.lm)
-    sizes = sizes_of(model, batch=batch, prompt=n_prompt, answer=n_answer, steps=steps, attention=attention)
-    elsewhere = ELSEWHERE_S.get(name)
-    note = f"the public reference, on one thread of another machine: {1000 * (elsewhere or 0):.0f} ms"
-    report = {"model": name, **sizes, "limits": limits.report(), "reference_elsewhere_s": elsewhere, "rows": rows}
-    return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), (note,) if elsewhere else ())
+    return (
+        lambda: _generated(model, prefix, decode),
+        lambda: model.prefill(prefix, decode.max_new_tokens, engine=decode.engine),
+    )
 
 
 def _generated(model: "Lavida", prefix: "Prefix", decode: "DecodeConfig") -> tuple[Tensor, int]:
@@ -121,38 +159,3 @@ def mean_open(counts: Sequence[int]) -> float:
     """How many slots are masked at a step that commits some, on average."""
     some = [k for k in counts if k]
     return statistics.mean(sum(some[i:]) for i in range(len(some)))
-
-
-def _row(
-    name: str,
-    generate: Callable[[], tuple[Tensor, int]],
-    prefill: Callable[[], object],
-    model: "Lavida",
-    embeds: Tensor,
-    decode: "DecodeConfig",
-    repeats: int,
-    limits: Limits,
-) -> tuple[dict[str, Any], Tensor]:
-    """The times of one implementation, and the ids that it generates; `generate` returns them and its steps."""
-    reset_peak_memory(model.device)
-    ids, forwards = generate()
-    whole = time_call(generate, model.device, repeats=repeats)
-    prefilling = time_call(prefill, model.device, repeats=repeats)
-    step_ms = (whole.median - prefilling.median) / forwards
-    batch, p = embeds.shape[:2]
-    cost = cost_of(model.config.lm, model.dtype)
-    # The floor counts what must be computed, whatever an implementation computes: only masked slots need logits.
-    masked = mean_open(reference.plain_counts(model.lm, decode))
-    row = {
-        "name": name,
-        "whole": whole.report(),
-        "prefill": prefilling.report(),
-        "forwards": forwards,
-        "step_ms": step_ms,
-        "peak_mib": peak_memory_mib(model.device),
-        "floor": {
-            "prefill": times_floor(limits, prefilling.median, cost.prefill(p, batch)),
-            "step": times_floor(limits, step_ms, cost.step(p, decode.max_new_tokens, masked, batch)),
-        },
-    }
-    return row, ids

@@ -97,7 +97,7 @@ def test_decode_compares_every_engine_with_the_plain_one(
     assert [(row["name"], row["same_ids"]) for row in report["rows"]] == [("plain twin", True), ("engine=eager", True)]
     assert (report["prompt"], report["answer"], report["steps"], report["batch"]) == (40, 8, 8, 2)
     assert [row["forwards"] for row in report["rows"]] == ran
-    assert report["attention"].startswith("sdpa (") and report["reference_elsewhere_s"] == 0.46
+    assert report["attention"]["eager"].startswith("sdpa (") and report["reference_elsewhere_s"] == 0.46
     for row in report["rows"]:
         assert row["times_faster"] == report["rows"][0]["whole"]["ms"] / row["whole"]["ms"]
         assert row["step_ms"] == (row["whole"]["ms"] - row["prefill"]["ms"]) / row["forwards"]
@@ -105,7 +105,8 @@ def test_decode_compares_every_engine_with_the_plain_one(
             assert row["floor"][stage]["times_floor"] > 1, "nothing is faster than the device"
     assert "on one thread of another machine" in measured.lines()[-1]
     monkeypatch.setattr(decode.reference, "plain_generate", lambda *_: torch.zeros(2, 8, dtype=torch.int64))
-    wrong = decode.measure("tiny", model, 40, 8, 4, 2, ["eager"], repeats=1)
+    wrong = decode.measure("tiny", model.to(torch.bfloat16), 40, 8, 4, 2, ["eager"], repeats=1)
+    assert wrong.report["dtype"] == "bfloat16"
     assert not wrong.report["rows"][1]["same_ids"] and any("NO" in line for line in wrong.lines())
 
 

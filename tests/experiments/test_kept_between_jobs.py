@@ -19,7 +19,8 @@ from experiments.inference import EvalPipeline
 from experiments.kept_between_jobs import release_model, take_dataset
 from lavida_adapter import Lavida
 from lavida_adapter import model as lavida_model
-from lavida_adapter.engine import EagerEngine, store_by_column
+from lavida_adapter.engine import EagerEngine
+from lavida_adapter.fused_layers import step_layers
 from lavida_adapter.language_model import LanguageModel
 from shirg import UserError
 from tests.experiments import conftest
@@ -50,12 +51,12 @@ LOADS = 7
 """Models that are read for these jobs, in this order or backwards."""
 
 
-class ByColumn(EagerEngine):
-    """What the compiled engine does to the weights, without a compiler."""
+class Joined(EagerEngine):
+    """What an engine on a GPU does to the weights."""
 
     def __init__(self, lm: LanguageModel) -> None:
         super().__init__(lm)
-        store_by_column(lm)
+        step_layers(lm)
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ def test_a_used_model_answers_as_a_fresh_one(
 ) -> None:
     monkeypatch.setattr(conftest, "update_report", lambda study: None)  # a third of the time
     if not compiles:
-        monkeypatch.setattr(lavida_model, "CompiledEngine", ByColumn)
+        monkeypatch.setattr(lavida_model, "CompiledEngine", Joined)
     jobs = [tuple(word.replace("adapter=", f"adapter={adapters}/") for word in job) for job in JOBS]
     alone = {}
     for job in jobs:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from experiments.bench import reference
 from lavida_adapter import DecodeConfig, Lavida, Prefix
@@ -12,10 +11,8 @@ from lavida_adapter.engine import (
     CompiledEngine,
     CompiledSteps,
     DecodeSteps,
-    check_compiler,
     pick,
     step_logits,
-    store_by_column,
 )
 from tests.lavida_adapter.tiny import noise, tiny_model
 
@@ -111,40 +108,6 @@ def test_all_slots_are_asked_for_by_number(model: Lavida) -> None:
     want = torch.tensor([[0, 2], [5, 1]])
     assert torch.equal(steps(ids, want), eager(ids, want))
     assert asked[0].tolist() == [list(range(A))] * 2 and asked[1] is want
-
-
-def test_weights_are_stored_by_column_and_stay_what_they_are(model: Lavida) -> None:
-    prompt = padded(9)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    whole = model.lm(prompt.embeds_BPD)
-    with torch.inference_mode():
-        store_by_column(model.lm)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    for layer in model.lm.modules():
-        if isinstance(layer, nn.Linear):
-            assert layer.weight.stride() == (1, layer.out_features)
-    states = model.lm(prompt.embeds_BPD)
-    torch.testing.assert_close(states, whole, rtol=0, atol=1e-5)
-    model.lm.logits(states).sum().backward()  # they can still be trained
-    assert model.lm.layers[0].q_proj.weight.grad is not None
-
-
-def test_other_types_stay_as_they_are() -> None:
-    layer = nn.Linear(4, 3).to(torch.bfloat16)
-    store_by_column(layer)
-    assert layer.weight.stride() == (4, 1)
-
-
-def test_a_cpu_without_a_compiler(model: Lavida, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    sentence = (
-        "needs a C.. compiler on a CPU, and there is no 'no-such-compiler' on the path: install one, name another"
-    )
-    with pytest.raises(ValueError, match=sentence):
-        check_compiler()
-    with pytest.raises(ValueError, match=sentence):
-        model.generate(padded(9), DecodeConfig(max_new_tokens=A, engine="compile"))
 
 
 @pytest.mark.slow
