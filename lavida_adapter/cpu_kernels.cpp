@@ -1,8 +1,8 @@
-// Matrix products with packed weights and softmax attention, in float32 on a CPU; lavida_adapter/cpu_kernels.py compiles
-// this file and says when they are used.
+// Matrix products with packed weights and softmax attention, in float32 on a CPU. lavida_adapter/cpu_kernels.py
+// compiles this file and says when they are used.
 //
-// Both are outer products of two panels. A tile of 12 rows and 32 columns stays in registers while one row of a panel of
-// 32 columns after the other is read in the order in which it is stored.
+// Both are outer products of two panels. A tile of a few rows and 32 columns stays in registers while one row of a
+// panel of 32 columns after the other is read in the order in which it is stored.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,9 +22,13 @@ using Integers = int32_t __attribute__((vector_size(64)));
 
 constexpr int LANES = 16;
 constexpr int PANEL = 32;  // columns of a panel of weights, as in cpu_kernels.py
-constexpr int ROWS = 12;   // with two vectors of columns, 24 of the 32 registers of AVX-512
+#ifdef __AVX512F__
+constexpr int ROWS = 12;  // with two vectors of columns, 24 of the 32 registers
+#else
+constexpr int ROWS = 3;  // a vector takes two or four registers of 16 or 32
+#endif
 constexpr int QUERIES = 32;
-constexpr int KEYS = 128;  // their scores for 32 queries take 16 KiB, half of a first-level cache
+constexpr int KEYS = 120;  // their scores for 32 queries take 15 KiB, half of a first-level cache
 
 inline Vector load(const float* from) {
   Vector v;
@@ -53,20 +57,19 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
 }
 
 template <int N, int V, bool ADD>
-void last_tile(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, int64_t n_k,
+void some_rows(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, int64_t n_k,
                float* out, int64_t out_row) {
   if (rows == N) return tile<N, V, ADD>(a, a_row, a_k, b, b_k, n_k, out, out_row);
-  if constexpr (N > 1) last_tile<N - 1, V, ADD>(rows, a, a_row, a_k, b, b_k, n_k, out, out_row);
+  if constexpr (N > 1) some_rows<N - 1, V, ADD>(rows, a, a_row, a_k, b, b_k, n_k, out, out_row);
 }
 
 // The same for any number of rows.
 template <int V, bool ADD>
 void tiles(int64_t rows, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k, int64_t n_k,
            float* out, int64_t out_row) {
-  int64_t r = 0;
-  for (; rows - r >= ROWS; r += ROWS)
-    tile<ROWS, V, ADD>(a + r * a_row, a_row, a_k, b, b_k, n_k, out + r * out_row, out_row);
-  if (r < rows) last_tile<ROWS - 1, V, ADD>(rows - r, a + r * a_row, a_row, a_k, b, b_k, n_k, out + r * out_row, out_row);
+  for (int64_t r = 0; r < rows; r += ROWS)
+    some_rows<ROWS, V, ADD>(std::min<int64_t>(ROWS, rows - r), a + r * a_row, a_row, a_k, b, b_k, n_k,
+                            out + r * out_row, out_row);
 }
 
 // x [R, K] times packed weights [ceil(N / 32), K, 32], plus a bias [N] -> [R, N].
@@ -97,20 +100,18 @@ Tensor packed_linear(const Tensor x, const Tensor weight, const std::optional<Te
   return out;
 }
 
-// The exponential of numbers up to 0: a power of two times the polynomial of Cephes, within 2 units in the last place.
-inline Vector exponential(Vector x) {
-  x = x < -87.0f ? Vector{} - 87.0f : x;
-  const Vector scaled = x * 1.44269504f;
-  const Integers power = __builtin_convertvector(scaled - 0.5f, Integers);  // rounds to the nearest: x is not positive
-  const Vector n = __builtin_convertvector(power, Vector);
-  const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Integers bits = (power + 127) << 23;
+// Two to the power of numbers up to 0, by the polynomial of Cephes: within 2 units in the last place.
+inline Vector power_of_two(Vector x) {
+  x = x < -126.0f ? Vector{} - 126.0f : x;
+  const Integers whole = __builtin_convertvector(x - 0.5f, Integers);  // rounds to the nearest: x is not positive
+  const Vector r = x - __builtin_convertvector(whole, Vector);
+  Vector p = r * 1.535336188319500e-4f + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  const Integers bits = (whole + 127) << 23;
   Vector factor;
   std::memcpy(&factor, &bits, sizeof factor);
   return p * factor;
@@ -121,6 +122,12 @@ struct Rows {
   int64_t row, column;
 };
 
+// Into the second-level cache, while something else is computed.
+inline void bring_near(Rows rows, int64_t first, int64_t count, int64_t width) {
+  for (int64_t r = first; r < first + count; r++)
+    for (int64_t d = 0; d < width; d += LANES) __builtin_prefetch(rows.at + r * rows.row + d, 0, 2);
+}
+
 // Attention of up to 16 * V queries of one head to all keys; scores are kept key by key, so that the softmax needs no
 // sum across lanes.
 template <int V>
@@ -129,7 +136,7 @@ void attend_block(Rows q, int64_t n_queries, Rows k, Rows v, int64_t n_keys, int
   constexpr int LINE = V * LANES;
   scratch.assign(2 * width * LINE + KEYS * LINE, 0.0f);
   float *queries = scratch.data(), *sums = queries + width * LINE, *scores = sums + width * LINE;
-  const float scale = 1.0f / std::sqrt(float(width));
+  const float scale = 1.44269504f / std::sqrt(float(width));  // times the binary logarithm of e
   for (int64_t r = 0; r < n_queries; r++)
     for (int64_t d = 0; d < width; d++) queries[d * LINE + r] = q.at[r * q.row + d * q.column] * scale;
   Vector peak[V], total[V];
@@ -137,18 +144,24 @@ void attend_block(Rows q, int64_t n_queries, Rows k, Rows v, int64_t n_keys, int
   for (int i = 0; i < V; i++) peak[i] = Vector{} - INFINITY, total[i] = Vector{};
   for (int64_t first = 0; first < n_keys; first += KEYS) {
     const int64_t keys = std::min<int64_t>(KEYS, n_keys - first);
-    tiles<V, false>(keys, k.at + first * k.row, k.row, k.column, queries, LINE, width, scores, LINE);
+    for (int64_t j = 0; j < keys; j += ROWS) {
+      const int64_t count = std::min<int64_t>(ROWS, keys - j);
+      bring_near(v, first + j, count, width);
+      bring_near(k, first + j + KEYS, std::min(count, n_keys - first - j - KEYS), width);
+      const float* from = k.at + (first + j) * k.row;
+      tiles<V, false>(count, from, k.row, k.column, queries, LINE, width, scores + j * LINE, LINE);
+    }
     for (int i = 0; i < V; i++) {
       Vector highest = peak[i];
       for (int64_t j = 0; j < keys; j++) {
         const Vector score = load(scores + j * LINE + i * LANES);
         highest = score > highest ? score : highest;
       }
-      const Vector shrink = exponential(peak[i] - highest);
+      const Vector shrink = power_of_two(peak[i] - highest);
       Vector sum = total[i] * shrink;
       for (int64_t j = 0; j < keys; j++) {
         float* at = scores + j * LINE + i * LANES;
-        const Vector weight = exponential(load(at) - highest);
+        const Vector weight = power_of_two(load(at) - highest);
         store(at, weight);
         sum += weight;
       }
@@ -173,7 +186,8 @@ Tensor attend(const Tensor q, const Tensor k, const Tensor v) {
   const int64_t groups = heads / k.size(1), n_keys = k.size(2);
   STD_TORCH_CHECK(width % LANES == 0 && v.stride(3) == 1, "attend: heads of a multiple of 16, values in order");
   Tensor out = torch::stable::new_empty(q, {batch, n_queries, heads, width});
-  const float *queries = q.const_data_ptr<float>(), *keys = k.const_data_ptr<float>(), *values = v.const_data_ptr<float>();
+  const float *queries = q.const_data_ptr<float>(), *keys = k.const_data_ptr<float>();
+  const float* values = v.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   const auto q_stride = q.strides(), k_stride = k.strides(), v_stride = v.strides();
   const int64_t blocks = (n_queries + QUERIES - 1) / QUERIES;
