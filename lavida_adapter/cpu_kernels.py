@@ -78,18 +78,28 @@ def _built() -> Path:
     library = folder / f"{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        made = Path(own) / library.name
-        done = subprocess.run([*command, str(SOURCE), "-o", str(made), "-ltorch_cpu"], capture_output=True, text=True)
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(
-                f"decode.engine=compile: {command[0]} cannot compile {SOURCE.name} ({last}): name another compiler in "
-                "CXX, or use decode.engine=eager"
-            )
-        made.replace(library)  # at once, so that no other process loads half a file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            made = Path(own) / library.name
+            _compile([*command, str(SOURCE), "-o", str(made), "-ltorch_cpu"])
+            made.replace(library)  # at once, so that no other process loads half a file
+    except OSError as error:
+        raise UserError(
+            f"decode.engine=compile keeps its kernels in {folder}, which cannot be written ({error.strerror}): name "
+            "another folder in TORCH_EXTENSIONS_DIR, or use decode.engine=eager"
+        ) from error
     return library
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(
+            f"decode.engine=compile: {command[0]} cannot compile {SOURCE.name} ({last}): name another compiler in CXX, "
+            "or use decode.engine=eager"
+        )
 
 
 def _target_version() -> str:

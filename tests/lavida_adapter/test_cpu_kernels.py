@@ -160,6 +160,16 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert [path.name for path in tmp_path.rglob("*")] == ["shirg_cpu"], "nothing is left behind"
 
 
+@CXX
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(
+        UserError, match=r"which cannot be written \(Not a directory\): name another folder in TORCH_EXT"
+    ):
+        cpu_kernels._built()
+
+
 @pytest.mark.parametrize("version", ["2.9.1+cpu", "1.13.0"])
 def test_a_torch_that_is_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)

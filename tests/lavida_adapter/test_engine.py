@@ -112,7 +112,8 @@ def test_all_slots_are_asked_for_by_number(model: Lavida) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"block_length": 3}, {"step_ratio": 0.5, "schedule": "shift"}])
-def test_compiled_answers_are_the_same(model: Lavida, knobs: dict[str, Any]) -> None:
+def test_compiled_answers_are_the_same(knobs: dict[str, Any]) -> None:
+    model = tiny_model(lm={"n_layers": 3, "n_heads": 2, "n_kv_heads": 1})  # heads of 16, as the kernel takes
     for prompt in (padded(9), padded(9, 3), padded(70)):
         ids = [
             model.generate(prompt, DecodeConfig(max_new_tokens=A, engine=engine, **knobs)).ids_BA
