@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from baselines.uniform_grid import dither
-from shirg import Budget, Role, Selector, UserError, VisionFeatures
+from shirg import Budget, Role, Selector, UserError, VisionFeatures, dither
 
 
 class Oracle(Selector):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from baselines.base import Groups, GroupSelector, Scope, take
-from shirg import Budget, VisionFeatures
+from shirg import Budget, VisionFeatures, dither
 
 
 class UniformGrid(GroupSelector):
@@ -28,16 +28,3 @@ class UniformGrid(GroupSelector):
             cell_N2 = torch.stack([row_N % rows, col_N % cols], dim=-1)
         order_BGS = -dither(cell_N2)[groups.index_GS].expand(groups.valid_BGS.shape)
         return take(order_BGS.masked_fill(~groups.valid_BGS, -torch.inf), groups.quota_BG), None
-
-
-def dither(cell_N2: Tensor, bits: int = 7) -> Tensor:
-    """float32 [N]: when each cell is lit as a picture brightens, in the recursive matrix of side 2 ** bits.
-
-    The bits of (row xor column, row), low ones first, interleaved: neighbours are as far apart in the order as can be.
-    """
-    row_N, col_N = cell_N2.unbind(-1)
-    order_N = torch.zeros_like(row_N)
-    for bit in range(bits):
-        mixed_N, low_N = ((row_N ^ col_N) >> bit) & 1, (row_N >> bit) & 1
-        order_N = order_N | (mixed_N << (2 * (bits - bit) - 1)) | (low_N << (2 * (bits - bit) - 2))
-    return order_N.float()

@@ -180,6 +180,8 @@ class LayoutTables:
     """int64: rank in reading order of the last token of each canvas row."""
     row_N: Tensor
     """int64: canvas row of each *source* token; -1 in the global view."""
+    even_P: Tensor
+    """float32: each grid cell's place in an even order, 0 first: the finest grid dithered, then the other cells."""
 
 
 def layout_tables(layout: TokenLayout) -> LayoutTables:
@@ -224,7 +226,18 @@ def _build(layout: TokenLayout) -> LayoutTables:
             centre_P2=torch.cat([layout.centre_N2[order_N[:n]], canvas_M2]),
             row_end_R=row_end_R,
             row_N=row_N,
+            even_P=_even_order(layout),
         )
+
+
+def _even_order(layout: TokenLayout) -> Tensor:
+    """float32 [P]: the place of each grid cell in the order of `dither` over the finest grid; other cells come last."""
+    part, (rows, cols) = layout.finest
+    device = layout.view_N.device
+    lit_M = dither(torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(cols, device=device)))
+    place_M = torch.argsort(torch.argsort(lit_M, stable=True))
+    before_P = torch.arange(part.start, device=device) + rows * cols
+    return torch.cat([before_P, place_M]).float()
 
 
 def _number_views(layout: TokenLayout, origin_V2: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,3 +301,16 @@ def _blocks(
     col = (view_col[:, None, None] * cols + col_I)[None, :, None, :, None, :]
     exists = (row_I < rows)[None, None, :, None, :, None] & (col_I < cols)[None, None, None, :, None, :]
     return torch.where(exists, start + row * (across * cols) + col, outside).flatten(0, 3).flatten(1)
+
+
+def dither(cell_N2: Tensor, bits: int = 7) -> Tensor:
+    """float32 [N]: when each cell is lit as a picture brightens, in the recursive matrix of side 2 ** bits.
+
+    The bits of (row xor column, row), low ones first, interleaved: neighbours are as far apart in the order as can be.
+    """
+    row_N, col_N = cell_N2.unbind(-1)
+    order_N = torch.zeros_like(row_N)
+    for bit in range(bits):
+        mixed_N, low_N = ((row_N ^ col_N) >> bit) & 1, (row_N >> bit) & 1
+        order_N = order_N | (mixed_N << (2 * (bits - bit) - 1)) | (low_N << (2 * (bits - bit) - 2))
+    return order_N.float()

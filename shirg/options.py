@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from shirg.budget import Budget, Share
 from shirg.features import Geometry, TokenLayout
 from shirg.selection import Stage
@@ -136,6 +138,36 @@ class Diversity(OptionBlock):
 
 
 @dataclass(frozen=True, repr=False)
+class Allocation(OptionBlock):
+    """Whether all K tokens are taken by score ("ranked"), or the best few, the rest evenly over the canvas.
+
+    `evidence`: how many are taken by score, a number of tokens or (below 1) a share of those that a picture keeps.
+    `mass`: only the fewest of them that hold this share of the softmax of all scores; None: all of them.
+    """
+
+    mode: Literal["ranked", "evidence_context"] = "ranked"
+    evidence: float = 0.5
+    mass: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("allocation.mode", self.mode, Literal["ranked", "evidence_context"])
+        is_count = isinstance(self.evidence, int) and not isinstance(self.evidence, bool) and self.evidence >= 1
+        if not is_count and not (isinstance(self.evidence, float) and 0 < self.evidence < 1):
+            raise UserError(f"allocation.evidence={self.evidence}: give a number of tokens, or a share between 0 and 1")
+        if self.mass is not None and not 0 < self.mass < 1:
+            raise UserError(f"allocation.mass={self.mass}: give a share between 0 and 1, or null")
+        for name in ("evidence", "mass"):
+            if self.mode == "ranked" and getattr(self, name) != getattr(Allocation, name):
+                raise UserError(f"allocation.{name} has no effect with allocation.mode=ranked; leave it at its default")
+
+    def count_B(self, keep_B: Tensor) -> Tensor:
+        """int64 [B]: how many of the tokens that each picture keeps are taken by score, at least 1."""
+        if isinstance(self.evidence, int):
+            return keep_B.clamp_max(self.evidence)
+        return Share.of(self.evidence).nearest(keep_B).clamp_min(1)
+
+
+@dataclass(frozen=True, repr=False)
 class Adaptive(OptionBlock):
     """Whether a picture may keep fewer than K tokens. It keeps the smallest of `levels`, shares of K, that is enough.
 
@@ -192,6 +224,7 @@ class ShirgOptions:
     coverage: int = 0
     merge: Merging = field(default_factory=Merging)
     diversity: Diversity = field(default_factory=Diversity)
+    allocation: Allocation = field(default_factory=Allocation)
     adaptive: Adaptive = field(default_factory=Adaptive)
     scaffold: Scaffold = field(default_factory=Scaffold)
     summary: bool = False
@@ -306,6 +339,14 @@ CONFLICTS: tuple[tuple[Callable[[ShirgOptions], bool], str], ...] = (
     (
         lambda o: o.diversity.mode != "none" and o.coverage > 0,
         "diversity.mode=mmr cannot guarantee coverage; choose coverage=0 or diversity.mode=none",
+    ),
+    (
+        lambda o: o.allocation.mode != "ranked" and o.coverage > 0,
+        "allocation.mode=evidence_context spreads tokens itself; choose coverage=0 or allocation.mode=ranked",
+    ),
+    (
+        lambda o: o.allocation.mode != "ranked" and o.views == "all",
+        "allocation.mode=evidence_context spreads tokens over the canvas; choose views=tiles or allocation.mode=ranked",
     ),
     (
         lambda o: o.scaffold.size != 0 and o.scaffold.source == "global" and not o.has_global,

@@ -18,6 +18,7 @@ from shirg.layouts import layout_tables, regions
 from shirg.merging import cell_means, match_neighbours
 from shirg.options import (
     Adaptive,
+    Allocation,
     CoordKind,
     CropTerm,
     Dedup,
@@ -38,7 +39,7 @@ from shirg.options import (
 from shirg.scaffold import close_rows, scaffold_tokens, summary_token, used_rows
 from shirg.scoring import ScoreTerms
 from shirg.selection import Selection, Selector, join, keep
-from shirg.topk import boost_representatives, marginal_relevance, tiered_topk
+from shirg.topk import boost_representatives, evidence_first, marginal_relevance, tiered_topk
 from shirg.trainable import AdaptiveHead, CoordEmbed, adaptive_budget
 from shirg.validation import UserError, assert_finite, option_group
 
@@ -69,6 +70,8 @@ class ShirgSelector(Selector):
             its crop ("border"), or their "mean".
         coverage: side in cells of the regions that each keep their best token; 0 for none.
         merge: `mode` "tome" merges the most similar neighbours, a `share` of the cells, before selection.
+        allocation: `mode` "evidence_context" takes `evidence` tokens (a number, or a share of K) by score, of these
+            with `mass` only the fewest that hold this share of the softmax of all scores; the rest lie evenly.
         diversity: `mode` "mmr" picks one by one, by score minus `weight` x the largest cosine to those before; slow.
         adaptive: a budget that depends on the picture, one of `levels` (shares of K). `mode` "entropy": the smallest
             that holds the relevant tokens; "head": the smallest that a trained head predicts to be as good as all K.
@@ -101,6 +104,7 @@ class ShirgSelector(Selector):
         coverage: int = 0,
         merge: Mapping[str, Any] | None = None,
         diversity: Mapping[str, Any] | None = None,
+        allocation: Mapping[str, Any] | None = None,
         adaptive: Mapping[str, Any] | None = None,
         scaffold: Mapping[str, Any] | None = None,
         summary: bool = False,
@@ -126,6 +130,7 @@ class ShirgSelector(Selector):
             coverage=coverage,
             merge=option_group("merge", merge, Merging),
             diversity=option_group("diversity", diversity, Diversity),
+            allocation=option_group("allocation", allocation, Allocation),
             adaptive=option_group("adaptive", adaptive, Adaptive),
             scaffold=option_group("scaffold", scaffold, Scaffold),
             summary=summary,
@@ -181,7 +186,7 @@ class ShirgSelector(Selector):
             options.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], k
         )
         with torch.no_grad():
-            ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k)
+            ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k, keep_B)
             keep_B = torch.minimum(torch.minimum(keep_B, adaptive_B), available_B)
         scores_BN = scores_BP[:, layout_tables(layout).grid_cell_N]
         means = None if merge is None else merge.means(features, assigned)
@@ -229,7 +234,13 @@ class ShirgSelector(Selector):
         return tuple(n - layout.n_global - self.options.merge.count(layout) < k for n in usable)
 
     def _rank(
-        self, features: VisionFeatures, assigned: CellAssignment, scores_BP: Tensor, usable_BN: Tensor, k: int
+        self,
+        features: VisionFeatures,
+        assigned: CellAssignment,
+        scores_BP: Tensor,
+        usable_BN: Tensor,
+        k: int,
+        keep_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [B, k], best first, and how many there are to choose from [B]."""
         options, layout = self.options, features.layout
@@ -251,6 +262,10 @@ class ShirgSelector(Selector):
             states_BXD = assigned.take(self._states(features))[:, first:]
             picks = min(k, worth_BX.shape[1])
             worth_BX = marginal_relevance(worth_BX, usable_BX, states_BXD, picks, options.diversity.weight)
+        if options.allocation.mode == "evidence_context":
+            even_X = layout_tables(layout).even_P[first:]
+            n_B = options.allocation.count_B(keep_B)
+            worth_BX = evidence_first(worth_BX, usable_BX, n_B, options.allocation.mass, even_X)
         groups = [(token_BX, worth_BX, usable_BX)]
         if first and any(self._ranks_global(features, k)):
             groups.append((assigned.token_BP[:, :first], scores_BP[:, :first], assigned.usable_BP[:, :first] & fills))

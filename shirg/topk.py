@@ -1,4 +1,6 @@
-"""From scores to a ranking: representatives of regions, diversity, tiers (docs/method.md, "Coverage", "Diversity").
+"""From scores to a ranking: representatives of regions, diversity, evidence with an even context, tiers.
+
+docs/method.md, "Coverage", "Diversity", "Evidence and context".
 
 Shape letters: B batch, P grid cells that compete, R regions, L cells of a region, D width.
 """
@@ -26,6 +28,22 @@ def boost_representatives(scores_BP: Tensor, usable_BP: Tensor, region_RL: Tenso
     first_BR = torch.where(is_best_BRL, region_RL, p).amin(-1)
     chosen_BP = torch.zeros(b, p + 1, dtype=torch.bool, device=scores_BP.device).scatter(1, first_BR, True)[:, :p]
     return scores_BP + chosen_BP * (2 * spread_B1 + 1)
+
+
+def evidence_first(scores_BP: Tensor, usable_BP: Tensor, n_B: Tensor, mass: float | None, even_P: Tensor) -> Tensor:
+    """Scores [B, P] that rank each picture's best n cells first and all others by their place in an even order.
+
+    With `mass` only the fewest of the n that hold this share of the softmax over the usable cells count as best.
+    """
+    p = scores_BP.shape[1]
+    worth_BP = scores_BP.masked_fill(~usable_BP, float("-inf"))
+    sorted_BP, best_BP = torch.sort(worth_BP, dim=-1, descending=True, stable=True)
+    place_P = torch.arange(p, device=scores_BP.device)
+    if mass is not None:
+        held_BP = torch.softmax(sorted_BP, dim=-1).cumsum(-1)
+        n_B = torch.minimum(n_B, (held_BP < mass).sum(-1) + 1)
+    rank_BP = torch.zeros_like(best_BP).scatter(1, best_BP, place_P.expand_as(best_BP))
+    return torch.where(rank_BP < n_B[:, None], p - rank_BP, -even_P)
 
 
 def tiered_topk(groups: Sequence[tuple[Tensor, Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:

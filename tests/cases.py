@@ -42,6 +42,7 @@ SHIRG_FLIPS: dict[str, Any] = {
     "coverage": 3,
     "merge": {"merge": {"mode": "tome"}},
     "diversity": {"diversity": {"mode": "mmr"}, "coverage": 0},
+    "allocation": {"allocation": {"mode": "evidence_context"}, "coverage": 0, "views": "tiles"},
     "adaptive": {"adaptive": {"mode": "entropy", "temperature": 0.2}},
     "scaffold": {"scaffold": {"size": 2, "source": "canvas"}},
     "summary": True,

@@ -3,7 +3,7 @@
 import torch
 
 from baselines import UniformGrid
-from baselines.uniform_grid import dither
+from shirg import dither
 from tests.features import SIZES, make_features
 
 

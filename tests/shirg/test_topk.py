@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shirg import Pooling, ShirgSelector, Source, layout_tables, regions, single_layout
-from shirg.topk import tiered_topk
+from shirg.topk import evidence_first, tiered_topk
 from tests.cases import variant
 from tests.features import features_for, make_features
 from tests.reference import kept
@@ -53,6 +53,51 @@ def test_diversity_picks_one_by_one() -> None:
         picked.append(max(worth, key=lambda i: float(worth[i])))
     assert kept(selector(features)) == sorted(picked, key=lambda i: int(features.layout.rank_N[i]))
     assert kept(selector(features)) != kept(ShirgSelector(budget=12, scaffold={"size": 0})(features))
+
+
+def test_evidence_by_score_and_the_rest_in_an_even_order() -> None:
+    scores = torch.tensor([[5.0, 1.0, 4.0, 9.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    usable = torch.tensor([[True, True, True, False, True], [True] * 5])
+    even = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
+    found = evidence_first(scores, usable, torch.tensor([2, 1]), None, even)
+    best = found.masked_fill(~usable, float("-inf")).argsort(dim=-1, descending=True).tolist()
+    assert best[0][:4] == [0, 2, 4, 1], (
+        "the best two, then the even order without them; the unusable one is not counted"
+    )
+    assert best[1] == [4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(("mass", "n"), [(0.5, 1), (0.83, 1), (0.9, 2), (0.97, 3), (0.999999, 3)])
+def test_the_mass_of_the_scores_says_how_much_is_evidence(mass: float, n: int) -> None:
+    """The shares of the best one, two and three are 0.831, 0.944 and 0.985; at most three are taken."""
+    scores = torch.tensor([[0.0, 4.0, 1.0, 2.0, -9.0]])
+    found = evidence_first(scores, torch.ones(1, 5, dtype=torch.bool), torch.tensor([3]), mass, torch.zeros(5))
+    assert int((found > 0).sum()) == n
+
+
+@pytest.mark.parametrize("budget", [20, "matched"])
+def test_the_context_is_even_at_every_budget(budget: Any) -> None:
+    """The best half of what the scaffold leaves, as without a context; the rest fills the order of the dither."""
+    features = make_features((2, 2), side=8, sizes=[(768, 768), (640, 400)])
+    ranked = ShirgSelector(budget=budget, scaffold={"size": 2})
+    selector = ShirgSelector(budget=budget, scaffold={"size": 2}, allocation={"mode": "evidence_context"})
+    chosen, before = selector(features), ranked(features)
+    assert torch.equal(chosen.mask_BT.sum(-1), before.mask_BT.sum(-1))
+    cells, even_P = layout_tables(features.layout).grid_cell_N, layout_tables(features.layout).even_P
+    assert sorted(even_P.tolist()) == list(range(len(even_P)))
+    for b in range(2):
+        n = int(before.mask_BT[b].sum()) - 4
+        scores = ranked.score(features)[b]
+        tiles = [
+            i for i in features.layout.order_N.tolist() if features.layout.role_N[i] == 1 and features.valid_BN[b, i]
+        ]
+        best = sorted(tiles, key=lambda i: -float(scores[i]))[: (n + 1) // 2]
+        rest = sorted((i for i in tiles if i not in best), key=lambda i: float(even_P[cells[i]]))[: n - len(best)]
+        assert set(kept(chosen, b)) == {*best, *rest}
+    few = ShirgSelector(budget=60, scaffold={"size": 0}, allocation={"mode": "evidence_context", "evidence": 3})
+    assert (
+        len(set(kept(few(features), 0)) - set(kept(ShirgSelector(budget=3, scaffold={"size": 0})(features), 0))) == 57
+    )
 
 
 def test_the_global_view_may_compete() -> None:
