@@ -288,6 +288,13 @@ def cost_of(config: "LanguageModelConfig", dtype: torch.dtype) -> LmCost:
     return LmCost(*sizes, dtype.itemsize, FAMILIES[config.family].language_model.shift)
 
 
+def suspicion(ms: float, floor_ms: float) -> str:
+    """Why a time cannot be right together with its floor; "" for one that can."""
+    if ms >= (1 - NOISE) * floor_ms:
+        return ""
+    return f"{ms:.3g} ms is below the floor of {floor_ms:.3g} ms by more than {NOISE:.0%}, which is noise"
+
+
 def flags(
     times: Mapping[str, Any], parameter_bytes: float, limits: Limits, floor: Mapping[str, Work]
 ) -> dict[str, str]:
@@ -299,10 +306,8 @@ def flags(
     found = {}
     for stage, work in floor.items():
         taken, least = times["ms_per_sample"].get(stage), limits.floor_ms(work, lenient=True)
-        if taken is not None and taken < (1 - NOISE) * least:
-            found[f"{stage} ms"] = (
-                f"{taken:.3g} ms is below the floor of {least:.3g} ms by more than {NOISE:.0%}, which is noise"
-            )
+        if taken is not None and (why := suspicion(taken, least)):
+            found[f"{stage} ms"] = why
     peak = times["peak_memory_mib"]
     if peak is not None and peak * 2**20 < parameter_bytes:
         found["peak memory MiB"] = f"{peak:.0f} MiB is below the {parameter_bytes / 2**20:.0f} MiB of the weights"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from experiments import build
-from experiments.profiling import Limits, Timing, Work, time_once
+from experiments.profiling import Timing, Work, measure_limits, suspicion, time_once
 from lavida_adapter import LavidaConfig, VisionConfig
 from lavida_adapter.views import Views, cut, layout_on, patch_pixels
 from lavida_adapter.vision import VisionTower
@@ -86,10 +87,35 @@ def title_of(model: str, sizes: Mapping[str, Any]) -> str:
     return f"{model}: " + ", ".join(f"{name} {value}" for name, value in sizes.items())
 
 
-def times_floor(limits: Limits, ms: float, work: Work) -> dict[str, Any]:
-    """The least time that the device needs for the work, and how many times longer the measured time is."""
-    floor = limits.floor_ms(work)
-    return {"gflop": work.flops / 1e9, "mb": work.bytes / 1e6, "floor_ms": floor, "times_floor": ms / floor}
+class Floors:
+    """Times over the least time of their work. The device's limits are measured before and after; the better counts."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._measure = partial(measure_limits, device, dtype)
+        self._before = self._measure()
+        self._times: list[tuple[float, Work, dict[str, Any]]] = []
+
+    def over(self, ms: float, work: Work) -> dict[str, Any]:
+        """What a row says about a time and its floor; `settle` adds the floor, when all times are measured."""
+        found = {"gflop": work.flops / 1e9, "mb": work.bytes / 1e6}
+        self._times.append((ms, work, found))
+        return found
+
+    def settle(self) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The limits, and a line about each suspicious time, which the table marks and shows."""
+        limits = self._before.better(self._measure())
+        doubts = []
+        for ms, work, found in self._times:
+            floor_ms = limits.floor_ms(work)
+            found |= {"floor_ms": floor_ms, "times_floor": ms / floor_ms}
+            if why := suspicion(ms, floor_ms):
+                doubts.append(f"! {why}: the time or the limits are wrong")
+        return limits.report(), tuple(doubts)
+
+
+def times_floor(value: float) -> str:
+    """How many times its floor a time is, as a cell; with a mark where it is suspicious."""
+    return f"{value:.2f}{'!' if suspicion(value, 1.0) else ''}"
 
 
 Name = TypeVar("Name", bound=Hashable)

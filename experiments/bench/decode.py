@@ -12,6 +12,7 @@ from experiments.bench import reference
 from experiments.bench.common import (
     BenchResult,
     Columns,
+    Floors,
     as_prefix,
     load_model,
     only_one,
@@ -22,8 +23,7 @@ from experiments.bench.common import (
     times_floor,
     title_of,
 )
-from experiments.bench.roofline import better
-from experiments.profiling import cost_of, measure_limits, peak_memory_mib, reset_peak_memory
+from experiments.profiling import cost_of, peak_memory_mib, reset_peak_memory
 
 if TYPE_CHECKING:
     from lavida_adapter import DecodeConfig, Lavida, Prefix
@@ -35,10 +35,10 @@ COLUMNS: Columns = {
     "ms": ("whole.ms", ".2f"),
     "x plain": ("times_faster", ".2f"),
     "prefill ms": ("prefill.ms", ".2f"),
-    "prefill x floor": ("floor.prefill.times_floor", ".2f"),
+    "prefill x floor": ("floor.prefill.times_floor", times_floor),
     "steps": ("forwards", "d"),
     "step ms": ("step_ms", ".2f"),
-    "step x floor": ("floor.step.times_floor", ".2f"),
+    "step x floor": ("floor.step.times_floor", times_floor),
     "same ids": ("same_ids", lambda same: "yes" if same else "NO"),
     "peak MiB": ("peak_mib", ".0f"),
 }
@@ -82,7 +82,7 @@ def measure(
 
     lm, embeds = model.lm, prompt_embeds(model, batch, n_prompt)
     decode = DecodeConfig(max_new_tokens=n_answer, step_per_block=steps)
-    limits = measure_limits(model.device, model.dtype)
+    floors = Floors(model.device, model.dtype)
     calls = {"plain twin": _plain(model, embeds, decode)} | {
         f"engine={engine}": _engine(model, embeds, replace(decode, engine=engine))  # type: ignore[arg-type]
         for engine in engines  # DecodeConfig refuses unknown ones
@@ -94,7 +94,6 @@ def measure(
         peaks[way] = peak_memory_mib(model.device)
     stages = {(way, i): call for way, both in calls.items() for i, call in enumerate(both)}
     timings = time_in_turns(stages, model.device, repeats=repeats)
-    limits = better(limits.report(), measure_limits(model.device, model.dtype).report())
     cost = cost_of(model.config.lm, model.dtype)
     # The floor counts what must be computed, whatever an implementation computes: only masked slots need logits.
     masked = mean_open(reference.plain_counts(lm, decode))
@@ -103,7 +102,7 @@ def measure(
     for way, (ids, forwards) in answers.items():
         whole, prefill = timings[way, 0], timings[way, 1]
         step_ms = (whole.median - prefill.median) / forwards
-        floors = (times_floor(limits, ms, least) for ms, least in zip((prefill.median, step_ms), work, strict=True))
+        over = (floors.over(ms, least) for ms, least in zip((prefill.median, step_ms), work, strict=True))
         rows.append(
             {
                 "name": way,
@@ -112,7 +111,7 @@ def measure(
                 "forwards": forwards,
                 "step_ms": step_ms,
                 "peak_mib": peaks[way],
-                "floor": dict(zip(("prefill", "step"), floors, strict=True)),
+                "floor": dict(zip(("prefill", "step"), over, strict=True)),
                 "same_ids": torch.equal(ids, answers["plain twin"][0]),
                 "times_faster": timings["plain twin", 0].median / whole.median,
             }
@@ -121,10 +120,11 @@ def measure(
     attention = {engine: kernels_of(*at, replayed=engine != "eager") for engine in engines}
     sizes = sizes_of(model, batch=batch, prompt=n_prompt, answer=n_answer, steps=steps)
     elsewhere = ELSEWHERE_S.get(name)
-    notes = [f"attention of engine={engine}: {kernels}" for engine, kernels in attention.items()]
+    limits, doubts = floors.settle()
+    notes = [*doubts, *(f"attention of engine={engine}: {kernels}" for engine, kernels in attention.items())]
     if elsewhere:
         notes.append(f"the public reference, on one thread of another machine: {1000 * elsewhere:.0f} ms")
-    report = {"model": name, **sizes, "attention": attention, "limits": limits.report()}
+    report = {"model": name, **sizes, "attention": attention, "limits": limits}
     report |= {"reference_elsewhere_s": elsewhere, "rows": rows}
     return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), tuple(notes))
 

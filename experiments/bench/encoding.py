@@ -1,5 +1,6 @@
 """How long a picture takes to become tokens: cutting into views, and the tower over one or several pictures."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,14 +8,16 @@ import torch
 from experiments.bench.common import (
     BenchResult,
     Columns,
+    Floors,
     load_model,
     noise_picture,
     sizes_of,
     table_of,
+    time_in_turns,
     times_floor,
     title_of,
 )
-from experiments.profiling import Work, measure_limits, time_call
+from experiments.profiling import Work, time_call
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
@@ -24,7 +27,7 @@ COLUMNS: Columns = {
     "views ms": ("views.ms", ".2f"),
     "tower ms": ("tower.ms", ".2f"),
     "tower ms/picture": ("tower_ms_per_picture", ".2f"),
-    "x floor": ("floor.times_floor", ".2f"),
+    "x floor": ("floor.times_floor", times_floor),
     "channels-last ms": ("channels_last.ms", ".2f"),
 }
 
@@ -39,26 +42,28 @@ def measure(name: str, model: "Lavida", batch: list[int], repeats: int) -> Bench
 
     tower, picture, cpu = model.model.vision_tower, noise_picture(model.config), torch.device("cpu")
     views = cut(picture, model.config, "lavida_tiles")
-    limits = measure_limits(model.device, model.dtype)
+    floors = Floors(model.device, model.dtype)
     rows = []
     for n in batch:
         pixels = torch.cat([views.pixels_V3SS] * n).to(model.device, model.dtype)
         last = pixels.contiguous(memory_format=torch.channels_last)
         cutting = time_call(lambda: cut(picture, model.config, "lavida_tiles"), cpu, repeats=repeats)
-        first_ms = time_call(lambda p=pixels: tower(p), model.device, repeats=repeats)  # type: ignore[misc]
-        last_ms = time_call(lambda p=last: tower(p), model.device, repeats=repeats)  # type: ignore[misc]
+        orders = {"tower": partial(tower, pixels), "channels_last": partial(tower, last)}
+        times = time_in_turns(orders, model.device, repeats=repeats)
+        tower_ms = times["tower"].median
         rows.append(
             {
                 "pictures": n,
                 "views": cutting.report(),
-                "tower": first_ms.report(),
-                "tower_ms_per_picture": first_ms.median / n,
-                "channels_last": last_ms.report(),
-                "floor": times_floor(limits, first_ms.median, tower_work(model, len(pixels))),
+                **{name: timing.report() for name, timing in times.items()},
+                "tower_ms_per_picture": tower_ms / n,
+                "floor": floors.over(tower_ms, tower_work(model, len(pixels))),
             }
         )
     sizes = sizes_of(model, views=len(views.pixels_V3SS))
-    return BenchResult(title_of(name, sizes), {"model": name, **sizes, "rows": rows}, table_of(rows, COLUMNS))
+    limits, doubts = floors.settle()
+    report = {"model": name, **sizes, "limits": limits, "rows": rows}
+    return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), doubts)
 
 
 def tower_work(model: "Lavida", views: int) -> Work:

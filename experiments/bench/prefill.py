@@ -12,16 +12,18 @@ from experiments.bench import reference
 from experiments.bench.common import (
     BenchResult,
     Columns,
+    Floors,
     load_model,
     only_one,
     prompt_embeds,
     sizes_of,
     square_features,
     table_of,
+    time_in_turns,
     times_floor,
     title_of,
 )
-from experiments.profiling import Timing, cost_of, measure_limits, peak_memory_mib, reset_peak_memory, time_call
+from experiments.profiling import Timing, cost_of, peak_memory_mib, reset_peak_memory, time_call
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
@@ -35,8 +37,8 @@ DRAWN = ("select", "prefill", "step")
 COLUMNS: Columns = {
     "tokens": ("tokens", "d"),
     **{f"{stage} ms": (f"{stage}.ms", ".2f") for stage in STAGES},
-    "prefill x floor": ("floor.prefill.times_floor", ".2f"),
-    "step x floor": ("floor.step.times_floor", ".2f"),
+    "prefill x floor": ("floor.prefill.times_floor", times_floor),
+    "step x floor": ("floor.step.times_floor", times_floor),
     "peak MiB": ("peak_mib", ".0f"),
 }
 
@@ -60,7 +62,7 @@ def run(
 def measure(
     name: str, model: "Lavida", tokens: Sequence[int], n_answer: int, batch: int, selector: str, repeats: int
 ) -> BenchResult:
-    limits, cost = measure_limits(model.device, model.dtype), cost_of(model.config.lm, model.dtype)
+    floors, cost = Floors(model.device, model.dtype), cost_of(model.config.lm, model.dtype)
     rows: list[dict[str, Any]] = []
     for n in tokens:
         reset_peak_memory(model.device)
@@ -73,18 +75,18 @@ def measure(
             {
                 "tokens": n,
                 **{stage: timing.report() for stage, timing in times.items()},
-                "floor": {stage: times_floor(limits, times[stage].median, least) for stage, least in work.items()},
+                "floor": {stage: floors.over(times[stage].median, least) for stage, least in work.items()},
                 "peak_mib": peak_memory_mib(model.device),
             }
         )
     sizes = sizes_of(model, batch=batch, answer=n_answer, selector=selector)
-    report: dict[str, Any] = {"model": name, **sizes, "limits": limits.report(), "exponents": None, "rows": rows}
-    notes: tuple[str, ...] = ()
+    limits, notes = floors.settle()
+    report: dict[str, Any] = {"model": name, **sizes, "limits": limits, "exponents": None, "rows": rows}
     figure = None
     if len(tokens) > 1:
         medians = {stage: [row[stage]["ms"] for row in rows] for stage in STAGES}
         report["exponents"] = exponents = {stage: exponent(tokens, ms) for stage, ms in medians.items()}
-        notes = ("exponents: " + ", ".join(f"{stage} {value:.2f}" for stage, value in exponents.items()),)
+        notes += ("exponents: " + ", ".join(f"{stage} {value:.2f}" for stage, value in exponents.items()),)
         figure = loglog_figure(tokens, {f"{s} ~ N^{exponents[s]:.2f}": medians[s] for s in DRAWN})
     return BenchResult(title_of(name, sizes), report, table_of(rows, COLUMNS), notes, figure)
 
@@ -117,11 +119,12 @@ def time_lm(model: "Lavida", n: int, n_answer: int, batch: int, repeats: int) ->
     steps = DecodeSteps(lm, lm.prefill(embeds, n_answer=n_answer), n_answer)
     ids = torch.full((batch, n_answer), lm.config.mask_token_id, device=device)
     angles = reference.angles_of(lm, n)
+    prefills = {
+        "prefill": lambda: lm.prefill(embeds, n_answer=n_answer),
+        "plain prefill": lambda: reference.plain_forward(lm, embeds, None, angles),
+    }
     return {
-        "prefill": time_call(lambda: lm.prefill(embeds, n_answer=n_answer), device, repeats=repeats, warm_up=1),
-        "plain prefill": time_call(
-            lambda: reference.plain_forward(lm, embeds, None, angles), device, repeats=repeats, warm_up=1
-        ),
+        **time_in_turns(prefills, device, repeats=repeats, warm_up=1),
         "step": time_call(lambda: steps(ids), device, repeats=max(repeats, 5)),
     }
 

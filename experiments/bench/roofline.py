@@ -13,19 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.profiling import Limits, Work
+from experiments.profiling import NOISE, Limits, Work, suspicion
 
 STAGES = ("tower", "relevance", "select", "project", "prefill", "step", "denoise", "wall")
-NOISE = 0.97
-"""A time this little below its floor is within the noise of both measurements."""
 Row = Mapping[str, Any]
 
 
 def better(first: Row, second: Row | None) -> Limits:
     """The higher of two measurements of each limit."""
-    both = [first, second or first]
-    copy = {int(size): max(one["copy"][size] for one in both) for size in first["copy"]}
-    return Limits(copy, max(one["matmul"] for one in both))
+    limits = Limits.of(first)
+    return limits if second is None else limits.better(Limits.of(second))
 
 
 def times_floor(row: Row, stage: str, limits: Limits) -> float | None:
@@ -59,7 +56,7 @@ def show(value: float | None, form: str = ".2f") -> str:
 
 
 def ratio(value: float | None) -> str:
-    return show(value) + ("!" if value is not None and value < NOISE else "")
+    return show(value) + ("!" if value is not None and suspicion(value, 1.0) else "")
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:
@@ -119,6 +116,8 @@ def lines(found: Row) -> list[str]:
     ]
     out += systems_table(systems, limits) if systems else []
     out += parts_table(others, limits) if others else []
+    if any("!" in line for line in out[2:]):
+        out.append(f"!: below its floor by more than {NOISE:.0%}, which is noise: the time or the limits are wrong")
     for row in others:
         out += [f"{row['name']}: {ms:.3f} ms, {n} x {kernel}" for kernel, ms, n in row.get("kernels", ())]
     for row in rows:

@@ -9,6 +9,7 @@ import torch
 from experiments.bench.common import (
     BenchResult,
     Columns,
+    Floors,
     load_model,
     prompt_embeds,
     sizes_of,
@@ -18,7 +19,7 @@ from experiments.bench.common import (
 )
 from experiments.bench.recorder import time_ms
 from experiments.bench.unequal_stage import calls_of, difference, least_work
-from experiments.profiling import cost_of, measure_limits, peak_memory_mib, reset_peak_memory
+from experiments.profiling import cost_of, peak_memory_mib, reset_peak_memory
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida
@@ -27,7 +28,7 @@ COLUMNS: Columns = {
     "prefill": ("name", ""),
     "ms": ("ms", ".2f"),
     "least ms": ("ms_min", ".2f"),
-    "x floor": ("floor.times_floor", ".2f"),
+    "x floor": ("floor.times_floor", times_floor),
     "times faster": ("times_faster", ".2f"),
     "peak MiB": ("peak_mib", ".0f"),
     "difference": ("difference", ".1e"),
@@ -59,11 +60,11 @@ def measure(
     calls = {f"{name}, {way}": call for (name, way), call in calls_of(runs, embeds_BPD, lengths, n_answer).items()}
     keys_BGPD = next(iter(calls.values()))().keys[-1].clone()
     differences = {way: difference(call(), keys_BGPD) for way, call in calls.items()}
+    floors = Floors(model.device, model.dtype)
     times: dict[str, list[float]] = {way: [] for way in calls}
     for _ in range(repeats):
         for way, call in calls.items():
             times[way].append(time_ms(call, model.device))
-    limits = measure_limits(model.device, model.dtype)
     work = least_work(cost_of(model.config.lm, model.dtype), lengths)
     rows: list[dict[str, Any]] = []
     for way, ms in times.items():
@@ -76,7 +77,7 @@ def measure(
                 "ms": median,
                 "ms_min": min(ms),
                 "ms_all": ms,
-                "floor": times_floor(limits, median, work),
+                "floor": floors.over(median, work),
                 "times_faster": statistics.median(times[next(iter(calls))]) / median,
                 "peak_mib": peak_memory_mib(model.device),
                 "difference": differences[way],
@@ -85,6 +86,7 @@ def measure(
     kernels = kernels_of(model.lm.backend, model.device, model.dtype, model.config.lm, ["joined", "padded"])
     share = sum(lengths) / (len(lengths) * max(lengths))
     sizes = sizes_of(model, prompts=list(lengths), answer=n_answer)
-    report = {"model": name, **sizes, "attention": kernels, "share_of_tokens": share, "limits": limits.report()}
-    notes = (f"tokens: {share:.0%} of the slots, the rest is padding", f"attention: {kernels}")
+    limits, doubts = floors.settle()
+    report = {"model": name, **sizes, "attention": kernels, "share_of_tokens": share, "limits": limits}
+    notes = (*doubts, f"tokens: {share:.0%} of the slots, the rest is padding", f"attention: {kernels}")
     return BenchResult(title_of(name, sizes), report | {"rows": rows}, table_of(rows, COLUMNS), notes)
