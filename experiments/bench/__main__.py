@@ -119,6 +119,11 @@ PARTS = {
             "repeats": "7",
         },
     ),
+    "kernels": Part(
+        "step_kernels",
+        "the kernels of a denoising step on a CPU, each beside torch's",
+        {"model": "bench_small", "prompt": "1050", "answer": "32", "batch": "1", "repeats": "31"},
+    ),
     "prefill": Part(
         "prefill",
         "selection, prefill and step over ever more vision tokens, with fitted exponents",
