@@ -36,13 +36,18 @@ def main(arguments: Sequence[str]) -> None:
                 "the page needs Gradio: `make app` installs it into an environment of its own (docs/app.md)"
             )
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported: nothing is sent anywhere
-        from experiments import build
+        from experiments import build, profiling
+        from experiments.app.picture_question import DEFAULT_MODEL
         from experiments.app.web_page import serve
 
-        build.check_numbers(build.compose_eval(*base))
+        cfg = build.compose_eval(*base)
+        build.check_numbers(cfg)
+        profiling.resolve_device(cfg.device)
         models = own["models"].split(",") if "models" in own else None
         port = int(own["port"]) if "port" in own else None
-        model = own.get("model", models[0] if models else "tiny")
+        model = own.get("model", models[0] if models else DEFAULT_MODEL)
+        if models is not None and model not in models:
+            raise UserError(f"model={model}: models={own['models']} does not have it; name it there")
         serve(base, model, models, port, browser=own.get("browser", "true") == "true")
 
 

@@ -23,6 +23,10 @@ UNKNOWN = "unknown"
 """Stands in the metadata for the answer to a question that nobody has answered: data=folder needs one."""
 DEFAULT_MODEL, DEFAULT_RELEVANCE, DEFAULT_DECODE = "tiny", "lm_embed", "default"
 DEFAULT_SELECTORS = ("pooled", "saint", "shirg")
+ANSWER_ONLY = "\nAnswer the question using a single word or phrase."
+"""What the published models were asked behind a question, the default of data=folder."""
+LONGEST_ANSWER = 16
+"""Tokens of an answer about a picture of the user's, the default of data=folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ class PictureQuestion:
     """Tokens per picture, in per cent of the model's base budget."""
     relevance: str = DEFAULT_RELEVANCE
     decode: str = DEFAULT_DECODE
-    longest: int = 16
+    longest: int = LONGEST_ANSWER
     """Tokens of the answer."""
     suffix: str = ""
     """Put behind the question in the prompt."""
@@ -108,9 +112,12 @@ class PictureQuestion:
             words.append(f"decode={quote(self.decode)}")
         if self.adapter:
             words.append("adapter=own")
-        suffix = quote(self.suffix) if self.suffix else ""  # Hydra reads nothing as an empty text
-        words += ["data=folder", f"data.root={quote(str(folder))}", f"data.suffix={suffix}"]
-        return [*words, f"data.max_new_tokens={self.longest}"]
+        words += ["data=folder", f"data.root={quote(str(folder))}"]
+        if self.suffix != ANSWER_ONLY:
+            words.append(f"data.suffix={quote(self.suffix) if self.suffix else ''}")  # Hydra reads '' as an empty text
+        if self.longest != LONGEST_ANSWER:
+            words.append(f"data.max_new_tokens={self.longest}")
+        return words
 
     def _model_words(self) -> list[str]:
         model = self.model.strip()

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from experiments import build
+from experiments.app.picture_question import ANSWER_ONLY
 from experiments.data.sample import Box
 from experiments.schema import CONF
 
@@ -22,10 +23,6 @@ SHIPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "board": ("synth_grid", {}),
 }
 """Captions; the dataset whose first sample is shown, and options of it."""
-ANSWER_ONLY = "\nAnswer the question using a single word or phrase."
-"""What the published models were asked behind a question, the default of data=folder."""
-LONGEST_ANSWER = 16
-"""Tokens of an answer about a picture of the user's, the default of data=folder."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Gradio is an extra; only this module imports it.
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from experiments.app.picture_question import (
     DEFAULT_DECODE,
     DEFAULT_RELEVANCE,
     DEFAULT_SELECTORS,
+    LONGEST_ANSWER,
     MOST_SELECTORS,
     PictureQuestion,
 )
 from experiments.app.result_page import HERE, answer_as_html, preview
 from experiments.app.shipped_pictures import (
-    LONGEST_ANSWER,
     ShippedPicture,
     models_offered,
     options,
@@ -54,58 +54,51 @@ class PagePicture:
         """The question that the form's values make; where the answer is, is known for the sample's own question."""
         given = dict(zip(FORM, values, strict=True))
         given |= {"selectors": tuple(given["selectors"] or ()), "model": str(given["model"] or "")}
-        given |= {"budget": int(given["budget"]), "longest": int(given["longest"])}
+        given |= {name: int(given[name] or 0) for name in ("budget", "longest")}
         known = self.shipped is not None and given["text"] == self.shipped.question
         boxes = self.shipped.boxes if self.shipped is not None and known else ()
         return PictureQuestion(picture=self.path, boxes=boxes, **given)
 
 
-@dataclass
-class Controls:
-    """The controls, by name; those of `FORM` make the question."""
-
-    base: Sequence[str]
-    models: Sequence[str] | None
-    """The only models that may be chosen; None for any."""
-    made: dict[str, Any] = field(default_factory=dict)
-
-    def build(self, first: ShippedPicture, model: str) -> None:
-        """Draws the left column."""
-        made = self.made
-        made["text"] = gr.Textbox(first.question, label="Question", lines=1, max_lines=4, elem_id="question")
-        made["run"] = gr.Button("Answer", variant="primary", elem_id="answer")
-        made["selectors"] = gr.Dropdown(
-            options("selector"),
-            value=list(DEFAULT_SELECTORS),
-            multiselect=True,
-            max_choices=MOST_SELECTORS,
-            label=f"Selectors (up to {MOST_SELECTORS})",
-            elem_id="selectors",
-        )
-        made["budget"] = gr.Slider(
-            5, 400, value=100, step=5, label="Budget, % of base",
-            info="100 % is 80 tokens in the tiny model, 980 in the published one.", elem_id="budget",
-        )  # fmt: skip
-        made["model"] = gr.Dropdown(
-            list(self.models or models_offered()),
-            value=model,
-            allow_custom_value=self.models is None,
-            label="Model",
-            info=None if self.models else "Or type the folder or the hub id of a checkpoint.",
-            elem_id="model",
-        )
-        with gr.Accordion("More", open=False):
-            made["adapter"] = gr.Checkbox(label="Adapter that was trained for the selector (tiny models)")
-            made["relevance"] = gr.Dropdown(options("relevance"), value=DEFAULT_RELEVANCE, label="Relevance")
-            made["decode"] = gr.Dropdown(options("decode"), value=DEFAULT_DECODE, label="Decoding")
-            made["longest"] = gr.Slider(1, 256, value=first.longest, step=1, label="Longest answer, tokens")
-            made["suffix"] = gr.Textbox(suffix_for(model), label="Behind the question", lines=2)
-            made["answer"] = gr.Textbox(first.answer, label="Right answer, if it is known")
-        made["model"].change(suffix_for, made["model"], made["suffix"], api_visibility="private")
-
-    @property
-    def form(self) -> list[Any]:
-        return [self.made[name] for name in FORM]
+def draw_controls(first: ShippedPicture, model: str, models: Sequence[str] | None) -> dict[str, Any]:
+    """Draws the controls of `FORM` and the button "run"; returns them by name."""
+    made: dict[str, Any] = {}
+    made["text"] = gr.Textbox(first.question, label="Question", lines=1, max_lines=4, elem_id="question")
+    made["run"] = gr.Button("Answer", variant="primary", elem_id="answer")
+    made["selectors"] = gr.Dropdown(
+        options("selector"),
+        value=list(DEFAULT_SELECTORS),
+        multiselect=True,
+        max_choices=MOST_SELECTORS,
+        label=f"Selectors (up to {MOST_SELECTORS})",
+        elem_id="selectors",
+    )
+    made["budget"] = gr.Slider(
+        5,
+        400,
+        value=100,
+        step=5,
+        label="Budget, % of base",
+        info="100 % is 80 tokens in the tiny model, 980 in the published one.",
+        elem_id="budget",
+    )
+    made["model"] = gr.Dropdown(
+        list(models or models_offered()),
+        value=model,
+        allow_custom_value=models is None,
+        label="Model",
+        info=None if models else "Or type the folder or the hub id of a checkpoint.",
+        elem_id="model",
+    )
+    with gr.Accordion("More", open=False):
+        made["adapter"] = gr.Checkbox(label="Adapter that was trained for the selector (tiny models)")
+        made["relevance"] = gr.Dropdown(options("relevance"), value=DEFAULT_RELEVANCE, label="Relevance")
+        made["decode"] = gr.Dropdown(options("decode"), value=DEFAULT_DECODE, label="Decoding")
+        made["longest"] = gr.Slider(1, 256, value=first.longest, step=1, label="Longest answer, tokens")
+        made["suffix"] = gr.Textbox(suffix_for(model), label="Behind the question", lines=2)
+        made["answer"] = gr.Textbox(first.answer, label="Right answer, if it is known")
+    made["model"].change(suffix_for, made["model"], made["suffix"], api_visibility="private")
+    return made
 
 
 def build_page(base: Sequence[str], model: str, models: Sequence[str] | None) -> gr.Blocks:
@@ -118,7 +111,6 @@ def build_page(base: Sequence[str], model: str, models: Sequence[str] | None) ->
     """
     shipped = shipped_pictures()
     paths = [store_shipped(picture) for picture in shipped]
-    controls = Controls(base, models)
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(86_400, 86_400)) as page:
         gr.HTML(f"<div class='head'><h1>{TITLE}</h1><p>{INTRODUCTION}</p></div>")
         picture = gr.State(PagePicture(paths[0], shipped[0]))
@@ -126,11 +118,19 @@ def build_page(base: Sequence[str], model: str, models: Sequence[str] | None) ->
             with gr.Column(scale=1, min_width=320):
                 shown = gr.HTML(preview(paths[0]), elem_id="preview")
                 gallery = gr.Gallery(
-                    [(each.image, each.caption) for each in shipped], columns=4, rows=2, height="auto", label="Samples",
-                    allow_preview=False, object_fit="contain", interactive=False, buttons=[], elem_id="samples",
-                )  # fmt: skip
+                    [(each.image, each.caption) for each in shipped],
+                    columns=4,
+                    height="auto",
+                    label="Samples",
+                    show_label=False,
+                    allow_preview=False,
+                    object_fit="contain",
+                    interactive=False,
+                    buttons=[],
+                    elem_id="samples",
+                )
                 upload = gr.UploadButton("Upload a picture", size="sm", elem_id="upload")
-                controls.build(shipped[0], model)
+                made = draw_controls(shipped[0], model, models)
             with gr.Column(scale=3, min_width=480):
                 result = gr.HTML(WAITING, elem_id="result")
 
@@ -149,14 +149,13 @@ def build_page(base: Sequence[str], model: str, models: Sequence[str] | None) ->
             with _answering:
                 return answer_as_html(asked, base, PICTURES)
 
-        made = controls.made
         about = [picture, shown, made["text"], made["answer"], made["longest"]]
         gallery.select(choose, None, about, api_visibility="private")
         upload.upload(take, upload, about, api_visibility="private")
         gr.on(
             [made["run"].click, made["text"].submit],
             answer,
-            [picture, *controls.form],
+            [picture, *(made[name] for name in FORM)],
             result,
             api_visibility="private",
             show_progress="minimal",
@@ -167,7 +166,7 @@ def build_page(base: Sequence[str], model: str, models: Sequence[str] | None) ->
 
 def store_shipped(picture: ShippedPicture) -> Path:
     """The sample's picture as a file, so that it takes the way of an uploaded one."""
-    path = PICTURES / "samples" / f"{picture.caption.replace(', ', '_').replace(' ', '_')}.png"
+    path = PICTURES / "samples" / f"{picture.caption}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.image.save(path)
     return path
@@ -209,6 +208,8 @@ def serve(base: Sequence[str], model: str, models: Sequence[str] | None, port: i
     except OSError as error:
         raise UserError(f"port={port}: the page cannot be opened there ({error}); give another, or none") from error
     print(f"page  {url}  (Ctrl+C ends it)", flush=True)
-    page.block_thread()
-    with _answering:
-        pass
+    try:
+        page.block_thread()
+    finally:
+        with _answering:
+            pass

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from experiments import build
-from experiments.app.picture_question import PictureQuestion
+from experiments.app.picture_question import ANSWER_ONLY, PictureQuestion
 from experiments.data.folder import Folder
 from experiments.override_grammar import check_words
 
@@ -43,6 +43,7 @@ def test_it_is_stored_as_a_dataset_of_one_sample(picture: Path, tmp_path: Path) 
         ({"model": "small", "decode": "threshold"}, {"model.path": None, "decode.threshold": 0.9}),
         ({"model": "nobody/no model"}, {"model.path": "nobody/no model", "dtype": "bfloat16"}),
         ({"relevance": "none", "adapter": True}, {"relevance._target_": "lavida_adapter.relevance.NoRelevance"}),
+        ({"suffix": ANSWER_ONLY}, {"data.max_new_tokens": 16}),
         ({"suffix": "\nIn 'one' word.", "longest": 3}, {"data.max_new_tokens": 3}),
     ],
 )

@@ -58,8 +58,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         found = re.match(r"page  (http://127\.0\.0\.1:\d+/)  \(Ctrl\+C ends it\)", said)
         assert found is not None, said
         yield found[1]
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) in (0, 130)
+        server.terminate()
+        assert server.wait(30) == 128 + signal.SIGTERM
 
 
 SHIRG = ".card[data-name=shirg]"
@@ -148,7 +148,7 @@ def test_the_page_answers_in_a_browser(page: str, tmp_path: Path) -> None:
         answer(browser, "saint 40 tokens; shirg 40 tokens")
         assert texts(browser, ".asked")[0].startswith("what is <b>this</b>?")
         (command,) = texts(browser, ".command code")
-        assert "data.max_new_tokens=16" in command
+        assert "data.max_new_tokens" not in command, "the sample's 3 no longer hold"
         assert command.startswith("python eval.py -m study=app_") and "'budget=1/2 base'" in command
 
         write(browser, "#model", "./nowhere")
