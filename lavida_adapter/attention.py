@@ -22,6 +22,11 @@ AttentionHook = Callable[[Tensor, Tensor, Tensor | None], None]
 """Called with the rotated queries, the keys and the mask of each layer, in the order of the layers."""
 
 
+def has_avx512() -> bool:
+    """Whether the kernels of `lavida_adapter.cpu_kernels` can run on this CPU."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, backend: Backend = "sdpa") -> Tensor:
     """Softmax attention [B, H, Q, D]; `mask` (bool, broadcastable to [B, H, Q, K]) is True where a key may be seen.
 

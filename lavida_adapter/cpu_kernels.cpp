@@ -1,5 +1,5 @@
-// Matrix products with packed weights and softmax attention, in float32 on a CPU. lavida_adapter/cpu_kernels.py
-// compiles this file and says when they are used.
+// Matrix products with packed weights and softmax attention, in float32 on a CPU with AVX-512.
+// lavida_adapter/cpu_kernels.py compiles this file and says when they are used.
 //
 // Both are outer products of two panels. A tile of a few rows and 32 columns stays in registers while one row of a
 // panel of 32 columns after the other is read in the order in which it is stored.
@@ -22,11 +22,7 @@ using Integers = int32_t __attribute__((vector_size(64)));
 
 constexpr int LANES = 16;
 constexpr int PANEL = 32;  // columns of a panel of weights, as in cpu_kernels.py
-#ifdef __AVX512F__
-constexpr int ROWS = 12;  // with two vectors of columns, 24 of the 32 registers
-#else
-constexpr int ROWS = 3;  // a vector takes two or four registers of 16 or 32
-#endif
+constexpr int ROWS = 12;   // with two vectors of columns, 24 of the 32 registers
 constexpr int QUERIES = 32;
 constexpr int KEYS = 120;  // their scores for 32 queries take 15 KiB, half of a first-level cache
 

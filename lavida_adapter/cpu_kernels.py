@@ -1,4 +1,4 @@
-"""Products with packed weights and attention on a CPU, in float32: compiled from cpu_kernels.cpp when first needed.
+"""Products with packed weights and attention in float32 on a CPU with AVX-512: compiled when first needed.
 
 docs/lavida.md, "Engine". A denoising step multiplies a few rows with every weight. torch's products spend up to half of
 that time on bringing weights from memory into the order in which the processor multiplies. Here they are stored in that
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavida_adapter.attention import has_avx512
 from lavida_adapter.language_model import LanguageModel
 from shirg import UserError
 
@@ -29,8 +30,8 @@ PANEL = 32
 OLDEST_TORCH = (2, 10)
 """The first version with `torch::stable::parallel_for`."""
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC")
-INSTRUCTIONS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
-"""Flags of the compiler by what torch says of the processor."""
+INSTRUCTIONS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+"""A vector of 16 numbers is one register of AVX-512; with narrower ones the kernels are far slower than torch's."""
 
 
 def compiler() -> str:
@@ -70,8 +71,7 @@ def _built() -> Path:
     """The compiled library, in torch's folder for extensions, under a name that says what it was made from."""
     from torch.utils.cpp_extension import get_default_build_root, include_paths, library_paths
 
-    instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
-    command = [compiler(), *FLAGS, *instructions, f"-DTORCH_TARGET_VERSION={_target_version()}"]
+    command = [compiler(), *FLAGS, *INSTRUCTIONS, f"-DTORCH_TARGET_VERSION={_target_version()}"]
     command += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     made_from = f"{command} {torch.__version__} {platform.machine()} {SOURCE.read_text()}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())) / "shirg_cpu"
@@ -156,8 +156,8 @@ def _pack_layers(module: nn.Module) -> None:
 
 
 def can_pack(lm: LanguageModel) -> bool:
-    """Whether all weights are in float32 on a CPU; for other types torch's own kernels are used."""
-    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in lm.parameters())
+    """Whether all weights are in float32 on a CPU with AVX-512; otherwise torch's own kernels are used."""
+    return has_avx512() and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in lm.parameters())
 
 
 def state_of(lm: LanguageModel) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from lavida_adapter.attention import CPP_WIDTH, Backend, attend
+from lavida_adapter.attention import CPP_WIDTH, Backend, attend, has_avx512
 from lavida_adapter.lm_config import LanguageModelConfig
 from shirg import send
 from shirg.kernels import usable
@@ -131,7 +131,7 @@ def kernels_of(
 
     `batchings`: of the prompts so far. `replayed`: steps run as CUDA graphs where there is CUDA, and compiled on a CPU.
     """
-    if replayed and backend == "sdpa" and device.type == "cpu" and dtype == torch.float32:
+    if replayed and backend == "sdpa" and device.type == "cpu" and dtype == torch.float32 and has_avx512():
         backend = "cpp" if config.head_dim % CPP_WIDTH == 0 else backend
     words = [f"sdpa ({_chosen(device, dtype, config, masked=False)})" if backend == "sdpa" else backend]
     unequal = {"joined", "padded"} & set(batchings)

@@ -16,7 +16,7 @@ from experiments.bench.common import (
     title_of,
 )
 from experiments.profiling import measure_limits
-from lavida_adapter.attention import attend
+from lavida_adapter.attention import attend, has_avx512
 from shirg import UserError
 
 COLD_BYTES = 2**25
@@ -35,8 +35,10 @@ def run(
     *, device: torch.device, model: str, prompt: list[int], answer: int, batch: list[int], repeats: int
 ) -> BenchResult:
     n_prompt, size = only_one("kernels", "prompt", prompt), only_one("kernels", "batch", batch)
-    if device.type != "cpu":
-        raise UserError(f"bench kernels measures those of a CPU: leave out --device {device}")
+    if device.type != "cpu" or not has_avx512():
+        raise UserError(
+            f"bench kernels measures those of a CPU with AVX-512, which {device} is not: use another machine"
+        )
     return measure(model, load_model(model, device).lm.config, n_prompt, answer, size, repeats)
 
 

@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from lavida_adapter import Lavida, cpu_kernels
-from lavida_adapter.attention import attend
+from lavida_adapter.attention import attend, has_avx512
 from lavida_adapter.cpu_kernels import PackedLinear, can_pack, compiler, load, pack, packed_copy, state_of
 from lavida_adapter.engine import CompiledEngine, DecodeSteps, EagerEngine
 from lavida_adapter.lora import LoraConfig, add_lora, merge_lora
 from shirg import UserError
 from tests.lavida_adapter.tiny import noise, tiny_model
 
-CXX = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+CXX = pytest.mark.skipif(
+    not has_avx512() or shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs AVX-512 and a C++ compiler"
+)
 WIDE = {"d_model": 64, "n_heads": 4, "n_layers": 3}
 """Heads of 16, which the kernel takes."""
 
@@ -147,8 +149,14 @@ def test_unmerged_adapters_stay_in_the_packed_model() -> None:
 def test_other_types_are_not_packed() -> None:
     lm = tiny_model().lm
     before = state_of(lm)
-    assert can_pack(lm) and state_of(lm) == before
+    assert can_pack(lm) == has_avx512() and state_of(lm) == before
     assert not can_pack(lm.to(torch.bfloat16)) and state_of(lm) != before
+
+
+def test_without_avx_512_the_engine_runs_torchs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    lm = tiny_model().lm
+    assert not can_pack(lm) and CompiledEngine(lm)._run is lm
 
 
 @CXX
