@@ -1,52 +1,124 @@
-"""The layout of a slide: a title, at most three points, one graphic. `slides.py` fills it."""
+"""The layout of slides: a title, a few points, and one graphic that takes the rest. `slides.py` fills them.
+
+Lengths are in inches, sizes of type in points.
+"""
 
 import io
-import re
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from pptx import Presentation
 from pptx.dml.color import RGBColor
-from pptx.enum.shapes import MSO_CONNECTOR, MSO_SHAPE
 from pptx.enum.text import MSO_ANCHOR, PP_ALIGN
-from pptx.util import Emu, Inches, Pt
+from pptx.util import Inches, Pt
 
 from experiments.atomic_files import write_atomic
-from experiments.report.figure_style import ACCENT, GRID, INK, SOFT
+from experiments.report.figure_style import INK, SOFT
 from shirg import UserError
 
-WIDTH, HEIGHT, MARGIN = 13.333, 7.5, 0.6
-TOP = 1.25
-POINTS_WIDE = 3.7
+WIDTH, HEIGHT, MARGIN, GAP = 13.333, 7.5, 0.6, 0.3
 MOST_POINTS = 3
-TALLEST_ROW = 0.42
-LETTER = 0.0072
-"""Width of a letter in inches, for each point of its size."""
+TITLE_SIZE, POINT_SIZE, APART = 28, 18, 8
+LARGE_POINT_SIZE, LARGE_APART = 22, 20
+"""Of points that have a column for themselves."""
+TALLEST_POINTS = 0.4
+"""Share of a slide's height that points above a graphic take at most."""
+SMALLEST = 9
+WIDEST_BESIDE = 0.64
+"""Share of a slide's width that a graphic beside the points takes at most."""
+LINE = 1.2 / 72
+"""Height of a line, for each point of its size."""
 FONT = "Arial"
+_LETTERS = {
+    0.23: "ijl'",
+    0.29: "ftI .,:;!/\\[]|",
+    0.36: 'r(){}-`"',
+    0.5: "ckJsvxyz*^",
+    0.62: "FTZ+=<>~\u2212",
+    0.73: "ABEKPSVXYwCDHNRU&",
+    0.8: "GOQ",
+    0.9: "mM%",
+    1.03: "W@",
+}
+"""Widths of letters of Arial, rounded up, for a size of 1; all others are 0.56 wide, or 1 beyond Latin ones."""
+_WIDTHS = {letter: width for width, letters in _LETTERS.items() for letter in letters}
+BOLD = 1.08
+"""How much wider bold letters are."""
+
+
+class Area(NamedTuple):
+    """A part of a slide."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def fit(self, aspect: float) -> "Area":
+        """The largest area with this ratio of width to height, in the middle of this one."""
+        width = min(self.width, aspect * self.height)
+        height = width / aspect
+        return Area(self.left + (self.width - width) / 2, self.top + (self.height - height) / 2, width, height)
+
+
+BODY = Area(MARGIN, 1.3, WIDTH - 2 * MARGIN, 5.55)
+"""Between the title and the footer."""
+FOOT = 7.0
+
+
+class Graphic(Protocol):
+    """What a slide shows besides its points."""
+
+    @property
+    def aspect(self) -> float | None:
+        """Ratio of width to height; None for what takes any shape."""
+        ...
+
+    def draw(self, slide: "Slide", area: Area) -> None: ...
 
 
 class Slides:
-    """A presentation to which slides are added; lengths are in inches."""
+    """A presentation to which slides are added."""
 
     def __init__(self, footer: str) -> None:
         self._presentation: Any = Presentation()
         self._presentation.slide_width, self._presentation.slide_height = Inches(WIDTH), Inches(HEIGHT)
         self._footer = footer
 
-    def add(self, title: str, points: Sequence[str], notes: str = "") -> "Slide":
+    def begin(self, title: str, lines: Sequence[str], picture: bytes | None) -> None:
+        """The first slide: what the study is, with a picture of it where there is one."""
+        page = self._presentation.slides.add_slide(self._presentation.slide_layouts[0])
+        slide = Slide(page)
+        side = 5.3
+        width = BODY.width - (side + 2 * GAP if picture else 0)
+        heading, text = page.placeholders
+        slide.fill(heading, title, Area(MARGIN, 1.1, width, 1.6), size=40, bold=True, anchor=MSO_ANCHOR.BOTTOM)
+        slide.fill(text, "\n".join(lines), Area(MARGIN, 2.9, width, 3.5), size=20, colour=SOFT, apart=10)
+        if picture:
+            slide.picture(picture, Area(WIDTH - MARGIN - side, 1.1, side, side))
+
+    def add(self, title: str, points: Sequence[str], graphic: Graphic, notes: str = "") -> None:
         if len(points) > MOST_POINTS:
             raise UserError(f"slide {title!r} has {len(points)} points; {MOST_POINTS} is the limit")
         page = self._presentation.slides.add_slide(self._presentation.slide_layouts[5])
         slide = Slide(page)
-        slide.heading(title)
-        slide.text("\n".join(points), (MARGIN, TOP + 0.1, POINTS_WIDE, HEIGHT - TOP - 1), size=18, apart=14)
+        heading = Area(MARGIN, 0.4, BODY.width, 0.75)
+        slide.fill(page.shapes.title, title, heading, size=TITLE_SIZE, bold=True, anchor=MSO_ANCHOR.MIDDLE)
+        beside, of_points, of_graphic = arrange(points, graphic.aspect)
+        text = "\n".join(points)
+        if beside:
+            slide.text(text, of_points, size=LARGE_POINT_SIZE, apart=LARGE_APART, anchor=MSO_ANCHOR.MIDDLE)
+        else:
+            slide.text(text, of_points, size=POINT_SIZE, apart=APART)
+        graphic.draw(slide, of_graphic)
         number = len(self._presentation.slides)
-        slide.text(self._footer, (MARGIN, HEIGHT - 0.5, WIDTH - 2, 0.35), size=10, colour=SOFT)
-        slide.text(str(number), (WIDTH - 1.2, HEIGHT - 0.5, 0.6, 0.35), size=10, colour=SOFT, align=PP_ALIGN.RIGHT)
+        slide.text(self._footer, Area(MARGIN, FOOT, BODY.width - 1, 0.3), size=11, colour=SOFT)
+        corner = Area(WIDTH - MARGIN - 0.8, FOOT, 0.8, 0.3)
+        slide.text(str(number), corner, size=11, colour=SOFT, align=PP_ALIGN.RIGHT)
         if notes:
             page.notes_slide.notes_text_frame.text = notes
-        return slide
 
     def save(self, path: Path) -> Path:
         buffer = io.BytesIO()
@@ -55,132 +127,112 @@ class Slides:
         return path
 
 
-class Slide:
-    """One slide; its graphic is to the right of the points."""
+def arrange(points: Sequence[str], aspect: float | None) -> tuple[bool, Area, Area]:
+    """Whether the graphic is beside its points, the area of the points and that of the graphic.
 
-    area = (MARGIN + POINTS_WIDE + 0.4, TOP + 0.1, WIDTH - 2 * MARGIN - POINTS_WIDE - 0.4, HEIGHT - TOP - 0.75)
-    """Left, top, width and height of the graphic."""
+    It is below them, unless it becomes larger beside them.
+    """
+    tall = min(text_height("\n".join(points), BODY.width, POINT_SIZE, APART), TALLEST_POINTS * BODY.height)
+    above = Area(BODY.left, BODY.top, BODY.width, tall)
+    below = Area(BODY.left, BODY.top + tall + GAP, BODY.width, BODY.height - tall - GAP)
+    if aspect is None:
+        return False, above, below
+    wide = min(WIDEST_BESIDE * BODY.width, aspect * BODY.height)
+    left = Area(BODY.left, BODY.top, BODY.width - wide - 2 * GAP, BODY.height)
+    right = Area(BODY.left + BODY.width - wide, BODY.top, wide, BODY.height)
+    if right.fit(aspect).width > below.fit(aspect).width:
+        return True, left, right
+    return False, above, below
+
+
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
+    """Width of a line."""
+    letters = sum(_WIDTHS.get(letter, 0.56 if ord(letter) < ord("\u0250") else 1.0) for letter in text)
+    return letters * size / 72 * (BOLD if bold else 1.0)
+
+
+def n_lines(text: str, width: float, size: float, *, bold: bool = False) -> int:
+    """Lines that the text takes in this width; a word that is wider is broken."""
+    n, space = 0, text_width(" ", size)
+    for paragraph in text.split("\n"):
+        n, end = n + 1, 0.0
+        for word in paragraph.split(" "):
+            wide = text_width(word, size, bold=bold)
+            if end and end + wide > width:
+                n, end = n + 1, 0.0
+            n += max(0, math.ceil(wide / width) - 1)
+            end += wide + space
+    return n
+
+
+def text_height(text: str, width: float, size: float, apart: float = 0, *, bold: bool = False) -> float:
+    """Height of a text whose paragraphs are `apart` points from each other."""
+    return n_lines(text, width, size, bold=bold) * size * LINE + apart / 72 * text.count("\n")
+
+
+def fitting_size(text: str, area: Area, largest: float, apart: float = 0, *, bold: bool = False) -> float:
+    """The largest size, up to `largest`, at which the text stays in its area."""
+    size = largest
+    while size > SMALLEST and text_height(text, area.width, size, apart * size / largest, bold=bold) > area.height:
+        size -= 1
+    return size
+
+
+class Slide:
+    """One slide; what is written on it becomes smaller where it would leave its area."""
 
     def __init__(self, page: Any) -> None:
-        self._page = page
+        self.shapes: Any = page.shapes
 
-    def heading(self, title: str) -> None:
-        box = self._page.shapes.title
-        box.left, box.top, box.width, box.height = (Inches(x) for x in (MARGIN, 0.4, WIDTH - 2 * MARGIN, 0.8))
-        frame = box.text_frame
-        frame.margin_left = frame.margin_right = 0
-        frame.vertical_anchor = MSO_ANCHOR.MIDDLE
-        self._write(frame, title, 28, INK, bold=True)
+    def text(self, text: str, area: Area, **style: Any) -> None:
+        """A text box; `fill` has the style."""
+        self.fill(self.shapes.add_textbox(0, 0, 0, 0), text, area, **style)
 
-    def text(
+    def fill(
         self,
+        shape: Any,
         text: str,
-        area: tuple[float, float, float, float],
+        area: Area,
         *,
         size: float,
         colour: str = INK,
         bold: bool = False,
         align: Any = PP_ALIGN.LEFT,
+        anchor: Any = MSO_ANCHOR.TOP,
         apart: float = 0,
     ) -> None:
-        """Each line is a paragraph, `apart` points from the next."""
-        frame = self._page.shapes.add_textbox(*(Inches(x) for x in area)).text_frame
+        """Puts a shape in its place and writes into it; each line is a paragraph, `apart` points from the next."""
+        shape.left, shape.top, shape.width, shape.height = map(Inches, area)
+        frame = shape.text_frame
         frame.word_wrap = True
-        frame.margin_left = frame.margin_right = 0
-        self._write(frame, text, size, colour, bold=bold, align=align)
-        for paragraph in frame.paragraphs:
-            paragraph.space_after = Pt(apart)
+        frame.margin_left = frame.margin_right = frame.margin_top = frame.margin_bottom = 0
+        frame.vertical_anchor = anchor
+        fitting = fitting_size(text, area, size, apart, bold=bold)
+        lines = [(line, fitting, colour, bold) for line in text.split("\n")]
+        write(frame, lines, align=align, apart=apart * fitting / size)
 
-    def remark(self, text: str) -> None:
-        """A sentence instead of the graphic: why there is none."""
-        self.text(text, self.area, size=14, colour=SOFT)
-
-    def stack(self, images: Sequence[bytes]) -> None:
-        """Pictures one above the other."""
-        left, top, width, height = self.area
-        each = height / len(images)
-        for i, image in enumerate(images):
-            self._picture(image, (left, top + i * each, width, each - 0.1))
-
-    def pictures(self, captioned: Sequence[tuple[bytes, str]]) -> None:
-        """Pictures side by side, each with a caption below."""
-        left, top, width, height = self.area
-        each, tall = width / len(captioned), min(height - 1.3, width / len(captioned))
-        for i, (image, caption) in enumerate(captioned):
-            self._picture(image, (left + i * each, top, each - 0.15, tall))
-            self.text(caption, (left + i * each, top + tall + 0.05, each - 0.15, 1.2), size=12)
-
-    def _picture(self, image: bytes, area: tuple[float, float, float, float]) -> None:
-        """As large as fits, at the top left of the area: beside the first point, above its caption."""
-        left, top, width, height = area
-        shape = self._page.shapes.add_picture(io.BytesIO(image), Inches(left), Inches(top))
-        scale = min(Inches(width) / shape.width, Inches(height) / shape.height)
-        shape.width, shape.height = Emu(int(shape.width * scale)), Emu(int(shape.height * scale))
-
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[int] = ()) -> None:
-        """A plain table; the first column is wider, and the rows numbered in `bold` are highlighted."""
-        left, top, width, height = self.area
-        row_height = min(TALLEST_ROW, height / (len(rows) + 1))
-        # Headings may break between words, cells may not.
-        longest = [
-            2 + max([1 + max(map(len, title.split())), *map(len, column)])
-            for title, *column in zip(head, *rows, strict=True)
-        ]
-        size = max(7, min(14, int(34 * row_height), int(width / (LETTER * sum(longest)))))
-        shape = self._page.shapes.add_table(
-            len(rows) + 1, len(head), *(Inches(x) for x in (left, top, width, row_height * (len(rows) + 1)))
-        )
-        table = shape.table
-        table.horz_banding = False
-        for column, letters in zip(table.columns, longest, strict=True):
-            column.width = Inches(width * letters / sum(longest))
-        for i, values in enumerate([head, *rows]):
-            table.rows[i].height = Inches(row_height)
-            for j, value in enumerate(values):
-                cell = table.cell(i, j)
-                cell.fill.solid()
-                cell.fill.fore_color.rgb = _rgb(GRID if i == 0 else "#ffffff")
-                cell.margin_left = cell.margin_right = Inches(0.06)
-                cell.margin_top = cell.margin_bottom = Inches(0.02)
-                cell.vertical_anchor = MSO_ANCHOR.MIDDLE
-                tone = ACCENT if i - 1 in bold else INK
-                align = PP_ALIGN.LEFT if j == 0 else PP_ALIGN.RIGHT
-                # A true minus sign, as in the points beside the table.
-                text = re.sub(r"^-(?=\d)", "\u2212", value)
-                self._write(cell.text_frame, text, size, tone, bold=i == 0 or i - 1 in bold, align=align)
-
-    def flow(self, steps: Sequence[tuple[str, str]], accent: int) -> None:
-        """Boxes from top to bottom, each with a remark on its right; the box numbered `accent` is highlighted."""
-        left, top, width, height = self.area
-        each = height / len(steps)
-        for i, (name, remark) in enumerate(steps):
-            y = top + i * each
-            box = self._page.shapes.add_shape(
-                MSO_SHAPE.ROUNDED_RECTANGLE, *(Inches(x) for x in (left, y, 2.3, each - 0.25))
-            )
-            box.fill.solid()
-            box.fill.fore_color.rgb = _rgb(ACCENT if i == accent else GRID)
-            box.line.fill.background()
-            box.shadow.inherit = False
-            self._write(box.text_frame, name, 14, "#ffffff" if i == accent else INK, bold=True, align=PP_ALIGN.CENTER)
-            self.text(remark, (left + 2.55, y + (each - 0.25) / 2 - 0.22, width - 2.55, 0.6), size=15, colour=INK)
-            if i:
-                ends = (Inches(x) for x in (left + 1.15, y - 0.25, left + 1.15, y))
-                line = self._page.shapes.add_connector(MSO_CONNECTOR.STRAIGHT, *ends)
-                line.line.color.rgb = _rgb(SOFT)
-
-    @staticmethod
-    def _write(
-        frame: Any, text: str, size: float, colour: str, *, bold: bool = False, align: Any = PP_ALIGN.LEFT
-    ) -> None:
-        for number, line in enumerate(text.split("\n")):
-            paragraph = frame.paragraphs[0] if number == 0 else frame.add_paragraph()
-            paragraph.alignment = align
-            run = paragraph.add_run()
-            run.text = line
-            run.font.size, run.font.bold, run.font.name = Pt(size), bold, FONT
-            run.font.color.rgb = _rgb(colour)
+    def picture(self, image: bytes, area: Area) -> None:
+        """A picture as large as the area, which should have its ratio of width to height."""
+        self.shapes.add_picture(io.BytesIO(image), *map(Inches, area))
 
 
-def _rgb(colour: str) -> RGBColor:
+def write(
+    frame: Any,
+    lines: Sequence[tuple[str, float, str, bool]],
+    *,
+    align: Any = PP_ALIGN.LEFT,
+    apart: float = 0,
+) -> None:
+    """Writes paragraphs, each a text with its size, its colour and whether it is bold."""
+    for number, (text, size, colour, bold) in enumerate(lines):
+        paragraph = frame.paragraphs[0] if number == 0 else frame.add_paragraph()
+        paragraph.alignment = align
+        paragraph.space_before = Pt(apart if number else 0)
+        run = paragraph.add_run()
+        run.text = text
+        run.font.size, run.font.bold, run.font.name = Pt(size), bold, FONT
+        run.font.color.rgb = rgb(colour)
+
+
+def rgb(colour: str) -> RGBColor:
     return RGBColor.from_string(colour.removeprefix("#").upper())

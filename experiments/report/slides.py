@@ -1,31 +1,32 @@
-"""deck.pptx: nine slides about a study, filled with its rows, figures and examples."""
+"""deck.pptx: slides about a study, filled with its rows, figures and examples. What it does not have gets no slide."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow.parquet as pq
 
-from experiments.analysis.columns import columns, differences, labels
+from experiments.analysis.columns import columns
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
-from experiments.analysis.rows import Row, our_row, unequal
-from experiments.analysis.table import parts, records
-from experiments.jobs.results import SAMPLES, SHOTS, read_result
-from experiments.jobs.sample_rows import RECALL, read_scores
-from experiments.override_grammar import command_in
+from experiments.analysis.rows import Row, leading, unequal
+from experiments.analysis.table import records
+from experiments.jobs.sample_rows import RECALL
 from experiments.report.answer_browser import RIGHT
 from experiments.report.figure_style import ReportFigure
-from experiments.report.slide_layout import Slide, Slides
-from experiments.viz.examples import ExampleRecord, load_examples, printable
+from experiments.report.slide_facts import StudyFacts, share
+from experiments.report.slide_graphics import Pictures, SlideTable, Steps
+from experiments.report.slide_layout import Slides
+from experiments.viz.examples import ExampleRecord, printable
 
 NAME = "deck.pptx"
 LONGEST_QUESTION = 60
 BENCHMARKS = ("chartqa", "docvqa", "vqav2", "entitygrid")
-MOST_ROWS = 14
-MOST_EXAMPLES = 3
-NARROW = 5
-"""Columns of a table that leave room for intervals."""
+MOST_ROWS = 12
+MOST_PICTURES = 3
+MOST_FAILURES = 6
+"""Rows of a table of failures."""
+ENOUGH_SEEDS = 3
 
 
 def write_slides(study: Path, frame: pd.DataFrame, drawn: Sequence[ReportFigure]) -> Path:
@@ -33,167 +34,76 @@ def write_slides(study: Path, frame: pd.DataFrame, drawn: Sequence[ReportFigure]
     facts = StudyFacts(study, records(frame))
     slides = Slides(facts.summary)
     figures = {one.name: one for one in drawn}
+    beginning(slides, facts)
     motivation(slides, facts)
     upper_bound(slides, facts, figures)
     selectors(slides, facts)
     method(slides, facts)
     results(slides, facts)
+    effects(slides, facts, figures)
     efficiency(slides, facts, figures)
-    ablations(slides, facts, figures)
+    token_maps(slides, figures)
     failures(slides, facts)
     roadmap(slides, facts)
     return slides.save(study / NAME)
 
 
-class StudyFacts:
-    """The finished rows of a study, at least one, and what the slides state about them.
-
-    Most slides are about three of them: the baseline, the one with all tokens, and the best row of our method.
-    """
-
-    def __init__(self, study: Path, rows: Sequence[Row]) -> None:
-        self.study = study
-        self.rows = parts([row for row in rows if row["status"] == "ok"])[0][1]
-        self.names = labels(self.rows)
-        self.pooled = self._first(BASELINE)
-        self.full = self._first("full")
-        self.ours = our_row(self.rows)
-
-    @property
-    def summary(self) -> str:
-        sets = ", ".join(sorted({row["dataset"] for row in self.rows}))
-        counts = sorted({row["n"] for row in self.rows})
-        n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        return f"study {self.study.name}; {sets}; n = {n}; 95 % intervals"
-
-    def name(self, row: Row) -> str:
-        return self.names[next(i for i, other in enumerate(self.rows) if other is row)]
-
-    def result(self, row: Row) -> Mapping[str, Any]:
-        result = read_result(self.study / row["job"])
-        assert result is not None
-        return result
-
-    def examples(self, row: Row) -> dict[str, ExampleRecord]:
-        """The samples that the row's job drew, by id."""
-        return {one.record["id"]: one for one in load_examples(self.study / row["job"] / SHOTS)}
-
-    def against_baseline(self, row: Row) -> str:
-        """The row's differences to the baseline, with intervals; empty where there is none."""
-        parts = []
-        for name in self._compared(BASELINE):
-            if row.get(f"delta {name} mean") is not None:
-                mean, low, high = (100 * row[f"delta {name} {key}"] for key in ("mean", "low", "high"))
-                group = name.removesuffix(f"vs {BASELINE}").strip() or "all"
-                parts.append(f"{group} {signed(mean)} [{signed(low)}, {signed(high)}]")
-        return "; ".join(parts)
-
-    def extremes(self, against: str) -> list[str]:
-        """The largest loss and the largest gain of a comparison."""
-        found = [
-            (100 * row[f"delta {name} mean"], name, self.name(row))
-            for row in self.rows
-            for name in self._compared(against)
-            if row.get(f"delta {name} mean") is not None
-        ]
-        ends = dict.fromkeys((min(found), max(found))) if found else ()
-        return [f"{label}, {name}: {signed(size)} points." for size, name, label in ends]
-
-    def detectable(self) -> float | None:
-        """The largest of the differences that the study's comparisons would find with 80 % power, in points."""
-        sizes = [
-            100 * row[f"delta {name} detectable"]
-            for row in self.rows
-            for name in differences(self.rows)
-            if row.get(f"delta {name} detectable") is not None
-        ]
-        return max(sizes, default=None)
-
-    def right(self, row: Row) -> dict[str, bool]:
-        """Whether each sample was answered right."""
-        scores = read_scores(self.study / row["job"] / SAMPLES, row["metric"])
-        return {i: score.value >= RIGHT for i, score in scores.items()}
-
-    def recall(self, row: Row) -> dict[str, float]:
-        """Share of each sample's evidence that was kept, where it is known."""
-        return {i: score.value for i, score in read_scores(self.study / row["job"] / SAMPLES, RECALL).items()}
-
-    def answers(self, ids: Sequence[str], row: Row, other: Row) -> list[list[str]]:
-        """Question, expected answers, the row's answer and the other row's answer of each sample."""
-        columns = ["id", "question", "answers", "prediction"]
-        ours, theirs = (
-            {sample["id"]: sample for sample in pq.read_table(path / SAMPLES, columns=columns).to_pylist()}
-            for path in (self.study / row["job"], self.study / other["job"])
-        )
-        return [
-            [
-                printable(ours[i]["question"], LONGEST_QUESTION),
-                printable(" | ".join(ours[i]["answers"])),
-                printable(ours[i]["prediction"]) or "(empty)",
-                printable(theirs[i]["prediction"]) or "(empty)",
-            ]
-            for i in ids
-        ]
-
-    def missing(self, words: str, meaning: str) -> str:
-        return f"Not in this study: {meaning}. {command_in(self.study.name)} {words} adds it."
-
-    def _compared(self, against: str) -> list[str]:
-        return [name for name in differences(self.rows) if other_name(name) == against]
-
-    def _first(self, selector: str) -> Row | None:
-        return next((row for row in self.rows if row["selector"] == selector), None)
-
-
-def signed(points: float) -> str:
-    """With a minus sign instead of a hyphen, so that no line breaks after it."""
-    return f"{points:+.1f}".replace("-", "\u2212")
+def beginning(slides: Slides, facts: StudyFacts) -> None:
+    row = facts.ours or facts.rows[0]
+    lines = facts.identity()
+    if found := facts.against_baseline(row):
+        lines.append(f"{facts.name(row)} against {BASELINE}, points [95 % interval]: {found}")
+    examples = list(facts.examples(row).values())
+    slides.begin(f"Which vision tokens to keep: {facts.study.name}", lines, examples[0].overlay if examples else None)
 
 
 def motivation(slides: Slides, facts: StudyFacts) -> None:
-    points = ["A diffusion language model reads one prefix cache in every step: its vision tokens are selected once."]
-    if facts.pooled:
-        before = f" of {facts.full['visual tokens mean']:.0f}" if facts.full else ""
-        count = f"{facts.pooled['visual tokens mean']:.0f}{before}"
-        points.append(f"{BASELINE} passes on {count} tokens, spread evenly over the picture.")
-    points.append("At the same number of tokens: which ones should be kept?")
-    slide = slides.add("Selected once, read in every step", points)
     rows = [row for row in (facts.pooled, facts.ours) if row]
     examples = [facts.examples(row) for row in rows]
     common = next((i for i in (examples[-1] if examples else ()) if all(i in of_row for of_row in examples)), None)
     if common is None:
-        slide.remark("This study has no examples; shots=8 draws some.")
         return
-    pictures = [("the picture", examples[0][common].picture)]
-    pictures += [
-        (f"kept by {facts.name(row)}", of_row[common].overlay) for row, of_row in zip(rows, examples, strict=True)
-    ]
+    points = ["A diffusion language model reads one prefix cache in every step: its vision tokens are selected once."]
+    if facts.pooled:
+        before = f" of {facts.full['visual tokens mean']:.0f}" if facts.full else ""
+        count = f"{facts.pooled['visual tokens mean']:.0f}{before}"
+        points.append(
+            f"{BASELINE} passes on {count} tokens, spread evenly over the picture. Which ones should be kept?"
+        )
     question = printable(examples[0][common].record["question"], LONGEST_QUESTION)
-    slide.pictures([(image, f"{caption}\nquestion: {question}") for caption, image in pictures])
+    images, captions = [examples[0][common].picture], [f"The picture. Question: {question}"]
+    for row, of_row in zip(rows, examples, strict=True):
+        example = of_row[common]
+        images.append(example.overlay)
+        captions.append(f"Kept by {facts.name(row)}: {example.record['n_visual']} tokens\n{_answer(example.record)}")
+    slides.add("Selected once, read in every step", points, Pictures(images, captions))
 
 
 def upper_bound(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigure]) -> None:
-    title = "All tokens: quality and cost"
-    if not facts.full:
-        slides.add(title, [facts.missing("selector=full", "all tokens")]).remark("No row selector=full in this study.")
-        return
     full, pooled = facts.full, facts.pooled
-    points = [f"{facts.name(full)}, {full['visual tokens mean']:.0f} tokens: {facts.against_baseline(full)}."]
+    if not full:
+        return
+    count = f"{facts.name(full)}: {full['visual tokens mean']:.0f} tokens"
+    found = facts.against_baseline(full)
+    points = [f"{count}; against {BASELINE}, points: {found}." if found else f"{count}."]
     if pooled and pooled.get("total ms") and full.get("total ms"):
         tokens, time = (full[key] / pooled[key] for key in ("visual tokens mean", "total ms"))
         points.append(f"Cost: {tokens:.1f} times the tokens, {time:.1f} times the time for a sample.")
     points.append("Without training on long prefixes this need not be an upper bound: compare rows trained alike.")
-    _with_figure(slides, title, points, figures, "pareto_tokens")
+    _add_figures(slides, "All tokens: quality and cost", points, figures, "pareto_tokens")
 
 
 def selectors(slides: Slides, facts: StudyFacts) -> None:
+    shown = leading(facts.rows, MOST_ROWS)
+    if len(shown) < 2:
+        return
     table = []
-    for row, name in zip(facts.rows, facts.names, strict=True):
+    for row in shown:
         sources = facts.result(row)["tokens"]["by_source"]
         trained, select = row["trainable parameters"], row.get("select ms")
         table.append(
             [
-                name,
+                facts.name(row),
                 ", ".join(f"{count:.0f} {source}" for source, count in sources.items() if count),
                 "yes" if row.get("relevance ms") else "no",
                 f"{trained:,}" if trained else "-",
@@ -201,52 +111,70 @@ def selectors(slides: Slides, facts: StudyFacts) -> None:
             ]
         )
     points = [
-        f"{len({row['selector'] for row in facts.rows})} selectors, {len(facts.rows)} systems.",
+        f"{len({row['selector'] for row in facts.rows})} selectors, {len(facts.rows)} systems{_some(shown, facts)}.",
         "All select before the prefix is cached; the prefix does not change afterwards.",
-        "A selector is useful only if it beats random at the same budget.",
     ]
-    head = ["system", "tokens passed on", "reads question", "trained", "select ms"]
-    slides.add("Selectors compared", points).table(head, table[:MOST_ROWS])
+    head = ["system", "tokens passed on", "reads question", "trained parameters", "select ms"]
+    slides.add("Selectors compared", points, SlideTable(head, table, _numbers(shown, facts.ours)).turned())
 
 
 def method(slides: Slides, facts: StudyFacts) -> None:
     if not facts.ours:
-        slide = slides.add("SHIRG", [facts.missing("selector=shirg", "the method")])
-        slide.remark("No row selector=shirg in this study.")
         return
     row, result = facts.ours, facts.result(facts.ours)
-    weights = {name: weight for name, weight in result["config"]["selector"].get("weights", {}).items() if weight}
     sources = {name: count for name, count in result["tokens"]["by_source"].items() if count}
     steps = [
         ("Views", "up to five views of the picture, each a grid of tokens"),
-        ("Score", ", ".join(f"{name} {weight:g}" for name, weight in weights.items()) or "see its config"),
+        ("Score", ", ".join(terms_in_use(result["config"]["selector"])) or "see its config"),
         ("Keep", f"the best at a fixed budget: {', '.join(f'{n:.0f} {name}' for name, n in sources.items())}"),
         ("Project, cache", "in reading order; keys and values are written once"),
         ("Denoise", "every step reads the same prefix"),
     ]
     points = ["Score each token once, keep the best, add coarse scaffold tokens so that no region is left out."]
-    trained = row["trainable parameters"]
-    share = f"{trained:,} trained parameters, {trained / result['model']['parameters']:.2%} of the model."
-    points.append(share if trained else "Nothing is trained in this row.")
+    trained, whole = row["trainable parameters"], result["model"]["parameters"]
+    points.append(
+        f"An adapter of {trained:,} parameters was trained for it; the model that it belongs to has {whole:,}."
+        if trained
+        else f"Nothing was trained for it; the model has {whole:,} parameters."
+    )
     if row.get("select ms") is not None and row.get("total ms"):
         points.append(f"Selection takes {row['select ms']:.2f} of {row['total ms']:.2f} ms for a sample.")
-    slides.add(f"SHIRG: {facts.name(row)}", points).flow(steps, accent=1)
+    slides.add(f"SHIRG: {facts.name(row)}", points, Steps(steps, accent=1))
+
+
+def terms_in_use(selector: Mapping[str, Any]) -> list[str]:
+    """The terms of SHIRG's score that count, with their weights: a weight alone does not turn on the crop term."""
+    return [
+        f"{name} {weight:g}"
+        for name, weight in selector.get("weights", {}).items()
+        if weight and not (name == "crop" and selector["crop_term"] == "none")
+    ]
 
 
 def results(slides: Slides, facts: StudyFacts) -> None:
-    kinds = ("score", "difference")
-    shown = [c for c in columns(facts.rows) if c.kind in kinds or c.title == "visual tokens"]
-    shown = [
-        c for c in shown if c.title != "recall" and not (c.kind == "difference" and other_name(c.title) == UNABLATED)
-    ]
-    whole = len(shown) < NARROW
-    cells = [[cell.text if whole else cell.brief for cell in c.cells] for c in shown]
-    table = [[name, *values] for name, *values in zip(facts.names, *cells, strict=True)]
-    found = [(row, facts.against_baseline(row)) for row in (facts.ours, facts.full) if row]
-    points = [f"{facts.name(row)}: {text}." for row, text in found if text]
-    points.append("Scores in %, differences in points on the same samples; intervals: report.html, table.tex.")
-    bold = [i for i, row in enumerate(facts.rows) if row is facts.ours]
-    slides.add("Results", points).table(["system", *(c.title for c in shown)], table[:MOST_ROWS], bold)
+    shown = leading(facts.rows, MOST_ROWS)
+    found = columns(shown, facts.rows)
+    tokens = [column for column in found if column.title == "visual tokens"]
+    deltas = [column for column in found if column.kind == "difference" and other_name(column.title) != UNABLATED]
+    scores = [column for column in found if column.kind == "score" and column.title != "recall"]
+    wanted = [*tokens, *deltas, *scores]
+    head = ["system", *(column.title for column in wanted)]
+    rows = [[facts.name(row), *(_in_two_lines(column.texts[i]) for column in wanted)] for i, row in enumerate(shown)]
+    table = SlideTable(head, rows, _numbers(shown, facts.ours)).narrowed()
+    points = [f"Scores in %, differences in points on the same samples, each with its interval{_some(shown, facts)}."]
+    if hidden := len(head) - len(table.head):
+        points.append(f"{hidden} more columns are in table.csv.")
+    slides.add("Results", points, table.turned())
+
+
+def effects(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigure]) -> None:
+    """What each part contributes; without ablations, how the systems differ from the baseline."""
+    if "ablations" in figures:
+        points = ["Each row removes one part; differences to the whole method.", *facts.extremes(UNABLATED)]
+        _add_figures(slides, "Ablations", points, figures, "ablations")
+    else:
+        points = [f"On the same samples; the largest differences to {BASELINE}:", *facts.extremes(BASELINE)]
+        _add_figures(slides, f"Differences to {BASELINE}", points, figures, "differences")
 
 
 def efficiency(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigure]) -> None:
@@ -255,86 +183,155 @@ def efficiency(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFi
         ours, theirs = (f"{row['total ms']:.2f} ms" for row in (facts.ours, facts.pooled))
         points.append(f"{facts.name(facts.ours)}: {ours} for a sample; {facts.name(facts.pooled)}: {theirs}.")
     points.append(f"On {facts.rows[0]['env device']}, {facts.rows[0]['env dtype']}: medians over batches.")
-    if "memory" not in figures:
-        points.append("No accelerator memory: this ran on a CPU; device=cuda measures it.")
-    _with_figure(slides, "Where the time goes", points, figures, "latency", "memory")
+    _add_figures(slides, "Where the time goes", points, figures, "latency", "memory")
 
 
-def ablations(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigure]) -> None:
-    if "ablations" in figures:
-        points = ["Each row removes one part; differences to the whole method.", *facts.extremes(UNABLATED)]
-        _with_figure(slides, "Ablations", points, figures, "ablations")
-        return
-    points = ["No ablations in this study; instead, all differences.", *facts.extremes(BASELINE)]
-    _with_figure(slides, f"Differences to {BASELINE}", points, figures, "differences")
+def token_maps(slides: Slides, figures: Mapping[str, ReportFigure]) -> None:
+    if "tokens" in figures:
+        _add_figures(slides, "Which tokens are kept", [figures["tokens"].caption], figures, "tokens")
 
 
 def failures(slides: Slides, facts: StudyFacts) -> None:
-    title = "Where it fails"
+    """Wrong answers of different kinds: with their pictures where the job drew some, otherwise as a table."""
     if not (facts.ours and facts.pooled):
-        slide = slides.add(title, [facts.missing("selector=pooled,shirg", "a pair to compare")])
-        slide.remark("There is no pair of systems to compare.")
         return
-    ours, theirs = facts.right(facts.ours), facts.right(facts.pooled)
-    both = ours.keys() & theirs.keys()
-    broken = sorted(i for i in both if theirs[i] and not ours[i])
-    fixed = sum(ours[i] and not theirs[i] for i in both)
+    scores, others = (facts.scores(row, row["metric"]) for row in (facts.ours, facts.pooled))
+    ours, theirs = ({i: score.value >= RIGHT for i, score in found.items()} for found in (scores, others))
+    both = sorted(ours.keys() & theirs.keys())
+    broken = {i: float(theirs[i] and not ours[i]) for i in both}
+    fixed = {i: float(ours[i] and not theirs[i]) for i in both}
+    answers, their_answers = facts.answers(facts.ours), facts.answers(facts.pooled)
+    examples = facts.examples(facts.ours)
+    wrong = [i for i in both if not ours[i]]
+    pictured = varied([answers[i] for i in wrong if i in examples], MOST_PICTURES, first=broken)
+    listed = varied({_as_read(answers[i]): answers[i] for i in both if broken[i]}.values(), MOST_FAILURES)
+    if not (pictured or listed):
+        return
+    kinds = Counter(answers[i]["subtask"] or "all" for i in both if broken[i])
     names = f"{facts.name(facts.ours)} against {facts.name(facts.pooled)}"
-    points = [f"{names}: {fixed} answers fixed, {len(broken)} broken of {len(both)}."]
-    recall = facts.recall(facts.ours)
-    lost = [recall[i] for i in broken if i in recall]
+    points = [f"{names}: {share(fixed, scores)} fixed, {share(broken, scores)} broken, of {len(both)} answers."]
+    if kinds:
+        by_kind = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common())
+        points.append(f"{sum(fixed.values()):.0f} answers fixed, {kinds.total()} broken: {by_kind}.")
+    recall = {i: score.value for i, score in facts.scores(facts.ours, RECALL).items()}
+    lost = {i: recall[i] for i in both if i in recall and broken[i]}
     if lost:
-        points.append(f"Evidence kept where broken: {sum(lost) / len(lost):.0%}, n = {len(lost)}.")
-        points.append(f"Evidence kept in all: {sum(recall.values()) / len(recall):.0%}, n = {len(recall)}.")
-    slide = slides.add(title, points)
-    drawn = [one for i, one in facts.examples(facts.ours).items() if i in broken][:MOST_EXAMPLES]
-    if drawn:
-        slide.pictures([(one.overlay, _answered(one.record)) for one in drawn])
-    elif broken:
-        rows = facts.answers(broken[:MOST_ROWS], facts.ours, facts.pooled)
-        slide.table(["question", "expected", "answer", f"answer of {BASELINE}"], rows)
-    else:
-        slide.remark(f"No answer was right with {BASELINE} and wrong here.")
+        points.append(f"Evidence kept where broken: {share(lost, scores)}; in all: {share(recall, scores)}.")
+    if pictured:
+        slides.add("Where it fails", points, _pictures_of_failures(facts, pictured, theirs))
+        return
+    rows = [_failed_row(one, their_answers[one["id"]], recall) for one in listed]
+    head = ["question", "kind", "expected", "answer", f"answer of {BASELINE}", "evidence kept"]
+    slides.add("Where it fails", points, SlideTable(head, rows))
+
+
+def _pictures_of_failures(
+    facts: StudyFacts, failed: Sequence[Mapping[str, Any]], theirs: Mapping[str, bool]
+) -> Pictures:
+    """What was kept of each picture; of a single one also the picture itself, and what the baseline kept."""
+    assert facts.ours and facts.pooled
+    examples, others, answers = facts.examples(facts.ours), facts.examples(facts.pooled), facts.answers(facts.pooled)
+    images, captions = [], []
+    if len(failed) == 1 and failed[0]["id"] in others:
+        other = others[failed[0]["id"]]
+        images += [other.picture, other.overlay]
+        captions += ["The picture; in the box: the evidence", f"Kept by {facts.name(facts.pooled)}"]
+    for one in failed:
+        images.append(examples[one["id"]].overlay)
+        captions.append(_failure(examples[one["id"]], answers[one["id"]], is_right=theirs[one["id"]]))
+    return Pictures(images, captions)
+
+
+def varied(samples: Iterable[Mapping[str, Any]], most: int, first: Mapping[str, float] = {}) -> list[Mapping[str, Any]]:
+    """At most so many samples, of kinds and with questions that were not chosen yet where there are some.
+
+    Args:
+        first: by id, which samples are taken before all others: those with the largest numbers.
+    """
+    left, chosen = list(samples), list[Mapping[str, Any]]()
+    seen: Counter[tuple[str, str]] = Counter()
+
+    def place(one: Mapping[str, Any]) -> tuple[float, int, int]:
+        return -first.get(one["id"], 0.0), seen["kind", one["subtask"]], seen["question", one["question"]]
+
+    while left and len(chosen) < most:
+        chosen.append(best := min(left, key=place))
+        left.remove(best)
+        seen.update((("kind", best["subtask"]), ("question", best["question"])))
+    return chosen
 
 
 def roadmap(slides: Slides, facts: StudyFacts) -> None:
+    """How far the study's evidence goes, and what it lacks."""
     seeds = min(1 if row["seeds equal"] else len(row["seeds"].split()) for row in facts.rows)
     sets = {row["dataset"] for row in facts.rows}
     trained = all(facts.result(row)["model"]["trained"] for row in facts.rows)
     size = facts.detectable()
+    missing = [name for name in BENCHMARKS if name not in sets]
     table = [
-        *([f"data: {name}", "in this study" if name in sets else "not in this study"] for name in BENCHMARKS),
-        ["other data", ", ".join(sorted(sets - set(BENCHMARKS))) or "none"],
+        ["data", ", ".join(sorted(sets))],
+        ["benchmarks that are not in it", ", ".join(missing) or "none"],
+        ["questions for each system", facts.size],
         ["seeds for each system", str(seeds)],
-        ["smallest detectable difference", "-" if size is None else f"{size:.1f} points"],
-        ["rows at another budget", str(sum(unequal(row) for row in facts.rows))],
+        ["systems at another budget", str(sum(unequal(row) for row in facts.rows))],
         ["weights", "trained" if trained else "random: answers carry no information"],
-        ["device", facts.rows[0]["env device"]],
+        ["device", ", ".join(sorted({row["env device"] for row in facts.rows}))],
     ]
-    known = "Intervals hold for a new training seed." if seeds > 2 else "Then: at least three seeds of each training."
-    points = [
-        "First: what the table on the right lacks.",
-        known,
-        "Then: a smaller cache, cache=NAME.",
-    ]
-    slides.add("What is known, what is next", points).table(["evidence", "state"], table)
+    if size is not None:
+        table.insert(4, ["smallest detectable difference", f"{size:.1f} points"])
+    points = [f"Intervals are for new pictures{' and a new training seed' if seeds >= ENOUGH_SEEDS else ''}."]
+    if seeds < ENOUGH_SEEDS and any(row["trainable parameters"] for row in facts.rows):
+        points.append(f"Next: at least {ENOUGH_SEEDS} seeds of each training, so that they are for a new one, too.")
+    if not any(row["selector"] == "random" for row in facts.rows):
+        points.append("Next: selector=random at the same budget; a selector is useful only if it beats it.")
+    slides.add("What is known, what is next", points, SlideTable(["evidence", "state"], table))
 
 
-def _with_figure(
+def _add_figures(
     slides: Slides, title: str, points: Sequence[str], figures: Mapping[str, ReportFigure], *names: str
-) -> Slide:
+) -> None:
+    """A slide with those of the figures that the study has; none without any."""
     drawn = [figures[name] for name in names if name in figures]
-    slide = slides.add(title, points, notes="\n".join(one.caption for one in drawn))
     if drawn:
-        slide.stack([one.png for one in drawn])
-    else:
-        slide.remark("The study has too few rows for this figure.")
-    return slide
+        slides.add(title, points, Pictures([one.png for one in drawn]), notes="\n".join(one.caption for one in drawn))
 
 
-def _answered(record: Mapping[str, object]) -> str:
-    answers = record["answers"]
-    assert isinstance(answers, list)
-    expected = printable(" | ".join(answers))
-    given = printable(str(record["prediction"])) or "(empty)"
-    return f"{printable(str(record['question']), LONGEST_QUESTION)}\nexpected {expected}\nanswered {given}"
+def _some(shown: Sequence[Row], facts: StudyFacts) -> str:
+    return f"; the leading {len(shown)} of {len(facts.rows)} systems" if len(shown) < len(facts.rows) else ""
+
+
+def _numbers(rows: Sequence[Row], wanted: Row | None) -> list[int]:
+    return [i for i, row in enumerate(rows) if row is wanted]
+
+
+def _in_two_lines(text: str) -> str:
+    """A mean, and below it its interval."""
+    return text.replace(" [", "\n[")
+
+
+def _answer(record: Mapping[str, Any]) -> str:
+    expected = printable(" | ".join(record["answers"]))
+    return f"expected {expected}; answered {printable(record['prediction']) or '(empty)'}"
+
+
+def _failure(example: ExampleRecord, other: Mapping[str, Any], *, is_right: bool) -> str:
+    record = example.record
+    kept = f"; evidence kept: {record['recall']:.0%}" if record["recall"] is not None else ""
+    theirs = f"{printable(other['prediction']) or '(empty)'} ({'right' if is_right else 'wrong, too'})"
+    return f"{printable(record['question'], LONGEST_QUESTION)}{kept}\n{_answer(record)}\n{BASELINE}: {theirs}"
+
+
+def _as_read(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """What people see of an answer: two that are equal in this are shown once."""
+    return sample["question"], sample["subtask"], sample["prediction"], *sample["answers"]
+
+
+def _failed_row(ours: Mapping[str, Any], other: Mapping[str, Any], recall: Mapping[str, float]) -> list[str]:
+    return [
+        printable(ours["question"], LONGEST_QUESTION),
+        ours["subtask"] or "-",
+        printable(" | ".join(ours["answers"])),
+        printable(ours["prediction"]) or "(empty)",
+        printable(other["prediction"]) or "(empty)",
+        f"{recall[ours['id']]:.0%}" if ours["id"] in recall else "-",
+    ]
