@@ -28,7 +28,8 @@ demo: setup
 	$(BIN)/python eval.py -m study=demo threads=1 resume=true model=tiny_dream adapter=own selector=pooled,shirg
 	@echo "report: outputs/demo/report.html"
 
-# Gradio needs an older Pillow than all the rest: an environment of its own that sees the packages of the first one.
+# Gradio asks for a Pillow below 13, which resizes upright pictures differently, and works with 13 (make test-app): it
+# is installed into an environment of its own, which sees all packages of the first one and then loses its own Pillow.
 APP := $(VENV)/app
 APP_STAMP := $(APP)/.installed
 $(APP_STAMP): $(STAMP)
@@ -39,6 +40,7 @@ $(APP_STAMP): $(STAMP)
 	  "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@grep -v '^pillow==' constraints.txt > $(APP)/constraints.txt
 	@$(APP)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(APP)/constraints.txt -e '.[app]'
+	@$(APP)/bin/python -m pip uninstall -qq --disable-pip-version-check -y pillow
 	@touch $@
 
 app: $(APP_STAMP)

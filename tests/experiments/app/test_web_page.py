@@ -62,6 +62,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert server.wait(30) == 128 + signal.SIGTERM
 
 
+QUESTION = "document.querySelector('#question :is(textarea, input)')?.value"
 SHIRG = ".card[data-name=shirg]"
 
 
@@ -75,10 +76,6 @@ def write(browser: Browser, place: str, text: str) -> None:
     field = f"document.querySelector('{place} :is(input[type=number], input:not([type=range]), textarea)')"
     browser.evaluate(f"{field}.focus(), {field}.select()")
     browser.send("Input.insertText", text=text)
-
-
-def question(browser: Browser) -> str:
-    return str(browser.evaluate("document.querySelector('#question :is(textarea, input)').value"))
 
 
 def press(browser: Browser) -> None:
@@ -118,8 +115,10 @@ def view(browser: Browser) -> str:
 def test_the_page_answers_in_a_browser(page: str, tmp_path: Path) -> None:
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
-        browser.wait("document.querySelectorAll('#samples img').length === 8 && !!document.querySelector('#answer')")
-        assert question(browser) == "digit green"
+        # Gradio draws its parts one by one.
+        parts = ("#samples img", "#answer", "#question :is(textarea, input)", "#selectors .token", "#model input")
+        browser.wait(f"{json.dumps(parts)}.every(part => document.querySelector(part)) && {QUESTION} === 'digit green'")
+        assert len(browser.evaluate("[...document.querySelectorAll('#samples img')].map(e => e.src)")) == 8
         answer(browser, "pooled 88 tokens; saint 80 tokens; shirg 80 tokens")
         assert texts(browser, ".verdict") == ["wrong", "right", "right"]
 
@@ -138,7 +137,7 @@ def test_the_page_answers_in_a_browser(page: str, tmp_path: Path) -> None:
 
         Image.effect_noise((90, 60), 60).convert("RGB").save(tmp_path / "own.png")
         browser.give_file("input[type=file]", tmp_path / "own.png")
-        browser.wait("document.querySelector('#question :is(textarea, input)').value === ''")
+        browser.wait(f"{QUESTION} === ''")
         press(browser)
         refused(browser, "the question is empty")
         write(browser, "#question", "what is <b>this</b>?")
