@@ -156,7 +156,8 @@ def results(slides: Slides, facts: StudyFacts) -> None:
     found = columns(shown, facts.rows)
     tokens = [column for column in found if column.title == "visual tokens"]
     deltas = [column for column in found if column.kind == "difference" and other_name(column.title) != UNABLATED]
-    scores = [column for column in found if column.kind == "score" and column.title != "recall"]
+    # Ratios and scores of cleaned answers have no interval: they stay in the table's files.
+    scores = [column for column in found if column.kind == "score" and any(cell.interval for cell in column.cells)]
     wanted = [*tokens, *deltas, *scores]
     head = ["system", *(column.title for column in wanted)]
     rows = [[facts.name(row), *(_in_two_lines(column.texts[i]) for column in wanted)] for i, row in enumerate(shown)]
