@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.atomic_files import read_json
 from experiments.data.loader import Mixture, Shuffled, Stream, check_weights
 from experiments.data.sample import Dataset
-from experiments.errors import ConfigError, explain
+from experiments.errors import ConfigError, explain, instead
 from experiments.inference import EvalPipeline
 from experiments.metrics.answers import Scorer
 from experiments.metrics.final_answer import AnswerRule
@@ -138,7 +139,8 @@ def build_model(cfg: DictConfig, device: torch.device, prepare: "Callable[[Lavid
     assert isinstance(spec, dict)
     known = {"path", "dtype", "config", "seed", *_SOURCE, *_SWITCHES}
     if unknown := sorted(str(k) for k in spec.keys() - known):
-        raise UserError(f"model.{unknown[0]}: there is no such option; a model has {', '.join(sorted(known))}")
+        there = f"a model has {', '.join(sorted(known))}"
+        raise UserError(f"model.{unknown[0]}: there is no such option{instead(unknown[0], known, there)}")
     path, sizes = spec.get("path"), spec.get("config")
     if (path is None) == (sizes is None):
         raise UserError("model: give either model.path (a checkpoint) or model.config (sizes, random weights)")
@@ -271,6 +273,12 @@ def adapter_size(adapter: str | None) -> int:
 
     with safe_open(weights_file(_adapter_folder(adapter)), framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (not a dict)
+
+
+def lora_rank(adapter: str | None) -> int | None:
+    """The rank of the adapter's LoRA; None for an adapter without LoRA, or none."""
+    found = None if adapter is None else read_json(_adapter_folder(adapter) / "adapter_config.json")
+    return None if found is None else found.get("r")
 
 
 def trains_selector(adapter: str) -> bool:

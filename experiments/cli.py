@@ -13,8 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.analysis.turns import is_due
 from experiments.errors import RESUME, explain, fail, one_sentence
 from experiments.jobs.launchers import Session, session
-from experiments.override_grammar import check_words
+from experiments.option_help import help_of, wants
+from experiments.override_grammar import check_keys, check_words
 from experiments.sweeps import expand
+
+WIDE = "--wide"
+"""Prints every column of the table, however wide the terminal is."""
 
 
 def run(main: Callable[[], Any], command: str) -> None:
@@ -24,8 +28,13 @@ def run(main: Callable[[], Any], command: str) -> None:
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    wide = WIDE in sys.argv
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != WIDE]
     with session() as jobs, one_sentence(RESUME):
         try:
+            if wants(sys.argv[1:]):
+                print(help_of(command, sys.argv[1:]))
+                return
             if command == "eval" and any(word.startswith("rescore=") for word in sys.argv[1:]):
                 _rescore(sys.argv[1:], jobs)
             else:
@@ -37,7 +46,10 @@ def run(main: Callable[[], Any], command: str) -> None:
                 raise
             fail(explain(error, command, sys.argv[1:]))
         if any(jobs.outcomes.values()):
-            _publish(dict.fromkeys(folder.parent for folder in jobs.outcomes))
+            _publish(dict.fromkeys(folder.parent for folder in jobs.outcomes), wide)
+            if jobs.skipped:
+                was = "1 job was" if jobs.skipped == 1 else f"{jobs.skipped} jobs were"
+                print(f"{was} finished already and kept; overwrite=true starts again")
     if jobs.died:
         died = "1 job" if jobs.died == 1 else f"{jobs.died} jobs"
         fail(
@@ -55,11 +67,11 @@ def update_report(study: Path) -> None:
         refresh_report(study)
 
 
-def _publish(studies: Sequence[Path] | dict[Path, None]) -> None:
+def _publish(studies: Sequence[Path] | dict[Path, None], wide: bool) -> None:
     from experiments.report.publish import publish
 
     for study in studies:
-        publish(study, show=True)
+        publish(study, show=True, wide=wide)
 
 
 def _run_once(main: Callable[[], Any]) -> None:
@@ -85,4 +97,5 @@ def _command_lines(command: str) -> list[list[str]]:
     lines = expand(command, sys.argv[1:])
     for words in lines:
         check_words(words)
+        check_keys(command, words)
     return lines

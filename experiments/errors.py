@@ -10,13 +10,14 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
 
 
 class ConfigError(ValueError):
@@ -148,10 +149,49 @@ def leave_out(path: Path, why: object) -> None:
 _LEFT_OUT: set[str] = set()
 
 
+NEAR = 70.0
+"""Least similarity in %, of a name that was meant: two letters swapped in a name of five."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most similar to an unknown one; None where none is near.
+
+    Of dotted keys the last parts are similar, too. A word without a dot also means a key's last part: `norm` is
+    `selector.norm` where no other key ends so.
+    """
+    from rapidfuzz import fuzz, process  # a command without a mistake does not need it
+
+    last = name.rpartition(".")[2].lower()
+    names = [each for each in known if fuzz.ratio(last, each.rpartition(".")[2].lower()) >= NEAR]
+    found = process.extractOne(name.lower(), names, scorer=fuzz.ratio, processor=str.lower, score_cutoff=NEAR)
+    if found is not None:
+        return found[0]
+    ends = [each for each in names if each.endswith(f".{name}")]
+    return ends[0] if len(ends) == 1 else None
+
+
+def instead(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of the sentence that there is no such name: `; did you mean selector?`.
+
+    Args:
+        otherwise: the end where no known name is near, for example a list of all; "choose one of" them when not given.
+    """
+    names = list(known)
+    found = nearest(name, names)
+    return f"; did you mean {found}?" if found is not None else f"; {otherwise or 'choose one of ' + ', '.join(names)}"
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that ends with one sentence and exit code 1, as every command of this project does."""
 
     def error(self, message: str) -> NoReturn:
+        """Ends with the sentence of argparse, and what was meant where a name is unknown."""
+        if match := re.match(r"argument .*: invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            known = [each.strip("'") for each in match[2].split(", ")]
+            message = f"{match[1]}: there is no such choice{instead(match[1], known)}"
+        elif match := re.match(r"unrecognized arguments: (\S+)", message):
+            word = match[1].partition("=")[0]
+            message += instead(word, self._option_string_actions)
         fail(f"{message}; `{self.prog} --help` lists what there is")
 
 
@@ -164,7 +204,7 @@ def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if name.startswith("submitit_"):
             return "hydra/launcher: the launchers need submitit; pip install -c constraints.txt -e '.[slurm]'"
-        return f"{group}={name}: there is no such option; choose one of {', '.join(sorted(error.options))}"
+        return f"{group}={name}: there is no such option{instead(name, sorted(error.options))}"
     text = str(error)
     cause = error.__cause__ or error
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -178,6 +218,10 @@ def explain(error: BaseException, command: str, argv: Sequence[str]) -> str:
         return match[1]
     where = getattr(error, "full_key", None)
     return f"{where}: {_first_line(text)}" if where else " ".join(line.strip() for line in text.splitlines() if line)
+
+
+_WORDS = ("sweep", "run", "rescore", "trust")
+"""Words of our own that are no keys of a config."""
 
 
 def _first_line(text: str) -> str:
@@ -206,14 +250,28 @@ def _unknown_key(key: str, command: str, argv: Sequence[str]) -> str:
         valid = sorted(str(k) for k in node if not str(k).startswith("_")) if isinstance(node, DictConfig) else []
         if name in valid:
             continue
+        words = [] if parent else [*_WORDS, *(path.name for path in CONF.iterdir() if path.is_dir())]
+        known = [*_dotted(cfg), *words]
         if not parent:
-            return f"{key}: there is no such key; the keys are {', '.join(valid)}"
+            return f"{key}: there is no such key{instead(key, known, 'the keys are ' + ', '.join(valid))}"
         where = f"{group}={picked}" if picked and parent == group else parent
-        return f"{key}: {where} has no such option; " + (f"it has {', '.join(valid)}" if valid else "it has none")
+        there = f"it has {', '.join(valid)}" if valid else "it has none"
+        return f"{key}: {where} has no such option{instead(key, known, there)}"
     if len(choices) > 1:
         # Hydra first composes the sweep without what is swept, that is with the group's default.
         return f"{key}: where {group}= is swept, write it with two plus signs: ++{key}=..."
     return f"{key}: there is no such key; `python {command}.py --cfg job` lists them"
+
+
+def _dotted(cfg: "DictConfig") -> list[str]:
+    """All keys of a config, those of its groups with dots."""
+    from omegaconf import DictConfig
+
+    found = []
+    for name in (str(name) for name in cfg if name != "hydra" and not str(name).startswith("_")):
+        node = cfg._get_node(name)
+        found += [name, *(f"{name}.{inner}" for inner in (_dotted(node) if isinstance(node, DictConfig) else ()))]
+    return found
 
 
 def _group_choices(group: str, argv: Sequence[str]) -> list[list[str]]:

@@ -30,6 +30,7 @@ from experiments.jobs.results import SHOTS, adapter_path
 from experiments.jobs.sample_facts import Change, CurrentFacts, changes, describe, differing, facts_of
 from experiments.jobs.sample_rows import FACTS, SampleColumns, digests_of, read_columns, read_facts, write_tables
 from experiments.kept_between_jobs import take_dataset, take_model
+from experiments.measured_times import LoadMeter, summarise_stages
 from experiments.metrics.answer_metric import CLEANER
 from experiments.metrics.answers import scorer_version, text_metrics
 from experiments.metrics.final_answer import check_rule
@@ -76,15 +77,19 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
     profiling.best_limits(job.folder.parent, device, model.dtype)
     profiling.reset_peak_memory(device)
     examples = Examples(job, pipeline, samples, pick_examples(everything, cfg.shots))
+    job.begin()
+    load = LoadMeter()
     with TorchTrace(job.folder if cfg.profiler == Profiler.torch else None, device) as trace:
         rows, summary, timings = answer_and_summarise(
             pipeline, samples, examples, job, shared.weights, cfg.batch_size, cfg.workers, trace
         )
+    waited = load.waited()
     sections: dict[str, Any] = {
         "model": {
             "trained": model.config.trained,
             "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": build.adapter_size(adapter),
+            "lora_rank": build.lora_rank(adapter),
             "weights": shared.weights,
         },
         **_describe(pipeline),
@@ -113,7 +118,11 @@ def evaluate(cfg: DictConfig, job: Job) -> dict[str, Any]:
                 replayed=decode.engine != "eager",
             ),
         },
-        "times": {**profiling.summarise_stages(timings), "peak_memory_mib": profiling.peak_memory_mib(device)},
+        "times": {
+            **summarise_stages(timings),
+            "waited": waited,
+            "peak_memory_mib": profiling.peak_memory_mib(device),
+        },
     }
     if decode.prefix_cache:
         cost = profiling.cost_of(model.config.lm, model.dtype)

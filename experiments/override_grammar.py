@@ -8,10 +8,11 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from experiments.errors import ConfigError, visible
-from experiments.schema import CONF
+from experiments.errors import ConfigError, instead, visible
+from experiments.schema import CONF, Eval, Train
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -68,6 +69,20 @@ def check_words(argv: Sequence[str]) -> None:
         n_jobs *= _n_values(override)
     if n_jobs > MOST_JOBS and {"-m", "--multirun"} & set(argv):
         raise ConfigError(f"this sweep has {n_jobs:,} jobs: give fewer values, at most {MOST_JOBS:,} jobs")
+
+
+def check_keys(command: str, argv: Sequence[str]) -> None:
+    """Refuses a key that is added to the config (`+key=1`) and that no code reads.
+
+    Raises:
+        ConfigError: names the key that was meant.
+    """
+    known = {entry.name for entry in fields({"eval": Eval, "train": Train}[command])}
+    known |= {path.name for path in CONF.iterdir() if path.is_dir()}
+    for word in argv:
+        name = word.partition("=")[0].lstrip("+").partition(".")[0].partition("/")[0].partition("@")[0]
+        if word.startswith("+") and name not in known:
+            raise ConfigError(f"{word.partition('=')[0]}: there is no such key{instead(name, sorted(known))}")
 
 
 def _is_group(name: str) -> bool:

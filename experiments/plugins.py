@@ -15,7 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.errors import ConfigError, is_user_error
+from experiments.errors import ConfigError, instead, is_user_error, nearest
 from experiments.schema import CONF
 
 
@@ -107,11 +107,14 @@ def check_options(group: str, target: type, options: Mapping[str, Any], defaults
     parameters = inspect.signature(target).parameters
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     if not takes_any and (unknown := sorted(options.keys() - parameters.keys())):
-        raise ConfigError(f"{group}.{unknown[0]}: {target.__name__} has no such option; it has {', '.join(parameters)}")
+        what = f"{group}.{unknown[0]}: {target.__name__} has no such option"
+        raise ConfigError(what + instead(unknown[0], parameters, f"it has {', '.join(parameters)}"))
     _compare_types(group, options, defaults)
     for name, value in options.items():
         if name in parameters and not _fits(value, hint := parameters[name].annotation):
-            raise ConfigError(f"{group}.{name}={value!r} is not {_describe(hint)}")
+            near = nearest(value, map(str, get_args(hint))) if isinstance(value, str) else None
+            guess = f"; did you mean {near}?" if near is not None else ""
+            raise ConfigError(f"{group}.{name}={value!r} is not {_describe(hint)}{guess}")
 
 
 def _compare_types(where: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

@@ -72,13 +72,6 @@ def use_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def summarise_stages(timings: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Medians over batches of the milliseconds per sample, by stage and in all; `timings` has each batch's by stage."""
-    total = np.sum(list(timings.values()), axis=0)
-    medians = {stage: float(np.median(times)) for stage, times in timings.items()}
-    return {"ms_per_sample": {**medians, "total": float(np.median(total))}, "batches_timed": len(total)}
-
-
 @dataclass(frozen=True)
 class Timing:
     """Repeated runs of one call, in milliseconds."""

@@ -11,7 +11,7 @@ from typing import Self
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-EVERY_S = 30.0
+EVERY_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
 
 

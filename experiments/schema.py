@@ -232,13 +232,13 @@ def describe_groups(command: str) -> str:
         if default is not None and not group.startswith("override"):
             lines.append(f"{group} (default {default})")
             for path in sorted((CONF / group).glob("*.yaml")):
-                lines.append(f"  {path.stem:<18} {_description(path)}".rstrip())
+                lines.append(f"  {path.stem:<18} {description(path)}".rstrip())
     sweeps = [path for path in sorted((CONF / "sweep").glob("*.yaml")) if f"\n{command}:" in path.read_text()]
-    lines += ["sweep (stands for several jobs)", *(f"  {path.stem:<18} {_description(path)}" for path in sweeps)]
+    lines += ["sweep (stands for several jobs)", *(f"  {path.stem:<18} {description(path)}" for path in sweeps)]
     return "\n".join(lines)
 
 
-def _description(path: Path) -> str:
+def description(path: Path) -> str:
     """The second comment of a config file, not counting Hydra's own; the first one is the command that runs it."""
     head = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
     comments = [line[1:].strip() for line in head if not line.startswith("# @package")]

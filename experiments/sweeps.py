@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, instead
 from experiments.job_names import override_key
 from experiments.override_grammar import quote
 from experiments.schema import CONF
@@ -83,8 +83,10 @@ def sweep_overrides(command: str, name: str) -> list[list[str]]:
     known = _sweeps()
     if command not in known.get(name, {}):
         fitting = ", ".join(stem for stem, commands in known.items() if command in commands)
-        why = f"is for {' and '.join(known[name])}.py" if name in known else "does not exist"
-        raise ConfigError(f"sweep={name} {why}; the sweeps of {command}.py are {fitting}")
+        there = f"the sweeps of {command}.py are {fitting}"
+        if name in known:
+            raise ConfigError(f"sweep={name} is for {' and '.join(known[name])}.py; {there}")
+        raise ConfigError(f"sweep={name} does not exist{instead(name, known, there)}")
     products = known[name][command]
     return [[f"{key}={value}" for key, value in product.items()] for product in products]
 

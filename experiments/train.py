@@ -76,6 +76,7 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     trace = TorchTrace(job.folder if cfg.profiler == Profiler.torch and job.ranks.is_main else None, device)
     trainer, throughput = build_trainer(cfg, job.ranks, device, job.folder, last.parent, run_logger, trace)
     run_logger.begin()
+    job.begin()
     try:
         with trace:
             trainer.fit(stage.module, datamodule=data, ckpt_path=starting_point(last, cfg.resume, job.ranks))

@@ -34,7 +34,7 @@ class Weights(OptionBlock):
     """How much each term of the score counts."""
 
     similarity: float = 0.65
-    neighbor: float = 0.25
+    neighbour: float = 0.25
     crop: float = 0.10
     centre: float = 0.0
     variance: float = 0.0
@@ -43,19 +43,19 @@ class Weights(OptionBlock):
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"weights.{name}={value}: give a number >= 0; neighbor.sign sets the sign")
+                raise UserError(f"weights.{name}={value}: give a number >= 0; neighbour.sign sets the sign")
 
 
 @dataclass(frozen=True, repr=False)
-class Neighbor(OptionBlock):
+class Neighbour(OptionBlock):
     """The neighbour term: which distance, and whether a large one lowers (-1) or raises (+1) a token's score."""
 
     metric: Metric = "feature_l2"
     sign: int = -1
 
     def __post_init__(self) -> None:
-        one_of("neighbor.metric", self.metric, Metric)
-        one_of("neighbor.sign", self.sign, Literal[-1, 1])
+        one_of("neighbour.metric", self.metric, Metric)
+        one_of("neighbour.sign", self.sign, Literal[-1, 1])
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,7 +213,7 @@ class ShirgOptions:
     geometry: Geometry = "lavida_tiles"
     views: Views = "tiles"
     weights: Weights = field(default_factory=Weights)
-    neighbor: Neighbor = field(default_factory=Neighbor)
+    neighbour: Neighbour = field(default_factory=Neighbour)
     variance_of: VarianceOf = "channels"
     edge_space: EdgeSpace = "features"
     norm: Norm = "zscore"
@@ -256,7 +256,7 @@ class ShirgOptions:
     def has_terms(self) -> bool:
         """Whether any term of the score has a weight."""
         weights = self.weights
-        used = (weights.similarity, weights.neighbor, weights.centre, weights.variance, weights.edge)
+        used = (weights.similarity, weights.neighbour, weights.centre, weights.variance, weights.edge)
         return any(used) or self.crop_term != "none"
 
 

@@ -244,20 +244,20 @@ class ScoreTerms:
             assert features.relevance_BN is not None
             relevance_BP = assigned.take(features.relevance_BN.float())
             score_BP = score_BP + weights.similarity * self._comparable(relevance_BP, assigned, layout)
-        if weights.neighbor:
-            term = partial(neighbour_term, metric=self.options.neighbor.metric)
+        if weights.neighbour:
+            term = partial(neighbour_term, metric=self.options.neighbour.metric)
             distance_BP = self._comparable(
                 _on_grids(term, features, states_BND, assigned, ranks_global), assigned, layout
             )
-            score_BP = score_BP + self.options.neighbor.sign * weights.neighbor * distance_BP
+            score_BP = score_BP + self.options.neighbour.sign * weights.neighbour * distance_BP
         return score_BP
 
     def _fits_kernel(self, states_BND: Tensor) -> bool:
         return (
             states_BND.is_cuda
             and usable(states_BND.device)
-            and self.options.weights.neighbor > 0
-            and self.options.neighbor.metric in ("feature_l2", "feature_cos")
+            and self.options.weights.neighbour > 0
+            and self.options.neighbour.metric in ("feature_l2", "feature_cos")
             and self.options.norm in ("zscore", "none")
             and self.options.norm_scope == "image"
         )
@@ -276,8 +276,8 @@ class ScoreTerms:
             layout.view_shape[1],
             max(layout.canvas[1], 1),
             weights.similarity,
-            self.options.neighbor.sign * weights.neighbor,
-            self.options.neighbor.metric == "feature_cos",
+            self.options.neighbour.sign * weights.neighbour,
+            self.options.neighbour.metric == "feature_cos",
             self.options.norm == "zscore",
             EPS,
             CLAMP,

@@ -25,7 +25,7 @@ from shirg.options import (
     Diversity,
     EdgeSpace,
     Merging,
-    Neighbor,
+    Neighbour,
     Newline,
     Norm,
     NormScope,
@@ -47,7 +47,7 @@ from shirg.validation import UserError, assert_finite, option_group
 class ShirgSelector(Selector):
     """The SHIRG family; the defaults are SHIRG-980 with its published formula on LaViDa's own tiles.
 
-    score = similarity z(relevance) + sign neighbor z(distance to the 8-neighbours) - crop c - centre z(distance from
+    score = similarity z(relevance) + sign neighbour z(distance to the 8-neighbours) - crop c - centre z(distance from
     the centre) + variance z(variance) + edge z(edges), each with its weight.
 
     The best K = budget - scaffold - summary tokens are kept, in reading order, after the scaffold tokens and before the
@@ -58,8 +58,8 @@ class ShirgSelector(Selector):
         geometry: how the picture is cut into views.
         views: "tiles": tokens of the global view are kept only where there are too few tile tokens; "all": they
             compete with the tiles.
-        weights: `similarity`, `neighbor`, `crop`, `centre`, `variance` and `edge`, each >= 0.
-        neighbor: `metric` and `sign`; -1 is the published sign, +1 prefers tokens unlike their surroundings.
+        weights: `similarity`, `neighbour`, `crop`, `centre`, `variance` and `edge`, each >= 0.
+        neighbour: `metric` and `sign`; -1 is the published sign, +1 prefers tokens unlike their surroundings.
         variance_of: over the token's "channels", or over its "neighbourhood".
         edge_space: edges of "features" between tokens, or of "pixels" inside a patch (needs the tap "pixels").
         norm: how the terms are made comparable; "none" is the formula as printed.
@@ -93,7 +93,7 @@ class ShirgSelector(Selector):
         geometry: Geometry = "lavida_tiles",
         views: Views = "tiles",
         weights: Mapping[str, float] | None = None,
-        neighbor: Mapping[str, Any] | None = None,
+        neighbour: Mapping[str, Any] | None = None,
         variance_of: VarianceOf = "channels",
         edge_space: EdgeSpace = "features",
         norm: Norm = "zscore",
@@ -119,7 +119,7 @@ class ShirgSelector(Selector):
             geometry=geometry,
             views=views,
             weights=option_group("weights", weights, Weights),
-            neighbor=option_group("neighbor", neighbor, Neighbor),
+            neighbour=option_group("neighbour", neighbour, Neighbour),
             variance_of=variance_of,
             edge_space=edge_space,
             norm=norm,

@@ -30,8 +30,8 @@ SHIRG_FLIPS: dict[str, Any] = {
     "budget": "matched",
     "geometry": "fovea",
     "views": "all",
-    "weights": {"weights": {"similarity": 0.1, "neighbor": 0.3, "crop": 0.1}},
-    "neighbor": {"neighbor": {"sign": 1}, "weights": {"neighbor": 0.4}},
+    "weights": {"weights": {"similarity": 0.1, "neighbour": 0.3, "crop": 0.1}},
+    "neighbour": {"neighbour": {"sign": 1}, "weights": {"neighbour": 0.4}},
     "variance_of": {"variance_of": "neighbourhood", "weights": {"variance": 0.5}},
     "edge_space": {"edge_space": "pixels", "weights": {"edge": 0.5}},
     "norm": "rank",
@@ -85,7 +85,7 @@ def preset(name: str, refused: frozenset[str], budget: int = 60, **flips: Any) -
 
 FAMILY = {
     "shirg": Case(ShirgSelector, {"budget": 60, "scaffold": {"size": 3}}, flips=SHIRG_FLIPS, refused=NO_CELL_IS_SHARED),
-    "shirg_div": preset("shirg_div", NO_CELL_IS_SHARED, neighbor={"neighbor": {"sign": -1}}, coverage=5),
+    "shirg_div": preset("shirg_div", NO_CELL_IS_SHARED, neighbour={"neighbour": {"sign": -1}}, coverage=5),
     "shirg_672": preset("shirg_672", ONE_VIEW),
     "shirg_v2": preset(
         "shirg_v2",
@@ -142,7 +142,7 @@ OTHERS = {
             "geometry": {"geometry": "fovea", "crop_term": "none"},
             "views": "tiles",
             "weights": {"weights": {**EVERY_TERM, "centre": 0.9}},
-            "neighbor": {"neighbor": {"sign": 1}},
+            "neighbour": {"neighbour": {"sign": 1}},
             "variance_of": "neighbourhood",
             "edge_space": "features",
             "crop_term": "none",

@@ -31,7 +31,7 @@ def summarise(rows: SampleColumns, metrics: Sequence[str], corpora: Mapping[str,
     """
     tops = {name: facts.get("top", 1.0) for name, facts in corpora.items()}
     headline, pictures_N = metrics[0], rows.pictures()
-    subsets, subtasks = partitions(rows)
+    groups, subsets, subtasks = partitions(rows)
     quality, recall = _Means(rows, f"score_{headline}", pictures_N), _Means(rows, RECALL, pictures_N)
     in_cache, final = rows.known("n_cache"), rows.known("has_final")
     return {
@@ -40,6 +40,7 @@ def summarise(rows: SampleColumns, metrics: Sequence[str], corpora: Mapping[str,
             "metrics": {
                 name: _Means(rows, f"score_{name}", pictures_N, tops.get(name, 1.0)).over() for name in metrics
             },
+            "groups": {key: quality.over(part_M) for key, part_M in groups.items()},
             "subsets": {key: quality.over(part_M) for key, part_M in subsets.items()},
             "subtasks": {key: quality.over(part_M) for key, part_M in subtasks.items()},
             "corpora": {name: facts for name, facts in corpora.items() if facts},
@@ -106,15 +107,19 @@ def position_gini(maps: Iterable[pa.ChunkedArray]) -> float | None:
     return gini(np.atleast_1d(total)[there] / np.atleast_1d(count)[there]) if there.any() else None
 
 
-def partitions(rows: SampleColumns) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The numbers of the rows of each subset (group and density) and of each subtask; those with an empty name are left
-    out. Parts and rows are in the order in which the data brings groups and densities.
+def partitions(rows: SampleColumns) -> tuple[dict[str, np.ndarray], ...]:
+    """The numbers of the rows of each group, of each subset (group and density) and of each subtask; those with an
+    empty name are left out. Parts and rows are in the order in which the data brings groups and densities.
     """
     (group_N, groups), (density_N, densities) = rows.coded("group"), rows.coded("density")
     subtask_N, subtasks = rows.coded("subtask")
     order_N = np.lexsort((density_N, group_N))
     names = [subset_name(group, density) for group in groups for density in densities]
-    return _parts(group_N * len(densities) + density_N, names, order_N), _parts(subtask_N, subtasks, order_N)
+    return (
+        _parts(group_N, groups, order_N),
+        _parts(group_N * len(densities) + density_N, names, order_N),
+        _parts(subtask_N, subtasks, order_N),
+    )
 
 
 def _parts(code_N: np.ndarray, names: Sequence[str], order_N: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import Literal
 from experiments.analysis.overlap import PREFIX
 from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import stars
+from experiments.analysis.system_names import labels, shared_changes
 from experiments.analysis.systems import POSITION
 from experiments.metrics import CLEAN
 
@@ -32,13 +33,15 @@ class Cell:
     signed: bool = False
     """Whether the interval's numbers have a sign, as those of a difference."""
     spread: str = ""
-    """The standard deviation of the seeds' means."""
+    """The standard deviation of the seeds' means, or the quartiles of a time."""
     tail: str = ""
     """What follows the interval: a star for significance, or the best possible score."""
     hint: str = ""
     """A remark that the page shows at the pointer."""
     suspicious: bool = False
     """Whether it is shown with a flag, and then not among the best."""
+    quartiles: tuple[float, float] | None = None
+    """Between which half of the measurements lie, of which the value is the median."""
 
     @property
     def interval(self) -> tuple[str, str] | None:
@@ -72,6 +75,8 @@ class Column:
     """Whether the page shows it on request only and a paper's table leaves it out: the figures have it too."""
     page_only: bool = False
     """Whether the terminal and table.md leave it out, too; then it is also `secondary`."""
+    measured: bool = False
+    """Whether its values are times, which differ from run to run."""
 
     @property
     def texts(self) -> list[str]:
@@ -89,6 +94,9 @@ class Column:
     def best(self, among: Sequence[bool]) -> set[int]:
         """Numbers of the rows with the best value; nothing is best among fewer than two.
 
+        Of times, only one whose upper quartile is below the lower quartile of all others: a smaller difference is no
+        more than the spread.
+
         Args:
             among: for each row, whether it takes part.
         """
@@ -97,7 +105,16 @@ class Column:
             for i, cell in enumerate(self.cells)
             if self.better is not None and among[i] and cell.value is not None and not cell.suspicious
         }
-        return {i for i, value in values.items() if value == max(values.values())} if len(values) > 1 else set()
+        if len(values) < 2:
+            return set()
+        best = {i for i, value in values.items() if value == max(values.values())}
+        return best if not self.measured else {i for i in best if self._is_apart(i, values)}
+
+    def _is_apart(self, i: int, others: Iterable[int]) -> bool:
+        """Whether the quartiles of a time are known and below those of the other rows."""
+        edges = {j: self.cells[j].quartiles for j in others}
+        mine = edges.pop(i)
+        return mine is not None and all(edge is not None and mine[1] < edge[0] for edge in edges.values())
 
 
 def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Column]:
@@ -108,15 +125,17 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
     Args:
         among: the rows of the legend, where `rows` are a part of them.
     """
-    common = shared(rows if among is None else among)
+    everything = rows if among is None else among
+    common = shared(everything)
     in_legend = set(common["changes"].split())
+    names = dict(zip((row["job"] for row in everything), labels(everything, with_data=False), strict=True))
     changes = [" ".join(word for word in row["changes"].split() if word not in in_legend) for row in rows]
     notes = ["; ".join(filter(None, (row["reason"], row["note"]))) for row in rows]
     shown = [
-        Column("selector", "text", [Cell(str(row["selector"])) for row in rows]),
+        Column("system", "text", [Cell(names[row["job"]]) for row in rows]),
         Column("data", "text", [Cell(_data(row)) for row in rows]),
-        Column("budget", "count", [Cell(str(row["budget"])) for row in rows]),
-        Column("changes", "text", [Cell(text) for text in changes]),
+        Column("budget", "count", [Cell(str(row["budget"])) for row in rows], secondary=True),
+        Column("changes", "text", [Cell(text) for text in changes], secondary=True),
         Column("n", "count", [n_cell(row) for row in rows]),
         Column("seeds", "count", [seeds_cell(row) for row in rows]),
         *(Column(title, "score", [score_cell(r, key) for r in part], "higher") for title, key, part in qualities(rows)),
@@ -124,7 +143,7 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
         *(Column(name, "difference", [delta_cell(r, name) for r in rows], "higher") for name in differences(rows)),
         Column("recall", "score", [percent_cell(row.get("recall mean")) for row in rows], "higher"),
     ]
-    shown += kept_columns(rows, rows if among is None else among)
+    shown += kept_columns(rows, everything)
     for name in ("visual tokens", "cache tokens", "prefix tokens"):
         cells = [tokens_cell(row, name) for row in rows]
         shown.append(Column(name, "cost", cells, secondary=name == "prefix tokens"))
@@ -136,7 +155,7 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
         shown.append(Column("same top-1", "count", [percent_cell(row.get("same top1")) for row in rows]))
     for stage in _STAGES:
         cells = [cost_cell(row, f"{stage} ms", fine=True) for row in rows]
-        shown.append(Column(f"{stage} ms", "cost", cells, "lower", secondary=stage != "total"))
+        shown.append(Column(f"{stage} ms", "cost", cells, "lower", secondary=stage != "total", measured=True))
     shown += [
         Column("peak MiB", "cost", [cost_cell(row, "peak memory MiB") for row in rows], "lower"),
         Column("trained parameters", "count", [count_cell(row.get("trainable parameters") or None) for row in rows]),
@@ -265,13 +284,19 @@ def drift_cell(value: float | None) -> Cell:
 
 
 def cost_cell(row: Row, name: str, *, fine: bool = False) -> Cell:
-    """A time or a memory; with `fine`, small values have decimals. A suspicious one has a mark, and its reason."""
+    """A memory, or a time with its quartiles; with `fine`, small values have decimals. A suspicious one has a mark, and
+    its reason.
+    """
     value = row.get(name)
     if value is None:
         return Cell()
     places = 2 if fine and value < 10 else 1 if fine and value < 100 else 0
-    why = flags(row).get(name, "")
-    return Cell(f"{value:.{places}f}{mark_of(row, name)}", value, hint=why, suspicious=bool(why))
+    why, shown = flags(row).get(name, ""), f"{value:.{places}f}{mark_of(row, name)}"
+    if (low := row.get(f"{name} q1")) is None:
+        return Cell(shown, value, hint=why, suspicious=bool(why))
+    high = row[f"{name} q3"]
+    spread = f"({low:.{places}f}-{high:.{places}f})"
+    return Cell(shown, value, spread=spread, hint=why, quartiles=(low, high), suspicious=bool(why))
 
 
 def mark_of(row: Row, name: str) -> str:
@@ -291,8 +316,7 @@ def count_cell(value: float | None) -> Cell:
 
 def shared(rows: Sequence[Row]) -> dict[str, str]:
     """What all rows have in common of their data, overrides and notes; "" where that is nothing."""
-    words = [row["changes"].split() for row in rows]
-    found = {"changes": " ".join(word for word in words[0] if all(word in other for other in words)) if words else ""}
+    found = {"changes": " ".join(shared_changes(rows))}
     for title, values in (("data", {_data(row) for row in rows}), ("note", {row["note"] for row in rows})):
         found[title] = (values.pop() or "") if len(values) == 1 else ""
     return found
@@ -344,34 +368,3 @@ def differences(rows: Sequence[Row]) -> list[str]:
     found = names_in_keys(rows, "delta ", " mean")
     by_group = [name for name in found if not name.startswith("vs ")]
     return by_group or found
-
-
-def labels(rows: Sequence[Row]) -> list[str]:
-    """A short name for each row that tells it from the others."""
-    budgets: dict[str, set[str]] = {}
-    for row in rows:
-        budgets.setdefault(row["selector"], set()).add(row["budget"])
-    in_legend = set(shared(rows)["changes"].split())
-    many_sets = len({row["dataset"] for row in rows}) > 1
-    return [
-        " ".join(
-            filter(
-                None,
-                (
-                    row["selector"],
-                    row["budget"] if len(budgets[row["selector"]]) > 1 else "",
-                    *(short(change) for change in row["changes"].split() if change not in in_legend),
-                    row["dataset"] if many_sets else "",
-                ),
-            )
-        )
-        for row in rows
-    ]
-
-
-def short(change: str) -> str:
-    """A short form of an override: `adapted` for adapter=own, the last folder of a path, an ablation's name alone."""
-    key, _, value = change.partition("=")
-    if key == "adapter":
-        return "adapted" if value == "own" else f"adapter {value.rsplit('/', 1)[-1]}"
-    return value if key in ("experiment", "ablation") else change

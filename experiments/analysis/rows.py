@@ -78,7 +78,7 @@ def flatten(result: Mapping[str, Any]) -> Row:
         "metric": quality.get("metric"),
         "metrics": " ".join(quality.get("metrics", {})),
     }
-    for kind, section in (("", "metrics"), ("subset ", "subsets"), ("subtask ", "subtasks")):
+    for kind, section in (("", "metrics"), ("group ", "groups"), ("subset ", "subsets"), ("subtask ", "subtasks")):
         for name, value in quality.get(section, {}).items():
             for key in ("mean", "low", "high", "n") if value else ():
                 row[f"{kind}{name} {key}"] = value[key]
@@ -97,12 +97,21 @@ def flatten(result: Mapping[str, Any]) -> Row:
     decoding = result.get("decoding", {})
     row |= {f"steps {key}": value for key, value in decoding.get("steps", {}).items()}
     row |= {key.replace("_", " "): decoding.get(key) for key in ("cache_bytes", "drift", "same_top1")}
-    row |= {f"{stage} ms": ms for stage, ms in times.get("ms_per_sample", {}).items()}
+    row |= _times(times)
     row["flags"] = _flags_text([result])
     row["peak memory MiB"] = times.get("peak_memory_mib")
     row["weights MiB"] = _weights_mib(result)
+    row["lora rank"] = result.get("model", {}).get("lora_rank")
     row["trainable parameters"] = result.get("model", {}).get("trainable_parameters")
     return row | {f"env {key}": value for key, value in result.get("environment", {}).items()}
+
+
+def _times(times: Mapping[str, Any]) -> Row:
+    """Milliseconds of each stage; older results have no quartiles."""
+    row = {f"{stage} ms": ms for stage, ms in times.get("ms_per_sample", {}).items()}
+    for stage, (low, high) in times.get("ms_quartiles", {}).items():
+        row |= {f"{stage} ms q1": low, f"{stage} ms q3": high}
+    return row | {"waited": times.get("waited")}
 
 
 def _kept(result: Mapping[str, Any]) -> Row:

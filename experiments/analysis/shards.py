@@ -118,6 +118,7 @@ def _merge_times(times: Sequence[Mapping[str, Any]], stamps: Sequence[str]) -> d
         "shards_finished": list(stamps),
         "wall_s": sum(part["wall_s"] for part in times),
         "ms_per_sample": {s: statistics.median(part["ms_per_sample"].get(s, 0.0) for part in times) for s in stages},
+        "waited": max((share for part in times if (share := part.get("waited")) is not None), default=None),
         "batches_timed": sum(part["batches_timed"] for part in times),
         "peak_memory_mib": max((peak for part in times if (peak := part["peak_memory_mib"]) is not None), default=None),
     }

@@ -199,6 +199,9 @@ def _seed_columns(system: RunGroup) -> dict[str, Any]:
     for metric in quality["metrics"]:
         row |= _spread_columns(metric, spread_over_seeds(system.scores(metric)))
     headline = system.scores(quality["metric"])
+    for name in quality.get("groups", ()):  # absent in older records
+        part = [{i: score for i, score in table.items() if score.group == name} for table in headline]
+        row |= _spread_columns(f"group {name}", spread_over_seeds(part))
     for name in quality["subsets"]:
         row |= _spread_columns(f"subset {name}", spread_over_seeds(_part(headline, name)))
     if quality["recall"]:
@@ -217,6 +220,12 @@ def _seed_columns(system: RunGroup) -> dict[str, Any]:
             row |= {f"{name} tokens {key.__name__}": key(s[key.__name__] for s in spreads) for key in (min, max)}
     for stage in system.result["times"]["ms_per_sample"]:
         row[f"{stage} ms"] = median(result["times"]["ms_per_sample"][stage] for result in system.results)
+    quartiles = [result["times"].get("ms_quartiles", {}) for result in system.results]
+    for stage in set.intersection(*map(set, quartiles)):
+        low, high = (median(known[stage][edge] for known in quartiles) for edge in (0, 1))
+        row |= {f"{stage} ms q1": low, f"{stage} ms q3": high}
+    waited = [share for result in system.results if (share := result["times"].get("waited")) is not None]
+    row["waited"] = max(waited, default=None)
     peaks = [result["times"]["peak_memory_mib"] for result in system.results]
     row["peak memory MiB"] = None if None in peaks else max(peaks)
     return row

@@ -1,6 +1,6 @@
-"""The table of a study: one DataFrame, read once from every result.json, and the files and the print made of it.
+"""The table of a study: one DataFrame, read once from every result.json, and the files made of it.
 
-table.csv and table.parquet hold the DataFrame as it is, table.md and the terminal the columns that people compare.
+table.csv and table.parquet hold the DataFrame as it is, table.md the columns that people compare.
 """
 
 import io
@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from experiments.analysis import memo
 from experiments.analysis.columns import SUSPICIOUS, columns, differences, names_in_keys, shared
@@ -22,10 +18,12 @@ from experiments.analysis.paired import BASELINE, compare_all
 from experiments.analysis.rows import Row, group_row, name_seeds, unequal
 from experiments.analysis.shards import merge_shards
 from experiments.analysis.study import read_study
+from experiments.analysis.system_names import labels
 from experiments.analysis.systems import Result, RunGroup, group_runs
 from experiments.analysis.turns import study_lock
 from experiments.atomic_files import clear_temporaries, write_atomic
 from experiments.errors import visible
+from experiments.measured_times import is_busy
 from experiments.profiling import LIMITS
 
 NAME = "table"
@@ -202,42 +200,27 @@ def _cell(text: str) -> str:
     return visible(text).translate(_MARKDOWN)
 
 
-def print_table(frame: pd.DataFrame, study: Path) -> None:
-    """The table on the terminal, and where its files are."""
-    rows = records(frame)
-    if not rows:
-        return
-    for title, part in parts(rows):
-        if title:
-            print(title)
-        _print(part, rows)
-    print(legend(rows))
-    shown_as = study.relative_to(Path.cwd()) if study.is_relative_to(Path.cwd()) else study
-    print(f"table: {shown_as / NAME}.md   report: {shown_as / 'report.html'}")
+def legend(rows: Sequence[Row], *, compact: bool = False) -> str:
+    """What all rows share, and what the cells mean.
 
-
-def _print(rows: Sequence[Row], among: Sequence[Row]) -> None:
-    shown = [column for column in columns(rows, among) if not column.page_only]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in shown:
-        table.add_column(escape(visible(column.title)), justify="right" if column.numeric else "left", overflow="fold")
-    for i in range(len(rows)):
-        table.add_row(*(escape(visible(column.texts[i])) for column in shown))
-    console = Console()
-    wide = Console(width=max(console.width, 40 + sum(max(map(len, [c.title, *c.texts])) + 2 for c in shown)))
-    (console if console.is_terminal else wide).print(table)
-
-
-def legend(rows: Sequence[Row]) -> str:
-    """What all rows share, and what the cells mean."""
+    Args:
+        compact: for a table whose intervals are half widths.
+    """
     metrics = ", ".join(dict.fromkeys(row["metric"] for row in rows if row["metric"])) or "scores"
     among_all = shared(rows)
-    common = "; ".join(among_all[title] for title in ("data", "changes", "note") if among_all[title])
+    common = [among_all[title] for title in ("data", "changes", "note") if among_all[title]]
+    if compact and len(sizes := {row["n"] for row in rows if row["n"]}) == 1:
+        common.insert(1, f"n = {sizes.pop()}")
+    if compact:
+        scores = f"Scores ({metrics}) in % ± half of their 95 % interval"
+        spread = "quartiles, or ± half of their distance"
+    else:
+        scores = f"Scores ({metrics}) and recall in % [95 % interval; pictures are resampled where questions share one]"
+        spread = "quartiles over batches"
     sentences = [
-        f"All rows: {common}." if common else "",
-        f"Scores and recall in % [95 % interval; pictures are resampled where questions share one]; groups and "
-        f"differences: {metrics}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample, of jobs "
-        "that ran one after the other (python -m experiments.bench end2end lets systems take turns).",
+        f"All rows: {'; '.join(common)}." if common else "",
+        f"{scores}; vs {BASELINE}: paired on the same samples, in points; ms: median per sample ({spread}), warm-up "
+        "left out, of jobs that ran one after the other (python -m experiments.bench end2end lets systems take turns).",
         f"{SUSPICIOUS}: faster or smaller than the device allows, see flags."
         if any(row["flags"] for row in rows)
         else "",
@@ -254,6 +237,7 @@ def legend(rows: Sequence[Row]) -> str:
         if any(unequal(row) for row in rows)
         else "",
         _corpus_note(rows),
+        _busy(rows),
     ]
     return " ".join(filter(None, sentences))
 
@@ -272,6 +256,15 @@ def _corpus_note(rows: Sequence[Row]) -> str:
     if not named:
         return ""
     return f"{', '.join(named)}: times 100, as captioning papers print it, of a perfect predictor's."
+
+
+def _busy(rows: Sequence[Row]) -> str:
+    """Which times say something about other processes, too."""
+    busy = [name for row, name in zip(rows, labels(rows), strict=True) if is_busy(row.get("waited"))]
+    if not busy:
+        return ""
+    which = "all rows" if len(busy) == len(rows) else ", ".join(busy)
+    return f"The machine was busy while these were timed: {which}; their ms are too long."
 
 
 def _tests(rows: Sequence[Row]) -> str:

@@ -1,5 +1,6 @@
 """What the benches share: results and their tables, models, inputs, and the distance to the device's limits."""
 
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,11 @@ Columns = Mapping[str, tuple[str, Format]]
 
 BOX = (0.30, 0.40, 0.55, 0.45)
 """A box of evidence for the oracle: a line of print, as fractions of the picture."""
+
+
+def say(what: str) -> None:
+    """What is measured now, on standard error: the table comes at the end."""
+    print(f"measuring  {what}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ def time_in_turns(
     """`time_call` of several calls that take turns, so that a change of the clock and other processes hit all alike."""
     runs: dict[Name, list[tuple[float, float]]] = {name: [] for name in calls}
     for number in range(-warm_up, repeats):
+        say(f"round {warm_up + number + 1} of {warm_up + repeats}: {len(calls)} calls in turn")
         for name, call in calls.items():
             run = time_once(call)
             runs[name] += [run] if number >= 0 else []

@@ -11,6 +11,7 @@ from experiments.bench.common import (
     Floors,
     load_model,
     noise_picture,
+    say,
     sizes_of,
     table_of,
     time_in_turns,
@@ -45,6 +46,7 @@ def measure(name: str, model: "Lavida", batch: list[int], repeats: int) -> Bench
     floors = Floors(model.device, model.dtype)
     rows = []
     for n in batch:
+        say(f"batch {n}")
         pixels = torch.cat([views.pixels_V3SS] * n).to(model.device, model.dtype)
         last = pixels.contiguous(memory_format=torch.channels_last)
         cutting = time_call(lambda: cut(picture, model.config, "lavida_tiles"), cpu, repeats=repeats)

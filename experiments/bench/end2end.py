@@ -11,12 +11,13 @@ import torch
 from omegaconf import DictConfig
 
 from experiments import build
-from experiments.bench.common import BenchResult, Columns, table_of
+from experiments.bench.common import BenchResult, Columns, say, table_of
 from experiments.data.sample import Sample
 from experiments.inference import EvalPipeline
 from experiments.jobs.sample_rows import SampleRow
+from experiments.measured_times import summarise_stages
 from experiments.metrics.answers import text_metrics
-from experiments.profiling import peak_memory_mib, reset_peak_memory, summarise_stages
+from experiments.profiling import peak_memory_mib, reset_peak_memory
 
 STAGES = ("views", "tower", "relevance", "select", "project", "prefill", "denoise")
 COLUMNS: Columns = {
@@ -50,6 +51,7 @@ def run(
     passes: dict[tuple[str, int], list[_Pass]] = {(name, size): [] for name in systems for size in batch}
     for _ in range(repeats):
         for size in batch:
+            say(f"batch {size}")
             for name, found in _turn(systems, size).items():
                 passes[name, size].append(found)
     first = next(iter(systems))

@@ -16,6 +16,7 @@ from experiments.bench.common import (
     load_model,
     only_one,
     prompt_embeds,
+    say,
     sizes_of,
     square_features,
     table_of,
@@ -65,6 +66,7 @@ def measure(
     floors, cost = Floors(model.device, model.dtype), cost_of(model.config.lm, model.dtype)
     rows: list[dict[str, Any]] = []
     for n in tokens:
+        say(f"{n} vision tokens")
         reset_peak_memory(model.device)
         times = {
             "select": time_select(model, selector, n, batch, repeats),

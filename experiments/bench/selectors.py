@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 
 from experiments import build
 from experiments.bench import reference
-from experiments.bench.common import BenchResult, Columns, Encoded, encode_noise, random_tower, table_of, time_in_turns
+from experiments.bench.common import (
+    BenchResult,
+    Columns,
+    Encoded,
+    encode_noise,
+    random_tower,
+    say,
+    table_of,
+    time_in_turns,
+)
 from experiments.profiling import Timing, time_call
 from experiments.schema import CONF
 from lavida_adapter import LavidaConfig
@@ -74,6 +83,7 @@ def measure(
     tower_ms: dict[Geometry, Timing] = {}
     for geometry in dict.fromkeys([OWN, *(selector.geometry for selector in selectors.values())]):
         needs = frozenset().union(*(s.needs for s in selectors.values() if s.geometry == geometry))
+        say(f"tower, {geometry}")
         # Recording is the warm-up: it runs the same layers.
         encoded[geometry] = encode_noise(config, tower, geometry, needs)
         tower_ms[geometry] = time_call(encoded[geometry].encode, device, repeats=few, warm_up=0)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from experiments import build
-from experiments.bench.common import BenchResult, Columns, table_of
+from experiments.bench.common import BenchResult, Columns, say, table_of
 from experiments.data.train_data import TrainData
 from experiments.jobs.distributed import Ranks
 from experiments.training.stages import build_stage
@@ -66,6 +66,7 @@ class Phases(Callback):
 def run(*, device: torch.device, model: str, batch: Sequence[int], workers: int, repeats: int) -> BenchResult:
     rows = []
     for size in batch:
+        say(f"batch {size}")
         steps, tokens = time_training(model, device, size, workers, repeats)
         rows.append(summarise(size, steps, tokens))
     title = f"{model}, {workers} workers, {torch.get_num_threads()} threads"

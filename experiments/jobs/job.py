@@ -1,7 +1,8 @@
 """A job: one folder, one lock, one result.json whose status is running, then ok, failed or oom.
 
-With resume=true a finished job is skipped and a stopped one goes on where it stopped; without it, both are refused.
-A config that has changed is refused, because the folder holds the work of another experiment.
+A finished job is skipped. A stopped one goes on where it stopped with resume=true, and is refused without it. A config
+that has changed is refused, because the folder holds the work of another experiment. What is refused before it answers
+or trains leaves no record: it is no result.
 """
 
 import os
@@ -37,7 +38,7 @@ ERROR = "error.txt"
 _OWNED = (results.RESULT, results.SAMPLES, JOURNAL, OLD_JOURNAL, ERROR, results.SHOTS, TRACE, MEMORY)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """The run that a command works for."""
 
@@ -45,6 +46,12 @@ class Job:
     identity: results.Identity
     ranks: Ranks
     """The processes that work together; only the main one writes into the folder."""
+    begun: bool = False
+    """Whether the job answers or trains: from then on its end is recorded, however it ends."""
+
+    def begin(self) -> None:
+        """Called when everything that a user can do wrong on the command line has been checked."""
+        self.begun = True
 
     def journal(self) -> AnswerJournal:
         return AnswerJournal(self.folder)
@@ -106,9 +113,8 @@ def _claim(cfg: DictConfig, folder: Path) -> results.Identity | None:
 
 
 def _skip(folder: Path, on_end: OnEnd | None, remark: str) -> JobOutcome:
-    outcome = _print(
-        JobOutcome(folder, True, "; ".join(filter(None, (f"skip  {folder.name}: finished already", remark))))
-    )
+    line = "; ".join(filter(None, (f"skip  {folder.name}: finished already", remark)))
+    outcome = _print(JobOutcome(folder, True, line, skipped=True))
     if on_end is not None:
         on_end(folder.parent)
     return outcome
@@ -117,6 +123,7 @@ def _skip(folder: Path, on_end: OnEnd | None, remark: str) -> JobOutcome:
 def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> JobOutcome:
     folder, identity = job.folder, job.identity
     began = time.perf_counter()
+    before = (folder / results.RESULT).read_bytes() if (folder / results.RESULT).exists() else None
     times: dict[str, Any] = {"started": results.now()}
     results.write_result(folder, identity, "running", {"times": times})
     status: results.Status = "ok"
@@ -126,6 +133,9 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> J
         sections = work(cfg, job)
     except Exception as error:
         status, reason, trace = _reason(error, folder)
+        if not job.begun and sentence_of(error, RESUME, folder) is not None:
+            _withdraw(folder, before)
+            return _failed(folder, reason)
     if status == "oom":
         profiling.release()  # the exception, and with it the frames that held the memory, is gone here
     seconds = time.perf_counter() - began
@@ -147,6 +157,17 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> J
         # What stopped the job, a full disk for example, also prevents its record from being written.
         reason = f"{reason}; the job's record could not be written either ({error.strerror or error})"
     return outcome or _failed(folder, reason or status)
+
+
+def _withdraw(folder: Path, before: bytes | None) -> None:
+    """Leaves the folder as it was before the job, of which `before` was the record; a new one is removed."""
+    if before is not None:
+        write_atomic(folder / results.RESULT, before)
+        return
+    remove_path(folder / results.RESULT)
+    if {path.name for path in folder.iterdir()} <= {results.LOCK}:
+        remove_path(folder / results.LOCK)
+        folder.rmdir()
 
 
 def _reason(error: Exception, folder: Path) -> tuple[results.Status, str, str | None]:
@@ -219,10 +240,13 @@ def _admit(cfg: DictConfig, folder: Path, identity: results.Identity) -> bool:
             f"{_short(folder)} was run with another config (different now: {shown}); overwrite=true starts again, "
             "another study= keeps both"
         )
+    if before["status"] == "ok":
+        return False
     if not cfg.resume:
-        state = "is finished" if before["status"] == "ok" else "was stopped in the middle"
-        raise Refused(f"{_short(folder)} {state}: resume=true keeps what it has, overwrite=true starts again")
-    return before["status"] != "ok"
+        raise Refused(
+            f"{_short(folder)} was stopped in the middle: resume=true keeps what it has, overwrite=true starts again"
+        )
+    return True
 
 
 def _print(outcome: JobOutcome) -> JobOutcome:

@@ -99,6 +99,8 @@ class JobOutcome:
     ok: bool
     line: str
     """The line that the job printed last."""
+    skipped: bool = False
+    """Whether it was finished before."""
 
     def __float__(self) -> float:
         """The mean of the job's first metric, which a sweeper that searches, such as optuna, asks each job for.
@@ -120,11 +122,14 @@ class Session:
     """The jobs of one command: those that ran in its own process and those that a launcher started."""
 
     outcomes: dict[Path, bool] = field(default_factory=dict)
+    skipped: int = 0
+    """Jobs that were finished before."""
     died: int = 0
     """Jobs whose process ended without a result."""
 
     def add(self, outcome: JobOutcome) -> None:
         self.outcomes[outcome.folder] = outcome.ok
+        self.skipped += outcome.skipped
 
 
 _session: ContextVar[Session | None] = ContextVar("session", default=None)

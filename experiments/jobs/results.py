@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.atomic_files import read_json, write_json
-from experiments.errors import ConfigError
+from experiments.errors import ConfigError, instead
 from experiments.plugins import check_finite
 from experiments.schema import CONF, Decode, local_folder
 
@@ -170,8 +170,8 @@ def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -
     there = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder is not None else []
     if name not in there:
         raise ConfigError(
-            f"adapter={adapter:.200}: there is no adapter {name:.200} in {path} ({', '.join(there) or 'it has none'}); "
-            f"train one: python train.py selector={selector} weights={path}/{name}"
+            f"adapter={adapter:.200}: there is no adapter {name:.200} in {path} ({', '.join(there) or 'it has none'})"
+            + instead(name, there, f"train one: python train.py selector={selector} weights={path}/{name}")
         )
     return f"{path}/{name}"
 
@@ -218,12 +218,20 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
-    """The record with the defaults of decoding options that did not exist when it was written."""
-    decode = result.get("config", {}).get("decode")
-    if decode is None or not (later := {key: value for key, value in _decode_defaults().items() if key not in decode}):
+    """The record with the defaults of decoding options that did not exist when it was written, and today's spelling."""
+    config = result.get("config", {})
+    decode, selector = config.get("decode"), _respelled(config.get("selector", {}))
+    later = {} if decode is None else {key: value for key, value in _decode_defaults().items() if key not in decode}
+    if not later and selector == config.get("selector", {}):
         return result
-    config = {**result["config"], "decode": {**decode, **later}}
+    config = {**config, "selector": selector, **({"decode": {**decode, **later}} if later else {})}
     return {**result, "config": config, "config_hash": config_hash(config)}
+
+
+def _respelled(selector: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a selector with the spelling that all of them have now."""
+    plain = {("neighbour" if key == "neighbor" else key): value for key, value in selector.items()}
+    return {key: _respelled(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
 
 
 @cache

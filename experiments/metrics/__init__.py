@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from experiments.errors import instead
 from experiments.metrics.answer_metric import AnswerMetric, EvalMetric, TextMetric
 from experiments.metrics.cider_d import CiderD, cider_d
 from experiments.metrics.recall import EntityRecall, entity_recall
@@ -48,8 +49,8 @@ def metric(name: str, **options: Any) -> EvalMetric:
     """The metric of that name."""
     base = name.removesuffix(CLEAN)
     if base not in METRICS or (base != name and base == "entity_recall"):
-        known = ", ".join(METRICS)
-        raise UserError(f"metric {name!r} does not exist: choose from {known}, or one of them with the suffix {CLEAN}")
+        known = f"choose from {', '.join(METRICS)}, or one of them with the suffix {CLEAN}"
+        raise UserError(f"metric {name!r} does not exist{instead(base, METRICS, known)}")
     return METRICS[base](**options, **({"clean": True} if base != name else {}))
 
 

@@ -17,6 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         "studies", nargs="+", type=Path, metavar="STUDY", help="a study's folder, for example outputs/demo"
     )
     parser.add_argument("--lmms", action="store_true", help="write the jobs in the form of lmms-eval's results")
+    parser.add_argument("--wide", action="store_true", help="print every column, however wide the terminal is")
     parsed = parser.parse_args(arguments)
     for study in parsed.studies:
         if not study.is_dir():
@@ -24,14 +25,14 @@ def main(arguments: Sequence[str]) -> None:
         if not any(study.glob(f"*/{RESULT}")):
             fail(f"{study} holds no job with a {RESULT}: evaluate something first, {command_in(study.name)}")
         with one_sentence():
-            written = _export(study) if parsed.lmms else _publish(study)
+            written = _export(study) if parsed.lmms else _publish(study, parsed.wide)
         print("written:", *(str(path.relative_to(study)) for path in written))
 
 
-def _publish(study: Path) -> list[Path]:
+def _publish(study: Path, wide: bool) -> list[Path]:
     from experiments.report.publish import publish
 
-    return publish(study, files=True, show=True)
+    return publish(study, files=True, show=True, wide=wide)
 
 
 def _export(study: Path) -> list[Path]:

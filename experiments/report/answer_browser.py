@@ -9,9 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from experiments.analysis.columns import labels
 from experiments.analysis.paired import BASELINE
 from experiments.analysis.rows import Row, our_row
+from experiments.analysis.system_names import labels
 from experiments.jobs.results import SAMPLES
 from experiments.report.example_cards import ExampleCard, kind_of
 from experiments.viz.examples import printable

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.analysis.columns import labels
 from experiments.analysis.rows import Row, leading
+from experiments.analysis.system_names import labels
 from experiments.jobs.results import SHOTS
 from experiments.viz.examples import ExampleRecord, load_examples, printable
 

@@ -13,6 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
+from experiments.analysis.paired import BASELINE
+from experiments.analysis.rows import Row
+
 WIDTH = 5.5
 """Inches: the text width of a one-column paper. Type is 7 points and more at that width."""
 INK, SOFT, GRID, ACCENT, PALE, PAPER = "#1b1f24", "#626b76", "#dfe3e8", "#2456c9", "#a9b2bd", "#fefefe"
@@ -55,6 +58,9 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
+MARKERS = "os^DvPX<>*ph"
+MOST_PANELS = 6
+"""Panels of a figure that has one for each score."""
 RESOLUTION = 300
 LEGEND_LINE = 0.14
 """Inches of a line of a legend."""
@@ -143,3 +149,7 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlim(low, high)
+
+
+def colour(row: Row) -> str:
+    return ACCENT if row["selector"].startswith("shirg") else INK if row["selector"] == BASELINE else SOFT

@@ -1,7 +1,6 @@
 """The figures of a study: quality against cost and budget, differences, time, memory, overlap, tokens, training."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
-from experiments.analysis.columns import differences, doubts, headlines, labels, mark_of, short
+from experiments.analysis.columns import differences, doubts, headlines, mark_of
 from experiments.analysis.memo import Memo, stamp
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
 from experiments.analysis.rows import MOST_DRAWN, Row, leading, unequal
 from experiments.analysis.stats import ALPHA
+from experiments.analysis.system_names import labels, short
 from experiments.analysis.systems import Result
 from experiments.analysis.table import StudyTable, parts, records
 from experiments.jobs.results import SHOTS
@@ -24,22 +23,25 @@ from experiments.report.figure_style import (
     ACCENT,
     GRID,
     INK,
+    MARKERS,
+    MOST_PANELS,
     PALE,
     PAPER,
     SOFT,
     STYLE,
     ReportFigure,
+    colour,
     legend_columns,
     log_axis,
     panels,
     top_legend,
 )
 from experiments.report.overlap_matrix import overlap_matrix
+from experiments.report.pareto import pareto
 from experiments.training.callbacks import METRICS, read_points
 from experiments.viz.examples import load_examples, printable
 from experiments.viz.token_map import MAP, TokenMap, load_map, plane
 
-MOST_PANELS = 6
 MOST_MAPS = 4
 MOST_MAPPED = 4
 """Pictures of token maps."""
@@ -47,7 +49,6 @@ MAP_WIDTH = 1.35
 """Inches, of the panel of one token map."""
 TRAINED = "adapter=own"
 LINES = ("-", "--", ":", "-.")
-MARKERS = "os^DvPX<>*ph"
 STAGES = {
     "views": GRID,
     "tower": PALE,
@@ -87,87 +88,6 @@ def draw(table: StudyTable) -> list[ReportFigure]:
             training(table.results),
         ]
     return [drawn for drawn in found if drawn is not None]
-
-
-def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure | None:
-    """Quality against a cost: every system with its interval, and the line of those that no other beats on both."""
-    known = [row for row in rows if row.get(cost) is not None]
-    scores = headlines(known)[:MOST_PANELS]
-    if not scores or len(known) < 2:
-        return None
-    figure, axes = panels(len(scores), 2, 1.75, share_y=True)
-    entries = {label: row for _, _, part in scores for row, label in zip(part, labels(part), strict=True)}
-    marks = dict(zip(entries, styles(list(entries.values())), strict=True))
-    for panel, (title, key, part) in zip(axes, scores, strict=True):
-        placed = [
-            (row, marks[label])
-            for row, label in zip(part, labels(part), strict=True)
-            if row.get(f"{key} mean") is not None
-        ]
-        points = [(row[cost], 100 * row[f"{key} mean"]) for row, _ in placed]
-        panel.plot(*zip(*frontier(points), strict=True), color=PALE, linewidth=1, zorder=1, drawstyle="steps-post")
-        log_axis(panel, [x for x, _ in points])
-        for (row, mark), (_, y), x in zip(placed, points, side_by_side(panel, [x for x, _ in points]), strict=True):
-            low, high = (100 * row[f"{key} {edge}"] for edge in ("low", "high"))
-            panel.plot([x, x], [low, high], color=mark["color"], linewidth=0.8, alpha=0.5, zorder=2)
-            panel.plot([x], [y], linestyle="none", markersize=4.5, zorder=3, **mark)
-        panel.set_title(title, loc="left")
-    lows = (row.get(f"{key} low") for _, key, part in scores for row in part)
-    lowest = min(100 * low for low in lows if low is not None)
-    axes[0].set_ylim(max(-3.0, lowest - 5), 104)
-    figure.supxlabel(axis, fontsize=7.5)
-    figure.supylabel("score, %", fontsize=7.5)
-    handles = [Line2D([], [], linestyle="none", markersize=4.5, **mark) for mark in marks.values()]
-    top_legend(figure, handles, list(entries), columnspacing=1.2, handletextpad=0.2)
-    caption = (
-        f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both. "
-        f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
-        "Systems with the same cost are drawn side by side." + doubts(known, cost)
-    )
-    return ReportFigure(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
-
-
-def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each system's marker: colour by family, shape by number within it, hollow for another budget."""
-    seen: Counter[str] = Counter()
-    marks = []
-    for row in rows:
-        tone = colour(row)
-        marks.append(
-            {
-                "color": tone,
-                "marker": MARKERS[seen[tone] % len(MARKERS)],
-                "markerfacecolor": PAPER if unequal(row) else tone,
-                "label": None,
-            }
-        )
-        seen[tone] += 1
-    return marks
-
-
-def side_by_side(panel: Axes, values: Sequence[float]) -> list[float]:
-    """x positions; equal ones are moved apart by 1 to 2 % of the axis, together by at most 6 %."""
-    axis = panel.get_xaxis_transform()
-    positions = [float(axis.transform((value, 0))[0]) for value in values]
-    width = panel.bbox.width
-    groups: dict[int, list[int]] = {}
-    for i, position in enumerate(positions):
-        groups.setdefault(round(position / (0.005 * width)), []).append(i)
-    for members in groups.values():
-        step = min(0.022, 0.06 / max(1, len(members) - 1)) * width
-        for number, i in enumerate(members):
-            positions[i] += (number - (len(members) - 1) / 2) * step
-    inverse = axis.inverted()
-    return [float(inverse.transform((position, 0))[0]) for position in positions]
-
-
-def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that are better than every cheaper one, from cheap to expensive."""
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not best or y > best[-1][1]:
-            best.append((x, y))
-    return best
 
 
 def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
@@ -390,7 +310,3 @@ def training(results: Mapping[Path, Result]) -> ReportFigure | None:
     if len(trained) > MOST_DRAWN:
         caption += f" The first {MOST_DRAWN} of {len(trained)} trainings."
     return ReportFigure("training", "Training", caption, figure)
-
-
-def colour(row: Row) -> str:
-    return ACCENT if row["selector"].startswith("shirg") else INK if row["selector"] == BASELINE else SOFT

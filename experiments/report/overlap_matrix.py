@@ -10,9 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from experiments.analysis.columns import EMPTY, labels
+from experiments.analysis.columns import EMPTY
 from experiments.analysis.overlap import MOST_COMPARED, PREFIX
 from experiments.analysis.rows import Row
+from experiments.analysis.system_names import labels
 from experiments.report.figure_style import ACCENT, GRID, INK, PAPER, SOFT, STYLE, WIDTH, ReportFigure
 
 CELL = 0.3

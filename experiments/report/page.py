@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from experiments.analysis.columns import Cell, Column, columns, labels
+from experiments.analysis.columns import Cell, Column, columns
 from experiments.analysis.rows import MOST_DRAWN, Row, unequal
+from experiments.analysis.system_names import labels
 from experiments.analysis.systems import Result
 from experiments.analysis.table import StudyTable, comparable, legend, parts, records
 from experiments.atomic_files import write_atomic

@@ -10,7 +10,8 @@ import pandas as pd
 from experiments.analysis import memo
 from experiments.analysis.columns import EMPTY, Cell, columns
 from experiments.analysis.rows import Row
-from experiments.analysis.table import comparable, legend, parts, print_table, read_table, records, refresh
+from experiments.analysis.table import comparable, legend, parts, read_table, records, refresh
+from experiments.analysis.terminal_table import print_table
 from experiments.analysis.turns import if_due, in_turn
 from experiments.atomic_files import write_atomic, write_json
 from experiments.errors import ConfigError
@@ -35,14 +36,15 @@ _SPECIAL = str.maketrans(
 )
 
 
-def publish(study: Path, *, files: bool = False, show: bool = False) -> list[Path]:
+def publish(study: Path, *, files: bool = False, show: bool = False, wide: bool = False) -> list[Path]:
     """Reads the study once and rewrites its table files and its page.
 
     A process that is writing them already is waited for a few seconds; it then writes this study's state of now, too.
 
     Args:
         files: also writes figures, LaTeX, JSON and slides as files.
-        show: also prints the table.
+        show: also prints the table, as much of it as fits into the terminal.
+        wide: prints all of it.
 
     Returns:
         What was written besides the table files; nothing for a study without a job to show.
@@ -53,7 +55,7 @@ def publish(study: Path, *, files: bool = False, show: bool = False) -> list[Pat
         raise ConfigError(f"{study}: another process has been writing its table for {WAIT_S:.0f} s; try again later")
     frame, written = found or (read_table(study), [])
     if show:
-        print_table(frame, study)
+        print_table(frame, study, wide=wide)
     return written
 
 

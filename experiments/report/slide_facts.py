@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from experiments.analysis.columns import differences, labels
+from experiments.analysis.columns import differences
 from experiments.analysis.paired import BASELINE, other_name
 from experiments.analysis.rows import Row, our_row
 from experiments.analysis.stats import Estimate, estimate
+from experiments.analysis.system_names import labels
 from experiments.analysis.table import parts
 from experiments.jobs.results import SAMPLES, SHOTS, read_result
 from experiments.jobs.sample_rows import Score, read_scores

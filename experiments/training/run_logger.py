@@ -61,6 +61,7 @@ class RunLogger:
             return cls(None, job)
         if not _is(cfg, "WandbLogger"):
             return cls(build.build_logger(cfg), job)
+        os.environ.setdefault("WANDB_SILENT", "true")  # it prints 40 lines a job
         if not cfg.logger.get("offline"):
             import wandb
 
@@ -90,6 +91,13 @@ class RunLogger:
         identity = self.job.identity
         about = {"command": identity.command, "choices": identity.choices}
         self._send(lambda: self.logger.log_hyperparams(identity.config | about))
+        if self._in_wandb:
+            self._send(self._say_where)
+
+    def _say_where(self) -> None:
+        """The one line about wandb, which is told to be silent."""
+        run = self.logger.experiment
+        print(f"wandb {run.url or f'offline: wandb sync {Path(run.dir).parent}'}", flush=True)
 
     def replay_history(self, points: Sequence[Mapping[str, float]]) -> None:
         """Logs the points of a resumed training again, unless the run has them: an offline run starts empty."""

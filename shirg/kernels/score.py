@@ -22,13 +22,13 @@ def relevance_and_neighbours(
     global_cols: int,
     canvas_cols: int,
     similarity: float,
-    neighbor: float,
+    neighbour: float,
     squared: bool,
     zscore: bool,
     eps: float,
     clamp: float,
 ) -> Tensor:
-    """float32 [B, P]: similarity x relevance + neighbor x mean distance of unit tokens to their usable 8-neighbours.
+    """float32 [B, P]: similarity x relevance + neighbour x mean distance of unit tokens to their usable 8-neighbours.
 
     Args:
         token_BP: int64, the token of each cell: `n_global` cells of a grid `global_cols` wide, then a canvas, by rows.
@@ -36,7 +36,7 @@ def relevance_and_neighbours(
         relevance_BP: float32.
         canvas_cols: width of the canvas.
         similarity: weight of the relevance.
-        neighbor: weight of the distance, with its sign.
+        neighbour: weight of the distance, with its sign.
         squared: half the square of each distance, which is 1 - cosine, instead of the distance.
         zscore: both terms as z-scores over the usable cells of their grid, clamped to +-`clamp`.
         eps: added to a spread before it divides.
@@ -62,7 +62,7 @@ def relevance_and_neighbours(
             global_cols,
             canvas_cols,
             similarity,
-            neighbor,
+            neighbour,
             eps,
             clamp,
             SQUARED=squared,

@@ -54,7 +54,7 @@ def _score(
     first,
     end,
     similarity,
-    neighbor,
+    neighbour,
     eps,
     clamp,
     ZSCORE: tl.constexpr,
@@ -69,7 +69,7 @@ def _score(
     d = tl.load(distance + cell, mask=there, other=0.0, cache_modifier=".cg")
     if ZSCORE:
         r, d = _zscore(r, counts, eps, clamp), _zscore(d, counts, eps, clamp)
-    tl.store(score + cell, similarity * r + neighbor * d, mask=there)
+    tl.store(score + cell, similarity * r + neighbour * d, mask=there)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def score_kernel(
     global_cols,
     canvas_cols,
     similarity,
-    neighbor,
+    neighbour,
     eps,
     clamp,
     SQUARED: tl.constexpr,
@@ -114,6 +114,8 @@ def score_kernel(
     tl.debug_barrier()
     if tl.atomic_add(done + picture, 1, sem="acq_rel") == cells - 1:
         if n_global > 0:
-            _score(usable, relevance, distance, score, 0, n_global, similarity, neighbor, eps, clamp, ZSCORE, CELLS)
+            _score(usable, relevance, distance, score, 0, n_global, similarity, neighbour, eps, clamp, ZSCORE, CELLS)
         if cells > n_global:
-            _score(usable, relevance, distance, score, n_global, cells, similarity, neighbor, eps, clamp, ZSCORE, CELLS)
+            _score(
+                usable, relevance, distance, score, n_global, cells, similarity, neighbour, eps, clamp, ZSCORE, CELLS
+            )

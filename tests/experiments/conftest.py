@@ -239,5 +239,5 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def table_without_times(study: Path) -> list[dict[str, str]]:
     rows = list(csv.DictReader((study / "table.csv").read_text().splitlines()))
-    drop = re.compile(r".* ms|peak memory MiB|flags|env git.*")  # a flag is about a time
+    drop = re.compile(r".* ms( q[13])?|waited|peak memory MiB|flags|env git.*")  # a flag is about a time
     return [{k: v for k, v in row.items() if not drop.fullmatch(k)} for row in rows]

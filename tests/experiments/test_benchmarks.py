@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from experiments.analysis.table import collect, markdown, print_table, read_table
+from experiments.analysis.table import collect, markdown, read_table
+from experiments.analysis.terminal_table import print_table
 from experiments.data.synthetic.entitygrid.__main__ import main as export
 from tests.data import official
 from tests.experiments.conftest import result_of

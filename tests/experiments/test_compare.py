@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compare import main, paired_table
+from experiments.compare import compare, main, table_of
 from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]
@@ -19,14 +19,14 @@ def test_one_choice_over_several_seeds(eval_here: Eval, capsys: pytest.CaptureFi
             # Seed 2 gains a quarter more. Other answers in each seed: seeds that change nothing count once.
             more = 2 * (seed == 2 and selector == "shirg")
             plant(job, lambda i, right=right + more, seed=seed: (i + seed) % 8 < right)
-    pooled, shirg = paired_table(job.parent, "selector", "pooled").to_dict("records")
-    assert list(pooled.values())[:4] == ["pooled", "pooled", "48", "3"]
-    assert list(shirg.values())[:4] == ["shirg", "shirg", "48", "3"]
+    pooled, shirg = table_of(compare([job.parent], "selector", "pooled"), "selector").to_dict("records")
+    assert [pooled[key] for key in ("system", "selector", "n", "seeds")] == ["pooled", "pooled", "48", "3"]
+    assert [shirg[key] for key in ("system", "selector", "n", "seeds")] == ["shirg", "shirg", "48", "3"]
     assert pooled["fine, against pooled"] == "-" and shirg["fine, against pooled"].startswith("+33.3 [")
     assert float(pooled["fine"]) == pytest.approx(37.5, abs=0.1)
-    assert len(paired_table(job.parent, "adapter", "null")) == 2, "nothing to compare: each is alone in its block"
+    assert len(compare([job.parent], "adapter", "null")) == 2, "nothing to compare: each is alone in its block"
     capsys.readouterr()
-    main([str(job.parent), "selector=pooled"])
+    main([str(job.parent), "selector=pooled", "--wide"])
     head, align, *rows = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
     ]
@@ -37,6 +37,38 @@ def test_one_choice_over_several_seeds(eval_here: Eval, capsys: pytest.CaptureFi
 def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
     eval_here("selector=shirg", "data.n=24")
     job = eval_here("selector=shirg", "data.n=24", "ablation=relevance_none")
-    frame = paired_table(job.parent, "ablation", "none")
-    assert frame["system"].tolist() == ["shirg", "shirg relevance_none"]
-    assert frame["ablation"].tolist() == ["none", "relevance_none"]
+    found = compare([job.parent], "ablation", "none")
+    assert [(each.name, each.choice) for each in found] == [
+        ("shirg", "none"),
+        ("shirg relevance_none", "relevance_none"),
+    ]
+
+
+def test_two_studies(eval_here: Eval, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each system of the second against the same one of the first; what only one of them has is left out."""
+    few = ("data.n=48", "shots=0")
+    for study, right in (("before", 3), ("after", 5)):
+        for selector in ("pooled", "shirg"):
+            job = eval_here(f"selector={selector}", f"study={study}", *few)
+            plant(job, lambda i, right=right, selector=selector: i % 8 < right - (selector == "shirg"))
+    eval_here("selector=random", "study=after", *few)
+    before, after = (str(job.parent.with_name(name)) for name in ("before", "after"))
+    frame = table_of(compare([Path(before), Path(after)], "study", "before"), "study")
+    assert frame[["system", "study"]].to_numpy().tolist() == [
+        [selector, study] for selector in ("pooled", "shirg") for study in ("before", "after")
+    ]
+    assert [text.partition(" ")[0] for text in frame["fine, against before"]] == ["-", "+25.0", "-", "+25.0"]
+    both = compare([Path(before), Path(after)], "selector", "pooled")
+    assert [each.name for each in both[:2]] == ["pooled (before)", "shirg (before)"] and len(both) == 5
+    capsys.readouterr()
+    for width in (60, 80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        main([before, after])
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= width and printed.count("+25.0") == 4
+    with pytest.raises(SystemExit):
+        main([after, "selector=poled"])
+    assert "no finished evaluation has selector=poled; did you mean pooled?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "outputs/before outputs/after" in capsys.readouterr().out

@@ -121,10 +121,10 @@ def test_each_ablation_changes_shirg_and_is_built(option: str) -> None:
 def test_ablations_go_with_other_variants_and_the_command_line_has_the_last_word() -> None:
     cfg = composed("eval", "selector=shirg_x", "ablation=no_scaffold")
     assert build.build_selector(cfg, BUDGETS).budget == 74 and cfg.selector.scaffold.size == 0
-    cfg = composed("eval", "ablation=sign_flip", "selector.neighbor.sign=-1")
-    assert cfg.selector.neighbor.sign == -1
+    cfg = composed("eval", "ablation=sign_flip", "selector.neighbour.sign=-1")
+    assert cfg.selector.neighbour.sign == -1
     cfg = composed("eval", "ablation=sign_flip", "selector=random")
-    with pytest.raises(ValueError, match="selector.neighbor: Random has no such option; it has budget, seed, geometry"):
+    with pytest.raises(ValueError, match="selector.neighbour: Random has no such option; it has budget, seed"):
         build.build_selector(cfg, BUDGETS)
 
 

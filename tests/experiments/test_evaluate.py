@@ -100,7 +100,7 @@ def test_the_table_shows_the_cache_where_one_was_cut(eval_here: Eval) -> None:
     eval_here(*FEW, "cache=redvtp")
     eval_here("limit=6", "selector=pooled", "cache=redvtp", "cache.budget=40")
     shown = {c.title: c.texts for c in columns(collect(study))}
-    at = {(s, "redvtp" in c): i for i, (s, c) in enumerate(zip(shown["selector"], shown["changes"], strict=True))}
+    at = {(name.split()[0], "redvtp" in name): i for i, name in enumerate(shown["system"])}
     cut, whole = at["full", True], at["full", False]
     assert [shown["cache tokens"][i] for i in (cut, whole, at["pooled", True])] == ["80", "-", "40 (0.5x)"]
     assert shown["visual tokens"][cut] == "336" and shown["budget"][cut] == "base (80)"

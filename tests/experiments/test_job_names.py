@@ -22,8 +22,8 @@ def test_a_plain_name_is_made_of_the_overrides_in_order() -> None:
     assert job_name("eval", []) == "eval_defaults"
     words = ["selector=norm_topk", "study=s", "++resume=true", "data.n=48", "batch_size=4", "logger=wandb"]
     assert job_name("eval", words) == "eval_batch_size-4_data.n-48_selector-norm_topk"
-    assert job_name("eval", ["selector.neighbor.sign=-1", "cache.budget=0.5"]) == (
-        "eval_cache.budget-0.5_selector.neighbor.sign--1"
+    assert job_name("eval", ["selector.neighbour.sign=-1", "cache.budget=0.5"]) == (
+        "eval_cache.budget-0.5_selector.neighbour.sign--1"
     )
 
 

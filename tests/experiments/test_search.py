@@ -24,8 +24,8 @@ def test_a_search_takes_the_best_score_and_goes_on_where_it_stopped(command: Com
     assert len(folders) == 3 and best["best_value"] == max(scores)
     assert set(best["best_params"]) == {
         "selector.weights.similarity",
-        "selector.weights.neighbor",
-        "selector.neighbor.sign",
+        "selector.weights.neighbour",
+        "selector.neighbour.sign",
     }
     assert all(result_of(folder)["data"]["split"] == "val" for folder in folders)
     assert (tmp_path / "outputs/s/table.md").read_text().count("| shirg") == 3

@@ -97,10 +97,10 @@ def test_every_point_of_every_sweep_composes(path: Path) -> None:
 
 def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
     folder = trained(
-        tmp_path / "train_a", "selector=shirg", "selector.neighbor.sign=1", "lora.rank=8", "seed=3", "study=s"
+        tmp_path / "train_a", "selector=shirg", "selector.neighbour.sign=1", "lora.rank=8", "seed=3", "study=s"
     )
     assert expand("eval", [f"run={folder}", "data.n=9"]) == [
-        ["data.n=9", "selector=shirg", "selector.neighbor.sign=1", f"adapter={folder}/adapter"]
+        ["data.n=9", "selector=shirg", "selector.neighbour.sign=1", f"adapter={folder}/adapter"]
     ]
 
 

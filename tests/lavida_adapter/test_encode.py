@@ -238,7 +238,7 @@ def test_the_base_budget_is_the_models(geometry: Geometry) -> None:
 def test_edges_of_pixels_reach_the_selector() -> None:
     model = tiny_model()
     selector = ShirgSelector(
-        budget=5, weights={"similarity": 0, "neighbor": 0, "edge": 1}, edge_space="pixels", scaffold={"size": 0}
+        budget=5, weights={"similarity": 0, "neighbour": 0, "edge": 1}, edge_space="pixels", scaffold={"size": 0}
     )
     image = Image.new("RGB", (40, 40), (90, 90, 90))
     image.paste(picture((6, 6)), (26, 20))  # the second patch of the first row of the last tile

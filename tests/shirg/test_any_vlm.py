@@ -130,7 +130,7 @@ def test_a_global_view_may_come_last() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"neighbor": {"metric": "feature_l2"}},
+        {"neighbour": {"metric": "feature_l2"}},
         {"weights": {"variance": 0.5, "edge": 0.5}, "variance_of": "neighbourhood"},
         {"coverage": 3},
         {"weights": {"centre": 1.0}, "crop_term": "border"},

@@ -33,7 +33,7 @@ def test_equal_relevance_goes_to_the_token_deepest_in_its_crop_then_to_the_first
     layout = LAYOUT
     features = make_features(layout=layout, sizes=[(640, 640)])
     flat = replace(features, relevance_BN=torch.zeros(1, layout.n_tokens))
-    weights = {"similarity": 1.0, "neighbor": 0.3}
+    weights = {"similarity": 1.0, "neighbour": 0.3}
     index = kept(ShirgSelector(budget=100, weights=weights, **CROPS)(flat))
     view_of = {tuple(layout.cell_N2[i].tolist()): int(layout.view_N[i]) for i in index}
     assert view_of[(0, 0)] == 0 and view_of[(0, 9)] == 1 and view_of[(9, 0)] == 2 and view_of[(9, 9)] == 3

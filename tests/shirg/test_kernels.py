@@ -30,7 +30,8 @@ def awkward() -> Iterator[tuple[VisionFeatures, dict[str, Any]]]:
     features.tokens_BND[0, 5:7] = 0.3
     yield features, {}
     yield replace(features, tokens_BND=features.tokens_BND.bfloat16())[1:], {"mask_padding": False}
-    yield make_features((0, 0), side=3, sizes=[(100, 300)], width=3), {"neighbor": {"sign": 1, "metric": "feature_cos"}}
+    opposite = {"neighbour": {"sign": 1, "metric": "feature_cos"}}
+    yield make_features((0, 0), side=3, sizes=[(100, 300)], width=3), opposite
     # With overlapping crops, cells are assigned other tokens in each picture.
     crops = make_features(layout=geometry_layout("seed_canvas48", side=2), sizes=[(640, 480), (300, 900)], width=5)
     yield crops, {"norm": "none", "weights": {"similarity": 0}}
@@ -57,8 +58,8 @@ def compare(features: VisionFeatures, **options: Any) -> None:
             layout.side,
             max(layout.canvas[1], 1),
             selector.options.weights.similarity,
-            selector.options.neighbor.sign * selector.options.weights.neighbor,
-            selector.options.neighbor.metric == "feature_cos",
+            selector.options.neighbour.sign * selector.options.weights.neighbour,
+            selector.options.neighbour.metric == "feature_cos",
             selector.options.norm == "zscore",
             EPS,
             CLAMP,

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 
 from shirg import ShirgSelector
-from shirg.options import Adaptive, Diversity, Merging, Neighbor, Scaffold, Weights
+from shirg.options import Adaptive, Diversity, Merging, Neighbour, Scaffold, Weights
 from tests.features import differs, make_features, through
 
 SMALL = {"scaffold": {"size": 3}}
 CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"weights": {"similarity": 0.2}}),
-    ({}, {"weights": {"neighbor": 0}}),
+    ({}, {"weights": {"neighbour": 0}}),
     ({"crop_term": "border"}, {"crop_term": "border", "weights": {"crop": 0.6}}),
-    *(({}, {"neighbor": {"metric": metric}}) for metric in ("feature_cos", "local_var", "position")),
-    ({}, {"neighbor": {"sign": 1}}),
+    *(({}, {"neighbour": {"metric": metric}}) for metric in ("feature_cos", "local_var", "position")),
+    ({}, {"neighbour": {"sign": 1}}),
     *(({}, {"norm": norm}) for norm in ("minmax", "rank", "none")),
     *(({"weights": {"crop": 0.6}}, {"weights": {"crop": 0.6}, "crop_term": t}) for t in ("border", "literal")),
     *(({}, {"weights": {name: 0.5}}) for name in ("centre", "variance", "edge")),
@@ -56,7 +56,7 @@ def test_every_field_of_every_group_is_tried() -> None:
     }
     groups = {
         "weights": Weights,
-        "neighbor": Neighbor,
+        "neighbour": Neighbour,
         "scaffold": Scaffold,
         "merge": Merging,
         "diversity": Diversity,

@@ -112,7 +112,7 @@ def test_crop_terms() -> None:
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
 def test_statistics_of_each_view(grid: tuple[int, int]) -> None:
     features = make_features(grid, side=5, sizes=SIZES[grid][1:2], seed=5)
-    scores = ShirgSelector(budget=50, norm_scope="view", weights={"neighbor": 0}).score(features)[0].tolist()
+    scores = ShirgSelector(budget=50, norm_scope="view", weights={"neighbour": 0}).score(features)[0].tolist()
     relevance = features.relevance_BN[0].tolist()
     members = features.valid_BN[0].nonzero().flatten().tolist()
     z = zscore_by_view({i: relevance[i] for i in members}, features.layout.view_N)
@@ -124,7 +124,7 @@ def test_scores_tell_apart_what_half_precision_cannot() -> None:
     layout = layout_of((2, 2), side=9)
     order = torch.randperm(layout.n_tokens, generator=torch.Generator().manual_seed(0))
     features = make_features(layout=layout, sizes=[(768, 768)], relevance=1 + 1e-5 * order[None])
-    selector = ShirgSelector(budget=69, norm="none", weights={"similarity": 1, "neighbor": 0}, scaffold={"size": 3})
+    selector = ShirgSelector(budget=69, norm="none", weights={"similarity": 1, "neighbour": 0}, scaffold={"size": 3})
     tiles = [i for i in range(layout.n_tokens) if layout.role_N[i] == 1]
     kept = selector(features).index_BT[0, 9:].tolist()
     assert set(kept) == set(sorted(tiles, key=lambda i: -int(order[i]))[:60])
@@ -133,11 +133,11 @@ def test_scores_tell_apart_what_half_precision_cannot() -> None:
 PICTURES = (0, 1, 0, 0, 1)
 """The picture of each row; what is asked about it differs."""
 SHARED: list[dict[str, Any]] = [
-    {"weights": {"neighbor": 0.25}},
-    {"weights": {"neighbor": 0.25}, "views": "all"},
-    {"weights": {"neighbor": 0.0, "variance": 0.5}, "variance_of": "neighbourhood"},
-    {"weights": {"neighbor": 0.25}, "geometry": "seed_canvas48", "scaffold": {"size": 0}},
-    {"weights": {"neighbor": 0.25}, "geometry": "seed_canvas48", "scaffold": {"size": 0}, "dedup": "border"},
+    {"weights": {"neighbour": 0.25}},
+    {"weights": {"neighbour": 0.25}, "views": "all"},
+    {"weights": {"neighbour": 0.0, "variance": 0.5}, "variance_of": "neighbourhood"},
+    {"weights": {"neighbour": 0.25}, "geometry": "seed_canvas48", "scaffold": {"size": 0}},
+    {"weights": {"neighbour": 0.25}, "geometry": "seed_canvas48", "scaffold": {"size": 0}, "dedup": "border"},
 ]
 
 

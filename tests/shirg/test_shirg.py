@@ -27,7 +27,7 @@ def counts(chosen: Selection) -> list[int]:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_equals_the_plain_reading(grid: tuple[int, int], sign: int) -> None:
     features = make_features(grid, side=7, sizes=SIZES[grid], seed=3, width=8)
-    chosen = ShirgSelector(budget=39, neighbor={"sign": sign}, **SMALL)(features)
+    chosen = ShirgSelector(budget=39, neighbour={"sign": sign}, **SMALL)(features)
     for sample in range(3):
         tokens, index = naive_shirg980(features, sample, 39, scaffold=3, sign=sign)
         assert kept(chosen, sample) == index == chosen.index_BT[sample, 9:].tolist()

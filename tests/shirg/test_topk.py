@@ -104,7 +104,7 @@ def test_the_global_view_may_compete() -> None:
     features = make_features((2, 2), sizes=[(768, 768)])
     in_global = features.layout.role_N == 0
     wanted = replace(features, relevance_BN=in_global.float()[None])
-    flat = {"norm": "none", "scaffold": {"size": 0}, "weights": {"neighbor": 0}}
+    flat = {"norm": "none", "scaffold": {"size": 0}, "weights": {"neighbour": 0}}
     assert all(in_global[kept(ShirgSelector(budget=60, views="all", **flat)(wanted))])
     assert not any(in_global[kept(ShirgSelector(budget=60, **flat)(wanted))])
 
@@ -114,7 +114,7 @@ def test_tome_merges_the_most_similar_neighbours() -> None:
     x = torch.eye(16)[None].clone()
     x[0, 6] = x[0, 5] + 0.1 * x[0, 6]  # cell (1, 2) resembles (1, 1), which is white and goes there
     features = make_features(layout=layout, sizes=[(640, 640)], tokens=x, relevance=torch.arange(16.0)[None])
-    options: dict[str, Any] = {"geometry": "single_672", "scaffold": {"size": 0}, "weights": {"neighbor": 0}}
+    options: dict[str, Any] = {"geometry": "single_672", "scaffold": {"size": 0}, "weights": {"neighbour": 0}}
     chosen = ShirgSelector(budget=15, merge={"mode": "tome", "share": 0.07}, **options)(features)
     assert kept(chosen) == [i for i in range(16) if i not in (5, 6)]
     slot = int((chosen.source_BT[0] == int(Source.MERGED)).nonzero())

@@ -95,7 +95,7 @@ def test_entropy_decides_how_many() -> None:
     n = features.layout.n_tokens
     peaked, flat = torch.zeros(1, n), torch.linspace(0, 1, n)[None].clone()
     peaked[0, 100:103] = 1
-    options: dict[str, Any] = {"scaffold": {"size": 0}, "weights": {"neighbor": 0}}
+    options: dict[str, Any] = {"scaffold": {"size": 0}, "weights": {"neighbour": 0}}
     selector = ShirgSelector(budget=100, adaptive={"mode": "entropy", "temperature": 0.3}, **options)
     few, many = (selector(replace(features, relevance_BN=r)) for r in (peaked, flat))
     assert selector.may_use_less and few.mask_BT.shape == many.mask_BT.shape == (1, 100)

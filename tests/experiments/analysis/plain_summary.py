@@ -31,6 +31,7 @@ def summarise(rows: Sequence[SampleRow], metrics: Sequence[str]) -> dict[str, An
         "quality": {
             "metric": headline,
             "metrics": {name: _score(rows, name, tops.get(name, 1.0)) for name in metrics},
+            "groups": {key: _score(part, headline) for key, part in partition(rows, lambda r: r["group"]).items()},
             "subsets": {key: _score(part, headline) for key, part in partition(rows, subset).items()},
             "subtasks": {key: _score(part, headline) for key, part in partition(rows, lambda r: r["subtask"]).items()},
             "corpora": {name: facts for name, facts in corpora.items() if facts},

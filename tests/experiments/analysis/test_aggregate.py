@@ -136,8 +136,8 @@ def test_columns_are_summarised_as_rows_are(tmp_path: Path, n: int, monkeypatch:
     found, expected = (one["selection"].pop("position_gini") for one in (got, wanted))
     assert found == pytest.approx(expected, abs=1e-12)
     assert got == wanted
-    assert [list(got["quality"][key]) for key in ("subsets", "subtasks")] == [
-        list(wanted["quality"][key]) for key in ("subsets", "subtasks")
+    assert [list(got["quality"][key]) for key in ("groups", "subsets", "subtasks")] == [
+        list(wanted["quality"][key]) for key in ("groups", "subsets", "subtasks")
     ], "in this order"
     scores = [row["scores"]["cider_d"] for row in rows]
     assert [row["scores"]["cider_d"] for row in read_rows(tmp_path / "samples.parquet")] == scores

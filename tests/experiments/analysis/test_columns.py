@@ -55,6 +55,12 @@ def test_which_values_are_better_does_not_depend_on_the_title() -> None:
         assert Column(title, "count", cells).best([True] * 3) == set()
     column = Column("score", "score", cells, "higher")
     assert column.best([True, False, True]) == {2} and column.best([False, True, False]) == set()
+    times = [Cell("2", 2.0, quartiles=(1.9, 2.2)), Cell("3", 3.0, quartiles=(2.3, 3.4))]
+    measured = Column("ms", "cost", times, "lower", measured=True)
+    assert measured.best([True] * 2) == {0}
+    overlapping = [times[0], replace(times[1], quartiles=(2.1, 3.4))]
+    assert replace(measured, cells=overlapping).best([True] * 2) == set(), "no faster than the spread"
+    assert replace(measured, cells=cells).best([True] * 3) == set(), "without a known spread no time is the best"
     tied = replace(column, cells=[*cells, Cell("3", 3.0), Cell()])
     assert tied.best([True] * 5) == {1, 3}
 
@@ -70,7 +76,7 @@ def test_every_column_of_a_study_has_its_direction(eval_here: Eval) -> None:
         "peak MiB",
     }
     assert {"fine sparse", "guard dense", "fine vs pooled", "recall"} <= {t for t, b in shown.items() if b == "higher"}
-    assert all(shown[title] is None for title in ("selector", "n", "visual tokens", "prefix tokens", "status"))
+    assert all(shown[title] is None for title in ("system", "n", "visual tokens", "prefix tokens", "status"))
 
 
 def test_a_suspicious_time_is_shown_with_its_flag(eval_here: Eval) -> None:

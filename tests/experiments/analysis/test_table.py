@@ -17,15 +17,16 @@ from experiments.analysis.table import (
     legend,
     markdown,
     parts,
-    print_table,
     read_table,
     records,
     refresh,
     to_csv,
     to_markdown,
 )
+from experiments.analysis.terminal_table import print_table
 from experiments.errors import visible
 from experiments.report.publish import publish
+from shirg import UserError
 from tests.experiments.planting import change_result
 
 Eval = Callable[..., Path]
@@ -45,7 +46,7 @@ def test_the_table_has_a_row_for_every_job_and_states_its_limits(eval_here: Eval
     text = markdown(records(refresh(study).frame))
     assert text == (study / "table.md").read_text()
     firsts = [line.split("|")[1].strip(": -") for line in text.splitlines() if line.startswith("|")]
-    assert firsts == ["selector", "", "full", "selector", "", "pooled", "random"]
+    assert firsts == ["system", "", "full", "system", "", "pooled", "random"]
     assert next(c for c in columns(collect(study)) if c.title == "recall").texts[1] == "-"
 
 
@@ -100,7 +101,7 @@ def test_what_all_rows_share_is_in_the_legend_alone(eval_here: Eval, capsys: pyt
     shown = {c.title: c.texts for c in columns(collect(study))}
     assert sum("decode.step_ratio=0.7" in cell for cell in shown["changes"]) == 2
     capsys.readouterr()
-    print_table(read_table(study), study)
+    print_table(read_table(study), study, wide=True)
     assert "data.density=[sparse,dense]" in capsys.readouterr().out, "brackets are no markup of the terminal"
 
 
@@ -116,10 +117,24 @@ def test_a_part_of_the_rows_shows_what_the_legend_does_not(eval_here: Eval) -> N
     assert {c.title: c.texts for c in columns(whole)}.get("changes") == shown[0]["changes"]
 
 
-def test_why_every_job_failed_is_in_the_table(eval_here: Eval) -> None:
-    for selector in ("random", "shirg"):
-        study = eval_here(f"selector={selector}", "model.path=./weights/absent", ok=False).parent
-    assert markdown(collect(study)).count("model.path=./weights/absent: there are no weights there") == 2
+def test_what_was_refused_before_it_began_is_no_result(eval_here: Eval) -> None:
+    """A value that nothing takes leaves no folder; what a job had before stays as it was."""
+    study = eval_here("selector=pooled", "limit=4").parent
+    before = (study / "table.md").read_bytes()
+    for word in ("selector.norm=zscor", "model.path=./weights/absent", "limit=0"):
+        assert not eval_here("selector=shirg", word, ok=False).exists()
+    assert [row["selector"] for row in collect(study)] == ["pooled"] and (study / "table.md").read_bytes() == before
+    job = eval_here("selector=random", "limit=4", "budget=999", ok=False)
+    failed = (job / "result.json").read_bytes()
+    assert b"budget 999 is larger" in failed, "found with the first picture: the job had begun"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.build.check_numbers", refuse)
+        eval_here("selector=random", "limit=4", "budget=999", ok=False)
+    assert (job / "result.json").read_bytes() == failed
+
+
+def refuse(*_: object) -> None:
+    raise UserError("refused")
 
 
 def test_a_cell_is_no_formula_no_line_and_no_command() -> None:

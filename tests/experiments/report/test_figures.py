@@ -9,7 +9,8 @@ from PIL import Image
 from experiments.analysis.study import read_study
 from experiments.analysis.table import read_study_table
 from experiments.jobs.results import VERSION
-from experiments.report.figures import budget_curve, draw, frontier, training
+from experiments.report.figures import budget_curve, draw, training
+from experiments.report.pareto import frontier, spreads
 from experiments.report.publish import publish
 
 FIGURES = {
@@ -46,7 +47,17 @@ def test_figures_are_the_same_bytes_every_time(study: Path) -> None:
 
 def test_the_frontier_is_what_no_other_point_beats_on_both() -> None:
     points = [(1.0, 20.0), (2.0, 50.0), (2.0, 60.0), (3.0, 55.0), (4.0, 90.0), (9.0, 90.0)]
-    assert frontier(points) == [(1.0, 20.0), (2.0, 60.0), (4.0, 90.0)]
+    assert frontier(points, [(x, x) for x, _ in points]) == [(1.0, 20.0), (2.0, 60.0), (4.0, 90.0)]
+
+
+def test_a_frontier_has_no_step_between_times_that_overlap() -> None:
+    points = [(1.0, 20.0), (1.1, 60.0), (2.0, 70.0), (2.1, 65.0)]
+    assert frontier(points, [(0.9, 1.15), (1.0, 1.2), (1.9, 2.1), (2.0, 2.2)]) == [(1.1, 60.0), (2.0, 70.0)]
+    row = {"total ms": 1.0, "total ms q1": 0.9, "total ms q3": 1.2, "visual tokens mean": 80.0}
+    assert spreads([row, {"total ms": 1.0}], "total ms") == [(0.9, 1.2), (0.0, float("inf"))]
+    assert spreads([row], "visual tokens mean") == [(80.0, 80.0)]
+    unknown = [(0.0, float("inf"))] * len(points)
+    assert frontier(points, unknown) == [(2.0, 70.0)], "without a known spread no time is the better one"
 
 
 def test_curves_are_named_by_what_tells_them_apart() -> None:

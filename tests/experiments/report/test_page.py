@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pptx import Presentation
 
+from experiments.analysis.system_names import labels
 from experiments.analysis.table import collect
 from experiments.report.publish import publish, refresh_report
 from tests.experiments.conftest import result_of
@@ -91,7 +92,7 @@ DRIVER = """
 (async () => {
   const seen = {}, text = (node) => node.textContent.trim(), all = (css) => [...document.querySelectorAll(css)];
   const rows = () => all("#table tbody tr").filter((row) => !row.classList.contains("hidden"));
-  const names = () => rows().map((row) => `${text(row.cells[0])} ${text(row.cells[1])}`.trim());
+  const names = () => rows().map((row) => text(row.cells[0]));
   const click = (css) => document.querySelector(css).click();
   const type = (css, words) => {
     const box = document.querySelector(css);
@@ -155,12 +156,13 @@ def test_the_page_works_in_a_browser_from_disk(study: Path, tmp_path: Path) -> N
     found = re.search(r'<pre id="seen">(.*?)</pre>', document, flags=re.DOTALL)
     assert found is not None
     seen: dict[str, Any] = json.loads(html.unescape(found[1]))
-    assert seen["equal"] == ["pooled", "random base (80)", "random 999", "shirg base (80)", "shirg base (80)"]
+    assert seen["equal"] == ["pooled", "random 80", "random 999", "shirg 80", "shirg sign_flip"]
     assert sorted(seen["all"]) == sorted([*seen["equal"], "full", "shirg 40"])
-    tokens = {row["selector"] + str(row["budget"]): row.get("visual tokens mean") for row in collect(study)}
-    order = [tokens[name.replace(" ", "", 1)] for name in seen["ascending"]]
+    rows = collect(study)
+    tokens = {name: row.get("visual tokens mean") for name, row in zip(labels(rows), rows, strict=True)}
+    order = [tokens[name] for name in seen["ascending"]]
     assert order[:-1] == sorted(order[:-1]) and order[-1] is None
-    order = [tokens[name.replace(" ", "", 1)] for name in seen["descending"]]
+    order = [tokens[name] for name in seen["descending"]]
     assert order[:-1] == sorted(order[:-1], reverse=True) and order[-1] is None, "no value: last both ways"
     assert seen["restored"] == seen["all"]
     assert seen["gain"] == "full"
