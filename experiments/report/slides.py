@@ -162,7 +162,9 @@ def results(slides: Slides, facts: StudyFacts) -> None:
     head = ["system", *(column.title for column in wanted)]
     rows = [[facts.name(row), *(_in_two_lines(column.texts[i]) for column in wanted)] for i, row in enumerate(shown)]
     table = SlideTable(head, rows, _numbers(shown, facts.ours)).narrowed()
-    points = [f"Scores in %, differences in points on the same samples, each with its interval{_some(shown, facts)}."]
+    points = [f"Scores in %, differences in points on the same samples{_some(shown, facts)}."]
+    if any(cell.tail for column in deltas for cell in column.cells):
+        points.append("*: p < 0.05 after Holm's correction over the systems.")
     if hidden := len(head) - len(table.head):
         points.append(f"{hidden} more columns are in table.csv.")
     slides.add("Results", points, table.turned())
