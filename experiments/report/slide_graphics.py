@@ -129,7 +129,7 @@ class SlideTable:
 
     def is_numeric(self, column: int) -> bool:
         """Whether all cells of a column are numbers, with their intervals and ratios, or empty."""
-        return all(re.fullmatch(r"[-+\d.,%()x*±\[\]\s]*", row[column]) for row in self.rows)
+        return all(re.fullmatch(r"[-+\d.,%()x*!±\[\]\s]*", row[column]) for row in self.rows)
 
     def draw(self, slide: Slide, area: Area) -> None:
         size, widths, heights = self._fitted(area)

@@ -7,11 +7,12 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.analysis.columns import columns
+from experiments.analysis.columns import columns, cost_cell
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
 from experiments.analysis.rows import Row, leading, unequal
 from experiments.analysis.table import records
 from experiments.jobs.sample_rows import RECALL
+from experiments.measured_times import is_busy
 from experiments.report.answer_browser import RIGHT
 from experiments.report.figure_style import ReportFigure
 from experiments.report.slide_facts import StudyFacts, share
@@ -100,14 +101,14 @@ def selectors(slides: Slides, facts: StudyFacts) -> None:
     table = []
     for row in shown:
         sources = facts.result(row)["tokens"]["by_source"]
-        trained, select = row["trainable parameters"], row.get("select ms")
+        trained = row["trainable parameters"]
         table.append(
             [
                 facts.name(row),
                 ", ".join(f"{count:.0f} {source}" for source, count in sources.items() if count),
                 "yes" if row.get("relevance ms") else "no",
                 f"{trained:,}" if trained else "-",
-                "-" if select is None else f"{select:.2f}",
+                _ms(row, "select"),
             ]
         )
     points = [
@@ -138,7 +139,7 @@ def method(slides: Slides, facts: StudyFacts) -> None:
         else f"Nothing was trained for it; the model has {whole:,} parameters."
     )
     if row.get("select ms") is not None and row.get("total ms"):
-        points.append(f"Selection takes {row['select ms']:.2f} of {row['total ms']:.2f} ms for a sample.")
+        points.append(f"Selection takes {_ms(row, 'select')} of {_ms(row, 'total')} ms for a sample.")
     slides.add(f"SHIRG: {facts.name(row)}", points, Steps(steps, accent=1))
 
 
@@ -162,9 +163,9 @@ def results(slides: Slides, facts: StudyFacts) -> None:
     head = ["system", *(column.title for column in wanted)]
     rows = [[facts.name(row), *(_in_two_lines(column.texts[i]) for column in wanted)] for i, row in enumerate(shown)]
     table = SlideTable(head, rows, _numbers(shown, facts.ours)).narrowed()
-    points = [f"Scores in %, differences in points on the same samples{_some(shown, facts)}."]
-    if any(cell.tail for column in deltas for cell in column.cells):
-        points.append("*: p < 0.05 after Holm's correction over the systems.")
+    starred = any(cell.tail for column in deltas for cell in column.cells)
+    meaning = "; *: p < 0.05 after Holm's correction" if starred else ""
+    points = [f"Scores in %, differences in points on the same samples{meaning}{_some(shown, facts)}."]
     if hidden := len(head) - len(table.head):
         points.append(f"{hidden} more columns are in table.csv.")
     slides.add("Results", points, table.turned())
@@ -183,9 +184,13 @@ def effects(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigur
 def efficiency(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigure]) -> None:
     points = []
     if facts.ours and facts.pooled and facts.ours.get("total ms") and facts.pooled.get("total ms"):
-        ours, theirs = (f"{row['total ms']:.2f} ms" for row in (facts.ours, facts.pooled))
-        points.append(f"{facts.name(facts.ours)}: {ours} for a sample; {facts.name(facts.pooled)}: {theirs}.")
-    points.append(f"On {facts.rows[0]['env device']}, {facts.rows[0]['env dtype']}: medians over batches.")
+        ours, theirs = (f"{facts.name(row)}: {_ms(row, 'total')} ms" for row in (facts.ours, facts.pooled))
+        points.append(f"For a sample: {ours}; {theirs}.")
+    machine = f"{facts.rows[0]['env device']}, {facts.rows[0]['env dtype']}"
+    spread = " (quartiles)" if any(row.get("total ms q1") is not None for row in facts.rows) else ""
+    points.append(f"On {machine}: medians{spread} over batches after warm-up.")
+    if any(is_busy(row.get("waited")) for row in facts.rows):
+        points.append("The machine was busy while some of these were timed: their times are too long.")
     _add_figures(slides, "Where the time goes", points, figures, "latency", "memory")
 
 
@@ -305,6 +310,11 @@ def _some(shown: Sequence[Row], facts: StudyFacts) -> str:
 
 def _numbers(rows: Sequence[Row], wanted: Row | None) -> list[int]:
     return [i for i, row in enumerate(rows) if row is wanted]
+
+
+def _ms(row: Row, stage: str) -> str:
+    """A time as the table has it: the median, and its quartiles where they are known."""
+    return cost_cell(row, f"{stage} ms", fine=True).brief
 
 
 def _in_two_lines(text: str) -> str:
