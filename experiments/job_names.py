@@ -13,7 +13,8 @@ from pathlib import Path
 MAX_BYTES = 180
 """File systems allow 255 bytes a name; a digest and the suffixes of lock and temporary files need some of them."""
 UNNAMED = frozenset(
-    {"study", "resume", "overwrite", "threads", "workers", "logger", "profiler", "trainer.num_nodes", "trainer.workers"}
+    {"study", "resume", "overwrite", "threads", "workers", "logger", "profiler"}
+    | {f"trainer.{key}" for key in ("num_nodes", "workers", "detect_anomaly")}
 )
 """Keys that do not make another job."""
 _DROPPED = re.compile(r"[^\w.-]+")

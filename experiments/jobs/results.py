@@ -39,7 +39,8 @@ SESSION = frozenset({"resume", "overwrite"})
 """Keys that say how a job is started, not what it is: they are not recorded."""
 
 NOT_HASHED = frozenset(
-    {"study", "threads", "logger", "profiler", "shots", "workers", "trainer.num_nodes", "trainer.workers"}
+    {"study", "threads", "logger", "profiler", "shots", "workers"}
+    | {f"trainer.{key}" for key in ("num_nodes", "workers", "detect_anomaly")}
 )
 QUICK_BYTES, SAMPLE_BYTES = 2**26, 2**12
 _TARGET = "_target_"
@@ -218,9 +219,11 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
-    """The record with the defaults of decoding options that did not exist when it was written, and today's spelling."""
+    """The record with the defaults of options that did not exist when it was written, and today's spelling."""
     config = result.get("config", {})
     decode, selector = config.get("decode"), _respelled(config.get("selector", {}))
+    if "diversity" in selector:  # one of SHIRG's
+        selector = {**_later_options(), **selector}
     later = {} if decode is None else {key: value for key, value in _decode_defaults().items() if key not in decode}
     if not later and selector == config.get("selector", {}):
         return result
@@ -232,6 +235,14 @@ def _respelled(selector: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a selector with the spelling that all of them have now."""
     plain = {("neighbour" if key == "neighbor" else key): value for key, value in selector.items()}
     return {key: _respelled(value) if isinstance(value, Mapping) else value for key, value in plain.items()}
+
+
+@cache
+def _later_options() -> dict[str, Any]:
+    """Defaults of the options that SHIRG got after the first records were written."""
+    defaults = OmegaConf.load(CONF / "selector/shirg.yaml")
+    assert isinstance(defaults, DictConfig)
+    return {key: OmegaConf.to_container(defaults[key]) for key in ("allocation",)}
 
 
 @cache
