@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from experiments.analysis.overlap import PREFIX
+from experiments.analysis.paired import OF_FULL
 from experiments.analysis.rows import Row, flags, unequal
 from experiments.analysis.stats import stars
 from experiments.analysis.system_names import labels, shared_changes
@@ -92,7 +93,7 @@ class Column:
         return {"higher": 1, "lower": -1, None: 0}[self.better]
 
     def best(self, among: Sequence[bool]) -> set[int]:
-        """Numbers of the rows with the best value; nothing is best among fewer than two.
+        """Numbers of the rows with the best value; nothing is best among fewer than two, or where all are equal.
 
         Of times, only one whose upper quartile is below the lower quartile of all others: a smaller difference is no
         more than the spread.
@@ -105,7 +106,7 @@ class Column:
             for i, cell in enumerate(self.cells)
             if self.better is not None and among[i] and cell.value is not None and not cell.suspicious
         }
-        if len(values) < 2:
+        if len(set(values.values())) < 2:
             return set()
         best = {i for i, value in values.items() if value == max(values.values())}
         return best if not self.measured else {i for i in best if self._is_apart(i, values)}
@@ -141,6 +142,7 @@ def columns(rows: Sequence[Row], among: Sequence[Row] | None = None) -> list[Col
         *(Column(title, "score", [score_cell(r, key) for r in part], "higher") for title, key, part in qualities(rows)),
         *(Column(name, "difference", [effect_cell(row, name) for row in rows]) for name in ("disc1", "disc2")),
         *(Column(name, "difference", [delta_cell(r, name) for r in rows], "higher") for name in differences(rows)),
+        *(Column(f"{name}, %", "score", [percent_cell(r.get(name)) for r in rows], "higher") for name in of_full(rows)),
         Column("recall", "score", [percent_cell(row.get("recall mean")) for row in rows], "higher"),
     ]
     shown += kept_columns(rows, everything)
@@ -361,6 +363,12 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str, list[Row]]]:
         for title, key in named or [(metric, metric) for metric in metrics]:
             found.append((f"{dataset}: {title}" if len(sets) > 1 else title, key, part))
     return found
+
+
+def of_full(rows: Sequence[Row]) -> list[str]:
+    """Shares of the score with all tokens: by group where there are groups, as the differences."""
+    found = [name for name in dict.fromkeys(key for row in rows for key in row) if name.endswith(OF_FULL)]
+    return [name for name in found if name != OF_FULL] or found
 
 
 def differences(rows: Sequence[Row]) -> list[str]:

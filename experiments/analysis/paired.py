@@ -18,6 +18,10 @@ ReadScores = Callable[[RunGroup, str], Sequence[dict[str, Score]]]
 """Reads the scores of each seed of a system by sample id."""
 BASELINE = "pooled"
 UNABLATED = "unablated"
+FULL = "full"
+"""The selector that keeps all tokens."""
+OF_FULL = "of full"
+"""How the columns end that say which share of its score a row has."""
 EQUAL = 0.02
 """Budgets that differ by less than this share count as equal: pictures of odd shapes round differently."""
 
@@ -40,6 +44,8 @@ def compare_all(systems: Sequence[RunGroup], rows: Sequence[Row]) -> None:
         if f"compared to {BASELINE}" not in row and (stranger := _other_data(system, candidates)) is not None:
             row["note"] = "; ".join(filter(None, (row["note"], _say_why(system, stranger))))
         row["budget ratio"] = budget_ratio(row, by_job)
+        if (whole := plainest(FULL, system, candidates)) is not None:
+            row |= shares(row, by_job[whole.result["job"]])
     _adjust(rows)
 
 
@@ -72,9 +78,33 @@ def baseline(system: RunGroup, alike: Sequence[RunGroup]) -> RunGroup | None:
     Args:
         alike: the finished systems with the same `comparison`, this one among them.
     """
-    candidates = [other for other in alike if _is_baseline(other) and _same_data(system, other)]
-    best = min(candidates, key=plainness, default=None)
+    best = plainest(BASELINE, system, alike)
     return None if best is system else best
+
+
+def plainest(selector: str, system: RunGroup, alike: Sequence[RunGroup]) -> RunGroup | None:
+    """Of the systems with a selector, without a cache selector, that answered the same data: the one that changes
+    least; this one itself, where it is that.
+    """
+    candidates = [other for other in alike if _is_plain(other, selector) and _same_data(system, other)]
+    return min(candidates, key=plainness, default=None)
+
+
+def shares(row: Row, whole: Row) -> Row:
+    """`[GROUP ]of full`: a row's score as a share of that with all tokens, over all samples and in each group.
+
+    Nothing where the samples differ, and where nothing is right with all tokens.
+    """
+    if row.get("ids") != whole.get("ids"):
+        return {}
+    groups = [key.removesuffix(" mean") for key in row if key.startswith("group ") and key.endswith(" mean")]
+    found = {}
+    for key in (str(row["metric"]), *groups):
+        mine, all_tokens = row.get(f"{key} mean"), whole.get(f"{key} mean")
+        if mine is not None and all_tokens:
+            name = key.removeprefix("group ") if key in groups else ""
+            found[f"{name} {OF_FULL}".strip()] = mine / all_tokens
+    return found
 
 
 def plainness(system: RunGroup) -> tuple[bool, int, str, str]:
@@ -87,14 +117,14 @@ def plainness(system: RunGroup) -> tuple[bool, int, str, str]:
     return result["config"]["adapter"] is not None, len(given), str(result["times"].get("started")), result["job"]
 
 
-def _is_baseline(system: RunGroup) -> bool:
+def _is_plain(system: RunGroup, selector: str) -> bool:
     choices = system.result["choices"]
-    return choices["selector"] == BASELINE and choices.get("cache", "none") == "none"
+    return choices["selector"] == selector and choices.get("cache", "none") == "none"
 
 
 def _other_data(system: RunGroup, alike: Sequence[RunGroup]) -> RunGroup | None:
     """A baseline that would be comparable, had it answered the same data."""
-    return next((other for other in alike if _is_baseline(other) and not _same_data(system, other)), None)
+    return next((other for other in alike if _is_plain(other, BASELINE) and not _same_data(system, other)), None)
 
 
 def _same_data(system: RunGroup, other: RunGroup) -> bool:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.analysis import memo
-from experiments.analysis.columns import SUSPICIOUS, columns, differences, names_in_keys, shared
+from experiments.analysis.columns import SUSPICIOUS, columns, differences, names_in_keys, of_full, shared
 from experiments.analysis.memo import Memo
 from experiments.analysis.overlap import overlap_all
-from experiments.analysis.paired import BASELINE, compare_all
+from experiments.analysis.paired import BASELINE, OF_FULL, compare_all
 from experiments.analysis.rows import Row, group_row, name_seeds, unequal
 from experiments.analysis.shards import merge_shards
 from experiments.analysis.study import read_study
@@ -165,10 +165,19 @@ def _parquet(frame: pd.DataFrame) -> bytes:
 
 
 def parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Rows over whole datasets, then those over a part, which are never in one table with them; each with its title."""
-    whole, limited = ([row for row in rows if row["limited"] is part] for part in (False, True))
+    """Rows over whole datasets, then those over a part, which are never in one table with them; each with its title.
+
+    A row that failed before its samples were known is about no part: it stands with those over whole datasets, where
+    there are any.
+    """
+    some_whole = any(not row["limited"] for row in rows if row["n"])
+
+    def limited(row: Row) -> bool:
+        return bool(row["limited"] if row["n"] else not some_whole)
+
+    whole, rest = ([row for row in rows if limited(row) is part] for part in (False, True))
     title = "Limited to a part of the samples, not comparable with whole sets:"
-    return [(heading, part) for heading, part in (("", whole), (title if whole else "", limited)) if part]
+    return [(heading, part) for heading, part in (("", whole), (title if whole else "", rest)) if part]
 
 
 def comparable(rows: Sequence[Row]) -> list[bool]:
@@ -233,6 +242,9 @@ def legend(rows: Sequence[Row], *, compact: bool = False) -> str:
         if any(row.get("seeds equal") for row in rows)
         else "",
         _baselines(rows),
+        f"{OF_FULL}: the score as a share of that with all tokens, without an adapter where there is such a row."
+        if of_full(rows) and not compact
+        else "",
         f"(n x): n times the visual tokens of {BASELINE}, not an equal budget."
         if any(unequal(row) for row in rows)
         else "",

@@ -364,13 +364,13 @@ def test_from_a_profile_to_a_row(
     assert result_of(cut)["decoding"]["cache_bytes"] == pytest.approx((1 - share) * whole["cache_bytes"], rel=0.01)
     assert 0 < result_of(packed)["decoding"]["drift"] < result_of(cut)["decoding"]["drift"]
     assert result_of(packed)["cache"] == {"class": "Int8", "after": "prefill", "budget": None}
-    table = compare.paired_table(cut.parent, "cache", "none")
+    table = compare.table_of(compare.compare([cut.parent], "cache", "none"), "cache")
     assert list(table["cache"]) == ["none", "int8", "layer_retention"]
     assert "[" in table["fine, against none"][1] and "[" not in table["fine, against none"][0]
     with pytest.raises(UserError, match="no finished evaluation has cache=fp8"):
-        compare.paired_table(cut.parent, "cache", "fp8")
+        compare.compare([cut.parent], "cache", "fp8")
     with pytest.raises(UserError, match="there are no finished evaluations"):
-        compare.paired_table(tmp_path / "nowhere", "cache", "none")
+        compare.compare([tmp_path / "nowhere"], "cache", "none")
     capfd.readouterr()
     with pytest.raises(SystemExit):
         profile_cache.main(["forget=1.5", "selector=full"])

@@ -63,6 +63,7 @@ def test_which_values_are_better_does_not_depend_on_the_title() -> None:
     assert replace(measured, cells=cells).best([True] * 3) == set(), "without a known spread no time is the best"
     tied = replace(column, cells=[*cells, Cell("3", 3.0), Cell()])
     assert tied.best([True] * 5) == {1, 3}
+    assert replace(column, cells=[Cell("0.0", 0.0)] * 3).best([True] * 3) == set(), "where all are equal none is best"
 
 
 def test_every_column_of_a_study_has_its_direction(eval_here: Eval) -> None:

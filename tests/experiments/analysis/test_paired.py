@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments.analysis.columns import columns
-from experiments.analysis.paired import budget_ratio
+from experiments.analysis.columns import columns, of_full
+from experiments.analysis.paired import budget_ratio, shares
 from experiments.analysis.rows import unequal
 from experiments.analysis.stats import holm, paired_delta
 from experiments.analysis.table import collect, markdown
-from experiments.compare import paired_table
+from experiments.compare import compare, table_of
 from experiments.jobs.sample_rows import read_rows
-from tests.experiments.planting import plant
+from tests.experiments.conftest import result_of
+from tests.experiments.planting import change_result, plant
 
 Eval = Callable[..., Path]
 
@@ -80,7 +81,7 @@ def test_a_baseline_keeps_its_place(eval_here: Eval) -> None:
     assert rows[random.name]["compared to pooled"] == rows[variant.name]["compared to pooled"] == plain.name
     assert "compared to pooled" not in rows[plain.name]
     assert f"pooled is {plain.name}." in markdown(list(rows.values()))
-    texts = paired_table(plain.parent, "selector", "pooled")
+    texts = table_of(compare([plain.parent], "selector", "pooled"), "selector")
     assert texts["seeds"].to_list() == ["1", "1", "1"] and texts["fine, against pooled"][0] == "-"
     assert texts["system"][0] == "pooled"
 
@@ -118,3 +119,22 @@ def test_a_budget_is_equal_with_or_without_newlines(fields: dict[str, float], ra
     assert got == (None if ratio is None else pytest.approx(ratio, abs=0.1 * abs(ratio - 1)))
     assert unequal(row | {"budget ratio": got}) is (ratio not in (None, 1.0))
     assert budget_ratio({**row, "compared to pooled": "absent"}, {pooled["job"]: pooled}) is None
+
+
+def test_what_is_left_of_the_score_with_all_tokens() -> None:
+    whole = {"ids": "a", "metric": "m", "m mean": 0.8, "group fine mean": 0.5, "group guard mean": 0.0}
+    row = {"ids": "a", "metric": "m", "m mean": 0.6, "group fine mean": 0.75, "group guard mean": 0.5}
+    assert shares(row, whole) == {"of full": pytest.approx(0.75), "fine of full": 1.5}, "nothing of a score of zero"
+    assert shares(row | {"ids": "b"}, whole) == {}, "other samples"
+    assert of_full([shares(row, whole)]) == ["fine of full"], "by group, as the differences"
+    assert of_full([{"of full": 0.75}]) == ["of full"]
+
+
+def test_all_tokens_are_those_of_the_row_that_changes_least(eval_here: Eval) -> None:
+    for words in (("selector=full",), ("selector=full", "batch_size=4"), ("selector=pooled",)):
+        job = eval_here(*words, "limit=6", "shots=0")
+        result = result_of(job)
+        scores = {"mean": 0.5 if len(words) > 1 else 0.8, "low": 0.1, "high": 0.9, "n": 6}
+        change_result(job, quality=result["quality"] | {"metrics": {"exact_match": scores}, "groups": {}})
+    rows = {(row["selector"], row["changes"].count("batch_size")): row["of full"] for row in collect(job.parent)}
+    assert rows == {("full", 0): 1.0, ("full", 1): 0.625, ("pooled", 0): 1.0}

@@ -46,7 +46,7 @@ def test_the_table_has_a_row_for_every_job_and_states_its_limits(eval_here: Eval
     text = markdown(records(refresh(study).frame))
     assert text == (study / "table.md").read_text()
     firsts = [line.split("|")[1].strip(": -") for line in text.splitlines() if line.startswith("|")]
-    assert firsts == ["system", "", "full", "system", "", "pooled", "random"]
+    assert firsts == ["system", "", "full", "random", "system", "", "pooled"]
     assert next(c for c in columns(collect(study)) if c.title == "recall").texts[1] == "-"
 
 

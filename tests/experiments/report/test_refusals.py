@@ -24,7 +24,7 @@ Main = Callable[[Sequence[str]], None]
         (report.main, "FOLDER", "holds no job"),
         (compare.main, "FOLDER adapter=own", "no finished evaluations in this folder"),
         (compare.main, "STUDY adapter=own", "no finished evaluation has adapter=own"),
-        (compare.main, "STUDY adapter", "GROUP=OPTION"),
+        (compare.main, "STUDY adapter", "adapter: there are no finished evaluations in this folder"),
         (dashboard.main, "STUDY", "give entity=NAME"),
         (dashboard.main, "STUDY entity=us color=red", "nothing else but project=NAME"),
         (dashboard.main, "FOLDER entity=us", "there is no evaluated job in it"),
