@@ -2,23 +2,23 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
-
-from experiments.analysis.paired import BASELINE
-from experiments.analysis.rows import Row
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 WIDTH = 5.5
 """Inches: the text width of a one-column paper. Type is 7 points and more at that width."""
 INK, SOFT, GRID, ACCENT, PALE, PAPER = "#1b1f24", "#626b76", "#dfe3e8", "#2456c9", "#a9b2bd", "#fefefe"
+HUES = ("#c2590c", "#1b7f4b", "#b0267f", "#0b7f8c", "#6b3fb5", "#7f7a0a", "#c0262d", "#7a5230")
+"""Colours of the rivals, one for each selector: dark enough on white, and told apart by most eyes."""
 THEMED = {
     INK: "var(--ink)",
     SOFT: "var(--soft)",
@@ -26,6 +26,7 @@ THEMED = {
     ACCENT: "var(--accent)",
     PALE: "var(--pale)",
     PAPER: "var(--card)",
+    **{hue: f"var(--hue{number})" for number, hue in enumerate(HUES, 1)},
 }
 """The page replaces these colours, so that figures follow its light and dark themes."""
 STYLE: dict[Any, Any] = {
@@ -54,19 +55,22 @@ STYLE: dict[Any, Any] = {
     "ytick.major.size": 0,
     "legend.frameon": False,
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "text.parse_math": False,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
 }
-MARKERS = "os^DvPX<>*ph"
 MOST_PANELS = 6
 """Panels of a figure that has one for each score."""
 RESOLUTION = 300
+TIP = "tip: "
+"""How the name of an artist with a remark begins; the rest is the remark."""
 LEGEND_LINE = 0.14
 """Inches of a line of a legend."""
 FEW_LINES = 5
 LETTERS = 92
 """Letters of a legend that fit on a line."""
+_TIPPED = re.compile(rf'<g id="{TIP}([^"]*)">')
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,19 @@ class ReportFigure:
 
     @cached_property
     def svg(self) -> str:
-        """The figure as SVG, the same bytes every time."""
+        """The figure as SVG, the same bytes every time; remarks are titles, which browsers show at the pointer."""
         buffer = io.StringIO()
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _TIPPED.sub(r'<g class="tip"><title>\1</title>', buffer.getvalue())
+
+    @cached_property
+    def pdf(self) -> bytes:
+        """The figure for LaTeX, the same bytes every time; its text is text."""
+        buffer = io.BytesIO()
+        none = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+        with matplotlib.rc_context(STYLE):
+            self.figure.savefig(buffer, format="pdf", metadata=none)
         return buffer.getvalue()
 
     @cached_property
@@ -109,6 +122,12 @@ class ReportFigure:
         role = f'<svg role="img" aria-label="{self.title}"'
         text = re.sub(r'<svg ([^>]*?)width="[\d.]+pt" height="[\d.]+pt"', rf"{role} \1", text)
         return re.sub(r"\s*\n\s*", " ", text)
+
+
+def with_tip(artists: Artist | Iterable[Artist], remark: str) -> None:
+    """Lets browsers show a remark where the pointer is on one of the artists."""
+    for artist in (artists,) if isinstance(artists, Artist) else artists:
+        artist.set_gid(TIP + remark)
 
 
 def panels(n: int, across: int, height: float, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
@@ -151,5 +170,8 @@ def log_axis(axes: Axes, values: Sequence[float]) -> None:
     axes.set_xlim(low, high)
 
 
-def colour(row: Row) -> str:
-    return ACCENT if row["selector"].startswith("shirg") else INK if row["selector"] == BASELINE else SOFT
+def round_log_ticks(axes: Axes) -> None:
+    """A logarithmic y axis marked at 1, 2 and 5 times the powers of ten, as plain numbers."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.analysis.columns import differences, doubts, headlines, mark_of
+from experiments.analysis.columns import cost_cell, differences, doubts, headlines, mark_of, p_value
 from experiments.analysis.memo import Memo, stamp
 from experiments.analysis.paired import BASELINE, UNABLATED, other_name
 from experiments.analysis.rows import MOST_DRAWN, Row, leading, unequal
@@ -23,21 +24,22 @@ from experiments.report.figure_style import (
     ACCENT,
     GRID,
     INK,
-    MARKERS,
     MOST_PANELS,
     PALE,
-    PAPER,
     SOFT,
     STYLE,
     ReportFigure,
-    colour,
     legend_columns,
     log_axis,
     panels,
+    round_log_ticks,
     top_legend,
+    with_tip,
 )
 from experiments.report.overlap_matrix import overlap_matrix
 from experiments.report.pareto import pareto
+from experiments.report.score_bars import score_bars
+from experiments.report.system_styles import SystemStyles
 from experiments.training.callbacks import METRICS, read_points
 from experiments.viz.examples import load_examples, printable
 from experiments.viz.token_map import MAP, TokenMap, load_map, plane
@@ -62,6 +64,8 @@ STAGES = {
 """Stages in the order in which they run, each with its colour."""
 CURVES = ("loss", "accuracy")
 """What is drawn of a training."""
+LOGARITHMIC = ("loss",)
+"""Curves whose last part would be flat on a linear axis."""
 MOST_NAMED = 12
 """Trainings that a legend names at most."""
 
@@ -74,23 +78,26 @@ def draw(table: StudyTable) -> list[ReportFigure]:
     finished = [row for row in records(table.frame) if row["status"] == "ok"]
     whole = parts(finished)[0][1] if finished else []
     done = leading(whole, MOST_DRAWN)
+    trained = [result["choices"]["selector"] for result in table.results.values() if result["verb"] == "train"]
+    styles = SystemStyles(done, trained)
     with matplotlib.rc_context(STYLE):
         found = [
-            pareto(done, "total ms", "milliseconds per sample", "pareto_latency"),
-            pareto(done, "visual tokens mean", "vision tokens in the prefix", "pareto_tokens"),
-            forest(done, BASELINE),
-            forest(done, UNABLATED),
-            budget_curve(done),
+            score_bars(done, styles),
+            pareto(done, styles, "total ms", "milliseconds per sample", "pareto_latency"),
+            pareto(done, styles, "visual tokens mean", "vision tokens in the prefix", "pareto_tokens"),
+            forest(done, styles, BASELINE),
+            forest(done, styles, UNABLATED),
+            budget_curve(done, styles),
             stages(done),
             memory(done),
             overlap_matrix(whole),
             token_maps(table.study, done, table.memo),
-            training(table.results),
+            training(table.results, styles),
         ]
     return [drawn for drawn in found if drawn is not None]
 
 
-def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
+def budget_curve(rows: Sequence[Row], styles: SystemStyles) -> ReportFigure | None:
     """Quality over the number of tokens, one line for each selector that was evaluated at several budgets."""
     scores = [(title, key, part, curves) for title, key, part in headlines(rows) if (curves := _curves(part, key))]
     scores = scores[:MOST_PANELS]
@@ -99,8 +106,7 @@ def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
     figure, axes = panels(len(scores), 2, 1.9)
     entries: dict[str, Any] = {}
     names = dict.fromkeys(name for *_, curves in scores for name in curves)
-    tones = {name: ACCENT if name.startswith("shirg") else SOFT for name in names}
-    selectors, variants = (list(dict.fromkeys(name.partition(" ")[i] for name in names)) for i in (0, 2))
+    variants = list(dict.fromkeys(name.partition(" ")[2] for name in names))
     for panel, (title, key, part, curves) in zip(axes, scores, strict=True):
         base = next((row for row in part if row["selector"] == BASELINE and row.get(f"{key} mean") is not None), None)
         if base is not None:
@@ -110,23 +116,21 @@ def budget_curve(rows: Sequence[Row]) -> ReportFigure | None:
         for name, line in curves.items():
             x = [row["visual tokens mean"] for row in line]
             lows, means, highs = ([100 * row[f"{key} {edge}"] for row in line] for edge in ("low", "mean", "high"))
-            selector, _, variant = name.partition(" ")
-            style, shape = (
-                LINES[variants.index(variant) % len(LINES)],
-                MARKERS[selectors.index(selector) % len(MARKERS)],
-            )
+            dashes = LINES[variants.index(name.partition(" ")[2]) % len(LINES)]
+            tone, marker = styles.colour(line[0]["selector"]), styles.of(line[0]).marker
             (entries[name],) = panel.plot(
-                x, means, color=tones[name], linestyle=style, marker=shape, markersize=3, linewidth=1.2
+                x, means, color=tone, linestyle=dashes, marker=marker, markersize=3, linewidth=1.2
             )
-            panel.vlines(x, lows, highs, color=tones[name], linewidth=0.9, alpha=0.5)
+            with_tip(entries[name], name)
+            panel.vlines(x, lows, highs, color=tone, linewidth=0.9, alpha=0.5)
         panel.set_title(title, loc="left")
         log_axis(panel, [row["visual tokens mean"] for line in curves.values() for row in line])
     figure.supylabel("score, %", fontsize=7.5)
     figure.supxlabel("vision tokens in the prefix", fontsize=7.5)
     top_legend(figure, list(entries.values()), list(entries))
     caption = (
-        f"Score over the token budget with 95 % intervals; a marker for each selector, a line style for each adapter "
-        f"or other change; black and dashed: {BASELINE}, with its interval."
+        f"Score over the token budget with 95 % intervals; a colour for each selector, a line style for each adapter "
+        f"or other change; dashed: {BASELINE}, with its interval."
     )
     return ReportFigure("budget_curve", "Quality over the token budget", caption, figure)
 
@@ -147,24 +151,25 @@ def _curves(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
     }
 
 
-def forest(rows: Sequence[Row], against: str) -> ReportFigure | None:
+def forest(rows: Sequence[Row], styles: SystemStyles, against: str) -> ReportFigure | None:
     """Paired differences with their intervals, one line for each system."""
-    names = [name for name in differences(rows) if other_name(name) == against]
-    shown = [row for row in rows if any(row.get(f"delta {name} mean") is not None for name in names)]
+    deltas = [name for name in differences(rows) if other_name(name) == against]
+    shown = [row for row in rows if any(row.get(f"delta {name} mean") is not None for name in deltas)]
     if not shown:
         return None
-    figure, axes = panels(len(names), 3, 0.65 + 0.2 * len(shown), share_y=True)
-    for panel, name in zip(axes, names, strict=True):
+    figure, axes = panels(len(deltas), 3, 0.65 + 0.2 * len(shown), share_y=True)
+    names = labels(shown)
+    for panel, name in zip(axes, deltas, strict=True):
         panel.axvline(0, color=SOFT, linewidth=0.9)
         for i, row in enumerate(shown):
             if row.get(f"delta {name} mean") is None:
                 continue
             low, mean, high = (100 * row[f"delta {name} {key}"] for key in ("low", "mean", "high"))
-            panel.plot([low, high], [i, i], color=colour(row), linewidth=1.3)
-            sure = row[f"delta {name} p holm"] < ALPHA
-            panel.plot(
-                [mean], [i], "o", markersize=4.5, color=colour(row), markerfacecolor=colour(row) if sure else PAPER
-            )
+            p = row[f"delta {name} p holm"]
+            style = replace(styles.of(row), hollow=p >= ALPHA)
+            panel.plot([low, high], [i, i], color=style.colour, linewidth=1.3, marker="|", markersize=6)
+            (point,) = panel.plot([mean], [i], markersize=4.5, **style.point)
+            with_tip(point, f"{names[i]}: {mean:+.1f} points [{low:+.1f}, {high:+.1f}], {p_value(p)} after Holm")
         panel.set_title(name, loc="left")
         panel.set_xlabel("points")
     name_bars(axes[0], shown)
@@ -184,16 +189,30 @@ def stages(rows: Sequence[Row]) -> ReportFigure | None:
         return None
     figure, (panel,) = panels(1, 1, 0.75 + 0.2 * len(shown))
     left = [0.0] * len(shown)
+    names_of_rows = labels(shown)
     for name in names:
         width = [row.get(f"{name} ms") or 0.0 for row in shown]
-        panel.barh(range(len(shown)), width, left=left, height=0.66, color=STAGES[name], label=name)
+        bars = panel.barh(range(len(shown)), width, left=left, height=0.66, color=STAGES[name], label=name)
+        for bar, label, ms in zip(bars, names_of_rows, width, strict=True):
+            with_tip(bar, f"{label}: {name} {ms:.3g} ms")
         left = [a + b for a, b in zip(left, width, strict=True)]
-    for i, (row, total) in enumerate(zip(shown, left, strict=True)):
-        panel.text(total, i, f" {total:.3g}{mark_of(row, 'total ms')}", va="center", color=SOFT, fontsize=7)
+    for i, (row, stacked) in enumerate(zip(shown, left, strict=True)):
+        total = row["total ms"]
+        low, high = (row.get(f"total ms {edge}") or total for edge in ("q1", "q3"))
+        between = f", half of the batches between {low:.3g} and {high:.3g}" if low < high else ""
+        panel.plot([low, high], [i, i], color=INK, linewidth=0.9)
+        (point,) = panel.plot([total], [i], "|", color=INK, markersize=7)
+        with_tip(point, f"{names_of_rows[i]}: {total:.3g} ms in all{between}")
+        text = f" {cost_cell(row, 'total ms', fine=True).main}"
+        panel.text(max(stacked, high), i, text, va="center", color=SOFT, fontsize=7)
     name_bars(panel, shown)
-    panel.set_xlabel("milliseconds per sample (medians of the stages, stacked)")
+    panel.set_xlabel("milliseconds per sample")
     figure.legend(loc="outside upper left", ncols=len(names), columnspacing=1.0, handlelength=1.0)
-    caption = "Where a sample's time goes, stage by stage: medians over batches after warm-up."
+    caption = (
+        "Where a sample's time goes, stage by stage: medians over batches after warm-up. The tick and the number: the "
+        "median of all stages together, as in the table, which is not the sum of their medians; the line through it: "
+        "half of the batches, where that is known."
+    )
     caption += doubts(shown, "total ms")
     return ReportFigure("latency", "Latency by stage", caption, figure)
 
@@ -281,7 +300,7 @@ def known_plane(path: Path, tokens: TokenMap, memo: Memo) -> tuple[np.ndarray, s
     return np.asarray(positions), method
 
 
-def training(results: Mapping[Path, Result]) -> ReportFigure | None:
+def training(results: Mapping[Path, Result], styles: SystemStyles) -> ReportFigure | None:
     """One line for each training with points in metrics.csv, also unfinished ones, up to `MOST_DRAWN`."""
     trained = [(f, result) for f, result in results.items() if result["verb"] == "train" and (f / METRICS).exists()]
     runs = {}
@@ -295,18 +314,24 @@ def training(results: Mapping[Path, Result]) -> ReportFigure | None:
     for panel, name in zip(axes, names, strict=True):
         used: dict[str, int] = {}
         for run, (selector, points) in runs.items():
-            tone = ACCENT if selector.startswith("shirg") else INK if selector == BASELINE else SOFT
+            tone = styles.colour(selector)
             used[tone] = used.get(tone, -1) + 1
             known = [(point["step"], point[name]) for point in points if name in point]
             x, y = ([pair[i] for pair in known] for i in (0, 1))
-            panel.plot(x, y, color=tone, linestyle=LINES[used[tone] % len(LINES)], linewidth=1.1, label=run)
+            (line,) = panel.plot(x, y, color=tone, linestyle=LINES[used[tone] % len(LINES)], linewidth=1.1, label=run)
+            with_tip(line, run)
         panel.set_title(name, loc="left")
         panel.set_xlabel("step")
-        panel.set_ylim(bottom=0)
+        if (
+            name in LOGARITHMIC
+            and min(point[name] for _, points in runs.values() for point in points if name in point) > 0
+        ):
+            panel.set_yscale("log")
+            round_log_ticks(panel)
     handles, entries = axes[0].get_legend_handles_labels()
     if len(entries) <= MOST_NAMED:
         figure.legend(handles, entries, loc="outside upper left", ncols=legend_columns(entries))
-    caption = "Each point is the mean since the point before. Blue: SHIRG and its variants; black: pooled."
+    caption = "Each point is the mean since the point before; the loss is on a logarithmic axis."
     if len(trained) > MOST_DRAWN:
         caption += f" The first {MOST_DRAWN} of {len(trained)} trainings."
     return ReportFigure("training", "Training", caption, figure)

@@ -1,102 +1,107 @@
 """Quality against a cost: every system with its interval, and the line of those that no other system beats on both."""
 
+import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.transforms import blended_transform_factory
 
 from experiments.analysis.columns import doubts, headlines
 from experiments.analysis.paired import BASELINE
-from experiments.analysis.rows import Row, unequal
+from experiments.analysis.rows import Row
 from experiments.analysis.system_names import labels
 from experiments.report.figure_style import (
-    MARKERS,
     MOST_PANELS,
     PALE,
-    PAPER,
     ReportFigure,
-    colour,
     log_axis,
     panels,
     top_legend,
+    with_tip,
 )
+from experiments.report.system_styles import SystemStyle, SystemStyles
+
+PANEL = 1.75
+"""Inches: the height of a panel."""
+MOST_LABELLED = 12
+"""Systems that are named beside each panel; more are named once, above."""
+LABEL = 0.11
+"""Inches of the height of a name beside a panel."""
+INTERVAL: dict[str, Any] = {"linewidth": 0.8, "marker": "_", "markersize": 6, "markeredgewidth": 0.8}
+FRAME = 0.42
+"""Inches of the height of a panel beside its axes: title and ticks."""
+TOP = 104.0
+"""Upper end of the axis of scores, in %."""
 
 
-def pareto(rows: Sequence[Row], cost: str, axis: str, name: str) -> ReportFigure | None:
-    """Quality against a cost: every system with its interval, and the line of those that no other beats on both."""
+def pareto(rows: Sequence[Row], styles: SystemStyles, cost: str, axis: str, name: str) -> ReportFigure | None:
+    """Quality against a cost. Every point is where its values are; names beside a panel are moved apart instead."""
     known = [row for row in rows if row.get(cost) is not None]
     scores = headlines(known)[:MOST_PANELS]
     if not scores or len(known) < 2:
         return None
-    figure, axes = panels(len(scores), 2, 1.75, share_y=True)
-    entries = {label: row for _, _, part in scores for row, label in zip(part, labels(part), strict=True)}
-    marks = dict(zip(entries, styles(list(entries.values())), strict=True))
+    names = dict(zip((row["job"] for row in known), labels(known, with_data=False), strict=True))
+    entries = {names[row["job"]]: styles.of(row) for _, _, part in scores for row in part}
+    named_beside = len(entries) <= MOST_LABELLED
+    height = max(PANEL, 0.7 + LABEL * len(entries)) if named_beside else PANEL
+    figure, axes = panels(len(scores), 2, height, share_y=True)
+    lows = (row.get(f"{key} low") for _, key, part in scores for row in part)
+    lowest = max(-3.0, min(100 * low for low in lows if low is not None) - 5)
+    axes[0].set_ylim(lowest, TOP)
     for panel, (title, key, part) in zip(axes, scores, strict=True):
-        placed = [
-            (row, marks[label])
-            for row, label in zip(part, labels(part), strict=True)
-            if row.get(f"{key} mean") is not None
-        ]
-        points = [(row[cost], 100 * row[f"{key} mean"]) for row, _ in placed]
-        line = frontier(points, spreads([row for row, _ in placed], cost))
+        placed = [row for row in part if row.get(f"{key} mean") is not None]
+        points = [(row[cost], 100 * row[f"{key} mean"]) for row in placed]
+        line = frontier(points, spreads(placed, cost))
         panel.plot(*zip(*line, strict=True), color=PALE, linewidth=1, zorder=1, drawstyle="steps-post")
         log_axis(panel, [x for x, _ in points])
-        for (row, mark), (_, y), x in zip(placed, points, side_by_side(panel, [x for x, _ in points]), strict=True):
+        for row, (x, y) in zip(placed, points, strict=True):
+            style = styles.of(row)
             low, high = (100 * row[f"{key} {edge}"] for edge in ("low", "high"))
-            panel.plot([x, x], [low, high], color=mark["color"], linewidth=0.8, alpha=0.5, zorder=2)
-            panel.plot([x], [y], linestyle="none", markersize=4.5, zorder=3, **mark)
+            # The ends are wider than the point, so that an interval shorter than it is seen.
+            panel.plot([x, x], [low, high], color=style.colour, zorder=2, **INTERVAL)
+            (point,) = panel.plot([x], [y], markersize=4.5, zorder=3, **style.point)
+            with_tip(point, f"{names[row['job']]}: {y:.1f} % [{low:.1f}, {high:.1f}], {x:.3g} {axis}")
+        if named_beside:
+            heights = apart([y for _, y in points], LABEL / (height - FRAME) * (TOP - lowest), TOP)
+            for row, y in zip(placed, heights, strict=True):
+                _name_beside(panel, y, names[row["job"]], styles.of(row))
         panel.set_title(title, loc="left")
-    lows = (row.get(f"{key} low") for _, key, part in scores for row in part)
-    lowest = min(100 * low for low in lows if low is not None)
-    axes[0].set_ylim(max(-3.0, lowest - 5), 104)
     figure.supxlabel(axis, fontsize=7.5)
     figure.supylabel("score, %", fontsize=7.5)
-    handles = [Line2D([], [], linestyle="none", markersize=4.5, **mark) for mark in marks.values()]
-    top_legend(figure, handles, list(entries), columnspacing=1.2, handletextpad=0.2)
+    if not named_beside:
+        handles = [Line2D([], [], markersize=4.5, **style.point) for style in entries.values()]
+        top_legend(figure, handles, list(entries), columnspacing=1.2, handletextpad=0.2)
     caption = (
         f"Score in % with 95 % intervals against {axis}. The grey line joins what no other system beats on both"
-        f"{', times whose quartiles overlap being equal' if cost.endswith(' ms') else ''}. "
-        f"Blue: SHIRG and its variants; black: {BASELINE}; hollow: another token budget than {BASELINE}. "
-        "Systems with the same cost are drawn side by side." + doubts(known, cost)
+        f"{', times whose quartiles overlap or are unknown being equal' if cost.endswith(' ms') else ''}. "
+        f"Hollow: another token budget than {BASELINE}."
+        f"{' Beside each panel the systems, the best on top.' if named_beside else ''}"
+        f"{doubts(known, cost)}"
     )
     return ReportFigure(name, f"Quality against {axis.split(' in ')[0]}", caption, figure)
 
 
-def styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Each system's marker: colour by family, shape by number within it, hollow for another budget."""
-    seen: Counter[str] = Counter()
-    marks = []
-    for row in rows:
-        tone = colour(row)
-        marks.append(
-            {
-                "color": tone,
-                "marker": MARKERS[seen[tone] % len(MARKERS)],
-                "markerfacecolor": PAPER if unequal(row) else tone,
-                "label": None,
-            }
-        )
-        seen[tone] += 1
-    return marks
+def _name_beside(panel: Axes, y: float, name: str, style: SystemStyle) -> None:
+    """A system's marker and name to the right of a panel."""
+    beside = blended_transform_factory(panel.transAxes, panel.transData)
+    panel.plot([1.05], [y], transform=beside, clip_on=False, markersize=3.5, **style.point)
+    panel.text(1.09, y, name, transform=beside, va="center", fontsize=6, color=style.colour)
 
 
-def side_by_side(panel: Axes, values: Sequence[float]) -> list[float]:
-    """x positions; equal ones are moved apart by 1 to 2 % of the axis, together by at most 6 %."""
-    axis = panel.get_xaxis_transform()
-    positions = [float(axis.transform((value, 0))[0]) for value in values]
-    width = panel.bbox.width
-    groups: dict[int, list[int]] = {}
-    for i, position in enumerate(positions):
-        groups.setdefault(round(position / (0.005 * width)), []).append(i)
-    for members in groups.values():
-        step = min(0.022, 0.06 / max(1, len(members) - 1)) * width
-        for number, i in enumerate(members):
-            positions[i] += (number - (len(members) - 1) / 2) * step
-    inverse = axis.inverted()
-    return [float(inverse.transform((position, 0))[0]) for position in positions]
+def apart(values: Sequence[float], gap: float, high: float) -> list[float]:
+    """The values, in their order, moved up to have at least a gap between each two, and down where `high` ends that."""
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    found = list(values)
+    for before, i in itertools.pairwise(order):
+        found[i] = max(found[i], found[before] + gap)
+    limit = high
+    for i in reversed(order):
+        found[i] = min(found[i], limit)
+        limit = found[i] - gap
+    return found
 
 
 def spreads(rows: Sequence[Row], cost: str) -> list[tuple[float, float]]:

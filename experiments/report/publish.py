@@ -8,32 +8,19 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.analysis import memo
-from experiments.analysis.columns import EMPTY, Cell, columns
-from experiments.analysis.rows import Row
-from experiments.analysis.table import comparable, legend, parts, read_table, records, refresh
+from experiments.analysis.table import read_table, records, refresh
 from experiments.analysis.terminal_table import print_table
 from experiments.analysis.turns import if_due, in_turn
 from experiments.atomic_files import write_atomic, write_json
 from experiments.errors import ConfigError
 from experiments.report.figure_style import ReportFigure
 from experiments.report.figures import draw
+from experiments.report.latex import latex
 from experiments.report.page import write_report
 
 FIGURES = "figures"
 WAIT_S = 30.0
 """Longest wait for another process that writes the same study."""
-_SPECIAL = str.maketrans(
-    {c: f"\\{c}" for c in "&%$#_{}"}
-    | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-    }
-)
 
 
 def publish(study: Path, *, files: bool = False, show: bool = False, wide: bool = False) -> list[Path]:
@@ -85,6 +72,7 @@ def _write_files(study: Path, frame: pd.DataFrame, figures: Sequence[ReportFigur
     for one in figures:
         write_atomic(study / FIGURES / f"{one.name}.svg", one.svg)
         write_atomic(study / FIGURES / f"{one.name}.png", one.png)
+        write_atomic(study / FIGURES / f"{one.name}.pdf", one.pdf)
     rows = records(frame)
     if not any(row["status"] == "ok" for row in rows):
         return [study / FIGURES]
@@ -100,44 +88,3 @@ def _write_slides(study: Path, frame: pd.DataFrame, figures: Sequence[ReportFigu
     from experiments.report.slides import write_slides
 
     return [write_slides(study, frame, figures)]
-
-
-def latex(rows: Sequence[Row]) -> str:
-    """A complete `table` environment, for booktabs; rows over a part of the samples only where there are no others."""
-    rows = parts(rows)[0][1]
-    shown = [
-        c for c in columns(rows) if not c.secondary and (c.kind, c.title) not in (("text", "status"), ("count", "n"))
-    ]
-    cells = [
-        [latex_cell(cell, i in best) for i, cell in enumerate(column.cells)]
-        for column, best in ((column, column.best(comparable(rows))) for column in shown)
-    ]
-    table = pd.DataFrame(list(zip(*cells, strict=True)), columns=[latex_text(column.title) for column in shown])
-    align = "".join("r" if column.numeric else "l" for column in shown)
-    return "\n".join(
-        (
-            r"% needs \usepackage{booktabs}",
-            r"\begin{table}",
-            r"\centering\small",
-            table.to_latex(index=False, escape=False, column_format=align).rstrip(),
-            rf"\caption{{{latex_text(legend(rows))} Bold: best at equal budget.}}",
-            r"\end{table}",
-            "",
-        )
-    )
-
-
-def latex_text(text: str) -> str:
-    """The text with every character escaped that TeX would read as a command."""
-    return text.translate(_SPECIAL)
-
-
-def latex_cell(cell: Cell, bold: bool) -> str:
-    main = "--" if cell.text == EMPTY else latex_text(cell.main)
-    text = (rf"\textbf{{{main}}}" if bold else main) + latex_text(cell.tail)
-    if cell.spread:
-        text += f" {latex_text(cell.spread)}"
-    if cell.interval:
-        low, high = cell.interval
-        text = rf"{text} {{\scriptsize[{low}, {high}]}}".replace("-", "$-$")
-    return text

@@ -17,6 +17,8 @@ DARK = 0.16
 COARSE = 0.3
 EDGE_COLOUR = (86, 150, 255)
 SCAFFOLD_COLOUR = (255, 176, 32)
+OUTLINE = 0.45
+"""How much of the frame of a scaffold token is colour; the rest is the picture."""
 TARGET_COLOUR = (64, 224, 120)
 GAP, LINE, TEXT = 14, 17, 13
 MOST_PER_ROW = 5
@@ -75,11 +77,14 @@ def overlay(
     edge[:, 1:] |= kept[:, 1:] != kept[:, :-1]
     edge[1:] |= kept[1:] != kept[:-1]
     pixels[edge] = 0.4 * pixels[edge] + 0.6 * np.asarray(EDGE_COLOUR)
-    drawn = Image.fromarray(pixels.astype(np.uint8))
-    pen = ImageDraw.Draw(drawn)
+    outline = np.zeros_like(kept)
     for box in boxes[np.isin(source, (Source.SCAFFOLD, Source.SUMMARY))]:
         x0, y0, x1, y1 = _pixels(box, width, height)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=SCAFFOLD_COLOUR)
+        outline[y0:y1, [x0, x1 - 1]] = outline[[y0, y1 - 1], x0:x1] = True
+    # They lie over what was kept: the picture is seen through them.
+    pixels[outline] = (1 - OUTLINE) * pixels[outline] + OUTLINE * np.asarray(SCAFFOLD_COLOUR)
+    drawn = Image.fromarray(pixels.astype(np.uint8))
+    pen = ImageDraw.Draw(drawn)
     for target in targets:
         x0, y0, x1, y1 = _pixels(np.asarray(target), width, height)
         pen.rectangle((x0 - 2, y0 - 2, x1 + 1, y1 + 1), outline=TARGET_COLOUR, width=2)
