@@ -39,7 +39,9 @@ if ($("table") !== null) {
   const fromNode = (node) => ({
     node,
     equal: Number(node.dataset.equal),
-    cells: [...node.cells].map((cell) => [cell.textContent.trim(), cell.dataset.v === undefined ? null : Number(cell.dataset.v)]),
+    cells: [...node.cells].map((cell) => [
+      cell.textContent.trim(), cell.dataset.v === undefined ? null : Number(cell.dataset.v), "", "", cell.dataset.quartiles,
+    ]),
   });
   const parts = [...table.tBodies].map((body, number) => {
     const title = [...body.rows].filter((row) => row.className === "part");
@@ -57,13 +59,14 @@ if ($("table") !== null) {
   const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, undefined, { numeric: true }));
 
   // As page.html makes a cell.
-  function cellOf([text, number = null, interval = "", hint = ""], head) {
+  function cellOf([text, number = null, interval = "", hint = "", quartiles = ""], head) {
     const status = head.dataset.title === "status" && head.dataset.kind === "text";
-    const names = [head.classList.contains("num") ? "num" : head.dataset.title];
-    if (head.classList.contains("detail")) names.push("detail");
+    const names = [...head.classList];
+    if (!names.includes("num")) names.push(head.dataset.title);
     if (status) names.push(`status-${text}`);
     const cell = make("td", text, names.join(" "));
     if (number !== null) cell.dataset.v = number;
+    if (quartiles) cell.dataset.quartiles = quartiles;
     if (hint) cell.title = hint;
     if (interval) {
       cell.append(make("span", interval, "ci"));
@@ -82,7 +85,7 @@ if ($("table") !== null) {
   function nodeOf(row) {
     if (row.node === undefined) {
       row.node = make("tr");
-      const button = make("button", "copy", "copy"), last = make("td", undefined, "js");
+      const button = make("button", "copy", "copy"), last = make("td", undefined, "js roomy");
       button.type = "button";
       button.dataset.copy = row.command;
       button.addEventListener("click", () => copy(button));
@@ -121,6 +124,19 @@ if ($("table") !== null) {
     show();
   }
 
+  // As Column.best: the highest (or lowest) value, where not all are equal; a time, only where its quartiles are below
+  // those of all others. Values with a mark are suspicious, and never the best.
+  function bestOf(among, column, sign) {
+    const rows = among.filter((row) => !row.cells[column][0].includes("!"));
+    const values = rows.map((row) => sign * value(row, column)), top = Math.max(...values);
+    if (!sign || Math.min(...values) === top) return [];
+    const best = rows.filter((_, i) => values[i] === top);
+    if (!heads[column].dataset.measured) return best;
+    const quartiles = (row) => row.cells[column][4]?.split(" ").map(Number);
+    return best.filter((row) => quartiles(row) && rows.every((other) => (
+      other === row || (quartiles(other) && quartiles(row)[1] < quartiles(other)[0]))));
+  }
+
   function filter() {
     const words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
     const equal = $("equal") !== null && $("equal").checked;
@@ -132,13 +148,9 @@ if ($("table") !== null) {
       row.best = heads.map(() => false);
     }
     heads.forEach((head, column) => {
-      const sign = Number(head.dataset.direction);
-      // Rows over a part of the samples are in a second part and never marked as best.
-      for (const { rows } of sign ? parts.slice(0, 1) : []) {
-        const kept = rows.filter((row) => row.kept && value(row, column) !== null);
-        const top = Math.max(...kept.map((row) => sign * value(row, column)));
-        for (const row of kept) row.best[column] = kept.length > 1 && sign * value(row, column) === top;
-      }
+      // Rows over a part of the samples are in a second part; neither they nor other budgets are marked as best.
+      const rows = (parts[0]?.rows ?? []).filter((row) => row.kept && Number(row.equal) && value(row, column) !== null);
+      for (const row of bestOf(rows, column, Number(head.dataset.best))) row.best[column] = true;
     });
     show();
   }
@@ -207,7 +219,7 @@ if ($("data") !== null) {
         if (name === verdict) rows.push([sample, before, after]);
       }
     });
-    for (const chip of document.querySelectorAll(".chip")) {
+    for (const chip of document.querySelectorAll("#verdicts .chip")) {
       chip.textContent = `${chip.dataset.verdict} ${counts[chip.dataset.verdict]}`;
       chip.setAttribute("aria-pressed", String(chip.dataset.verdict === verdict));
     }
