@@ -1,7 +1,6 @@
 """What the slides state about a study: its finished rows, and what only the files of its jobs say."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from experiments.analysis.system_names import labels
 from experiments.analysis.table import parts
 from experiments.jobs.results import SAMPLES, SHOTS, read_result
 from experiments.jobs.sample_rows import Score, read_scores
+from experiments.report.verdict import heading, origin
 from experiments.viz.examples import ExampleRecord, load_examples, printable
 
 LONGEST_NAME = 60
@@ -50,23 +50,11 @@ class StudyFacts:
         return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
     def identity(self) -> list[str]:
-        """Model, data, machine, date and commit: a line for each."""
+        """Models and data, systems and machine, date and commit: a line for each."""
         results = [self.result(row) for row in self.rows]
-        models = {f"{r['choices']['model']}, {r['model']['parameters']:,} parameters" for r in results}
-        splits = {r["data"]["split"] for r in results if r["data"]["split"]}
-        machines = {f"{row['env device']}, {row['env dtype']}" for row in self.rows}
-        commits = {
-            (r["environment"]["git"] or "unknown")[:7]
-            + (" with local changes" if r["environment"]["git_dirty"] else "")
-            for r in results
-        }
-        ended = datetime.fromisoformat(max(r["times"]["finished"] for r in results))
-        return [
-            f"Model: {_joined(models)}",
-            f"Data: {self.datasets}, {_joined(splits)}, {self.size} questions",
-            f"Systems: {len(self.rows)}, on {_joined(machines)}",
-            f"{ended.day} {ended:%B %Y}, commit {_joined(commits)}",
-        ]
+        machines = sorted({f"{row['env device']}, {row['env dtype']}" for row in self.rows})
+        number = f"{len(self.rows)} system{'' if len(self.rows) == 1 else 's'}"
+        return [heading(results), f"{number} on {'; '.join(machines)}", origin(results)]
 
     def name(self, row: Row) -> str:
         return self.names[next(i for i, other in enumerate(self.rows) if other is row)]
@@ -140,7 +128,3 @@ def share(values: Mapping[str, float], scores: Mapping[str, Score]) -> str:
 def signed(points: float) -> str:
     """With a minus sign instead of a hyphen, so that no line breaks after it."""
     return f"{points:+.1f}".replace("-", "\u2212")
-
-
-def _joined(names: set[str]) -> str:
-    return "; ".join(sorted(names))

@@ -23,6 +23,7 @@ MOST_POINTS = 3
 TITLE_SIZE, POINT_SIZE, APART = 28, 18, 8
 LARGE_POINT_SIZE, LARGE_APART = 22, 20
 """Of points that have a column for themselves."""
+CLEARLY = 1.15
 TALLEST_POINTS = 0.4
 """Share of a slide's height that points above a graphic take at most."""
 SMALLEST = 9
@@ -130,7 +131,7 @@ class Slides:
 def arrange(points: Sequence[str], aspect: float | None) -> tuple[bool, Area, Area]:
     """Whether the graphic is beside its points, the area of the points and that of the graphic.
 
-    It is below them, unless it becomes larger beside them.
+    It is below them, unless it becomes clearly larger beside them.
     """
     tall = min(text_height("\n".join(points), BODY.width, POINT_SIZE, APART), TALLEST_POINTS * BODY.height)
     above = Area(BODY.left, BODY.top, BODY.width, tall)
@@ -140,7 +141,7 @@ def arrange(points: Sequence[str], aspect: float | None) -> tuple[bool, Area, Ar
     wide = min(WIDEST_BESIDE * BODY.width, aspect * BODY.height)
     left = Area(BODY.left, BODY.top, BODY.width - wide - 2 * GAP, BODY.height)
     right = Area(BODY.left + BODY.width - wide, BODY.top, wide, BODY.height)
-    if right.fit(aspect).width > below.fit(aspect).width:
+    if right.fit(aspect).width > CLEARLY * below.fit(aspect).width:
         return True, left, right
     return False, above, below
 

@@ -18,6 +18,7 @@ from experiments.report.figure_style import ReportFigure
 from experiments.report.slide_facts import StudyFacts, share
 from experiments.report.slide_graphics import Pictures, SlideTable, Steps
 from experiments.report.slide_layout import Slides
+from experiments.report.verdict import verdict
 from experiments.viz.examples import ExampleRecord, printable
 
 NAME = "deck.pptx"
@@ -41,6 +42,7 @@ def write_slides(study: Path, frame: pd.DataFrame, drawn: Sequence[ReportFigure]
     selectors(slides, facts)
     method(slides, facts)
     results(slides, facts)
+    scores(slides, figures)
     effects(slides, facts, figures)
     efficiency(slides, facts, figures)
     token_maps(slides, figures)
@@ -51,9 +53,7 @@ def write_slides(study: Path, frame: pd.DataFrame, drawn: Sequence[ReportFigure]
 
 def beginning(slides: Slides, facts: StudyFacts) -> None:
     row = facts.ours or facts.rows[0]
-    lines = facts.identity()
-    if found := facts.against_baseline(row):
-        lines.append(f"{facts.name(row)} against {BASELINE}, points [95 % interval]: {found}")
+    lines = [*facts.identity(), verdict(facts.rows)]
     examples = list(facts.examples(row).values())
     slides.begin(f"Which vision tokens to keep: {facts.study.name}", lines, examples[0].overlay if examples else None)
 
@@ -169,6 +169,11 @@ def results(slides: Slides, facts: StudyFacts) -> None:
     if hidden := len(head) - len(table.head):
         points.append(f"{hidden} more columns are in table.csv.")
     slides.add("Results", points, table.turned())
+
+
+def scores(slides: Slides, figures: Mapping[str, ReportFigure]) -> None:
+    if "scores" in figures:
+        _add_figures(slides, figures["scores"].title, [figures["scores"].caption], figures, "scores")
 
 
 def effects(slides: Slides, facts: StudyFacts, figures: Mapping[str, ReportFigure]) -> None:

@@ -20,6 +20,7 @@ from experiments.report.slide_facts import signed
 from experiments.report.slide_graphics import SlideTable
 from experiments.report.slide_layout import BODY, Slides, arrange, text_width
 from experiments.report.slides import MOST_ROWS, terms_in_use, varied, write_slides
+from experiments.report.verdict import verdict
 from shirg import UserError
 from tests.experiments.conftest import evaluator
 from tests.experiments.planting import plant
@@ -32,13 +33,14 @@ TITLES = [
     "Selectors compared",
     "SHIRG: {ours}",
     "Results",
+    "Scores by kind of question",
     "Ablations",
     "Where the time goes",
     "Which tokens are kept",
     "Where it fails",
     "What is known, what is next",
 ]
-INTERVAL = re.compile(r"\[[+\u2212]?\d+\.\d, [+\u2212]?\d+\.\d\]")
+INTERVAL = re.compile(r"\[[+\u2212]?\d+\.\d, [+\u2212]?\d+\.\d\]|[+-]\d+\.\d to [+-]\d+\.\d")
 POINT = 12700
 """Units of a slide in a point."""
 
@@ -78,7 +80,7 @@ def table_of(slide: Any) -> list[list[str]]:
     return [[cell.text_frame.text for cell in row.cells] for row in table.rows]
 
 
-def test_a_study_with_everything_has_eleven_slides(study: Path) -> None:
+def test_a_study_with_everything_has_twelve_slides(study: Path) -> None:
     titles = titles_of(study / "deck.pptx")
     expected = [title.format(study=study.name, ours=titles[4].removeprefix("SHIRG: ")) for title in TITLES]
     assert titles == expected
@@ -88,10 +90,12 @@ def test_a_study_with_everything_has_eleven_slides(study: Path) -> None:
     delta = [100 * full[f"delta fine vs pooled {key}"] for key in ("mean", "low", "high")]
     assert "fine {} [{}, {}]".format(*map(signed, delta)) in text[2]
     assert f"{full['visual tokens mean'] / 88:.1f} times the tokens" in text[2]
-    assert "Model: tiny" in text[0] and "commit " in text[0] and "24 questions" in text[0]
+    finished = [row for row in rows if row["status"] == "ok"]
+    assert "synth_glyphs, test, 24 of " in text[0] and "6 systems on cpu" in text[0] and "commit " in text[0]
+    assert verdict(finished) in text[0]
     answers = counts(answered(study), "pooled", "shirg")
-    assert f"{answers['fixed']} answers fixed, {answers['broken']} broken: " in text[9]
-    assert f"[{100 * answers['broken'] / 24:.1f}" not in text[9], "an interval is wider than its mean"
+    assert f"{answers['fixed']} answers fixed, {answers['broken']} broken: " in text[10]
+    assert f"[{100 * answers['broken'] / 24:.1f}" not in text[10], "an interval is wider than its mean"
 
 
 def test_slides_that_would_say_nothing_are_left_out(small: Path) -> None:
