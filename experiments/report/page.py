@@ -88,6 +88,8 @@ def render(table: StudyTable, figures: "Sequence[ReportFigure]" = ()) -> str:
         stored=stored_rows(rows, shown, equal, groups) if len(rows) > MOST_ROWS else None,
         labels=names,
         head_classes=classes,
+        large=_large,
+        small=_small,
         tight=sum("detail" not in kinds for kinds in classes) > MOST_COLUMNS,
         marked=marked,
         open_cards=OPEN_CARDS,
@@ -139,7 +141,7 @@ def stored_rows(
 ) -> dict[str, Any]:
     """All rows as data, from which the script makes those that are looked at; the page holds the first ones only.
 
-    A cell is its text, value, interval, hint and quartiles, without empty ones at the end.
+    A cell is its text, value, what stands below, hint and quartiles, without empty ones at the end.
     """
     cells = [[_stored_cell(column.cells[i]) for column in shown] for i in range(len(rows))]
     return {
@@ -149,9 +151,21 @@ def stored_rows(
     }
 
 
+def _large(cell: Cell) -> str:
+    """The text of a cell on its first line."""
+    return (cell.main if cell.quartiles else cell.brief) + cell.tail
+
+
+def _small(cell: Cell) -> str:
+    """What stands below it: the interval of a score, or the quartiles of a time, which its spread says."""
+    if cell.quartiles:
+        return cell.spread.strip("()").replace("-", " to ")
+    return " to ".join(cell.interval or ())
+
+
 def _stored_cell(cell: Cell) -> list[Any]:
     value = None if cell.value is None else round(cell.value, 4)
-    parts_of_cell: list[Any] = [cell.brief + cell.tail, value, " to ".join(cell.interval or ()), cell.hint]
+    parts_of_cell: list[Any] = [_large(cell), value, _small(cell), cell.hint]
     parts_of_cell.append(" ".join(str(round(edge, 4)) for edge in cell.quartiles or ()))
     while len(parts_of_cell) > 1 and parts_of_cell[-1] in (None, ""):
         parts_of_cell.pop()
