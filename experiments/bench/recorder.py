@@ -52,8 +52,14 @@ class Recorder:
         self._write()
 
     def put(self, key: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        """Writes the row `key`; a later one with the same key replaces it."""
+        """Writes the row `key`; a later one with the same key replaces it.
+
+        A failure replaces no measurement: it is noted beside what was measured before.
+        """
         name = " ".join(map(str, key.values()))
+        before = self._rows.get(name, {})
+        if "ms" in before and (later := found.get("error") or found.get("skipped")):
+            found = {**before, "later_turn": later}
         is_new = name not in self._rows or "error" in found
         self._rows[name] = {**key, **found}
         self._write()
@@ -131,15 +137,16 @@ def take_turns(
     calls: Mapping[str, Callable[[], Mapping[str, float]]],
     rounds: int,
     about: Mapping[str, Mapping[str, Any]],
+    warm_up: bool = True,
 ) -> None:
     """Measures every call `rounds` times, in turn, so that a change of the clock hits all alike; one row for each.
 
-    A first round is not counted. Rows are written again after each round: `keys` and `about` by the name of the call. A
-    call that fails gets a row with its error and has no further turn.
+    With `warm_up` a first round is not counted. Rows are written again after each round: `keys` and `about` by the name
+    of the call. A call that fails gets a row with its error and has no further turn.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in calls}
     failed: set[str] = set()
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         if number > 1 and recorder.left_s <= 0:
             break
         for name, call in calls.items():

@@ -6,7 +6,7 @@ so that `experiments.bench.roofline` can divide by the limits of the device.
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -50,11 +50,13 @@ class Answering:
     engine: str
     batch: int
     about: dict[str, Any] = field(default_factory=dict)
-    """Filled by the calls: peak memory and what the first, uncounted turn was: tokens, work of each stage, a digest of
-    the answers. The same of each later turn is in `turns`, since pictures may differ."""
+    """Filled by the calls: peak memory, and of the first turn tokens, work of each stage and a digest of the answers. The
+    same of each counted turn is in `turns`, since pictures may differ."""
     relevance: LmEmbed = field(default_factory=LmEmbed)
     """One for all calls, as in an evaluation: it keeps the mean word embedding."""
     turn: int = 0
+    counts_first: bool = False
+    """Whether the first turn counts, too."""
 
     def __call__(self) -> dict[str, float]:
         model, bench = self.bench.model, self.bench
@@ -72,9 +74,9 @@ class Answering:
         # Of the first answer: later ones find an arena that has grown to the longest prompt.
         self.about.setdefault("peak_mib", peak_since_mib(bench.device))
         described = self._describe(prefix, len(views[0].pixels_V3SS), answer.ids_BA, answer.forwards)
-        if self.turn:
+        if self.turn or self.counts_first:
             self.about.setdefault("turns", []).append(described)
-        else:
+        if not self.turn:
             self.about |= described
         self.turn += 1
         return ms
@@ -118,12 +120,17 @@ def measure_systems(bench: Bench) -> None:
         for engine in bench.engines:
             bench.model.release_engines()
             release()
+            # On a CPU an answer takes a minute, and eager code has nothing to compile: one answer warms all up.
+            one_warms_all = bench.device.type == "cpu" and engine == "eager"
             runs = {
-                name: Answering(bench, make(budgets).to(bench.device).eval(), engine, batch)
+                name: Answering(bench, make(budgets).to(bench.device).eval(), engine, batch, counts_first=one_warms_all)
                 for name, make in SYSTEMS.items()
             }
             keys = {name: key_of(bench, "systems", engine, batch, name) for name in runs}
-            take_turns(bench.recorder, keys, runs, bench.rounds_at(batch), {n: run.about for n, run in runs.items()})
+            if one_warms_all:
+                bench.recorder.measure(keys["B0"], replace(runs["B0"], about={}))
+            about = {name: run.about for name, run in runs.items()}
+            take_turns(bench.recorder, keys, runs, bench.rounds_at(batch), about, warm_up=not one_warms_all)
 
 
 def key_of(bench: Bench, part: str, engine: str, batch: int, name: str) -> dict[str, Any]:

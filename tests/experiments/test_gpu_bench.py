@@ -97,7 +97,7 @@ def test_turns_over_pictures_of_other_sizes(tmp_path: Path) -> None:
     main([*words, "--steps", "2", "--pictures", ",".join(map(str, files))])
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     tokens = {name: [turn["visual_tokens"] for turn in row["turns"]] for name, row in rows.items()}
-    assert tokens["B0"] == tokens["P1 matched"] == [40, 36, 88] and tokens["P1"] == [80, 80, 80]
+    assert tokens["B0"] == tokens["P1 matched"] == [88, 40, 36] and tokens["P1"] == [80, 80, 80]
     assert [row["visual_tokens"] for row in rows.values()] == [88, 80, 88, 100, 100, 336]
     assert rows["B0"]["forwards"] == 2 and all(row["peak_mib"] > 100 for row in rows.values())
     assert roofline.visual_tokens(rows["B0"]) == "36-88" and roofline.visual_tokens(rows["P1"]) == "80"
@@ -139,6 +139,22 @@ def test_turns_errors_and_time_limits(tmp_path: Path) -> None:
     assert recorder.measure({"name": "late"}, lambda: 1) is None
     rows = {row["name"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert rows["slow"]["error"].startswith("OutOfTime") and rows["late"]["skipped"] == "no time left"
+
+
+def test_a_turn_that_is_stopped_leaves_what_was_measured(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r.json", {}, time.monotonic() + 60)
+    turns = iter([1.0, 2.0, 3.0])
+
+    def slower() -> dict[str, float]:
+        ms = next(turns, None)
+        if ms is None:
+            raise MemoryError("no room")
+        return {"x": ms}
+
+    take_turns(recorder, {"a": {"part": "p", "name": "a"}}, {"a": slower}, 5, {"a": {"about": 1}})
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["ms_all"] == {"x": [2.0, 3.0]} and row["n"] == 2 and row["about"] == 1 and "error" not in row
+    assert row["later_turn"] == "MemoryError: no room"
 
 
 def test_result_files_name_no_folder_of_the_machine(rehearsed: dict[str, Any]) -> None:
