@@ -50,8 +50,8 @@ class Answering:
     engine: str
     batch: int
     about: dict[str, Any] = field(default_factory=dict)
-    """Filled by the calls: peak memory, and of the first turn tokens, work of each stage and a digest of the answers. The
-    same of each counted turn is in `turns`, since pictures may differ."""
+    """Filled by the calls: peak memory, and of the first turn tokens, work of each stage and a digest of the answers.
+    The same of each counted turn is in `turns`, since pictures may differ."""
     relevance: LmEmbed = field(default_factory=LmEmbed)
     """One for all calls, as in an evaluation: it keeps the mean word embedding."""
     turn: int = 0
