@@ -62,13 +62,15 @@ def caption(rows: Sequence[Row], shown: Sequence[Column], *, bold: bool) -> str:
     names = dict(zip((row["job"] for row in rows), labels(rows), strict=True))
     bases = dict.fromkeys(names.get(row.get(f"compared to {BASELINE}")) for row in rows)
     base = ", ".join(name for name in bases if name and name != BASELINE)
+    measured = [column for column in shown if column.measured]
+    quartiles = any(cell.quartiles for column in measured for cell in column.cells)
     sentences = [
         f"{data}{', ' if n else ''}{n}.",
         f"Scores ({metrics}) in % [95 % interval]." if metrics else "",
         "Differences: paired on the same samples, in points; *: p < 0.05 after Holm's correction." if deltas else "",
         f"{BASELINE} stands for {base}." if deltas and base else "",
         f"{OF_FULL}: share of the score with all tokens." if of_full(rows) else "",
-        "ms: median per sample." if any(title.endswith(" ms") for _, title in there) else "",
+        f"ms: median per sample{' (quartiles over batches)' if quartiles else ''}." if measured else "",
         f"(n x): n times the tokens of {BASELINE}." if any(unequal(row) for row in rows) else "",
         f"Bold: best at the budget of {BASELINE}." if bold else "",
     ]
