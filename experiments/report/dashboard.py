@@ -28,11 +28,11 @@ def workspace(study: str, frame: pd.DataFrame, entity: str, project: str = PROJE
     from wandb_workspaces.reports import v2 as panels
 
     rows = records(frame)
-    quality = list(dict.fromkeys(f"quality.{_metric(key)}.mean" for _, key, _ in headlines(rows)))
+    quality = list(dict.fromkeys(key.removeprefix("subset ") for _, key, _ in headlines(rows)))
     stages = [stage for stage in names_in_keys(rows, "", " ms") if stage != "total"]
-    total, tokens = "times.ms_per_sample.total", "tokens.visual.mean"
+    total, tokens = "ms total", "tokens visual"
     summary = panels.SummaryMetric
-    bars = [panels.BarPlot(title=name.removesuffix(".mean"), metrics=[summary(name)]) for name in quality]
+    bars = [panels.BarPlot(title=name, metrics=[summary(name)]) for name in quality]
     sections = [
         workspaces.Section("Scores", panels=[*bars], is_open=True),
         workspaces.Section(
@@ -48,10 +48,10 @@ def workspace(study: str, frame: pd.DataFrame, entity: str, project: str = PROJE
             "Cost",
             panels=[
                 *(
-                    panels.BarPlot(title=f"{stage}, ms per sample", metrics=[summary(f"times.ms_per_sample.{stage}")])
+                    panels.BarPlot(title=f"{stage}, ms per sample", metrics=[summary(f"ms {stage}")])
                     for stage in stages
                 ),
-                panels.BarPlot(title="peak memory, MiB", metrics=[summary("times.peak_memory_mib")]),
+                panels.BarPlot(title="peak memory, MiB", metrics=[summary("peak_memory_mib")]),
             ],
         ),
         workspaces.Section("What was kept", panels=[panels.MediaBrowser(media_keys=["kept tokens"], num_columns=4)]),
@@ -64,11 +64,6 @@ def workspace(study: str, frame: pd.DataFrame, entity: str, project: str = PROJE
         sections=sections,
         runset_settings=workspaces.RunsetSettings(filters=workspaces.And(workspaces.Metric("Group") == study)),
     )
-
-
-def _metric(key: str) -> str:
-    """The name under which `experiments.training.run_logger` logs what a row calls `key`."""
-    return f"subsets.{key.removeprefix('subset ')}" if key.startswith("subset ") else f"metrics.{key}"
 
 
 def main(arguments: Sequence[str]) -> None:

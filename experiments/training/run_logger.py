@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,22 @@ LOGGED = ("id", "question", "answers", "prediction", "n_visual", "recall")
 MOST_LOGGED = 10_000
 """Samples that wandb gets, which has no use for more in a table."""
 _SECTIONS = ("training", "quality", "tokens", "times")
+_SHORT = {
+    "quality.": "",
+    "quality.metrics.": "",
+    "quality.subsets.": "",
+    "quality.groups.": "group ",
+    "quality.subtasks.": "subtask ",
+    "quality.recall_subsets.": "recall ",
+    "tokens.": "tokens ",
+    "tokens.by_source.": "tokens ",
+    "times.": "",
+    "times.ms_per_sample.": "ms ",
+    "training.": "training ",
+    "training.gate.": "gate ",
+}
+"""What the beginning of a dotted name becomes."""
+SIDE = 512
 _SHOW_IMAGES = ("WandbLogger", "TensorBoardLogger")
 
 
@@ -115,16 +131,23 @@ class RunLogger:
 
     def end(self, sections: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
         """Logs the numbers of result.json, the overlays in the job's folder, and to wandb the first samples."""
-        self._send(lambda: self.logger.log_metrics(numbers(sections)))
+        self._send(lambda: self._log_numbers(flat_numbers(sections)))
         table = [[_cell(row[c]) for c in LOGGED] for row in islice(rows, MOST_LOGGED)] if self._in_wandb else []
         if table:
             self._send(lambda: self.logger.log_text("samples", columns=list(LOGGED), data=table))
         self._send(self._log_overlays)
 
+    def _log_numbers(self, found: Mapping[str, float]) -> None:
+        """A number is no curve: wandb has a summary for it."""
+        if self._in_wandb:
+            self.logger.experiment.summary.update(found)
+        else:
+            self.logger.log_metrics(found)
+
     def _log_overlays(self) -> None:
         kind = type(self.logger).__name__
         shots = load_examples(self.job.folder / SHOTS) if kind in _SHOW_IMAGES else []
-        pictures = [Image.open(io.BytesIO(shot.overlay)).convert("RGB") for shot in shots]
+        pictures = [_scaled(Image.open(io.BytesIO(shot.overlay)).convert("RGB")) for shot in shots]
         captions = [f"{shot.record['question']} -> {shot.record['prediction']}" for shot in shots]
         if kind == "WandbLogger" and shots:
             self.logger.log_image("kept tokens", pictures, caption=captions)
@@ -181,17 +204,33 @@ def _run_id(folder: Path, resume: bool) -> str:
     return path.read_text()
 
 
-def numbers(sections: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """All numbers of the sections of result.json that hold results, by dotted name."""
-    found: dict[str, float] = {}
+def flat_numbers(sections: Mapping[str, Any]) -> dict[str, float]:
+    """All numbers of the sections of result.json that hold results, by a short name: `exact_match`, `exact_match low`,
+    `fine sparse`, `ms total`, `training loss`."""
+    return {flat_name(name): value for name, value in numbers(sections)}
+
+
+def flat_name(dotted: str) -> str:
+    """The name under which a number of result.json, such as `quality.subsets.fine sparse.mean`, is logged."""
+    start = max((start for start in _SHORT if dotted.startswith(start)), key=len)
+    return f"{_SHORT[start]}{dotted.removeprefix(start)}".removesuffix(".mean").replace(".", " ")
+
+
+def numbers(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted name and value of each."""
     for key, value in sections.items():
         if not prefix and key not in _SECTIONS:
             continue
         if isinstance(value, Mapping):
-            found |= numbers(value, f"{prefix}{key}.")
+            yield from numbers(value, f"{prefix}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[prefix + key] = value
-    return found
+            yield prefix + key, value
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    """The overlay with a longer side of SIDE pixels, as large as wandb and TensorBoard show it."""
+    width, height = (round(edge * SIDE / max(picture.size)) for edge in picture.size)
+    return picture.resize((max(1, width), max(1, height)), Image.Resampling.LANCZOS)
 
 
 def _cell(value: Any) -> Any:

@@ -60,6 +60,12 @@ class Run:
         found = [r.history.item for r in self.records if r.WhichOneof("record_type") == "history"]
         return [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items} for items in found]
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The run's summary as it was set, without what follows from its curves."""
+        updates = [u for r in self.records if r.WhichOneof("record_type") == "summary" for u in r.summary.update]
+        return {u.key or ".".join(u.nested_key): json.loads(u.value_json) for u in updates}
+
     def history(self, name: str) -> list[tuple[int, float]]:
         """Step and value of a metric."""
         return [(row["trainer/global_step"], row[name]) for row in self.rows if name in row]

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from experiments.training.callbacks import read_points
+from experiments.training.run_logger import flat_numbers, numbers
 from lavida_adapter import Lavida
 from tests.experiments.conftest import Command, Here, finish, result_of, start
 from tests.experiments.training.runs import last_step, runs_of, wait_for_step
@@ -47,9 +49,9 @@ def test_a_training_sends_its_curve_its_result_and_overlays(train_here: Here) ->
     for name in ("tokens_per_s", "samples_per_s", "peak_mib"):
         assert [step for step, _ in run.history(name)] == [2, 4] and run.history(name)[1][1] > 0, name
 
-    (end,) = [row for row in run.rows if "training.loss" in row]
-    assert end["training.loss"] == result["training"]["loss"]
-    assert end["training.gate.fine"] == result["training"]["gate"]["fine"]
+    assert run.summary["training loss"] == result["training"]["loss"]
+    assert run.summary["gate fine"] == result["training"]["gate"]["fine"]
+    assert not any("training loss" in row for row in run.rows), "a number is no curve"
     (kept,) = [row for row in run.rows if "kept tokens.count" in row]
     assert kept["kept tokens.count"] == 4 == len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png")))
     assert len(kept["kept tokens.captions"]) == 4 and all(" -> " in text for text in kept["kept tokens.captions"])
@@ -61,8 +63,10 @@ def test_an_evaluation_sends_its_result(eval_here: Here) -> None:
     folder = eval_here("selector=pooled", "limit=6", "logger=wandb", "shots=3")
     (run,) = runs_of(folder)
     assert run.exit_code == 0 and run.one("run").job_type == "eval"
-    (end,) = [row for row in run.rows if "tokens.visual.mean" in row]
-    assert end["tokens.visual.mean"] == 88
+    quality = result_of(folder)["quality"]["metrics"]["exact_match"]
+    assert run.summary["tokens visual"] == 88 and run.summary["exact_match"] == quality["mean"]
+    for path in folder.glob("wandb/offline-run-*/files/media/images/*.png"):
+        assert max(Image.open(path).size) == 512
     assert [row["samples.nrows"] for row in run.rows if "samples.nrows" in row] == [6]
     assert [row["kept tokens.count"] for row in run.rows if "kept tokens.count" in row] == [3]
 
@@ -135,8 +139,8 @@ def test_a_logger_that_fails_takes_no_result_with_it(
     header, values = (job / "metrics/metrics.csv").read_text().splitlines()
     logged = dict(zip(header.split(","), values.split(","), strict=True))
     quality = result_of(job)["quality"]["metrics"]["exact_match"]
-    assert float(logged["quality.metrics.exact_match.high"]) == quality["high"]
-    assert float(logged["tokens.visual.mean"]) == 88
+    assert float(logged["exact_match high"]) == quality["high"]
+    assert float(logged["tokens visual"]) == 88
 
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
@@ -145,6 +149,22 @@ def test_a_logger_that_fails_takes_no_result_with_it(
     for run, words in ((eval_here, ("selector=full", "limit=6")), (train_here, WORDS)):
         assert result_of(run(*words, "logger=csv"))["status"] == "ok"
         assert capfd.readouterr().err.count("warning: the logger failed (no route)") == 1
+
+
+def test_short_names_are_unique_and_name_every_number() -> None:
+    part = {"mean": 1.0, "low": 0.0}
+    quality = {kind: {"x": part} for kind in ("metrics", "subtasks", "recall_subsets", "groups")}
+    sections = {
+        "quality": {**quality, "subsets": {"fine sparse": part}, "recall": part},
+        "tokens": {"visual": part, "by_source": {"kept": 3}},
+        "times": {"wall_s": 2.0, "ms_per_sample": {"total": 4.0}},
+        "training": {"loss": 0.5, "gate": {"fine": 1.0}},
+        "environment": {"threads": 1},
+    }
+    found = flat_numbers(sections)
+    assert len(found) == len(list(numbers(sections))) == 19
+    assert {"x", "x low", "subtask x", "recall x", "group x", "fine sparse low", "recall low"} <= found.keys()
+    assert {"tokens visual", "tokens kept", "ms total", "wall_s", "training loss", "gate fine"} <= found.keys()
 
 
 def test_tensorboard_gets_curves_numbers_and_overlays(train_here: Here, eval_here: Here) -> None:
@@ -164,5 +184,5 @@ def test_tensorboard_gets_curves_numbers_and_overlays(train_here: Here, eval_her
 
     folder = eval_here("selector=pooled", "limit=6", "logger=tensorboard", "shots=3")
     found, quality = read(folder), result_of(folder)["quality"]
-    (score,) = found.Scalars("quality.metrics.exact_match.mean")
+    (score,) = found.Scalars("exact_match")
     assert score.value == pytest.approx(quality["metrics"]["exact_match"]["mean"]) and len(found.Tags()["images"]) == 3
