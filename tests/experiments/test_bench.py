@@ -302,7 +302,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.Captur
         (["decode", "model=none_such"], "model=none_such: there is no such option; choose one of bench_small"),
         (["decode", "prompt=8,9"], "bench decode takes one value of --prompt: give it once, not 8,9"),
         (["jobs", "--selectors", "99"], "--selectors 99: give 2 to "),
-        (["decoders"], "invalid choice: 'decoders'"),
+        (["decoders"], "decoders: there is no such choice; did you mean decode?"),
         ([], "the following arguments are required: PART"),
     ],
 )

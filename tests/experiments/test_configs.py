@@ -239,7 +239,11 @@ def documented() -> list[str]:
     found = [c for text in texts for c in re.findall(r"python (?:eval|train)\.py[^`#|\n]*", text)]
     # Groups of the command line alone (test_shorthand.py composes those), and what stands for a name of one's own.
     return sorted(
-        {c.strip() for c in found if not re.search(r"\b(?:sweep|run|rescore|debug)=|[A-Za-z]=NAME|<\w+>|\.\.\.", c)}
+        {
+            c.strip()
+            for c in found
+            if not re.search(r"\b(?:sweep|run|rescore|debug)=|-sc |--help|[A-Za-z]=NAME|<\w+>|\.\.\.", c)
+        }
     )
 
 

@@ -120,7 +120,7 @@ def test_sigterm_says_what_ctrl_c_says_and_nothing_is_lost(
             patch.setattr(Throughput, "on_train_batch_end", terminate)
         else:
             patch.setattr(
-                "experiments.profiling.Progress.advance", lambda self, n: n and signal.raise_signal(signal.SIGTERM)
+                "experiments.progress.Progress.advance", lambda self, n: n and signal.raise_signal(signal.SIGTERM)
             )
         ended = command(*words, cwd=tmp_path / "rough")
     assert (ended.code, ended.err) == (143, ["error: interrupted; the same command with resume=true goes on from here"])

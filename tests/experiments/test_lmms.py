@@ -154,7 +154,7 @@ def test_refused_requests(answerer: Answerer, case: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"selector": "shrig"}, "--model_args: selector=shrig: there is no such option; choose one of cdpruner"),
+        ({"selector": "shrig"}, "--model_args: selector=shrig: there is no such option; did you mean shirg?"),
         ({"selector": "pooled", "selector.buget": 3}, "--model_args: selector.buget: selector=pooled has no such"),
     ],
 )

@@ -202,7 +202,8 @@ def nodes(cluster: Cluster, home: Path) -> dict[str, str]:
     """Where each job of the study ran, or runs."""
     listed = control(cluster, "squeue", "--noheader", "--array", "--states=all", "--format=%i %N")
     jobs = {path.name for path in home.glob("outputs/s/.submitit/*_*")}
-    return {job: node for job, node in map(str.split, listed.splitlines()) if job in jobs}
+    running = (line.split() for line in listed.splitlines())  # a job that waits has no node
+    return {job: nodes[0] for job, *nodes in running if nodes and job in jobs}
 
 
 def written(study: Path, pattern: str, batches: int) -> list[Path]:

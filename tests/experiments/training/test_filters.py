@@ -59,8 +59,7 @@ def test_nothing_to_learn_from_is_one_sentence(
     job = train_here(*WORDS, *llava(tmp_path / "data", [LONG, LONG]), ok=False)
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "talks: none of its 2 examples can be learned from: dropped 2 whose prompt leaves no room" in error
-    assert result_of(job)["status"] == "failed"
-    assert not (job / "checkpoints").exists() and not (job / "adapter").exists()
+    assert not job.exists(), "what was refused before it began leaves no row"
 
 
 def test_a_mixture_is_trained_on(train_here: Here, picture_folder: Any) -> None:
