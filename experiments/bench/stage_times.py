@@ -53,7 +53,7 @@ class Answering:
     """Filled by the calls: peak memory, and of the first turn tokens, work of each stage and a digest of the answers.
     The same of each counted turn is in `turns`, since pictures may differ."""
     relevance: LmEmbed = field(default_factory=LmEmbed)
-    """One for all calls, as in an evaluation: it keeps the mean word embedding."""
+    """One for all calls and systems of a model, as in an evaluation: it keeps the mean word embedding."""
     turn: int = 0
     counts_first: bool = False
     """Whether the first turn counts, too."""
@@ -115,20 +115,28 @@ def step_work(cost: LmCost, p: int, n_answer: int, batch: int) -> Work:
 
 def measure_systems(bench: Bench) -> None:
     """Every system with every engine, from views to answer ids."""
-    budgets = bench.model.config.budgets
+    budgets, relevance = bench.model.config.budgets, LmEmbed()
     for batch in bench.batches:
         for engine in bench.engines:
             bench.model.release_engines()
             release()
-            # On a CPU an answer takes a minute, and eager code has nothing to compile: one answer warms all up.
+            # On a CPU an answer takes a minute, and eager code has nothing to compile: one answer warms all up. It is
+            # one of P1, so that the mean word embedding is there as well.
             one_warms_all = bench.device.type == "cpu" and engine == "eager"
             runs = {
-                name: Answering(bench, make(budgets).to(bench.device).eval(), engine, batch, counts_first=one_warms_all)
+                name: Answering(
+                    bench,
+                    make(budgets).to(bench.device).eval(),
+                    engine,
+                    batch,
+                    relevance=relevance,
+                    counts_first=one_warms_all,
+                )
                 for name, make in SYSTEMS.items()
             }
             keys = {name: key_of(bench, "systems", engine, batch, name) for name in runs}
             if one_warms_all:
-                bench.recorder.measure(keys["B0"], replace(runs["B0"], about={}))
+                bench.recorder.measure(keys["P1"], replace(runs["P1"], about={}))
             about = {name: run.about for name, run in runs.items()}
             take_turns(bench.recorder, keys, runs, bench.rounds_at(batch), about, warm_up=not one_warms_all)
 
