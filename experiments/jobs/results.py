@@ -46,6 +46,11 @@ QUICK_BYTES, SAMPLE_BYTES = 2**26, 2**12
 _TARGET = "_target_"
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "pillow", "numpy")
 
+_LATER_DATA: dict[str, dict[str, Any]] = {
+    name: {"leave_out": [], "only": []} for name in ("synth_glyphs", "synth_glyphs_train")
+}
+"""Defaults of the options that an option of the group "data" got after the first records were written."""
+
 Status = Literal["running", "ok", "failed", "oom"]
 
 
@@ -225,10 +230,24 @@ def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
     if "diversity" in selector:  # one of SHIRG's
         selector = {**_later_options(), **selector}
     later = {} if decode is None else {key: value for key, value in _decode_defaults().items() if key not in decode}
-    if not later and selector == config.get("selector", {}):
+    data = _later_data(config, result.get("choices", {}))
+    if not later and selector == config.get("selector", {}) and data == config.get("data", {}):
         return result
     config = {**config, "selector": selector, **({"decode": {**decode, **later}} if later else {})}
+    config |= {"data": data} if data else {}
     return {**result, "config": config, "config_hash": config_hash(config)}
+
+
+def _later_data(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:
+    """The section "data" with the defaults of what datasets got after the first records were written."""
+    data = dict(config.get("data", {}))
+    if choices.get("data") in _LATER_DATA:
+        data = {**_LATER_DATA[choices["data"]], **data}
+    parts = {
+        name: {**_LATER_DATA.get(choices.get(f"data@data.parts.{name}", ""), {}), **part}
+        for name, part in data.get("parts", {}).items()
+    }
+    return {**data, "parts": parts} if parts else data
 
 
 def _respelled(selector: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The dataset `synth_glyphs` and its config."""
 
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import hydra
@@ -9,8 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.data.sample import Dataset
-from experiments.data.synthetic.glyphs import SynthGlyphs
+from experiments.data.synthetic.glyphs import SynthGlyphs, ask, draw_scene
 from experiments.data.synthetic.glyphs.scene import COLOUR_RGB
+from experiments.data.synthetic.synthetic_dataset import BUCKETS
 from experiments.metrics import METRICS
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
@@ -75,3 +77,56 @@ def test_tasks_choose_what_is_asked() -> None:
 def test_an_unknown_option_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="noise"):
         SynthGlyphs(split="test", n=6, density="sparse", noise=1)  # type: ignore[call-arg]
+
+
+TODAY = "651c74222b903cc1"
+"""Digest of samples from before questions could leave words out."""
+
+
+def facts(data: SynthGlyphs, pixels: bool = False) -> str:
+    """A digest of ids, questions, answers and boxes, and of every picture if wanted."""
+    digest = sha256()
+    for sample in (data[i] for i in range(len(data))):
+        digest.update(repr((sample.id, sample.prompt, sample.answers, sample.boxes, sample.meta)).encode())
+        if pixels:
+            digest.update(sample.load_image().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_without_words_left_out_samples_are_what_they_were() -> None:
+    plain = SynthGlyphs(split="val", n=72, density="sparse,dense,hard", leave_out=[], only=[])
+    assert facts(plain, pixels=True) == TODAY
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_words_are_left_out_of_questions_and_asked_alone(split: str) -> None:
+    """As many samples as before, of scenes that are in their split alone; the words can still be answers."""
+    densities = "sparse,dense,hard"
+    words = {"red", "K"}
+    rest = SynthGlyphs(split=split, n=240, density=densities, leave_out=["red", "K"])
+    asked = [rest[i] for i in range(240)]
+    assert len({s.id for s in asked}) == 240 and not words & {s.question.split()[1] for s in asked}
+    assert "red" in {s.answers[0] for s in asked}
+    plain = SynthGlyphs(split=split, n=240, density=densities)
+    assert [s.meta["picture"] for s in asked] == [plain[i].meta["picture"] for i in range(240)]
+
+    only = SynthGlyphs(split=split, n=120, density=densities, only=["red", "K"], qa_per_image=2)
+    held = [only[i] for i in range(120)]
+    assert len({s.id for s in held}) == 120
+    assert [s.question for s in held] == ["digit red", "letter K"] * 60
+    assert facts(only) == facts(SynthGlyphs(split=split, n=120, density=densities, only=["K", "red"], qa_per_image=2))
+    for sample, key in ((s, only._scene(i // 2)) for i, s in enumerate(held)):
+        scene = draw_scene(*key)
+        assert scene.digest % 100 in BUCKETS[split]
+        assert ask(scene, *sample.question.split()).answer == sample.answers[0]
+    ranks = sorted(range(120), key=lambda i: held[i].id)
+    assert [only.at_rank(rank) for rank in range(120)] == ranks
+
+
+def test_a_hard_picture_drawn_for_its_letters_has_another_name() -> None:
+    only = SynthGlyphs(split="val", n=20, density="hard", only=["K"], qa_per_image=1)
+    plain = SynthGlyphs(split="val", n=20, density="hard", tasks=["letter"], qa_per_image=1)
+    assert only[0].meta["picture"] == "val-0-hard-00000-1ofK"
+    assert not {only[i].meta["picture"] for i in range(20)} & {plain[i].meta["picture"] for i in range(20)}
+    most = SynthGlyphs(split="val", n=20, density="hard", tasks=["letter"], qa_per_image=1, leave_out=["K", "L"])
+    assert most[0].meta["picture"] == plain[0].meta["picture"]  # ten of its twelve letters are left at least

@@ -79,7 +79,7 @@ def test_the_hash_sees_content_and_nothing_else() -> None:
 def test_a_split_without_buckets_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scene.BUCKETS, "test", range(0))
     scene._accepted.cache_clear()
-    with pytest.raises(RuntimeError, match="no scene of split 'test' in 1000 draws"):
+    with pytest.raises(ValueError, match="no scene of split 'test' in 1000 draws"):
         draw_scene(0, "test", 0, "sparse")
 
 

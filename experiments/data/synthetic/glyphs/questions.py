@@ -4,7 +4,7 @@
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,11 +27,15 @@ from experiments.data.synthetic.glyphs.scene import (
     SHAPES,
     TASKS,
     GlyphScene,
+    keys,
 )
 from shirg import UserError
 
 Ids = npt.NDArray[np.int64]
 
+ARGUMENTS = {"digit": COLOURS[1:], "letter": LETTERS, "shape": ASPECTS}
+"""The second words of the questions of each task."""
+WORDS = tuple(word for words in ARGUMENTS.values() for word in words)
 DIGIT, LETTER = TASKS.index("digit"), TASKS.index("letter")
 """Values of `Lookups.task_BG`."""
 
@@ -76,15 +80,22 @@ def ask(scene: GlyphScene, task: str, argument: str) -> GlyphQuestion:
     return GlyphQuestion(text, answer, task, _box(row, col, 1))
 
 
-def questions(scene: GlyphScene, *, n: int, tasks: Sequence[str] = TASKS) -> list[GlyphQuestion]:
-    """`n` different questions, the tasks in turn. They depend on the scene alone; fewer are a prefix of more."""
+def questions(
+    scene: GlyphScene, *, n: int, tasks: Sequence[str] = TASKS, words: Collection[str] = WORDS
+) -> list[GlyphQuestion]:
+    """`n` different questions that ask for one of the words, the tasks in turn.
+
+    They depend on the scene alone; fewer are a prefix of more.
+    """
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise UserError(f"tasks={list(tasks)} must name some of {', '.join(TASKS)}")
     rng = random.Random(scene.look)
-    open_questions = {task: _arguments(scene, task) for task in TASKS}
-    for arguments in open_questions.values():
+    open_questions = {}
+    for task in TASKS:
+        arguments = _arguments(scene, task)
         rng.shuffle(arguments)
+        open_questions[task] = [argument for argument in arguments if argument in words]
     asked = []
     for turn in range(n):
         task = tasks[turn % len(tasks)]
@@ -98,11 +109,7 @@ def _arguments(scene: GlyphScene, task: str) -> list[str]:
     """The second words of the questions of a task that this scene answers."""
     if task == "shape":
         return list(ASPECTS)
-    if task == "digit":
-        return list(COLOURS[1:])
-    keys = (scene.char_RC >= FIRST_LETTER) & (scene.char_RC < FIRST_FOIL) & (scene.colour_RC > 0)
-    found, counts = np.unique(scene.char_RC[keys], return_counts=True)
-    return [CHARS[char] for char in found[counts == 1]]
+    return list(COLOURS[1:]) if task == "digit" else keys(scene)
 
 
 def _box(row: int, col: int, side: int) -> Box:

@@ -54,9 +54,10 @@ VERSION = "glyphs-1"
 GRID = 16
 SHAPE_SIDE = 4
 """Cells along one side of the big shape."""
-HARD_KEYS = 12
 DENSITIES: dict[str, tuple[int, int]] = {"sparse": (0, 0), "dense": (100, 100), "hard": (100, 100), "train": (0, 100)}
 """Least and greatest number of distractors; "hard" has them in full colour."""
+N_KEYS = dict.fromkeys(DENSITIES, len(LETTERS)) | {"hard": 12}
+"""How many letters questions can ask for."""
 MAX_ATTEMPTS = 1000
 
 Cells = npt.NDArray[np.uint8]
@@ -91,29 +92,39 @@ class GlyphScene:
         return int.from_bytes(blake2b(payload, digest_size=8).digest())
 
 
-def draw_scene(seed: int, split: str, index: int, density: str) -> GlyphScene:
+def draw_scene(seed: int, split: str, index: int, density: str, letters: str = "", least: int = 0) -> GlyphScene:
     """Scene number `index` of a split; the same in every process, whatever was drawn before.
 
-    Draws again until the scene's hash falls into the split's bucket, so no scene is ever in two splits.
+    Draws again until the scene's hash falls into the split's bucket, so no scene is ever in two splits, and until
+    questions can ask for `least` of the `letters`.
     """
     if split not in BUCKETS:
         raise UserError(f"split={split!r} does not exist: choose one of {', '.join(BUCKETS)}")
     if density not in DENSITIES:
         raise UserError(f"density={density!r} does not exist: choose one of {', '.join(DENSITIES)}")
-    return _attempt(seed, split, index, density, _accepted(seed, split, index, density))
+    return _attempt(seed, split, index, density, _accepted(seed, split, index, density, letters, least))
 
 
 @lru_cache(maxsize=CACHED_ATTEMPTS)
-def _accepted(seed: int, split: str, index: int, density: str) -> int:
-    """The number of the first draw that falls into the split."""
+def _accepted(seed: int, split: str, index: int, density: str, letters: str, least: int) -> int:
+    """The number of the first draw that falls into the split and has the letters."""
     for number in range(MAX_ATTEMPTS):
-        if _attempt(seed, split, index, density, number).digest % 100 in BUCKETS[split]:
+        scene = _attempt(seed, split, index, density, number)
+        if scene.digest % 100 in BUCKETS[split] and len(set(letters).intersection(keys(scene))) >= least:
             return number
-    raise RuntimeError(f"no scene of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index})")
+    wanted = f" has {least} of the letters {letters}: lower data.qa_per_image" if least else ""
+    raise UserError(f"no scene of split {split!r} in {MAX_ATTEMPTS} draws (seed {seed}, index {index}){wanted}")
 
 
 def _attempt(seed: int, split: str, index: int, density: str, number: int) -> GlyphScene:
     return _compose(_generator(seed, split, density, index, number), density)
+
+
+def keys(scene: GlyphScene) -> list[str]:
+    """The letters that a question can ask for, in the order of their ids: each is in the scene once, in colour."""
+    letter_RC = (scene.char_RC >= FIRST_LETTER) & (scene.char_RC < FIRST_FOIL) & (scene.colour_RC > 0)
+    found, counts = np.unique(scene.char_RC[letter_RC], return_counts=True)
+    return [CHARS[char] for char in found[counts == 1]]
 
 
 def draw_patchwork(seed: int, index: int, *, foil_share: float = 0.1) -> GlyphScene:
@@ -146,8 +157,8 @@ def _compose(rng: random.Random, density: str) -> GlyphScene:
     hues = range(1, len(COLOURS))
     digits = list(zip(rng.choices(range(FIRST_DIGIT, FIRST_LETTER), k=len(hues)), hues, strict=True))
     rng.shuffle(digits)
-    keys = rng.sample(range(FIRST_LETTER, FIRST_FOIL), HARD_KEYS if hard else len(LETTERS))
-    letters = list(zip(keys, rng.choices(hues, k=len(keys)), strict=True))
+    asked = rng.sample(range(FIRST_LETTER, FIRST_FOIL), N_KEYS[density])
+    letters = list(zip(asked, rng.choices(hues, k=len(asked)), strict=True))
     cells = [cell for _ in range(len(digits) // 4) for cell in _cluster(rng, blocks, 2, 2)]
     while len(cells) < len(digits) + len(letters):
         left = len(digits) + len(letters) - len(cells)
@@ -160,7 +171,7 @@ def _compose(rng: random.Random, density: str) -> GlyphScene:
     count = rng.randint(*DENSITIES[density])
     if hard:
         # In turn, not at random: a letter that appeared only once would look like a key.
-        types = [c for c in range(FIRST_LETTER, len(CHARS)) if c not in keys]
+        types = [c for c in range(FIRST_LETTER, len(CHARS)) if c not in asked]
         rng.shuffle(types)
         crowd = list(zip(itertools.cycle(types), rng.choices(hues, k=count), strict=False))
     else:
