@@ -38,6 +38,7 @@ Precision = StrEnum("Precision", ["32-true", "16-mixed", "bf16-mixed"])
 """Lightning's names of those in which the weights keep the dtype that they were loaded in."""
 Profiler = StrEnum("Profiler", ["none", "torch"])
 Stage = StrEnum("Stage", ["adapt", "vision", "text", "align", "base"])
+Codes = StrEnum("Codes", ["words", "random"])
 """What train.py trains; all but the first make the tiny model's base."""
 
 
@@ -204,6 +205,9 @@ class Train(Run):
     """Pictures of each family in a step of the stages "vision" and "align"."""
     text: dict[str, Any] = field(default_factory=dict)
     """The curriculum of the stage "text"."""
+    codes: Codes = Codes.words
+    """What stands for a word in the contexts of the stage "text" and in what "align" teaches the projector: the word's
+    embedding, or a vector of a fixed random table."""
     check: dict[str, Any] = field(default_factory=dict)
     """Questions that a gate asks."""
     gate: dict[str, float] = field(default_factory=dict)

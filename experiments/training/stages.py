@@ -140,12 +140,13 @@ def _text(cfg: DictConfig, model: Lavida) -> Stage:
         Curriculum(**options),
         prefix_attention=attention,
         noise=noise,
+        codes=cfg.codes,
     )
     return Stage(stage, stage.draw, stage.gate)
 
 
 def _align(cfg: DictConfig, model: Lavida) -> Stage:
-    stage = Align(model, optim_config(cfg), cfg.seed, cfg.pictures)
+    stage = Align(model, optim_config(cfg), cfg.seed, cfg.pictures, cfg.codes)
     return Stage(stage, stage.draw, stage.gate)
 
 

@@ -1,6 +1,9 @@
 """Stage "text": the language model learns look-ups. In place of a picture token it reads a bag of words.
 
-It replaces LLaDA's pretraining for the tiny model. Contexts grow from 6 to 64 cells. Without that curriculum, or with
+It replaces LLaDA's pretraining for the tiny model. In a bag, words are their embeddings (`codes=words`), or vectors of
+a table that shares nothing with the embeddings (`codes=random`), as if the projector had a space of its own.
+
+Contexts grow from 6 to 64 cells. Without that curriculum, or with
 bidirectional attention over the whole prompt, the look-up of letters is not learned (docs/method.md, "The tiny
 testbed"). So this stage trains with image-first attention, and with the attention of the shipped model in its last
 steps; the gate uses the latter.
@@ -30,6 +33,8 @@ from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import prompt_ids, training_example
 from shirg import UserError
 
+CODES_SEED = 20261126
+"""Of the random table: a constant, so that no two stages can differ in it."""
 ANSWER = 3
 """Slots of an answer: two characters and an end."""
 
@@ -97,9 +102,11 @@ class TextPretraining(Trainable):
         curriculum: Curriculum,
         prefix_attention: PrefixAttention,
         noise: float,
+        codes: str = "words",
     ) -> None:
         super().__init__(model, optim, seed)
         self.objective = objective
+        self.codes_VD = random_codes(model) if codes == "random" else None
         self.curriculum = curriculum
         self.noise = noise
         self.shipped = model.config
@@ -140,9 +147,10 @@ class TextPretraining(Trainable):
             self.model.config = self.shipped
 
     def context(self, word_BNW: Tensor) -> Tensor:
-        """Word bags [B, N, D]: the sum of the words' embeddings."""
-        there = (word_BNW >= 0)[..., None]
-        return (self.model.lm.embedding(word_BNW.clamp_min(0)) * there).sum(dim=2)
+        """Word bags [B, N, D]: the sum of the words' embeddings or codes."""
+        there, ids = (word_BNW >= 0)[..., None], word_BNW.clamp_min(0)
+        word_BNWD = self.model.lm.embedding(ids) if self.codes_VD is None else F.embedding(ids, self.codes_VD)
+        return (word_BNWD * there).sum(dim=2)
 
     def glyph_bags(self, lookups: Lookups) -> Bags:
         """The char and the colour in each cell, a grey char alone, or a blank."""
@@ -177,6 +185,13 @@ class TextPretraining(Trainable):
         prefix, _ = splice(rows, list(self.context(bags.word_BNW)), self.model.lm.embedding, max_length=10**6)
         texts = self.model.generate(prefix, DecodeConfig(max_new_tokens=ANSWER)).texts
         return sum(t == answer for t, (_, answer) in zip(texts, bags.asked, strict=True)) / len(texts)
+
+
+def random_codes(model: Lavida) -> Tensor:
+    """A vector [V, D] for each token id, the same in every stage and run; with the spread of fresh embeddings."""
+    table = model.lm.embedding.weight
+    drawn = torch.randn(table.shape, generator=torch.Generator().manual_seed(CODES_SEED))
+    return (drawn * model.config.lm.emb_std).to(table)
 
 
 def questions(lookups: Lookups) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from experiments.data.synthetic.glyphs import GlyphScene, draw_patchwork, labels
 from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS, DIGITS, GRID, LETTERS, SHAPES
 from experiments.data.synthetic.mixture import FAMILIES
 from experiments.data.synthetic.tokenizer import glyph_tokens, word_tokens
+from experiments.training.pretrain.text_stage import random_codes
 from lavida_adapter import Lavida
 from lavida_adapter.lightning_module import OptimConfig, Trainable
 from lavida_adapter.views import make_views
@@ -155,16 +156,19 @@ def share_right(logits_BNC: Tensor, share_BNC: Tensor) -> float:
 
 
 class Align(Trainable):
-    """Trains the projector: a token becomes the sum of the embeddings of the words that it shows."""
+    """Trains the projector: a token becomes the sum of the embeddings, or codes, of the words that it shows."""
 
-    def __init__(self, model: Lavida, optim: OptimConfig, seed: int, pictures: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: Lavida, optim: OptimConfig, seed: int, pictures: Mapping[str, int], codes: str = "words"
+    ) -> None:
         super().__init__(model, optim, seed)
         self.pictures = dict(pictures)
         model.requires_grad_(False)
         model.model.mm_projector.requires_grad_(True)
         ids = word_tokens(model.tokenizer)
-        self.class_CD = model.lm.embedding.weight[torch.tensor([ids[word] for word in CLASS])].detach().clone()
-        self.blank_D = model.lm.embedding.weight[glyph_tokens(model.tokenizer).blank].detach().clone()
+        table_VD = random_codes(model) if codes == "random" else model.lm.embedding.weight.detach()
+        self.class_CD = table_VD[torch.tensor([ids[word] for word in CLASS])].clone()
+        self.blank_D = table_VD[glyph_tokens(model.tokenizer).blank].clone()
 
     def draw(self, step: int) -> Regions:
         return draw_regions(self.model, self.seed, step, self.pictures)
@@ -173,7 +177,7 @@ class Align(Trainable):
         return F.mse_loss(self._projected(batch), self.target(batch.share_BNC, batch.filled_BN))
 
     def target(self, share_BNC: Tensor, filled_BN: Tensor) -> Tensor:
-        """Sums of word embeddings [B, N, D]. Empty cells count as blanks; a global token has their mean."""
+        """Sums of embeddings or codes [B, N, D]. Empty cells count as blanks; a global token has their mean."""
         return share_BNC @ self.class_CD + (1 - filled_BN)[..., None] * self.blank_D
 
     def _projected(self, batch: Regions) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from experiments.data.synthetic.board import generator
 from experiments.data.synthetic.doc import SynthDoc
@@ -13,7 +14,7 @@ from experiments.data.synthetic.glyphs import draw_lookups, draw_patchwork, labe
 from experiments.data.synthetic.glyphs.scene import CHARS, COLOURS
 from experiments.data.synthetic.tokenizer import glyph_tokens
 from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
-from experiments.training.pretrain.text_stage import Bags, Curriculum, questions
+from experiments.training.pretrain.text_stage import Bags, Curriculum, questions, random_codes
 from experiments.training.pretrain.vision_stage import CLASS, draw_regions
 from lavida_adapter import Lavida, ObjectiveConfig
 from lavida_adapter.families import FAMILIES
@@ -22,6 +23,8 @@ from tests.lavida_adapter.tiny import tiny_model
 
 N_CHARS = 30
 """Digits and letters are the first classes."""
+FIRST_CODES = [0.760373, 1.125800, 0.062810]
+"""Weights were trained with this table: another one makes them useless."""
 OPTIM = OptimConfig(steps=10, lr=1e-3)
 
 
@@ -62,6 +65,24 @@ def test_align_wants_the_sum_of_the_words(model: Lavida) -> None:
     target = stage.target(share, torch.tensor([[1.0, 0.0]]))[0]
     torch.testing.assert_close(target[0], wte[words.char[CHARS.index("7")]] + wte[words.colour[COLOURS.index("red")]])
     torch.testing.assert_close(target[1], wte[words.blank])
+
+
+def test_both_stages_write_a_word_as_the_same_random_code(model: Lavida) -> None:
+    """The entry of a red 7, of a blank, and of the projector's targets for them; nothing of it is in the embeddings."""
+    words, wte = glyph_tokens(model.tokenizer), model.lm.embedding.weight
+    codes = random_codes(model)
+    seven, red = words.char[CHARS.index("7")], words.colour[COLOURS.index("red")]
+    text = TextPretraining(model, OPTIM, 0, ObjectiveConfig(), Curriculum(), "full", 0.0, codes="random")
+    align = Align(model, OPTIM, 5, {"glyphs": 1}, codes="random")
+    context = text.context(torch.tensor([[[seven, red], [words.blank, -1]]]))[0]
+    share = torch.zeros(1, 2, len(CLASS))
+    share[0, 0, [CLASS["7"], CLASS["red"]]] = 1
+    torch.testing.assert_close(context, torch.stack([codes[seven] + codes[red], codes[words.blank]]))
+    torch.testing.assert_close(align.target(share, torch.tensor([[1.0, 0.0]]))[0], context)
+    assert not context.requires_grad and not codes.requires_grad
+    assert codes.std().item() == pytest.approx(model.config.lm.emb_std, rel=0.02)
+    assert F.cosine_similarity(codes, wte.detach()).mean().abs() < 0.1
+    assert (codes[0, :3] / model.config.lm.emb_std).tolist() == pytest.approx(FIRST_CODES, abs=1e-5)
 
 
 def test_text_stage_asks_what_the_context_holds(model: Lavida) -> None:
