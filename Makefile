@@ -5,7 +5,7 @@
 #             (MODEL=tiny_dream trains the one on Dream, MODEL=tiny_untied one whose projector has a space of its own)
 # make evidence   both for five seeds, then the sweeps of docs/results
 # make gpu    on a machine with a GPU, in nine minutes: its tests and the bench at true size, to docs/results/gpu
-# make true-size   one answer after the other at the published size on a CPU: 21 GiB of memory, 15 to 30 minutes on two cores
+# make true-size   one answer after the other at the published size on a CPU: 21 GiB of memory, 25 minutes on two cores
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

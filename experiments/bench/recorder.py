@@ -112,7 +112,7 @@ class Bench:
 
 def short(text: str) -> str:
     """A text without the folders of this machine: paths relative to the repository, of others the last two names."""
-    return re.sub(r"(?<![\w.])/(?:[^/\s\"':]+/)*([^/\s\"':]+/[^/\s\"':]+)", r"\1", text.replace(f"{ROOT}/", ""))
+    return re.sub(r"(?<![\w.])/(?:[^/\s\"':,]+/)*([^/\s\"':,]+/[^/\s\"':,]+)", r"\1", text.replace(f"{ROOT}/", ""))
 
 
 @contextmanager

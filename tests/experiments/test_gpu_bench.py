@@ -160,6 +160,7 @@ def test_a_turn_that_is_stopped_leaves_what_was_measured(tmp_path: Path) -> None
 def test_result_files_name_no_folder_of_the_machine(rehearsed: dict[str, Any]) -> None:
     assert short(f'File "{ROOT}/shirg/taps.py", line 2') == 'File "shirg/taps.py", line 2'
     assert short("--out /data/me/out/gpu/llada.json --lm llada") == "--out gpu/llada.json --lm llada"
+    assert short("--pictures /a/b/c.png,/a/d/e.png") == "--pictures b/c.png,d/e.png"
     assert short("3 samples/s, a / b, docs/results/gpu") == "3 samples/s, a / b, docs/results/gpu"
     command = rehearsed["command"].split()
     assert command[:3] == ["python", "-m", "experiments.bench.true_size"]
