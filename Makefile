@@ -82,10 +82,13 @@ STUDY := $(MODEL)_seed-$(SEED)
 TINY := outputs/$(STUDY)
 TRAIN := $(BIN)/python train.py study=$(STUDY) seed=$(SEED) resume=true threads=$(THREADS)
 # tiny_untied is tiny but for what stands for a word in the stages text and align.
-CODES := $(if $(filter tiny_untied,$(MODEL)),codes=random)
+ifeq ($(MODEL),tiny_untied)
+CODES := codes=random
+LONGER := optim.steps=1600 text.words=0.3 text.hold=0.55
+endif
 tiny: setup
 	$(TRAIN) stage=vision model=$(MODEL:tiny_untied=tiny)_scratch weights=$(TINY)/vision
-	$(TRAIN) stage=text $(CODES) model.path=$(TINY)/vision weights=$(TINY)/text
+	$(TRAIN) stage=text $(CODES) $(LONGER) model.path=$(TINY)/vision weights=$(TINY)/text
 	$(TRAIN) stage=align $(CODES) model.path=$(TINY)/text weights=$(TINY)/align
 	$(TRAIN) stage=base selector=pooled model.path=$(TINY)/align weights=$(TINY)/base
 	@echo "weights: $(TINY)/base; use them with model.path=$(TINY)/base"

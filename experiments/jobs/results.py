@@ -51,9 +51,6 @@ _LATER_DATA: dict[str, dict[str, Any]] = {
 }
 """Defaults of the options that an option of the group "data" got after the first records were written."""
 
-_LATER_TRAIN = {"codes": "words"}
-"""The same for the command train."""
-
 Status = Literal["running", "ok", "failed", "oom"]
 
 
@@ -234,10 +231,16 @@ def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
         selector = {**_later_options(), **selector}
     later = {} if decode is None else {key: value for key, value in _decode_defaults().items() if key not in decode}
     data = _later_data(config, result.get("choices", {}))
-    train = _LATER_TRAIN if result.get("verb") == "train" else {}
-    whole = {**train, **config, "selector": selector, **({"decode": {**decode, **later}} if later else {})}
+    train = _later_train(config) if result.get("verb") == "train" else {}
+    whole = {**config, **train, "selector": selector, **({"decode": {**decode, **later}} if later else {})}
     whole |= {"data": data} if data else {}
     return result if whole == config else {**result, "config": whole, "config_hash": config_hash(whole)}
+
+
+def _later_train(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a training with the defaults of what came after the first records."""
+    text = config.get("text", {})
+    return {"codes": config.get("codes", "words"), "text": {"words": 0.0, **text} if text else {}}
 
 
 def _later_data(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:

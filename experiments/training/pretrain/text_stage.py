@@ -57,6 +57,9 @@ class Curriculum:
     """Share of the steps, at the start, with glyph contexts alone: one task is learned sooner than several."""
     glyphs: float = 0.5
     """Share of glyph contexts after that; the families share the rest."""
+    words: float = 0.0
+    """Share of the steps, at the start, with embeddings in place of random codes: a look-up that was learned with the
+    former goes over to the latter."""
     families: Mapping[str, int] = field(default_factory=lambda: {"chart": 1, "shapes": 1})
 
     def __post_init__(self) -> None:
@@ -129,7 +132,8 @@ class TextPretraining(Trainable):
         return Bags(torch.cat(padded), [pair for part in parts for pair in part.asked])
 
     def loss(self, batch: Bags, generator: torch.Generator) -> Tensor:
-        context = self.context(batch.word_BNW)
+        begun = self.global_step >= self.curriculum.words * self.optim.steps
+        context = self.context(batch.word_BNW, self.codes_VD if begun else None)
         context = context + self.noise * torch.randn(context.shape, generator=generator, device=context.device)
         examples = [training_example(self.model.tokenizer, q, a, self.model.config) for q, a in batch.asked]
         rows, labels = pad_answers(
@@ -146,10 +150,10 @@ class TextPretraining(Trainable):
         finally:
             self.model.config = self.shipped
 
-    def context(self, word_BNW: Tensor) -> Tensor:
-        """Word bags [B, N, D]: the sum of the words' embeddings or codes."""
+    def context(self, word_BNW: Tensor, codes_VD: Tensor | None) -> Tensor:
+        """Word bags [B, N, D]: the sum of the words' codes, without codes of their embeddings."""
         there, ids = (word_BNW >= 0)[..., None], word_BNW.clamp_min(0)
-        word_BNWD = self.model.lm.embedding(ids) if self.codes_VD is None else F.embedding(ids, self.codes_VD)
+        word_BNWD = self.model.lm.embedding(ids) if codes_VD is None else F.embedding(ids, codes_VD)
         return (word_BNWD * there).sum(dim=2)
 
     def glyph_bags(self, lookups: Lookups) -> Bags:
@@ -182,7 +186,9 @@ class TextPretraining(Trainable):
     def _right(self, bags: Bags) -> float:
         """Share of the questions that the model answers right."""
         rows = [prompt_ids(self.model.tokenizer, question, self.model.config) for question, _ in bags.asked]
-        prefix, _ = splice(rows, list(self.context(bags.word_BNW)), self.model.lm.embedding, max_length=10**6)
+        prefix, _ = splice(
+            rows, list(self.context(bags.word_BNW, self.codes_VD)), self.model.lm.embedding, max_length=10**6
+        )
         texts = self.model.generate(prefix, DecodeConfig(max_new_tokens=ANSWER)).texts
         return sum(t == answer for t, (_, answer) in zip(texts, bags.asked, strict=True)) / len(texts)
 

@@ -74,7 +74,7 @@ def test_both_stages_write_a_word_as_the_same_random_code(model: Lavida) -> None
     seven, red = words.char[CHARS.index("7")], words.colour[COLOURS.index("red")]
     text = TextPretraining(model, OPTIM, 0, ObjectiveConfig(), Curriculum(), "full", 0.0, codes="random")
     align = Align(model, OPTIM, 5, {"glyphs": 1}, codes="random")
-    context = text.context(torch.tensor([[[seven, red], [words.blank, -1]]]))[0]
+    context = text.context(torch.tensor([[[seven, red], [words.blank, -1]]]), text.codes_VD)[0]
     share = torch.zeros(1, 2, len(CLASS))
     share[0, 0, [CLASS["7"], CLASS["red"]]] = 1
     torch.testing.assert_close(context, torch.stack([codes[seven] + codes[red], codes[words.blank]]))
@@ -89,7 +89,7 @@ def test_text_stage_asks_what_the_context_holds(model: Lavida) -> None:
     stage = TextPretraining(model, OPTIM, 0, ObjectiveConfig(extra_padding=0), Curriculum(), "image_first", 0.1)
     lookups = draw_lookups(np.random.default_rng(0), batch=16, cells=12)
     words, wte = glyph_tokens(model.tokenizer), model.lm.embedding.weight
-    context = stage.context(stage.glyph_bags(lookups).word_BNW)
+    context = stage.context(stage.glyph_bags(lookups).word_BNW, None)
     for row, (question, answer) in enumerate(questions(lookups)):
         task, argument = question.split()
         char, colour = (answer, argument) if task == "digit" else (argument, answer)
@@ -104,7 +104,7 @@ def test_text_stage_holds_the_words_of_every_family(model: Lavida) -> None:
     bags = stage.draw(0)
     tasks = [question.split()[0] for question, _ in bags.asked]
     assert tasks.count("value") == 4 and tasks.count("field") == 13 and len(tasks) == 35
-    context, wte = stage.context(bags.word_BNW), model.lm.embedding.weight
+    context, wte = stage.context(bags.word_BNW, None), model.lm.embedding.weight
     for row, (question, answer) in enumerate(bags.asked):
         task, argument = question.split()
         if task == "field":
@@ -141,6 +141,18 @@ def test_text_stage_teaches_image_first_and_settles_on_the_shipped_attention(
     assert losses["image_first", 0] != losses["full", 0]
     assert losses["image_first", 9] == losses["full", 9]
     assert deeper.config.prefix_attention == "full"
+
+
+def test_text_stage_begins_with_words_and_goes_on_with_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    losses = {}
+    for step in (0, 4, 5):
+        monkeypatch.setattr(TextPretraining, "global_step", step)
+        for codes in ("words", "random"):
+            curriculum, objective = Curriculum(tokens=200, words=0.5), ObjectiveConfig(prefix_mask=True)
+            stage = TextPretraining(model, OPTIM, 0, objective, curriculum, "full", 0.0, codes)
+            losses[codes, step] = stage.loss(stage.draw(step), torch.Generator().manual_seed(0)).item()
+    assert [losses["words", step] == losses["random", step] for step in (0, 4, 5)] == [True, True, False]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
