@@ -3,6 +3,7 @@
 from baselines.cdpruner import CDPruner
 from baselines.controls import Full, GlobalOnly, NormTopK, Random
 from baselines.divprune import DivPrune
+from baselines.even_context import EvenContext
 from baselines.hiprune import HiPrune
 from baselines.holov import HoloV
 from baselines.llava_scissor import LlavaScissor
@@ -19,6 +20,7 @@ from baselines.vispruner import VisPruner
 __all__ = [
     "CDPruner",
     "DivPrune",
+    "EvenContext",
     "Full",
     "GlobalOnly",
     "HiPrune",

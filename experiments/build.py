@@ -1,4 +1,4 @@
-"""Configs become objects here: data, model, selector, relevance, cache, decoding, logger.
+"""Configs become objects here: data, model, selector, context, relevance, cache, decoding, logger.
 
 Weights that are missing, or a budget that the model does not name, raise one sentence that says what to write instead.
 """
@@ -183,7 +183,10 @@ def adapt(adapter: str | None, model: "Lavida", selector: Selector) -> None:
 
 
 def build_selector(cfg: DictConfig, budgets: Mapping[str, int], config: "LavidaConfig | None" = None) -> Selector:
-    """The selector of `selector=...`, with the model's numbers for the name of a budget and for `coord_width: auto`."""
+    """The selector of `selector=...`, with the model's numbers for the name of a budget and for `coord_width: auto`.
+
+    `context=...` may wrap it.
+    """
     fixed: dict[str, Any] = {}
     if "budget" in cfg.selector:
         fixed["budget"] = resolve_budget(cfg.selector.budget, budgets)
@@ -191,6 +194,8 @@ def build_selector(cfg: DictConfig, budgets: Mapping[str, int], config: "LavidaC
         projected = cfg.selector.scaffold.space == "post"
         fixed["coord_width"] = config.lm.d_model if projected else config.vision.hidden_size
     selector: Selector = build_plugin(cfg, "selector", (Selector,), fixed)
+    if "_target_" in cfg.context:
+        selector = build_plugin(cfg, "context", (Selector,), {"selector": selector})
     return selector
 
 

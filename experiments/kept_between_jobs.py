@@ -57,10 +57,10 @@ class KeptModel:
         """To be called when the pipeline is built: the first one's adapter was merged, which later ones share."""
         if self.weights:
             if self._trained:
-                selector.load_state_dict({name: t.clone() for name, t in self._trained.items()}, assign=True)
+                selector.inner.load_state_dict({name: t.clone() for name, t in self._trained.items()}, assign=True)
             return
         if self.adapter is not None and build.trains_selector(self.adapter):
-            self._trained = {name: tensor.detach().clone() for name, tensor in selector.state_dict().items()}
+            self._trained = {name: tensor.detach().clone() for name, tensor in selector.inner.state_dict().items()}
         self.weights = build.fingerprint(self.model)
         self._tensors = tensors_of(self.model)
 

@@ -1,8 +1,8 @@
 """The typed schema of the configs: numbers, names and their types.
 
 Importing this module registers the schemas and the resolvers with Hydra. It imports nothing heavy, so that `--help`
-answers at once. Plug-in groups (model, selector, relevance, data, cache, logger) are checked by their constructors
-(`experiments.plugins`).
+answers at once. Plug-in groups (model, selector, context, relevance, data, cache, logger) are checked by their
+constructors (`experiments.plugins`).
 """
 
 import itertools
@@ -86,6 +86,8 @@ class Run:
     overwrite: bool = False
     model: dict[str, Any] = field(default_factory=dict)
     selector: dict[str, Any] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+    """What takes the place of the tokens that the selector would rank last."""
     relevance: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)

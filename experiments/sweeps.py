@@ -28,7 +28,9 @@ from experiments.schema import CONF
 
 SWEEPS = CONF / "sweep"
 TRUST = "trust"
-_REPEATED = frozenset({"model", "selector", "relevance", "budget", "ablation", "experiment", "dtype", "attention"})
+_REPEATED = frozenset(
+    {"model", "selector", "context", "relevance", "budget", "ablation", "experiment", "dtype", "attention"}
+)
 """Overrides of a training that its evaluation must repeat."""
 
 

@@ -21,7 +21,6 @@ from shirg import Selector, UserError
 PARTS = ("vision_tower", "mm_projector", "image_newline", "transformer", "selector")
 """Parts of the model that can have a rank and a learning rate of their own: the first word of a parameter's name."""
 
-
 MOST_RANKS, MOST_NAMES = 65_536, 10_000
 """Beyond any model's width and number of layers; a file that says more would fill the memory."""
 
@@ -197,7 +196,7 @@ def _check_targets(config: LoraConfig, targets: Sequence[str], whole: Mapping[st
 
 def _check_selector(selector: Selector | None, targets: Sequence[str], whole: Mapping[str, nn.Parameter]) -> None:
     """A selector's own layers start without training, so leaving one frozen is an error."""
-    own = [] if selector is None else [f"selector.{name}" for name, _ in selector.named_parameters()]
+    own = [] if selector is None else [f"selector.{name}" for name, _ in selector.inner.named_parameters()]
     if left := [n for n in own if n not in whole and not any(_is_in(n, t) for t in targets)]:
         raise UserError(
             f"the selector has a layer of its own that would not be trained, {left[0].rpartition('.')[0]}: add it "
@@ -258,8 +257,8 @@ def trained_parameters(model: LavidaModules, selector: Selector | None = None) -
 
 
 def tree_of(model: LavidaModules, selector: Selector | None) -> nn.ModuleDict:
-    """Model and selector as one tree: "model." and a checkpoint's name, or "selector." and the selector's."""
-    return nn.ModuleDict({"model": model.model} | ({} if selector is None else {"selector": selector}))
+    """Model and (inner) selector as one tree: "model." and a checkpoint's name, or "selector." and the selector's."""
+    return nn.ModuleDict({"model": model.model} | ({} if selector is None else {"selector": selector.inner}))
 
 
 def full_name(name: str) -> str:

@@ -43,6 +43,17 @@ class Share:
         return (2 * self.numerator * n + self.denominator) // (2 * self.denominator)
 
 
+def check_part(name: str, part: float) -> None:
+    """Refuses what is neither a number of tokens nor, as a float, a share of them.
+
+    Raises:
+        UserError: names the option.
+    """
+    is_count = isinstance(part, int) and not isinstance(part, bool) and part >= 1
+    if not is_count and not (isinstance(part, float) and 0 < part < 1):
+        raise UserError(f"{name}={part}: give a number of tokens, or a share between 0 and 1")
+
+
 @dataclass(frozen=True)
 class BudgetShare:
     """A share of a budget that has a name; "base" is what the base model nominally uses."""

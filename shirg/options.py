@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from shirg.budget import Budget, Share
+from shirg.budget import Budget, Share, check_part
 from shirg.features import Geometry, TokenLayout
 from shirg.selection import Stage
 from shirg.validation import OptionBlock, UserError, one_of
@@ -151,9 +151,7 @@ class Allocation(OptionBlock):
 
     def __post_init__(self) -> None:
         one_of("allocation.mode", self.mode, Literal["ranked", "evidence_context"])
-        is_count = isinstance(self.evidence, int) and not isinstance(self.evidence, bool) and self.evidence >= 1
-        if not is_count and not (isinstance(self.evidence, float) and 0 < self.evidence < 1):
-            raise UserError(f"allocation.evidence={self.evidence}: give a number of tokens, or a share between 0 and 1")
+        check_part("allocation.evidence", self.evidence)
         if self.mass is not None and not 0 < self.mass < 1:
             raise UserError(f"allocation.mass={self.mass}: give a share between 0 and 1, or null")
         for name in ("evidence", "mass"):

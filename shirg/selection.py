@@ -5,10 +5,11 @@ A selector sees tensors, never a model, a file or a config: this module imports 
 Shape letters: B batch, N source tokens, T selected tokens, K kept tokens, D width.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,21 @@ class Selector(nn.Module):
         self.budget: ParsedBudget | None = None if budget is None else parse_budget(budget)
         if isinstance(self.budget, BudgetShare) and self.budget.name != "base":
             raise UserError(f"budget={budget!r}: give a positive number of tokens, 'matched', 'base' or '3/4 base'")
+
+    @property
+    def inner(self) -> "Selector":
+        """The selector whose layers an adapter trains, and names: itself, or the one that it wraps."""
+        return self
+
+    def at_budget(self, budget: int) -> Self:
+        """This selector at another budget in numbers; the parameters are shared."""
+        other = copy.copy(self)
+        other.budget = budget
+        return other
+
+    def embed(self, selection: Selection) -> Selection:
+        """The selection with what this selector's own layers add to each of its tokens; here they add nothing."""
+        return selection
 
     def option(self, name: str, default: Any) -> Any:
         """The value of an option of the constructor, kept under its name; the default where it is not kept."""

@@ -199,11 +199,11 @@ class ShirgSelector(Selector):
             chosen = close_rows(chosen, features, rows_BR)
         if means is not None:
             chosen = means.mark(chosen)
-        parts = [self._with_coords(chosen)]
+        parts = [self.embed(chosen)]
         if side:
-            parts.insert(0, self._with_coords(scaffold_tokens(features, assigned, side, options.scaffold.source)))
+            parts.insert(0, self.embed(scaffold_tokens(features, assigned, side, options.scaffold.source)))
         if options.summary:
-            parts.append(self._with_coords(summary_token(features, usable_BN, kept_BN)))
+            parts.append(self.embed(summary_token(features, usable_BN, kept_BN)))
         return replace(join(*parts), scores_BN=scores_BN, expected_B=expected_B)
 
     def score(self, features: VisionFeatures) -> Tensor:
@@ -308,5 +308,5 @@ class ShirgSelector(Selector):
                     f"lower the budget, or choose budget='matched' or underflow={'global' if only_tiles else 'mask'}"
                 )
 
-    def _with_coords(self, selection: Selection) -> Selection:
+    def embed(self, selection: Selection) -> Selection:
         return selection if self.coords is None else self.coords.added_to(selection)

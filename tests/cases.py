@@ -1,4 +1,4 @@
-"""The options of SHIRG that the contract is tested with: those of its files, and some that no file has."""
+"""The options of SHIRG that the contract is tested with, those of its files and some that no file has; wrappers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from baselines import EvenContext, NormTopK, UniformGrid
 from shirg import Selector, ShirgSelector
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "selector"
@@ -100,6 +101,7 @@ FAMILY = {
     "shirg_x": preset("shirg_x", ONE_VIEW),
     "shirg_fovea": preset("shirg_fovea", NO_CELL_IS_SHARED | {"norm_scope"}, geometry="lavida_tiles"),
 }
+EVEN_FLIPS = {"selector": UniformGrid(budget=34), "evidence": 5}
 OTHERS = {
     "seed_canvas48": Case(
         ShirgSelector,
@@ -157,5 +159,9 @@ OTHERS = {
         flips={**SHIRG_FLIPS, "diversity": {"diversity": {"mode": "none"}}},
         refused=NO_CELL_IS_SHARED | {"coverage"},
     ),
+    **{
+        f"even_context_{type(inner).__name__}": Case(EvenContext, {"selector": inner}, flips=EVEN_FLIPS)
+        for inner in (NormTopK(budget=34), ShirgSelector(budget=34, scaffold={"size": 3}))
+    },
 }
-"""Options of SHIRG that no file has."""
+"""Options of SHIRG that no file has, and selectors around others."""

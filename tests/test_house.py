@@ -32,6 +32,7 @@ GROUPS = "|".join(
     (
         "model",
         "selector",
+        "context",
         "relevance",
         "data",
         "lora",

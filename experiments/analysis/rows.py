@@ -15,10 +15,10 @@ ROW_VERSION = 2
 _SHOWN_ELSEWHERE = frozenset(
     {"selector", "budget", "selector.budget", "data", "limit", "study", "seed", "threads", "workers", "logger", "shots"}
 )
-_NOTHING = frozenset({"experiment=none", "ablation=none", "adapter=null"})
+_NOTHING = frozenset({"experiment=none", "ablation=none", "context=none", "adapter=null"})
 _READ = ("selector", "data", "dataset", "budget", "changes", "n", "note")
 """By what people tell the rows of a table apart."""
-_GROUPS = ("model", "selector", "relevance", "data", "decode", "cache", "experiment", "ablation")
+_GROUPS = ("model", "selector", "context", "relevance", "data", "decode", "cache", "experiment", "ablation")
 
 MOST_DRAWN = 40
 """Systems that a figure shows."""

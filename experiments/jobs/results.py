@@ -225,16 +225,19 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 
 def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
     """The record with the defaults of options that did not exist when it was written, and today's spelling."""
-    config = result.get("config", {})
-    decode, selector = config.get("decode"), _respelled(config.get("selector", {}))
-    if "diversity" in selector:  # one of SHIRG's
-        selector = {**_later_options(), **selector}
-    later = {} if decode is None else {key: value for key, value in _decode_defaults().items() if key not in decode}
-    data = _later_data(config, result.get("choices", {}))
-    train = _later_train(config) if result.get("verb") == "train" else {}
-    whole = {**config, **train, "selector": selector, **({"decode": {**decode, **later}} if later else {})}
-    whole |= {"data": data} if data else {}
-    return result if whole == config else {**result, "config": whole, "config_hash": config_hash(whole)}
+    before, choices = result.get("config", {}), result.get("choices", {})
+    config = {**before, **(_later_train(before) if result.get("verb") == "train" else {})}
+    if "selector" in config:
+        selector = _respelled(config["selector"])
+        config["selector"] = {**_later_options(), **selector} if "diversity" in selector else selector  # SHIRG's
+        config.setdefault("context", {})
+    if config.get("decode") is not None:
+        config["decode"] = {**_decode_defaults(), **config["decode"]}
+    if data := _later_data(config, choices):
+        config["data"] = data
+    if config == before:
+        return result
+    return {**result, "choices": {"context": "none", **choices}, "config": config, "config_hash": config_hash(config)}
 
 
 def _later_train(config: Mapping[str, Any]) -> dict[str, Any]:

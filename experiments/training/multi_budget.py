@@ -24,12 +24,15 @@ def build_schedule(cfg: DictConfig, model: Lavida, selector: Selector) -> Select
         UserError: `mix` together with such a head, or a value of `mix` that the selector does not support.
     """
     budgets, geometries = list(cfg.mix.budgets), list(cfg.mix.geometries)
-    if isinstance(selector, ShirgSelector) and selector.head is not None:
+    inner = selector.inner
+    if isinstance(inner, ShirgSelector) and inner.head is not None:
+        if inner is not selector:
+            raise UserError("selector.adaptive.mode=head trains at its own levels: leave context=none")
         if budgets or geometries:
             raise UserError("selector.adaptive.mode=head trains at its own levels: leave mix. empty")
         if not cfg.objective.adaptive_k:
             raise UserError("selector.adaptive.mode=head has to be trained: give objective.adaptive_k, for example 0.1")
-        return SelectorSchedule((tuple(selector.at_level(i) for i in range(len(selector.options.adaptive.levels))),))
+        return SelectorSchedule((tuple(inner.at_level(i) for i in range(len(inner.options.adaptive.levels))),))
     if not budgets and not geometries:
         return None
     if geometries and "geometry" not in cfg.selector:
@@ -60,8 +63,8 @@ def _variant(cfg: DictConfig, model: Lavida, selector: Selector, budget: Any, ge
             share = tokens_of(model, geometry) / tokens_of(model, cfg.selector.geometry)
             changed.selector.budget = max(1, round(count * share))
     variant = build.build_selector(changed, budgets, model.config).to(model.device)
-    for name, child in selector.named_children():
-        setattr(variant, name, child)
+    for name, child in selector.inner.named_children():
+        setattr(variant.inner, name, child)
     return variant
 
 

@@ -28,7 +28,7 @@ from lavida_adapter import (
 )
 from lavida_adapter.lightning_module import OptimConfig
 
-PLUG_INS = ("selector", "relevance", "data", "cache", "logger")
+PLUG_INS = ("selector", "context", "relevance", "data", "cache", "logger")
 BUDGETS = {"base": 80, "wide": 100, "full": 320}
 
 
@@ -70,7 +70,7 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
     assert isinstance(file, dict)
     if "_target_" not in file:
         # A variant changes another option of its group; tests/test_contract.py compares its options.
-        assert (option == "none" and group in ("logger", "cache")) or (
+        assert (option == "none" and group in ("logger", "cache", "context")) or (
             group == "selector" and file["defaults"] in (["shirg", "_self_"], ["topv", "_self_"])
         )
         return
@@ -78,8 +78,9 @@ def test_plug_ins_have_the_knobs_and_defaults_of_their_constructors(group: str, 
     options = {str(k): v for k, v in file.items() if k not in ("_target_", "defaults")}
     if group != "logger":
         assert options.keys() <= parameters.keys()
-    if group in ("selector", "relevance", "cache"):
-        assert options.keys() == parameters.keys() - ({"scores"} if option == "external" else set())
+    if group in ("selector", "context", "relevance", "cache"):
+        made = {"scores"} if option == "external" else {"selector"} if group == "context" else set()
+        assert options.keys() == parameters.keys() - made
         for name, value in options.items():
             default = parameters[name].default
             default = list(default) if isinstance(default, tuple) else default

@@ -9,6 +9,7 @@ import pytest
 
 from experiments.analysis.columns import columns
 from experiments.analysis.table import collect
+from experiments.compare import compare
 from experiments.data.chosen_samples import choose_samples
 from experiments.schema import CONF
 from shirg import UserError
@@ -45,6 +46,29 @@ def test_another_question_changes_what_is_kept_and_not_what_is_asked(eval_here: 
     assert [row["prompt"] for row in right] == [row["prompt"] for row in wrong]
     assert sum(a["kept"] != b["kept"] for a, b in zip(right, wrong, strict=True)) == len(right)
     assert [row["kept"] for row in wrong] == [row["kept"] for row in again]
+
+
+def test_an_even_context_takes_the_place_of_what_is_ranked_last(eval_here: Eval) -> None:
+    """At the same budget; systems with and without are told apart, and compared."""
+    kept: dict[tuple[str, str], list[list[int]]] = {}
+    for name in (names := ("random", "saint", "cdpruner", "shirg")):
+        for context in ("none", "even"):
+            words = ["context=even"] if context == "even" else []
+            study = (job := eval_here(f"selector={name}", "limit=4", "shots=0", *words)).parent
+            rows = pq.read_table(job / "samples.parquet").to_pylist()
+            assert [row["n_visual"] for row in rows] == [80] * 4
+            assert result_of(job)["selector"]["budget"] == 80
+            kept[name, context] = [row["kept"] for row in rows]
+        pairs = list(zip(kept[name, "none"], kept[name, "even"], strict=True))
+        chosen = len(pairs[0][0])
+        assert all(len(a) == len(b) == chosen and 0.4 < len(set(a) & set(b)) / chosen < 0.8 for a, b in pairs)
+    table = collect(study)
+    assert {(row["selector"], row["context"]) for row in table} == set(kept)
+    shown = {column.title: column.texts for column in columns(table)}
+    assert sorted(shown["system"]) == sorted([*names, *(f"{name} context=even" for name in names)])
+    found = compare([study], "context", "none")
+    assert [each.choice for each in found] == ["none", "even"] * 4
+    assert [each.name for each in found[1::2]] == [f"{each.name} context=even" for each in found[::2]]
 
 
 FEW = ("limit=6", "selector=full")

@@ -48,7 +48,7 @@ def keys() -> tuple[str, ...]:
 @cache
 def options() -> tuple[str, ...]:
     """Every option of the groups that build something without a model."""
-    groups = ("selector", "cache", "relevance", "decode", "ablation")
+    groups = ("selector", "context", "cache", "relevance", "decode", "ablation")
     return tuple(f"{group}={path.stem}" for group in groups for path in sorted((CONF / group).glob("*.yaml")))
 
 

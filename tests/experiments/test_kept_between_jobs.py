@@ -42,6 +42,7 @@ JOBS = [
     ("selector=topv", "adapter=plain", "decode.engine=compile"),
     (*SINCOS, "adapter=with_selector"),
     (*SINCOS, "adapter=with_selector", "cache=int8"),
+    (*SINCOS, "context=even", "adapter=with_selector"),
     (*SINCOS, "budget=70", "adapter=with_selector", "decode.engine=compile"),
     ("selector=shirg_x", "cache=redvtp", "cache.budget=60", "decode.temperature=0.7"),
     ("selector=full", "model.prefix_attention=image_first"),

@@ -9,7 +9,7 @@ from experiments.schema import CONF
 from shirg.options import ShirgOptions
 from tests.experiments.conftest import Command
 
-GROUPS = ("selector", "relevance", "data", "decode", "cache", "logger", "experiment", "ablation", "model")
+GROUPS = ("selector", "context", "relevance", "data", "decode", "cache", "logger", "experiment", "ablation", "model")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 

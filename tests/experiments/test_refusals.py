@@ -90,6 +90,21 @@ JOBS = {
     "shuffle, no relevance": ("shuffle_questions=true selector=shirg relevance=none", "changes nothing"),
     "workers": ("workers=-1", "workers=-1: a number from 0 to 256"),
     "mandatory": ("data=folder", "data.root has no value; give data.root="),
+    "context of a selector without a budget": ("selector=pooled context=even", "Pooled has no budget .* context=none"),
+    "context of another budget for each picture": (
+        "selector=saint context=even budget=matched",
+        "Saint has budget=matched, which follows the picture",
+    ),
+    "context without a place": (
+        "selector=saint context=even context.evidence=80",
+        "context.evidence=80: Saint chooses 80 tokens at this budget .* lower context.evidence",
+    ),
+    "evidence": ("selector=saint context=even context.evidence=1.5", "context.evidence=1.5: a number of tokens, or a"),
+    "text for evidence": ("selector=saint context=even context.evidence=many", "context.evidence='many' not a number"),
+    "context option": (
+        "selector=saint context=even +context.share=3",
+        "context.share: EvenContext no such option; it has selector, evidence",
+    ),
     "cache budget": (f"{FULL} cache=fastv cache.layer=0 cache.budget=337", "budget 337 larger than the 336"),
     "cache layer": (f"{FULL} cache=fastv", "layer=1: layers 0 to 0"),
     "no prefix cache": (f"{FULL} cache=fastv decode.prefix_cache=false", "FastV shortens the prefix cache"),

@@ -102,6 +102,9 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
     assert expand("eval", [f"run={folder}", "data.n=9"]) == [
         ["data.n=9", "selector=shirg", "selector.neighbour.sign=1", f"adapter={folder}/adapter"]
     ]
+    folder = trained(tmp_path / "train_b", "selector=saint", "context=even", "context.evidence=9")
+    (line,) = expand("eval", [f"run={folder}"])
+    assert line[:3] == ["selector=saint", "context=even", "context.evidence=9"]
 
 
 def test_runs_by_pattern(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_a_record_of_format_1_is_read_as_the_format_of_today(study: Path) -> Non
         assert "_target_" not in json.dumps(result)
         assert (result["config"]["data"]["leave_out"], result["config"]["data"]["only"]) == ([], [])
         assert result["config_hash"] == config_hash(result["config"]) != before["config_hash"]
-        unchanged = before.keys() - {"version", "config", "config_hash"}
+        assert result["choices"] == before["choices"] | {"context": "none"} and result["config"]["context"] == {}
+        unchanged = before.keys() - {"version", "choices", "config", "config_hash"}
         assert {key: result[key] for key in unchanged} == {key: before[key] for key in unchanged}
 
 

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from baselines import EvenContext
 from experiments import build
 from experiments.data.loader import collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
@@ -22,7 +23,7 @@ from experiments.training.plan import FourCharacters, skeleton
 from experiments.training.stages import build_stage, lora_config
 from lavida_adapter import Lavida, TrainBatch, add_lora, merge_lora
 from lavida_adapter.lightning_module import LavidaModule
-from lavida_adapter.lora import lora_layers, part_of
+from lavida_adapter.lora import lora_layers, part_of, trained_parameters
 from shirg import Selector, ShirgSelector
 from tests.experiments.conftest import Here, result_of
 
@@ -232,9 +233,28 @@ def test_variants_share_the_layers_that_are_trained() -> None:
     )
 
 
+def test_a_context_trains_the_layers_of_the_selector_under_their_own_names() -> None:
+    cfg = recipe("shirg_x", "context=even")
+    model = build.build_model(cfg, torch.device("cpu"))
+    found = build_stage(cfg, model, Ranks())
+    assert isinstance(found.module, LavidaModule) and isinstance(found.module.selector, EvenContext)
+    module, plain = found.module, prepared("shirg_x")[0]
+    assert trained_parameters(model, module.selector).keys() == trained_parameters(plain.model, plain.selector).keys()
+    assert module.mix is not None
+    for (variant,) in module.mix.turns:
+        assert isinstance(variant, EvenContext) and variant.evidence == 0.5
+        assert dict(variant.inner.named_children()) == dict(module.selector.inner.named_children())
+    loss(module, found.draw(0)).backward()
+    assert all(p.grad is not None for p in trained_parameters(model, module.selector).values())
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (
+            ["context=even", "selector.adaptive.mode=head", "lora.train_whole=[selector.head]"],
+            "trains at its own levels: leave context=none",
+        ),
         (["selector=pooled", "mix.budgets=[40]"], "mix.budgets: this selector has no budget"),
         (["selector=saint", "mix.geometries=[single_512]"], "mix.geometries: this selector supports one geometry"),
         (
