@@ -8,6 +8,7 @@ Shape letters: B prompts, E distinct pictures, N source tokens of a picture, T s
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -124,13 +125,25 @@ class PictureEncoder:
         model = self.model
         ids = [encode_text(model.tokenizer, question) for question in questions]
         ids_Q = [send(torch.tensor(q, dtype=torch.int64), model.device) for q in ids]
-        project = in_precision_of_now(group.projected, model.device)
 
-        def projected() -> Tensor:
-            with timer.stage("project"):
-                return project()
+        def timed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            project = in_precision_of_now(call, model.device)
 
-        return RelevanceContext(projected, ids_Q, model.lm.embedding, questions, model.model.vision_tower)
+            def projected() -> Tensor:
+                with timer.stage("project"):
+                    return project()
+
+            return projected
+
+        base = model.base_projector
+        return RelevanceContext(
+            timed(group.projected),
+            ids_Q,
+            model.lm.embedding,
+            questions,
+            model.model.vision_tower,
+            None if base is model.model.mm_projector else timed(partial(group.projected_by, base)),
+        )
 
 
 def in_precision_of_now(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -200,6 +213,10 @@ class PictureGroup:
         if self._projected is None or (learns and not self._has_graph):
             self._projected, self._has_graph = self.projector(self.states_END), learns
         return self._by_prompt(self._projected)
+
+    def projected_by(self, projector: nn.Module) -> Tensor:
+        """Tokens [B, N, D] of every prompt's picture by another projector, each picture projected once."""
+        return self._by_prompt(projector(self.states_END))
 
     def features(self, ids: tuple[str, ...], *, pixels: bool = False) -> VisionFeatures:
         """What a selector of stage "pre" sees; with `pixels` also the pixels of every token as a tap."""

@@ -157,6 +157,7 @@ def add_lora(model: LavidaModules, config: LoraConfig, selector: Selector | None
     targets, whole = lora_targets(tree, config), trained_whole(tree, config)
     _check_targets(config, targets, whole)
     _check_selector(selector, targets, whole)
+    model.keep_base_projector([*targets, *whole])
     if targets:
         _inject(tree, config, targets)
     for parameter in whole.values():

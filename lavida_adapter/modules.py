@@ -4,7 +4,9 @@ The names of the tree are those of the published checkpoint, so that weights, Lo
 Encoding, decoding and training live above this file and take its `LavidaModules`.
 """
 
-from typing import Any
+import copy
+from collections.abc import Callable, Collection
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,8 @@ class LavidaModules(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
         self.model = _Parts(config)
+        # In a tuple: it is none of the model's parts, has no name in a checkpoint and no fingerprint.
+        self._base_projector: tuple[nn.Module, ...] = ()
         self.initialise()
 
     @torch.no_grad()
@@ -54,6 +58,26 @@ class LavidaModules(nn.Module):
     def lm(self) -> LanguageModel:
         """The language model."""
         return self.model.transformer
+
+    @property
+    def base_projector(self) -> nn.Module:
+        """The projector as it was before an adapter changed it; the projector itself, where none did."""
+        return self._base_projector[0] if self._base_projector else self.model.mm_projector
+
+    def keep_base_projector(self, changed: Collection[str]) -> None:
+        """Keeps a frozen copy of the projector, the first time, if it is among the parts that an adapter will change.
+
+        Args:
+            changed: names of layers and parameters, as `lora.targets` has them.
+        """
+        if not self._base_projector and any(name.startswith("mm_projector") for name in changed):
+            self._base_projector = (copy.deepcopy(self.model.mm_projector).requires_grad_(False),)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves the copy with the model."""
+        for kept in self._base_projector:
+            kept._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from transformers import AutoTokenizer, SiglipModel
 from lavida_adapter.vision import VisionTower
 from shirg import MissingFileError, UserError, VisionFeatures, saliency, send
 from shirg.similarity import Aggregate, question_cosines
+from shirg.validation import one_of
+
+Projector = Literal["base", "adapted"]
+"""The projector without the changes of a trained adapter, or with them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class RelevanceContext:
     """The questions as text."""
     tower: VisionTower | None = None
     """The model's vision tower."""
+    base_projected: Callable[[], Tensor] | None = None
+    """As `projected`, by the projector as it was before an adapter changed it; None where none did."""
 
 
 class Relevance(Protocol):
@@ -72,22 +78,29 @@ def mean_row(weight_WD: Tensor, rows: int = 8192) -> Tensor:
 
 
 class LmEmbed:
-    """Cosine of projected tokens and the question's word embeddings, both centred, in the language model's space."""
+    """Cosine of projected tokens and the question's word embeddings, both centred, in the language model's space.
+
+    Args:
+        agg: how the question's tokens count.
+        projector: which one projects the tokens; "base" is the model's own without a trained adapter's changes, which
+            were not made for this cosine. The prefix is always that of the adapted one.
+    """
 
     space = "lm"
     reads_question = True
 
-    def __init__(self, *, agg: Aggregate = "mean") -> None:
-        if agg not in ("mean", "max", "pooled"):
-            raise UserError(f"relevance.agg={agg!r}: choose mean, max or pooled")
-        self.agg = agg
+    def __init__(self, *, agg: Aggregate = "mean", projector: Projector = "adapted") -> None:
+        one_of("relevance.agg", agg, Aggregate)
+        one_of("relevance.projector", projector, Projector)
+        self.agg, self.projector = agg, projector
         self._mean: tuple[Any, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
         at = range(len(features.ids)) if features.picture_at is None else features.picture_at
         row_of = {picture: row for row, picture in enumerate(at)}  # all rows of a picture are equal
-        p, valid = context.projected(), features.valid_BN
+        base = context.base_projected if self.projector == "base" else None
+        p, valid = (base or context.projected)(), features.valid_BN
         mean_D = self._mean_word(context.embedding.weight)
         rows: dict[int, Tensor] = {}
         for picture, row in row_of.items():

@@ -231,6 +231,8 @@ def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
         selector = _respelled(config["selector"])
         config["selector"] = {**_later_options(), **selector} if "diversity" in selector else selector  # SHIRG's
         config.setdefault("context", {})
+    if "agg" in config.get("relevance", {}):  # one of lm_embed's
+        config["relevance"] = {"projector": "adapted", **config["relevance"]}
     if config.get("decode") is not None:
         config["decode"] = {**_decode_defaults(), **config["decode"]}
     if data := _later_data(config, choices):

@@ -38,6 +38,7 @@ JOBS = [
     ("selector=pooled",),
     ("selector=shirg", "decode.engine=compile"),
     ("selector=shirg", "adapter=plain"),
+    ("selector=shirg", "adapter=plain", "relevance.projector=base"),
     ("selector=full", "adapter=plain", "cache=fastv", "cache.layer=0", "budget=60"),
     ("selector=topv", "adapter=plain", "decode.engine=compile"),
     (*SINCOS, "adapter=with_selector"),

@@ -337,7 +337,7 @@ INPUTS: dict[str, Case] = {
         )
         for answer in ("", " \n")
     },
-    "no such aggregation": (lambda: LmEmbed(agg="sum"), ["relevance.agg='sum': choose mean, max or pooled"]),  # type: ignore[arg-type]
+    "no such aggregation": (lambda: LmEmbed(agg="sum"), ["relevance.agg='sum': choose one of mean, max, pooled"]),  # type: ignore[arg-type]
     "an empty question": (
         scoring(LmEmbed, questions=[torch.arange(2), torch.arange(0)]),
         ["relevance=lm_embed needs a question", "use relevance=none"],
