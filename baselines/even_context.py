@@ -35,8 +35,8 @@ class EvenContext(Selector):
 
     Args:
         selector: with a budget in numbers, which is that of the whole.
-        evidence: how many tokens it chooses, a number or (below 1) a share. Of what is counted, and of what it is a
-            share, tokens that the selector makes in any case (the scaffold and the summary of SHIRG) are no part.
+        evidence: how many tokens it chooses, a number or (below 1) a share. What the selector makes in any case, the
+            scaffold and the summary of SHIRG, is not counted.
 
     Raises:
         UserError: a selector without such a budget or with row ends of its own, or no token is left for the context.
