@@ -4,8 +4,6 @@ Weights that are missing, or a budget that the model does not name, raise one se
 """
 
 import math
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -23,9 +21,11 @@ from experiments.data.loader import Mixture, Shuffled, Stream, check_weights
 from experiments.data.sample import Dataset
 from experiments.errors import ConfigError, explain, instead
 from experiments.inference import EvalPipeline
+from experiments.jobs.results import HEAD, head_folder
 from experiments.metrics.answers import Scorer
 from experiments.metrics.final_answer import AnswerRule
 from experiments.plugins import build_plugin
+from experiments.random_model import random_model
 from experiments.schema import CONF, VERSION_BASE, local_folder
 from experiments.token_stats import TokenGeometry
 from shirg import BudgetShare, MissingFileError, Selector, UserError, parse_budget
@@ -150,7 +150,7 @@ def build_model(cfg: DictConfig, device: torch.device, prepare: "Callable[[Lavid
         if not isinstance(sizes, dict):
             raise UserError(f"model.config={sizes}: give sizes by name")
         sizes = {str(k): v for k, v in sizes.items()}
-        model = _random_model(sizes, int(spec.get("seed") or 0), cfg.dtype, device, prepare)
+        model = random_model(sizes, int(spec.get("seed") or 0), cfg.dtype, device, prepare)
     else:
         source: dict[str, Any] = {k: str(spec[k]) for k in _SOURCE if spec.get(k) is not None}
         if "vision_path" in source:
@@ -210,12 +210,41 @@ def build_cache(cfg: DictConfig, budgets: Mapping[str, int]) -> "CacheSelector |
     return made
 
 
-def build_relevance(cfg: DictConfig, selector: Selector) -> "Relevance | None":
-    """The provider that the selector ranks by; None for a selector that does not ask for one."""
+def build_relevance(
+    cfg: DictConfig, selector: Selector, model: "Lavida | None" = None, adapter: str | None = None
+) -> "Relevance | None":
+    """The provider that the selector ranks by; None for a selector that does not ask for one.
+
+    `model` loads the head of a learned relevance; without it, as for training one, there is none yet. `adapter` is the
+    folder where it is looked for first.
+    """
     if not selector.uses_relevance:
         return None
-    provider: Relevance = build_plugin(cfg, "relevance", ("__call__",))
+    fixed = {}
+    if OmegaConf.select(cfg, "relevance.base._target_") is not None:
+        fixed["base"] = build_plugin(cfg, "relevance.base", ("__call__",))
+    provider: Relevance = build_plugin(cfg, "relevance", ("__call__",), fixed)
+    load_head(provider, cfg, model, adapter)
     return provider
+
+
+def load_head(provider: "Relevance", cfg: DictConfig, model: "Lavida | None", adapter: str | None) -> None:
+    """Loads the head of a learned relevance; other providers have none.
+
+    Raises:
+        MissingFileError: there is no head.
+    """
+    from lavida_adapter.learned_relevance import Learned
+
+    if model is None or not isinstance(provider, Learned):
+        return
+    folder = head_folder(provider.path, adapter, cfg.model)
+    if folder is None:
+        raise MissingFileError(
+            f"relevance=learned: neither the adapter nor {cfg.model.get('path')}/{HEAD} holds a relevance head: train "
+            "one with train.py stage=gate, and give its folder as relevance.path"
+        )
+    provider.load(folder, model)
 
 
 def build_decode(cfg: DictConfig, max_new_tokens: int) -> "DecodeConfig":
@@ -245,7 +274,7 @@ def build_pipeline(
     return EvalPipeline(
         model=model,
         selector=selector,
-        relevance=build_relevance(cfg, selector),
+        relevance=build_relevance(cfg, selector, model, adapter),
         decode=decode,
         cache=build_cache(cfg, model.config.budgets),
         scorers=dict(scorers),
@@ -303,78 +332,6 @@ def resolve_budget(budget: Any, budgets: Mapping[str, int]) -> int | Literal["ma
             return wanted.of(budgets[wanted.name])
     names = ", ".join(f"{name} ({count})" for name, count in budgets.items())
     raise UserError(f"budget={budget}: give {names}, a share like '3/4 base', matched, or a positive number of tokens")
-
-
-def _random_model(
-    sizes: dict[str, Any],
-    seed: int,
-    dtype: str,
-    device: torch.device,
-    prepare: "Callable[[Lavida], None] | None",
-) -> "Lavida":
-    """A model of the given sizes whose tokenizer is the built-in one; its config says that it is untrained."""
-    from experiments.data.synthetic.tokenizer import build_tokenizer
-    from lavida_adapter import Lavida, LavidaConfig, VisionConfig
-    from lavida_adapter.published_config import LAYOUTS
-    from lavida_adapter.sharding import draw
-
-    for name in ("lm", "vision"):
-        if not isinstance(sizes.setdefault(name, {}), dict):
-            raise UserError(f"model.config.{name}={sizes[name]}: give sizes by name")
-    lm_sizes = sizes.pop("lm")
-    family = lm_sizes.get("family", "llada")
-    layout = next((layout for name, layout in LAYOUTS.items() if name == family), None)
-    if layout is None:
-        raise UserError(f"model.config.lm.family={family}: choose one of {', '.join(LAYOUTS)}")
-    tokenizer = build_tokenizer(family)
-    special = {
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        vision = VisionConfig(**sizes.pop("vision"))
-        lm = layout.config(**{**special, **lm_sizes})
-        if "image_grid_pinpoints" in sizes:
-            sizes["image_grid_pinpoints"] = tuple((w, h) for w, h in sizes["image_grid_pinpoints"])
-        config = LavidaConfig(vision=vision, lm=lm, trained=False, **sizes)
-    except TypeError as error:
-        raise UserError(
-            f"model.config: {re.sub(r'.*got an unexpected keyword argument', 'no model has a field', str(error))}"
-        ) from None
-    if lm.vocab_size < len(tokenizer):
-        raise UserError(f"model.config.lm.vocab_size={lm.vocab_size}: the tokenizer has {len(tokenizer)} entries")
-    with torch.device("meta"):
-        model = Lavida(config, tokenizer).to(getattr(torch, dtype))
-    if prepare is not None:
-        prepare(model)
-    if device.type != "meta":
-        _check_memory(model, device)
-        generator_state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        try:
-            draw(model, device)
-        finally:
-            torch.set_rng_state(generator_state)
-    return model
-
-
-def _check_memory(model: "Lavida", device: torch.device) -> None:
-    """Refuses a model whose weights, or what this process holds of them, are larger than the memory of the device."""
-    from lavida_adapter.sharding import held
-
-    need = sum(held(p).nbytes for p in model.parameters())
-    if device.type == "cuda":
-        there = torch.cuda.get_device_properties(device).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > there:
-        n = sum(p.numel() for p in model.parameters())
-        raise UserError(
-            f"model.config: {n:,} parameters need {need / 2**30:,.0f} GiB, and {device} has {there / 2**30:,.0f} GiB: "
-            "choose smaller sizes"
-        )
 
 
 def _checkpoint(path: str) -> str | Path:

@@ -37,9 +37,10 @@ Strategy = StrEnum("Strategy", ["single", "ddp", "fsdp"])
 Precision = StrEnum("Precision", ["32-true", "16-mixed", "bf16-mixed"])
 """Lightning's names of those in which the weights keep the dtype that they were loaded in."""
 Profiler = StrEnum("Profiler", ["none", "torch"])
-Stage = StrEnum("Stage", ["adapt", "vision", "text", "align", "base"])
+Stage = StrEnum("Stage", ["adapt", "gate", "vision", "text", "align", "base"])
+"""What train.py trains: an adapter, a relevance head; all others make the tiny model's base."""
+SubsetLoss = StrEnum("SubsetLoss", ["subset_regression", "subset_mil", "joint", "straight_through"])
 Codes = StrEnum("Codes", ["words", "random"])
-"""What train.py trains; all but the first make the tiny model's base."""
 
 
 @dataclass
@@ -129,6 +130,27 @@ class Optim:
 
 
 @dataclass
+class Subsets:
+    """The fields of `lavida_adapter.relevance_training.SubsetConfig`."""
+
+    loss: SubsetLoss = MISSING
+    per_question: int = 4
+    explore: float = 0.25
+    tilt: float = 0.5
+    regression: float = 0.1
+    softness: float = 0.5
+
+
+@dataclass
+class Head:
+    """Options of `shirg.relevance_head.RelevanceHead` that the model does not decide."""
+
+    rank: int = 32
+    hidden: int = 32
+    question: bool = True
+
+
+@dataclass
 class Objective:
     """The fields of `lavida_adapter.ObjectiveConfig`."""
 
@@ -140,6 +162,8 @@ class Objective:
     answer_tokens: int | None = None
     alignment: float = 0.0
     adaptive_k: float = 0.0
+    subsets: Subsets | None = None
+    """What the stage "gate" fits a relevance head to; objective=joint, for example, sets it."""
 
 
 @dataclass
@@ -201,6 +225,8 @@ class Train(Run):
     optim: Optim = field(default_factory=Optim)
     objective: Objective = field(default_factory=Objective)
     lora: Lora = field(default_factory=Lora)
+    head: Head = field(default_factory=Head)
+    """The relevance head of the stage "gate"."""
     mix: MultiBudget = field(default_factory=MultiBudget)
     trainer: Trainer = field(default_factory=Trainer)
     pictures: dict[str, int] = field(default_factory=dict)
@@ -212,6 +238,8 @@ class Train(Run):
     embedding, or a vector of a fixed random table."""
     check: dict[str, Any] = field(default_factory=dict)
     """Questions that a gate asks."""
+    unseen: dict[str, Any] = field(default_factory=dict)
+    """Questions about words that the training leaves out, for the stage "gate"."""
     gate: dict[str, float] = field(default_factory=dict)
     """Least value of each figure that the stage must reach."""
     plan: bool = False

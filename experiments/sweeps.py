@@ -110,7 +110,7 @@ def run_overrides(folder: Path, trust: bool = False) -> list[str]:
         raise ConfigError(
             f"run={folder} is a job of {result['verb']}.py with status {result['status']}: train it first"
         )
-    adapting = result["training"]["stage"] == "adapt"
+    adapting = result["training"]["stage"] in ("adapt", "gate")
     found = folder / ("adapter" if adapting else "weights")
     written = found if found.is_dir() else f"DIR (they were written to {result['training']['artifact']})"
     if not adapting:
@@ -120,7 +120,9 @@ def run_overrides(folder: Path, trust: bool = False) -> list[str]:
     words = [str(word) for word in result["overrides"]]
     if not trust:
         _check_harmless(folder, words)
-    return [*system_of(words), f"adapter={quote(str(found))}"]
+    head_alone = result["training"]["stage"] == "gate" and not (found / "adapter.json").is_file()
+    key = "relevance.path" if head_alone else "adapter"
+    return [*system_of(words), f"{key}={quote(str(found))}"]
 
 
 def _check_harmless(folder: Path, words: Sequence[str]) -> None:
@@ -142,14 +144,15 @@ def system_of(overrides: Sequence[str]) -> list[str]:
     """The overrides of a training that its evaluation needs too, with those that a recipe brings."""
     kept = [word for word in overrides if override_key(word).partition(".")[0] in _REPEATED]
     given = {override_key(word) for word in kept}
-    recipes = [word.partition("=")[2] for word in overrides if override_key(word) == "recipe"]
-    brought = [word for name in recipes for word in _recipe(name) if override_key(word) not in given]
+    chosen = [(override_key(word), word.partition("=")[2]) for word in overrides]
+    groups = [(group, name) for group, name in chosen if group in ("recipe", "stage")]
+    brought = [word for group, name in groups for word in _brought(group, name) if override_key(word) not in given]
     return [*brought, *kept]
 
 
-def _recipe(name: str) -> list[str]:
-    """The model, selector and so on that `conf/recipe/NAME.yaml` trains for, as overrides."""
-    recipe = OmegaConf.to_container(OmegaConf.load(CONF / "recipe" / f"{name}.yaml")) or {}
+def _brought(group: str, name: str) -> list[str]:
+    """The model, selector and so on that `conf/GROUP/NAME.yaml` trains for, as overrides."""
+    recipe = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml")) or {}
     assert isinstance(recipe, dict)
     chosen = {
         key.removeprefix("override /"): value for entry in recipe.get("defaults", []) for key, value in entry.items()

@@ -35,13 +35,17 @@ from experiments.training.run_logger import RunLogger, logs_images
 from experiments.training.stages import base_splitter, build_stage, lora_config, objective_config, optim_config
 from experiments.training.trainer import build_trainer
 from lavida_adapter import Lavida, save_adapter
-from lavida_adapter.adapter_files import base_fingerprint
+from lavida_adapter.adapter_files import META, base_fingerprint
+from lavida_adapter.learned_relevance import base_of
 from lavida_adapter.lightning_module import LavidaModule, Trainable
+from lavida_adapter.relevance_training import RelevanceTraining
 from lavida_adapter.sharding import gather_base
 from shirg import MissingFileError, UserError
 
 DATA = "data.json"
 """File in a job's folder: what identifies the data of its training."""
+ADAPTING = ("adapt", "gate")
+"""The stages that leave the base as it is."""
 PROVENANCE = "training.json"
 """File beside trained weights: their SHA-256 sums, and every stage that made them and their base."""
 
@@ -195,22 +199,27 @@ def check_gate(reached: Mapping[str, float], thresholds: Mapping[str, float]) ->
 
 def prepare_saving(cfg: DictConfig, stage: Trainable) -> str:
     """What rank 0 needs of the others to save; every rank must call it. Returns the base's fingerprint, "" for none."""
-    if isinstance(stage, LavidaModule) and cfg.stage == "adapt":
+    if isinstance(stage, RelevanceTraining) and not stage.adapts:
+        return base_of(stage.model)
+    if isinstance(stage, LavidaModule) and cfg.stage in ADAPTING:
         return base_fingerprint(stage.model, lora_config(cfg), stage.selector)
     gather_base(stage.model)
     return ""
 
 
 def save(cfg: DictConfig, stage: Trainable, job: Job, entry: dict[str, Any], base: str) -> Path:
-    """Writes an adapter for the stage "adapt" and whole weights for the others; returns the folder.
+    """Writes what the stage has trained, an adapter, a relevance head or whole weights; returns the folder.
 
-    `base` is the fingerprint of an adapter's base. training.json in the folder lists the stages of the base model, then
-    this one (`entry`).
+    `base` is the fingerprint of the base of an adapter or a head. training.json in the folder lists the stages of the
+    base model, then this one (`entry`).
     """
-    adapting = cfg.stage == "adapt"
+    adapting = cfg.stage in ADAPTING
     folder = Path(cfg.weights) if cfg.weights else job.folder / ("adapter" if adapting else "weights")
-    if adapting:
-        assert isinstance(stage, LavidaModule)
+    if isinstance(stage, RelevanceTraining):
+        if stage.adapts:
+            save_adapter(stage.model, lora_config(cfg), folder, stage.selector, base=base)
+        stage.learned.save(folder, stage.model, base=None if stage.adapts else base)
+    elif isinstance(stage, LavidaModule) and adapting:
         save_adapter(stage.model, lora_config(cfg), folder, stage.selector, base=base)
     else:
         save_weights(stage.model, folder, trained=cfg.stage == "base")
@@ -231,8 +240,9 @@ def save_weights(model: Lavida, folder: Path, *, trained: bool) -> None:
 
 def how_to_evaluate(stage: str, overrides: Sequence[str], artifact: Path) -> str:
     """The command that evaluates the trained weights, for an adapter with the same model, selector and relevance."""
-    if stage == "adapt":
-        words = [*system_of(overrides), f"adapter={quote(str(artifact))}"]
+    if stage in ADAPTING:
+        key = "adapter" if (artifact / META).is_file() else "relevance.path"
+        words = [*system_of(overrides), f"{key}={quote(str(artifact))}"]
     else:
         words = ["selector=pooled", f"model.path={quote(str(artifact))}"]
     return f"evaluate {command_line('eval', words)}"

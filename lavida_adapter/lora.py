@@ -15,6 +15,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from lavida_adapter.checkpoint import fingerprint
 from lavida_adapter.modules import LavidaModules
 from shirg import Selector, UserError
 
@@ -157,7 +158,7 @@ def add_lora(model: LavidaModules, config: LoraConfig, selector: Selector | None
     targets, whole = lora_targets(tree, config), trained_whole(tree, config)
     _check_targets(config, targets, whole)
     _check_selector(selector, targets, whole)
-    model.keep_base_projector([*targets, *whole])
+    model.keep_base([*targets, *whole], fingerprint)
     if targets:
         _inject(tree, config, targets)
     for parameter in whole.values():
@@ -278,10 +279,8 @@ def _is_in(name: str, module: str) -> bool:
 
 def lora_layers(*modules: nn.Module) -> Iterator[tuple[str, Any]]:
     """Every LoRA layer of the modules, with its name."""
-    for module in modules:
-        for name, layer in module.named_modules():
-            if isinstance(layer, peft.tuners.lora.LoraLayer):
-                yield name, layer
+    named = (pair for module in modules for pair in module.named_modules())
+    yield from ((name, layer) for name, layer in named if isinstance(layer, peft.tuners.lora.LoraLayer))
 
 
 def merge_lora(*modules: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The training loss of a batch: masked cross entropy, complementary masks, auxiliary losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,23 @@ def row_losses(logits_MW: Tensor, labels_M: Tensor, row_M: Tensor, b: int) -> Te
         return total_B / loss_M.new_zeros(b).index_add(0, row_M, torch.ones_like(loss_M))
 
 
+def answer_losses(
+    model: LavidaModules, rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], blocks: Sequence[Tensor]
+) -> Tensor:
+    """Cross entropy [B] of each row's whole answer, summed over its tokens, all of them masked; float32.
+
+    That is minus the log probability of the answer in the first denoising step, over a prefix that does not see it.
+    """
+    most = model.config.tokenizer_model_max_length
+    whole, labels_BL = splice(rows, blocks, model.lm.embedding, max_length=most, labels=labels)
+    target_BL = labels_BL != IGNORE
+    states = states_of_copies(model, whole, labels_BL, target_BL, prefix_mask=True)
+    at_M = target_BL.flatten().nonzero()[:, 0]
+    logits_MW = model.lm.logits(states.flatten(0, 1).index_select(0, at_M - model.lm.shift))
+    loss_M = F.cross_entropy(logits_MW.float(), labels_BL.flatten()[at_M], reduction="none")
+    return loss_M.new_zeros(len(labels_BL)).index_add(0, at_M // labels_BL.shape[1], loss_M)
+
+
 def adaptive_k_loss(selections: Sequence[Selection], row_loss_B: Tensor) -> Tensor:
     """Mean squared error of the loss that the selector's head predicts, over the rows with masked targets.
 
@@ -158,6 +175,26 @@ class TrainBatch:
     """The turns before each question, the user's and the assistant's alternating."""
 
 
+def rows_of(
+    model: LavidaModules, batch: TrainBatch, *, extra: int, least: int, agree: Callable[[int], int] = int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token rows of prompts and answers, and their labels; see `pad_answers`."""
+    prompts = batch.questions if batch.prompts is None else batch.prompts
+    histories = [()] * len(prompts) if batch.histories is None else batch.histories
+    examples = [
+        training_example(model.tokenizer, prompt, answer, model.config, history=history)
+        for prompt, answer, history in zip(prompts, batch.answers, histories, strict=True)
+    ]
+    return pad_answers(
+        [e.prompt for e in examples],
+        [e.answer for e in examples],
+        eos=model.config.lm.eos_token_id,
+        extra=extra,
+        least=least,
+        agree=agree,
+    )
+
+
 def batch_loss(
     model: LavidaModules,
     batch: TrainBatch,
@@ -173,20 +210,8 @@ def batch_loss(
     tally = tally or Tally()
     encoder = PictureEncoder(model, selector, relevance, NoTimer())
     blocks, selections = encoder.blocks(PicturePrompts(batch.images, batch.questions, batch.ids, batch.boxes))
-    prompts = batch.questions if batch.prompts is None else batch.prompts
-    histories = [()] * len(prompts) if batch.histories is None else batch.histories
-    examples = [
-        training_example(model.tokenizer, prompt, answer, model.config, history=history)
-        for prompt, answer, history in zip(prompts, batch.answers, histories, strict=True)
-    ]
-    rows, labels = pad_answers(
-        [e.prompt for e in examples],
-        [e.answer for e in examples],
-        eos=model.config.lm.eos_token_id,
-        extra=extra_padding(objective, generator),
-        least=objective.answer_tokens or 0,
-        agree=shard.largest,
-    )
+    extra = extra_padding(objective, generator)
+    rows, labels = rows_of(model, batch, extra=extra, least=objective.answer_tokens or 0, agree=shard.largest)
     loss = rows_loss(model, rows, labels, blocks, objective, generator, shard=shard, tally=tally)
     if objective.alignment:
         tally.terms["alignment"] = alignment(model, batch, blocks, selections)

@@ -41,6 +41,8 @@ class LavidaModules(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
+        self.base: str | None = None
+        """The fingerprint of the weights before an adapter was added, once one was."""
         self.model = _Parts(config)
         # In a tuple: it is none of the model's parts, has no name in a checkpoint and no fingerprint.
         self._base_projector: tuple[nn.Module, ...] = ()
@@ -64,12 +66,15 @@ class LavidaModules(nn.Module):
         """The projector as it was before an adapter changed it; the projector itself, where none did."""
         return self._base_projector[0] if self._base_projector else self.model.mm_projector
 
-    def keep_base_projector(self, changed: Collection[str]) -> None:
-        """Keeps a frozen copy of the projector, the first time, if it is among the parts that an adapter will change.
+    def keep_base(self, changed: Collection[str], fingerprint: Callable[[nn.Module], str]) -> None:
+        """Keeps what an adapter will change, the first time: the fingerprint, and a frozen copy of the projector.
 
         Args:
-            changed: names of layers and parameters, as `lora.targets` has them.
+            changed: names of layers and parameters, as `lora.targets` has them. The projector is copied if it is one.
+            fingerprint: identifies weights.
         """
+        if self.base is None and self.device.type != "meta":
+            self.base = fingerprint(self)
         if not self._base_projector and any(name.startswith("mm_projector") for name in changed):
             self._base_projector = (copy.deepcopy(self.model.mm_projector).requires_grad_(False),)
 

@@ -50,8 +50,11 @@ class Relevance(Protocol):
     """A provider; `space` names where its similarity is measured."""
 
     space: str
-    reads_question: bool
-    """Whether the numbers depend on the question."""
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the numbers depend on the question."""
+        ...
 
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor: ...
 
@@ -77,6 +80,23 @@ def mean_row(weight_WD: Tensor, rows: int = 8192) -> Tensor:
     return total_D / len(weight_WD)
 
 
+class MeanWord:
+    """The mean of all word embeddings, computed again only after they have changed."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, Tensor] | None = None
+
+    def __call__(self, weight_WD: Tensor) -> Tensor:
+        """float32 [D]."""
+        if weight_WD.is_inference():  # such a tensor does not count its changes
+            return mean_row(weight_WD)
+        state = weight_WD.data_ptr(), weight_WD._version, weight_WD.dtype, weight_WD.device
+        if self._known is None or self._known[0] != state:
+            with torch.no_grad():
+                self._known = state, mean_row(weight_WD)
+        return self._known[1]
+
+
 class LmEmbed:
     """Cosine of projected tokens and the question's word embeddings, both centred, in the language model's space.
 
@@ -93,7 +113,7 @@ class LmEmbed:
         one_of("relevance.agg", agg, Aggregate)
         one_of("relevance.projector", projector, Projector)
         self.agg, self.projector = agg, projector
-        self._mean: tuple[Any, Tensor] | None = None
+        self._mean_word = MeanWord()
 
     @torch.no_grad()
     def __call__(self, features: VisionFeatures, context: RelevanceContext) -> Tensor:
@@ -111,15 +131,6 @@ class LmEmbed:
             # One picture at a time: in float32 the tokens of a batch take gigabytes.
             rows |= zip(asking, question_cosines(p[row], words, self.agg, valid[row], mean_D), strict=True)
         return torch.stack([rows[i] for i in range(len(at))])
-
-    def _mean_word(self, weight: Tensor) -> Tensor:
-        """float32 [D]: the mean of all word embeddings, computed again only after they have changed."""
-        if weight.is_inference():  # such a tensor does not count its changes
-            return mean_row(weight)
-        state = weight.data_ptr(), weight._version, weight.dtype, weight.device
-        if self._mean is None or self._mean[0] != state:
-            self._mean = state, mean_row(weight)
-        return self._mean[1]
 
 
 class External:

@@ -54,7 +54,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
     samples = choose_samples(build.build_dataset(cfg), limit, cfg.seed)
     model = build.build_model(cfg, resolve_device(cfg.device))
     selector = build.build_selector(cfg, model.config.budgets).to(model.device).eval()
-    relevance = build.build_relevance(cfg, selector)
+    relevance = build.build_relevance(cfg, selector, model)
     masses = []
     with torch.inference_mode():
         for sample in samples:

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiments.bench import attention_kernels, captured_selectors, kernel_times, stage_times, unequal_stage
+from experiments.bench import (
+    attention_kernels,
+    captured_selectors,
+    encode_stages,
+    kernel_times,
+    stage_times,
+    unequal_stage,
+)
 from experiments.bench.recorder import Bench, Recorder, machine, short
 from experiments.data.synthetic.tokenizer import build_tokenizer
 from experiments.errors import CommandParser
@@ -40,6 +47,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "systems": stage_times.measure_systems,
     "reference": stage_times.measure_reference,
     "steps": stage_times.measure_steps,
+    "encoding": encode_stages.measure_encoding,
     "selectors": captured_selectors.measure_selectors,
     "kernel": captured_selectors.measure_kernel,
     "attention": attention_kernels.measure_attention,

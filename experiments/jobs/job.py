@@ -199,12 +199,14 @@ def _follow(cfg: DictConfig, work: Work, folder: Path, ranks: Ranks) -> JobOutco
 def _identify(cfg: DictConfig, folder: Path) -> results.Identity:
     hydra = HydraConfig.get()
     config = results.resolve_config(cfg)
+    adapter = adapter_path(config.get("adapter"), config["model"], hydra.runtime.choices["selector"])
     config["stored"] = {
         "model": results.files_digest(config["model"].get("path")),
-        "adapter": results.files_digest(
-            adapter_path(config.get("adapter"), config["model"], hydra.runtime.choices["selector"])
-        ),
+        "adapter": results.files_digest(adapter),
     }
+    if hydra.runtime.choices["relevance"] == "learned":
+        head = results.head_folder(config["relevance"].get("path"), adapter, config["model"])
+        config["stored"]["relevance"] = results.files_digest(None if head is None else str(head))
     overrides = [str(o) for o in hydra.overrides.task if str(o).partition("=")[0] not in results.SESSION]
     return results.Identity(
         version=results.VERSION,

@@ -182,6 +182,23 @@ def adapter_path(adapter: str | None, model: Mapping[str, Any], selector: str) -
     return f"{path}/{name}"
 
 
+HEAD = "relevance"
+"""The folder beside a model's weights that holds its relevance head."""
+
+
+def head_folder(path: str | Path | None, adapter: str | None, model: Mapping[str, Any]) -> Path | None:
+    """The folder of the head of relevance=learned: `path`, else the adapter's if it has one, else beside the weights.
+
+    A name without a slash is that of a folder beside the weights, too. None where there is none.
+    """
+    if path is not None:
+        beside = None if "/" in str(path) else local_folder(f"{model.get('path')}/{path}")
+        return beside or local_folder(str(path)) or Path(path)
+    near = [adapter, f"{model.get('path')}/{HEAD}"]
+    found = [folder for place in near if place is not None and (folder := local_folder(place)) is not None]
+    return next((folder for folder in found if (folder / f"{HEAD}.json").is_file()), None)
+
+
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the values that differ and count."""
     keys = []

@@ -76,7 +76,7 @@ def draw(own: dict[str, str], selectors: Sequence[str], overrides: Sequence[str]
     choices = []
     with torch.inference_mode():
         for name, config, selector in zip(selectors, configs, built, strict=True):
-            relevance = build.build_relevance(config, selector)
+            relevance = build.build_relevance(config, selector, model, cfg.adapter)
             prefix = model.encode([image], [own["question"]], selector, relevance=relevance, ids=[path.name])
             choices.append(PanelChoice(name, prefix.selections[0]))
     weights = "" if model.config.trained else " | random weights: relevance carries no information"

@@ -1,15 +1,16 @@
 """The stages of `train`: what each trains, on which batches, and what is measured at its end."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from experiments import build
@@ -21,18 +22,23 @@ from experiments.jobs.distributed import Ranks
 from experiments.jobs.sample_facts import content_of
 from experiments.jobs.sample_rows import SampleRow
 from experiments.metrics.answers import text_metrics
+from experiments.schema import SubsetLoss
 from experiments.token_stats import TokenGeometry
 from experiments.training.filters import drop_too_long
 from experiments.training.multi_budget import build_schedule
 from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
 from experiments.training.pretrain.text_stage import Curriculum
 from experiments.viz.examples import save_example
-from lavida_adapter import DecodeConfig, Lavida, LavidaConfig, LoraConfig, ObjectiveConfig, add_lora
+from lavida_adapter import DecodeConfig, Lavida, LavidaConfig, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
+from lavida_adapter.encode import run_tower
+from lavida_adapter.learned_relevance import Learned
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig, Trainable
 from lavida_adapter.lora import part_of, rank_growth, trained_whole, tree_of
+from lavida_adapter.relevance import Relevance
+from lavida_adapter.relevance_training import RelevanceTraining, SubsetConfig
 from lavida_adapter.sharding import shard
-from lavida_adapter.views import Views, cut
-from shirg import Geometry, Selector, UserError
+from lavida_adapter.views import Views, cut, ready
+from shirg import Geometry, Selector, UserError, send
 
 Gate = Callable[[], dict[str, float]]
 Show = Callable[[Path], list[SampleRow]]
@@ -58,6 +64,8 @@ class Stage:
 def build_stage(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     if cfg.stage in _WITH_SELECTOR:
         return _through_selector(cfg, model, ranks)
+    if cfg.stage == "gate":
+        return _gate(cfg, model, ranks)
     if ranks.world > 1:
         raise UserError(f"stage={cfg.stage} makes the tiny model's base in one process: leave trainer= out")
     return _ALONE[cfg.stage](cfg, model)
@@ -66,14 +74,18 @@ def build_stage(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
 def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str, float]:
     """Share of right answers in each group of the dataset, with the stage's own selector."""
     right: dict[str, list[bool]] = defaultdict(list)
+    for row in answered(stage, dataset, batch_size):
+        right[row["group"] or "all"].append(row["prediction"] in row["answers"])
+    return {group: sum(hits) / len(hits) for group, hits in right.items()}
+
+
+def answered(stage: LavidaModule, dataset: Dataset, batch_size: int) -> Iterator[SampleRow]:
+    """The rows of a dataset, answered with the stage's own selector."""
     pipeline = _pipeline(stage, dataset)
     for begin in range(0, len(dataset), batch_size):
         samples = [dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))]
         with stage.precision():
-            rows = pipeline.answer(samples).rows
-        for row in rows:
-            right[row["group"] or "all"].append(row["prediction"] in row["answers"])
-    return {group: sum(hits) / len(hits) for group, hits in right.items()}
+            yield from pipeline.answer(samples).rows
 
 
 def draw_examples(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[SampleRow]:
@@ -114,7 +126,17 @@ def optim_config(cfg: DictConfig) -> OptimConfig:
 
 
 def objective_config(cfg: DictConfig) -> ObjectiveConfig:
-    return ObjectiveConfig(**_fields(cfg.objective))
+    """The masked-diffusion objective of a stage.
+
+    Raises:
+        UserError: subsets for another stage than "gate", or none for that.
+    """
+    fields = _fields(cfg.objective)
+    if (fields.pop("subsets") is None) == (cfg.stage == "gate"):
+        if cfg.stage == "gate":
+            raise UserError(f"stage=gate needs what a head is fitted to: give objective={', '.join(SubsetLoss)}")
+        raise UserError(f"stage={cfg.stage} fits no relevance head: take objective={cfg.objective.subsets.loss} out")
+    return ObjectiveConfig(**fields)
 
 
 def _fields(node: DictConfig) -> dict[str, Any]:
@@ -171,12 +193,12 @@ def _adapt(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
 
 def make_trainable(cfg: DictConfig, model: Lavida, selector: Selector) -> None:
     """Sets which parameters this stage trains, and prints them."""
-    _WITH_SELECTOR[cfg.stage](cfg, model, selector)
+    _WITH_SELECTOR.get(cfg.stage, _adapt)(cfg, model, selector)
 
 
 def base_splitter(cfg: DictConfig, device: torch.device) -> Callable[[Lavida], None] | None:
     """For trainer=fsdp: splits what this stage leaves frozen over the processes, before the model has weights."""
-    if cfg.trainer.strategy != "fsdp" or cfg.stage not in _WITH_SELECTOR:
+    if cfg.trainer.strategy != "fsdp" or cfg.stage not in (*_WITH_SELECTOR, "gate"):
         return None
 
     def split(model: Lavida) -> None:
@@ -194,10 +216,9 @@ def base_splitter(cfg: DictConfig, device: torch.device) -> Callable[[Lavida], N
 
 
 def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
-    parts = build.build_parts(cfg)
-    contents = {name: content_of(part) for name, part in parts.items()}
+    data = TrainingData.of(cfg)
     selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device)
-    relevance = build.build_relevance(cfg, selector)
+    relevance = build.build_relevance(cfg, selector, model)
     make_trainable(cfg, model, selector)
     model.checkpoint_gradients(cfg.trainer.gradient_checkpointing)
     stage = LavidaModule(
@@ -216,15 +237,88 @@ def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
             return {}
         return accuracy(stage, build.build_dataset(cfg, "check"), cfg.batch_size)
 
-    def show(folder: Path) -> list[SampleRow]:
-        return draw_examples(stage, next(iter(parts.values())), folder if ranks.is_main else None)
+    return data.stage(cfg, stage, ranks, gate)
 
-    drop_too_long(parts, stage)
-    batches = Batches(
-        build.build_stream(cfg, parts), cfg.batch_size, prepare=Cutter.of(stage), rank=ranks.rank, world=ranks.world
-    )
-    facts = {name: {**_facts(part), "content": contents[name]} for name, part in parts.items()}
-    return Stage(stage, batches, gate, show, facts)
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The datasets that a stage trains on, and what they held when it began."""
+
+    parts: Mapping[str, Dataset]
+    contents: Mapping[str, str | None]
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> Self:
+        parts = build.build_parts(cfg)
+        return cls(parts, {name: content_of(part) for name, part in parts.items()})
+
+    def batches(self, cfg: DictConfig, stage: LavidaModule, ranks: Ranks) -> Batches:
+        """The batches of a process; examples that are too long for the model are dropped."""
+        drop_too_long(self.parts, stage)
+        stream = build.build_stream(cfg, self.parts)
+        return Batches(stream, cfg.batch_size, prepare=Cutter.of(stage), rank=ranks.rank, world=ranks.world)
+
+    def stage(self, cfg: DictConfig, module: LavidaModule, ranks: Ranks, gate: Gate) -> Stage:
+        def show(folder: Path) -> list[SampleRow]:
+            return draw_examples(module, next(iter(self.parts.values())), folder if ranks.is_main else None)
+
+        batches = self.batches(cfg, module, ranks)
+        facts = {name: {**_facts(part), "content": self.contents[name]} for name, part in self.parts.items()}
+        return Stage(module, batches, gate, show, facts)
+
+
+CALIBRATION = 4
+"""Batches from which the mean and the standard deviation of encoder states are taken."""
+
+
+def _gate(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
+    """A relevance head, alone or beside a LoRA (lora.rank above 0)."""
+    data = TrainingData.of(cfg)
+    selector = build.build_selector(cfg, model.config.budgets, model.config).to(model.device)
+    learned: Relevance | None = build.build_relevance(cfg, selector)
+    if not isinstance(learned, Learned):
+        raise UserError("stage=gate trains relevance=learned, for a selector that ranks by relevance")
+    objective, lora = objective_config(cfg), lora_config(cfg)
+    if lora.rank or lora.train_whole:
+        _adapt(cfg, model, selector)
+    elif any(True for _ in selector.parameters()):
+        raise UserError("stage=gate without a LoRA trains the head alone: choose a selector without layers of its own")
+    head = learned.fresh(model, _fields(cfg.head))
+    print(f"  relevance_head: {sum(p.numel() for p in head.parameters()):,} parameters")
+    model.checkpoint_gradients(cfg.trainer.gradient_checkpointing)
+    subsets = SubsetConfig(**_fields(cfg.objective.subsets))
+    stage = RelevanceTraining(model, selector, learned, objective, optim_config(cfg), cfg.seed, subsets=subsets)
+    # The same batches in all processes, and in a run that was stopped and goes on.
+    first = data.batches(cfg, stage, Ranks())
+    head.standardise_by(states_of(model, [first(step) for step in range(CALIBRATION)], selector.geometry))
+
+    def gate() -> dict[str, float]:
+        seen, unseen = (build.build_dataset(cfg, name) for name in ("check", "unseen"))
+        return head_figures(stage, seen, unseen, cfg.batch_size)
+
+    return data.stage(cfg, stage, ranks, gate)
+
+
+@torch.no_grad()
+def states_of(model: Lavida, batches: Sequence[TrainBatch], geometry: Geometry) -> Tensor:
+    """The encoder states [M, D] of all pictures of some batches, without padding."""
+    found = []
+    for batch in batches:
+        pictures = {id(image): image for image in batch.images}.values()
+        for picture in run_tower(model, [ready(image, model.config, geometry) for image in pictures], frozenset()):
+            found.append(picture.states_ND[send(picture.views.valid_N, model.device)])
+    return torch.cat(found)
+
+
+def head_figures(stage: LavidaModule, seen: Dataset, unseen: Dataset, batch_size: int) -> dict[str, float]:
+    """Evidence recall of detail questions for each density, and for words that were left out; accuracy by group."""
+    figures: dict[str, list[float]] = defaultdict(list)
+    for name, dataset in (("", seen), ("unseen", unseen)):
+        for row in answered(stage, dataset, batch_size):
+            if row["group"] == "fine" and row["recall"] is not None:
+                figures[f"recall_{name or row['density']}"].append(row["recall"])
+            figures[name or row["group"]].append(float(row["prediction"] in row["answers"]))
+    return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""Training of a relevance head: what a step sees against single forward passes, shards, resuming, a LoRA beside it."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from baselines import Saint
+from lavida_adapter import Lavida, LmEmbed, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
+from lavida_adapter.learned_relevance import Learned
+from lavida_adapter.lightning_module import OptimConfig
+from lavida_adapter.loss import answer_losses, rows_of
+from lavida_adapter.objective import SINGLE, Shard
+from lavida_adapter.relevance_training import RelevanceTraining, Seen, SubsetConfig, membership, see, subset_loss
+from shirg import ShirgSelector, Source
+from shirg.subset_losses import mil_loss, regression_loss, subset_shares, subset_sums
+from tests.lavida_adapter.tiny import tiny_model
+from tests.lavida_adapter.training_runs import QUIET, draw, fit
+from tests.refusals import assert_says, message_of
+
+pytestmark = QUIET
+WEIGHTS = {"similarity": 1.0, "neighbour": 0.0, "crop": 0.0}
+OPTIM = OptimConfig(steps=6, lr=0.01, warmup=2)
+OBJECTIVE = ObjectiveConfig(prefix_mask=True, extra_padding=0, answer_tokens=3)
+
+
+def selector() -> ShirgSelector:
+    return ShirgSelector(budget=9, weights=WEIGHTS, scaffold={"size": 2})
+
+
+def module(loss: Any, lora: LoraConfig | None = None, seed: int = 7, **options: Any) -> RelevanceTraining:
+    model = tiny_model()
+    chosen, learned = selector(), Learned(base=LmEmbed())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.requires_grad_(False)
+        if lora is not None:
+            add_lora(model, lora, chosen)
+        learned.fresh(model, {"rank": 3, "hidden": 4})
+    subsets = SubsetConfig(loss=loss, per_question=3, **options)
+    return RelevanceTraining(model, chosen, learned, OBJECTIVE, OPTIM, seed, subsets=subsets)
+
+
+def seen(model: Lavida, learned: Learned, batch: TrainBatch, tilt: float = 0.5, shard: Shard = SINGLE) -> list[Seen]:
+    config = SubsetConfig(loss="joint", per_question=3)
+    return see(model, batch, selector(), learned, config, tilt=tilt, seed=5, least=3, shard=shard)
+
+
+def one(batch: TrainBatch, i: int) -> TrainBatch:
+    parts: dict[str, Any] = {name: [getattr(batch, name)[i]] for name in ("images", "questions", "answers", "ids")}
+    return TrainBatch(**parts)
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_losses_are_those_of_the_subsets_one_by_one(family: str) -> None:
+    model, batch = tiny_model(lm={"family": family}), draw(0)
+    learned = Learned(base=LmEmbed())
+    learned.fresh(model, {"rank": 3, "hidden": 4})
+    found = seen(model, learned, batch)
+    by_question = {round(float(loss), 5) for part in found for loss in part.loss_BM.flatten()}
+    assert len(found) == 2, "two canvases"
+    alone: set[float] = set()
+    for i in range(2):
+        single = one(batch, i)
+        (part,) = seen(model, learned, single, shard=Shard(i, 2))
+        # Noise follows the place in the batch of all processes, so a process draws what one process would draw.
+        same = next(p for p in found if p.member_BMN.shape == part.member_BMN.shape)
+        assert torch.equal(part.member_BMN, same.member_BMN)
+        assert part.member_BMN.sum(-1).tolist() == [[5, 5, 5]], "9 less a scaffold of 4"
+        assert len({tuple(m.tolist()) for m in part.member_BMN[0]}) > 1, "subsets differ"
+        alone |= {round(float(loss), 5) for loss in part.loss_BM.flatten()}
+    assert sorted(alone) == pytest.approx(sorted(by_question), abs=2e-5)
+
+
+def test_the_loss_of_a_row_is_minus_the_log_probability_of_its_answer() -> None:
+    model, batch = tiny_model(drop_token_after_image=False), draw(0)
+    with torch.no_grad():
+        prefix = model.encode(batch.images, batch.questions, selector(), relevance=LmEmbed())
+        blocks = [e[v] for e, v in zip(prefix.embeds_BPD, prefix.visual_BP, strict=True)]
+        texts, labels = rows_of(model, batch, extra=0, least=3)
+        found = answer_losses(model, texts, labels, blocks)
+        for i, label in enumerate(labels):
+            single = model.encode([batch.images[i]], [batch.questions[i]], selector(), relevance=LmEmbed())
+            answer = [token for token in label if token >= 0]
+            masked = model.lm.embedding(torch.full((1, len(answer)), model.config.lm.mask_token_id))
+            cache = model.lm.prefill(single.embeds_BPD, single.padding, model.visual(single.visual_BP))
+            log_p = model.lm.logits(model.lm.decode(masked, cache)).log_softmax(-1)[0]
+            assert found[i].item() == pytest.approx(-sum(log_p[j, t].item() for j, t in enumerate(answer)), rel=1e-4)
+
+
+def test_membership_leaves_synthesised_and_unused_slots_out() -> None:
+    model, batch = tiny_model(), draw(0)
+    for chosen in model.encode(batch.images, batch.questions, selector(), relevance=LmEmbed()).selections:
+        kept = chosen.index_BT[0][chosen.mask_BT[0] & (chosen.source_BT[0] == Source.KEPT)]
+        found = membership(chosen, 99)
+        assert found.nonzero()[:, 0].tolist() == sorted(kept.tolist())
+
+
+def test_objectives_are_sums_of_their_parts() -> None:
+    stage = module("joint")
+    part = seen(stage.model, stage.learned, draw(0))[0]
+    mil = mil_loss(
+        subset_shares(part.score_BN, part.member_BMN, part.competing_BN), part.loss_BM, stage.odds(part.asked_BW)
+    )
+    regression = regression_loss(subset_sums(part.score_BN, part.member_BMN), part.loss_BM)
+    for loss, expected in (("subset_mil", mil), ("subset_regression", regression), ("joint", mil + 0.1 * regression)):
+        odds = None if loss == "subset_regression" else stage.odds
+        assert torch.equal(subset_loss(part, SubsetConfig(loss=loss), odds), expected)
+
+
+@pytest.mark.parametrize("loss", ["subset_regression", "subset_mil", "joint", "straight_through"])
+def test_a_resumed_run_ends_as_an_undisturbed_one(loss: str, tmp_path: Path) -> None:
+    whole = module(loss)
+    before = {name: p.detach().clone() for name, p in whole.relevance_head.named_parameters()}
+    losses = fit(whole, 6)
+    saver = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=3)
+    first = module(loss)
+    fit(first, 3, callbacks=[saver], enable_checkpointing=True)
+    resumed = module(loss)
+    assert fit(resumed, 6, resume=tmp_path / "last.ckpt") == losses[3:]
+    for name, p in whole.relevance_head.named_parameters():
+        assert torch.equal(p, dict(resumed.relevance_head.named_parameters())[name]), name
+        assert not torch.equal(p, before[name]), f"{name} has not learned"
+    assert not any(p.requires_grad for p in whole.model.parameters())
+
+
+def test_a_lora_beside_the_head_learns_too() -> None:
+    stage = module("joint", LoraConfig(rank=2, targets=("mm_projector.0",)))
+    before = {n: p.detach().clone() for n, p in stage.named_parameters() if p.requires_grad}
+    assert {n.partition(".")[0] for n in before} == {"model", "relevance_head", "odds"} and stage.adapts
+    fit(stage, 3)
+    for name, p in stage.named_parameters():
+        if name in before and not name.endswith("lora_A.default.weight"):
+            assert not torch.equal(p, before[name]), name
+
+
+def test_the_tilt_begins_after_the_exploration() -> None:
+    config = SubsetConfig(loss="joint", explore=0.2, tilt=0.5)
+    assert [config.tilt_at(done) for done in (0.0, 0.2, 0.6, 1.0)] == pytest.approx([0.0, 0.0, 0.25, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"loss": "joints"}, "objective.subsets.loss='joints': choose one of subset_regression"),
+        ({"per_question": 1}, "per_question=1: give 2 to 64"),
+        ({"explore": 1.5}, "explore=1.5: give a share"),
+        ({"tilt": float("nan")}, "tilt=nan: give a number >= 0"),
+        ({"softness": 0.0}, "softness=0.0: give a number above 0"),
+    ],
+)
+def test_refusals(wrong: dict[str, Any], said: str) -> None:
+    assert_says(message_of(partial(SubsetConfig, **{"loss": "joint", **wrong})), said)
+
+
+def test_a_selector_that_ranks_by_no_relevance_is_refused() -> None:
+    model, learned = tiny_model(), Learned()
+    learned.fresh(model, {"rank": 3, "hidden": 4})
+    build = partial(
+        RelevanceTraining, model, Saint(budget=9), learned, OBJECTIVE, OPTIM, 0, subsets=SubsetConfig(loss="joint")
+    )
+    assert_says(message_of(build), "stage=gate trains a relevance, and Saint ranks by none")

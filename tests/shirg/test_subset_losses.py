@@ -1,0 +1,83 @@
+"""The losses of random subsets against loops, their gradients against finite differences."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shirg.subset_losses import Odds, gumbel, mil_loss, regression_loss, subset_shares, subset_sums
+
+B, M, N = 3, 4, 6
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+SCORE, LOSS = drawn(B, N), drawn(B, M, seed=1).abs()
+MEMBER = drawn(B, M, N, seed=2) > 0
+COMPETING = torch.ones(B, N, dtype=torch.bool)
+COMPETING[0, 0] = False
+ODDS = torch.tensor([[0.1, 0.9], [0.2, 0.6], [0.05, 0.95]], dtype=torch.float64)
+
+
+def test_sums_and_shares_against_loops() -> None:
+    sums, shares = subset_sums(SCORE, MEMBER), subset_shares(SCORE, MEMBER, COMPETING)
+    for b in range(B):
+        total = sum(math.exp(SCORE[b, n]) for n in range(N) if COMPETING[b, n])
+        for m in range(M):
+            members = [n for n in range(N) if MEMBER[b, m, n]]
+            assert sums[b, m].item() == pytest.approx(sum(SCORE[b, n].item() for n in members))
+            share = sum(math.exp(SCORE[b, n]) for n in members if COMPETING[b, n]) / total
+            assert shares[b, m].item() == pytest.approx(share)
+
+
+def test_the_regression_against_a_loop() -> None:
+    sums, total = subset_sums(SCORE, MEMBER), 0.0
+    for b in range(B):
+        for m in range(M):
+            error = (sums[b, m] - sums[b].mean()) - (LOSS[b].mean() - LOSS[b, m])
+            total += error.item() ** 2 / (B * M)
+    assert regression_loss(sums, LOSS).item() == pytest.approx(total)
+    # How hard a question is does not matter.
+    assert regression_loss(sums, LOSS + torch.tensor([[5.0], [1.0], [0.0]])).item() == pytest.approx(total)
+
+
+def test_mil_against_a_loop() -> None:
+    shares, total = subset_shares(SCORE, MEMBER, COMPETING), 0.0
+    for b in range(B):
+        low, high = ODDS[b].tolist()
+        for m in range(M):
+            p, seen = low + (high - low) * shares[b, m].item(), math.exp(-LOSS[b, m].item())
+            total -= (seen * math.log(p) + (1 - seen) * math.log(1 - p)) / (B * M)
+    assert mil_loss(shares, LOSS, ODDS).item() == pytest.approx(total)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    def regression(score_BN: Tensor) -> Tensor:
+        return regression_loss(subset_sums(score_BN, MEMBER), LOSS)
+
+    def mil(score_BN: Tensor, odds_B2: Tensor) -> Tensor:
+        return mil_loss(subset_shares(score_BN, MEMBER, COMPETING), LOSS, odds_B2)
+
+    score, odds = SCORE.clone().requires_grad_(), ODDS.clone().requires_grad_()
+    assert torch.autograd.gradcheck(regression, (score,)) and torch.autograd.gradcheck(mil, (score, odds))
+
+
+def test_odds_start_near_chance_and_near_certainty() -> None:
+    low, high = Odds(words=5)(torch.randn(2, 5)).unbind(-1)
+    assert low.tolist() == pytest.approx([0.119] * 2, abs=1e-3) and high.tolist() == pytest.approx(
+        [0.895] * 2, abs=1e-3
+    )
+    assert bool((low < high).all())
+
+
+def test_gumbel_noise_draws_subsets_without_preference() -> None:
+    noise = gumbel((20_000, 5), torch.Generator().manual_seed(0))
+    chosen = torch.zeros(20_000, 5).scatter(1, noise.topk(2).indices, 1.0).mean(0)
+    assert chosen.tolist() == pytest.approx([0.4] * 5, abs=0.015)
+    # The first place goes by the softmax of scores.
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    first = torch.nn.functional.one_hot((scores + noise).argmax(-1), 5).double().mean(0)
+    assert first.tolist() == pytest.approx(scores.softmax(0).tolist(), abs=0.015)
