@@ -15,7 +15,17 @@ from lavida_adapter.learned_relevance import META, WEIGHTS
 from tests.experiments.conftest import Here, finish, lasting, result_of, rows_of, start
 from tests.experiments.training.runs import last_step, wait_for_step
 
-WORDS = ["stage=gate", "batch_size=6", "trainer.log_every=2", "study=s", "gate={}", "check.n=6", "unseen.n=6"]
+WORDS = [
+    "stage=gate",
+    "batch_size=6",
+    "trainer.log_every=2",
+    "study=s",
+    "gate.recall_sparse=0",
+    "gate.recall_unseen=0",
+    "gate.guard=0",
+    "check.n=6",
+    "unseen.n=6",
+]
 ALONE = ["optim.warmup=0", "threads=1", "device=cpu"]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
