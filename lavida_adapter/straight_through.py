@@ -53,14 +53,14 @@ class WithDropped(Selector):
 
     def __init__(self, selector: Selector) -> None:
         super().__init__(budget=None, geometry=selector.geometry)
-        self.inner = selector
+        self.selector = selector
         self.stage, self.needs, self.uses_relevance = selector.stage, selector.needs, selector.uses_relevance
         self.reads_sample = True
         self.kept: dict[str, Tensor] = {}
         """bool [S + N]: which tokens of a picture's block the other selector keeps."""
 
     def select(self, features: VisionFeatures) -> Selection:
-        chosen = self.inner(features)
+        chosen = self.selector(features)
         order_N, n = features.layout.order_N, features.layout.n_tokens
         is_kept_BT = chosen.mask_BT & (chosen.source_BT == Source.KEPT)
         at_BT = torch.where(is_kept_BT, chosen.index_BT, n)
@@ -68,8 +68,8 @@ class WithDropped(Selector):
         n_first = int((chosen.source_BT[0] != Source.KEPT).sum())
         if (chosen.source_BT[:, :n_first] == Source.KEPT).any() or not chosen.mask_BT.all():
             raise UserError(
-                f"objective=straight_through: {type(self.inner).__name__} puts other tokens between or behind those it "
-                "keeps, or uses fewer than its budget; take newlines, summary and adaptive budgets out of it"
+                f"objective=straight_through: {type(self.selector).__name__} puts other tokens between or behind those "
+                "it keeps, or uses fewer than its budget; take newlines, summary and adaptive budgets out of it"
             )
         first = replace(chosen, scores_BN=None, **{name: getattr(chosen, name)[:, :n_first] for name in _PER_SLOT})
         everything = keep(features, order_N.expand(len(member_BN), -1), torch.full_like(chosen.index_BT[:, 0], n))

@@ -18,7 +18,6 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import build, schema
 from experiments.schema import CONF, VERSION_BASE, describe_groups
 from lavida_adapter import (
-from lavida_adapter.relevance_training import SubsetConfig
     DecodeConfig,
     DreamConfig,
     LanguageModelConfig,
@@ -28,6 +27,7 @@ from lavida_adapter.relevance_training import SubsetConfig
     ObjectiveConfig,
 )
 from lavida_adapter.lightning_module import OptimConfig
+from lavida_adapter.relevance_training import SubsetConfig
 
 PLUG_INS = ("selector", "context", "relevance", "data", "cache", "logger")
 BUDGETS = {"base": 80, "wide": 100, "full": 320}
