@@ -84,7 +84,7 @@ TRAIN := $(BIN)/python train.py study=$(STUDY) seed=$(SEED) resume=true threads=
 # tiny_untied is tiny but for what stands for a word in the stages text and align.
 ifeq ($(MODEL),tiny_untied)
 CODES := codes=random
-LONGER := optim.steps=1600 text.words=0.3 text.hold=0.55
+LONGER := optim.steps=1600 text.words=0.2 text.fade=0.25 text.ramp=0.15
 endif
 tiny: setup
 	$(TRAIN) stage=vision model=$(MODEL:tiny_untied=tiny)_scratch weights=$(TINY)/vision

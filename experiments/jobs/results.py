@@ -262,7 +262,7 @@ def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
 def _later_train(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sections of a training with the defaults of what came after the first records."""
     text = config.get("text", {})
-    return {"codes": config.get("codes", "words"), "text": {"words": 0.0, **text} if text else {}}
+    return {"codes": config.get("codes", "words"), "text": {"words": 0.0, "fade": 0.0, **text} if text else {}}
 
 
 def _later_data(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:

@@ -58,8 +58,10 @@ class Curriculum:
     glyphs: float = 0.5
     """Share of glyph contexts after that; the families share the rest."""
     words: float = 0.0
-    """Share of the steps, at the start, with embeddings in place of random codes: a look-up that was learned with the
-    former goes over to the latter."""
+    """Share of the steps, at the start, with embeddings in place of random codes."""
+    fade: float = 0.0
+    """Share of the steps, after those, in which embeddings give way to codes: a look-up follows a slow change, and after
+    a sudden one some letters are never found again."""
     families: Mapping[str, int] = field(default_factory=lambda: {"chart": 1, "shapes": 1})
 
     def __post_init__(self) -> None:
@@ -72,6 +74,10 @@ class Curriculum:
         """Context length after a share `done` of the steps."""
         along = min(1.0, max(0.0, (done - self.hold) / self.ramp))
         return round(self.first + (self.last - self.first) * along)
+
+    def coded(self, done: float) -> float:
+        """Share of the codes in an entry, the rest being embeddings, after a share `done` of the steps."""
+        return min(1.0, max(0.0, (done - self.words) / self.fade)) if self.fade else float(done >= self.words)
 
     def counts(self, done: float) -> dict[str, int]:
         """Contexts per step, by family, after a share `done` of the steps."""
@@ -132,8 +138,7 @@ class TextPretraining(Trainable):
         return Bags(torch.cat(padded), [pair for part in parts for pair in part.asked])
 
     def loss(self, batch: Bags, generator: torch.Generator) -> Tensor:
-        begun = self.global_step >= self.curriculum.words * self.optim.steps
-        context = self.context(batch.word_BNW, self.codes_VD if begun else None)
+        context = self.context(batch.word_BNW, self.curriculum.coded(self.global_step / self.optim.steps))
         context = context + self.noise * torch.randn(context.shape, generator=generator, device=context.device)
         examples = [training_example(self.model.tokenizer, q, a, self.model.config) for q, a in batch.asked]
         rows, labels = pad_answers(
@@ -150,10 +155,12 @@ class TextPretraining(Trainable):
         finally:
             self.model.config = self.shipped
 
-    def context(self, word_BNW: Tensor, codes_VD: Tensor | None) -> Tensor:
-        """Word bags [B, N, D]: the sum of the words' codes, without codes of their embeddings."""
+    def context(self, word_BNW: Tensor, coded: float = 1.0) -> Tensor:
+        """Word bags [B, N, D]: the sum of the words' embeddings, or with a share `coded` of their codes."""
         there, ids = (word_BNW >= 0)[..., None], word_BNW.clamp_min(0)
-        word_BNWD = self.model.lm.embedding(ids) if codes_VD is None else F.embedding(ids, codes_VD)
+        word_BNWD = self.model.lm.embedding(ids)
+        if self.codes_VD is not None:
+            word_BNWD = torch.lerp(word_BNWD, F.embedding(ids, self.codes_VD), coded)
         return (word_BNWD * there).sum(dim=2)
 
     def glyph_bags(self, lookups: Lookups) -> Bags:
@@ -186,9 +193,7 @@ class TextPretraining(Trainable):
     def _right(self, bags: Bags) -> float:
         """Share of the questions that the model answers right."""
         rows = [prompt_ids(self.model.tokenizer, question, self.model.config) for question, _ in bags.asked]
-        prefix, _ = splice(
-            rows, list(self.context(bags.word_BNW, self.codes_VD)), self.model.lm.embedding, max_length=10**6
-        )
+        prefix, _ = splice(rows, list(self.context(bags.word_BNW)), self.model.lm.embedding, max_length=10**6)
         texts = self.model.generate(prefix, DecodeConfig(max_new_tokens=ANSWER)).texts
         return sum(t == answer for t, (_, answer) in zip(texts, bags.asked, strict=True)) / len(texts)
 

@@ -33,6 +33,13 @@ def model(tiny_weights: Path) -> Lavida:
     return Lavida.from_pretrained(tiny_weights)
 
 
+def test_curriculum_fades_from_words_to_codes() -> None:
+    fading = Curriculum(words=0.2, fade=0.5)
+    assert [fading.coded(x) for x in (0, 0.2, 0.45, 0.7, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert [Curriculum(words=0.2).coded(x) for x in (0.1, 0.2)] == [0, 1]
+    assert Curriculum().coded(0) == 1
+
+
 def test_curriculum_holds_then_climbs_then_stays() -> None:
     curriculum = Curriculum(first=6, last=64, hold=0.4, ramp=0.2, settle=0.1)
     assert [curriculum.cells(x) for x in (0, 0.4, 0.5, 0.6, 1.0)] == [6, 6, 35, 64, 64]
@@ -74,12 +81,12 @@ def test_both_stages_write_a_word_as_the_same_random_code(model: Lavida) -> None
     seven, red = words.char[CHARS.index("7")], words.colour[COLOURS.index("red")]
     text = TextPretraining(model, OPTIM, 0, ObjectiveConfig(), Curriculum(), "full", 0.0, codes="random")
     align = Align(model, OPTIM, 5, {"glyphs": 1}, codes="random")
-    context = text.context(torch.tensor([[[seven, red], [words.blank, -1]]]), text.codes_VD)[0]
+    context = text.context(torch.tensor([[[seven, red], [words.blank, -1]]]))[0]
     share = torch.zeros(1, 2, len(CLASS))
     share[0, 0, [CLASS["7"], CLASS["red"]]] = 1
     torch.testing.assert_close(context, torch.stack([codes[seven] + codes[red], codes[words.blank]]))
     torch.testing.assert_close(align.target(share, torch.tensor([[1.0, 0.0]]))[0], context)
-    assert not context.requires_grad and not codes.requires_grad
+    assert not codes.requires_grad
     assert codes.std().item() == pytest.approx(model.config.lm.emb_std, rel=0.02)
     assert F.cosine_similarity(codes, wte.detach()).mean().abs() < 0.1
     assert (codes[0, :3] / model.config.lm.emb_std).tolist() == pytest.approx(FIRST_CODES, abs=1e-5)
@@ -89,7 +96,7 @@ def test_text_stage_asks_what_the_context_holds(model: Lavida) -> None:
     stage = TextPretraining(model, OPTIM, 0, ObjectiveConfig(extra_padding=0), Curriculum(), "image_first", 0.1)
     lookups = draw_lookups(np.random.default_rng(0), batch=16, cells=12)
     words, wte = glyph_tokens(model.tokenizer), model.lm.embedding.weight
-    context = stage.context(stage.glyph_bags(lookups).word_BNW, None)
+    context = stage.context(stage.glyph_bags(lookups).word_BNW)
     for row, (question, answer) in enumerate(questions(lookups)):
         task, argument = question.split()
         char, colour = (answer, argument) if task == "digit" else (argument, answer)
@@ -104,7 +111,7 @@ def test_text_stage_holds_the_words_of_every_family(model: Lavida) -> None:
     bags = stage.draw(0)
     tasks = [question.split()[0] for question, _ in bags.asked]
     assert tasks.count("value") == 4 and tasks.count("field") == 13 and len(tasks) == 35
-    context, wte = stage.context(bags.word_BNW, None), model.lm.embedding.weight
+    context, wte = stage.context(bags.word_BNW), model.lm.embedding.weight
     for row, (question, answer) in enumerate(bags.asked):
         task, argument = question.split()
         if task == "field":
