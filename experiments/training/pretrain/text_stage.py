@@ -60,8 +60,8 @@ class Curriculum:
     words: float = 0.0
     """Share of the steps, at the start, with embeddings in place of random codes."""
     fade: float = 0.0
-    """Share of the steps, after those, in which embeddings give way to codes: a look-up follows a slow change, and after
-    a sudden one some letters are never found again."""
+    """Share of the steps, after those, in which embeddings give way to codes: a look-up follows a slow change; after a
+    sudden one some letters are never found again."""
     families: Mapping[str, int] = field(default_factory=lambda: {"chart": 1, "shapes": 1})
 
     def __post_init__(self) -> None:
