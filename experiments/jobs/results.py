@@ -13,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.atomic_files import read_json, write_json
 from experiments.errors import ConfigError, instead
 from experiments.plugins import check_finite
-from experiments.schema import CONF, Decode, local_folder
+from experiments.schema import CONF, Decode, Train, local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -260,9 +260,17 @@ def _with_later_keys(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _later_train(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of a training with the defaults of what came after the first records."""
+    """Sections of a training that are not in its record, or not whole, with the defaults of what came later."""
     text = config.get("text", {})
-    return {"codes": config.get("codes", "words"), "text": {"words": 0.0, "fade": 0.0, **text} if text else {}}
+    later = {key: value for key, value in _train_defaults().items() if key not in config and key not in SESSION}
+    return {**later, "text": {"words": 0.0, "fade": 0.0, **text} if text else {}}
+
+
+@cache
+def _train_defaults() -> dict[str, Any]:
+    container = OmegaConf.to_container(OmegaConf.structured(Train), enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items() if value != MISSING}
 
 
 def _later_data(config: Mapping[str, Any], choices: Mapping[str, str]) -> dict[str, Any]:

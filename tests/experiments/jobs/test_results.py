@@ -49,6 +49,20 @@ def test_a_record_of_format_1_is_read_as_the_format_of_today(study: Path) -> Non
         assert {key: result[key] for key in unchanged} == {key: before[key] for key in unchanged}
 
 
+def test_a_training_from_before_an_option_has_its_default(tmp_path: Path) -> None:
+    config = {"stage": "text", "text": {"first": 6}, "data": {"n": 8}, "seed": 3}
+    record = {"version": VERSION, "verb": "train", "choices": {"data": "synth_glyphs_train"}, "config": config}
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    result = read_result(tmp_path)
+    assert result is not None
+    found = result["config"]
+    assert found["data"] == {"n": 8, "leave_out": [], "only": []}
+    assert found["text"] == {"first": 6, "words": 0.0, "fade": 0.0}
+    assert (found["codes"], found["seed"], found["unseen"]) == ("words", 3, {})
+    assert not {"batch_size", "resume", "overwrite"} & found.keys()  # given always, and never recorded
+    assert result["config_hash"] == config_hash(found)
+
+
 def test_a_study_of_format_1_is_skipped_completed_and_shown(study: Path, command: Command) -> None:
     same = ["study=old", "threads=1", "data.n=48", "batch_size=4", "resume=true"]
     stamps = {folder: (study / folder / "result.json").stat().st_mtime_ns for folder in FINISHED}
