@@ -19,10 +19,12 @@ from experiments.metrics.text import (
     SquadExactMatch,
     TargetMatch,
     TokenF1,
+    WordAccuracy,
     anls,
     entity_match,
     exact_match,
     relaxed_accuracy,
+    word_accuracy,
 )
 from experiments.metrics.vqa import VqaAccuracy, vqa_accuracy
 from shirg import UserError
@@ -41,6 +43,7 @@ METRICS: dict[str, Callable[..., EvalMetric]] = {
     "textvqa_accuracy": partial(VqaAccuracy, rules="textvqa"),
     "token_f1": TokenF1,
     "vqa_accuracy": VqaAccuracy,
+    "word_accuracy": WordAccuracy,
 }
 """Constructors by name; those of metrics that read answers take `clean`."""
 
@@ -70,6 +73,7 @@ __all__ = [
     "TextMetric",
     "TokenF1",
     "VqaAccuracy",
+    "WordAccuracy",
     "anls",
     "cider_d",
     "entity_match",
@@ -78,4 +82,5 @@ __all__ = [
     "metric",
     "relaxed_accuracy",
     "vqa_accuracy",
+    "word_accuracy",
 ]

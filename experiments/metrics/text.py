@@ -5,6 +5,7 @@ Each is a function of one prediction and its references, with a class that gives
 
 import re
 from collections.abc import Sequence
+from operator import eq
 from typing import Literal
 
 from rapidfuzz.distance import Levenshtein
@@ -165,6 +166,21 @@ class SquadExactMatch(TextMetric):
 
     def compare(self, prediction: str, references: Sequence[str]) -> float | None:
         return squad_score(prediction=prediction, references=references, kind="exact_match")
+
+
+def word_accuracy(*, prediction: str, references: Sequence[str]) -> float | None:
+    """Share of a reference's words that the prediction has at the same place, of the nearest one; None without any."""
+    said = fold_case(prediction).split()
+    wanted = [fold_case(reference).split() for reference in references]
+    shares = [sum(map(eq, said, words)) / max(len(said), len(words), 1) for words in wanted]
+    return max(shares, default=None)
+
+
+class WordAccuracy(TextMetric):
+    """Share of the words of an answer that are right at their place; too many words count as wrong ones."""
+
+    def compare(self, prediction: str, references: Sequence[str]) -> float | None:
+        return word_accuracy(prediction=prediction, references=references)
 
 
 def entity_form(text: str) -> str:

@@ -13,12 +13,12 @@ import pytest
 from experiments.data.synthetic import board, glyphs
 from experiments.data.synthetic.board import Board
 from experiments.data.synthetic.entitygrid import EntityGrid
-from experiments.data.synthetic.glyphs import GlyphScene, SynthGlyphs, draw_scene
+from experiments.data.synthetic.glyphs import GlyphScene, SynthGlyphs, SynthList, draw_scene
 from experiments.data.synthetic.glyphs.scene import draw_patchwork
 from experiments.data.synthetic.mixture import FAMILIES
 
 SPLITS = ("train", "val", "test")
-DRAWN: dict[str, Any] = {"glyphs": SynthGlyphs, **FAMILIES}
+DRAWN: dict[str, Any] = {"glyphs": SynthGlyphs, "list": SynthList, **FAMILIES}
 N = 360
 """Questions of a split."""
 

@@ -24,7 +24,7 @@ from experiments.data.loader import Batches, Shuffled
 from experiments.data.sample import Sample, other_questions
 from experiments.data.synthetic.chart import SynthChart
 from experiments.data.synthetic.entitygrid.__main__ import main as write_entitygrid
-from experiments.data.synthetic.glyphs import SynthGlyphs, ask, draw_lookups, draw_scene, questions
+from experiments.data.synthetic.glyphs import SynthGlyphs, SynthList, ask, draw_lookups, draw_scene, questions
 from experiments.data.synthetic.mixture import SynthMix
 from experiments.data.synthetic.tokenizer import build_tokenizer, glyph_tokens
 from experiments.data.train_data import TrainData
@@ -45,6 +45,10 @@ def row(**changes: Any) -> dict[str, Any]:
 
 def glyph_set(**changes: Any) -> SynthGlyphs:
     return SynthGlyphs(**{"split": "test", "n": 6, "density": "sparse", **changes})
+
+
+def list_set(**changes: Any) -> SynthList:
+    return SynthList(**{"split": "test", "n": 6, "density": "sparse", **changes})
 
 
 def chart_set(**changes: Any) -> SynthChart:
@@ -100,6 +104,10 @@ OPTIONS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: glyph_set(only=list("ACDEFHJKLMNP"), density="hard", qa_per_image=12),
         "in 1000 draws (seed 0, index 0) has 12 of the letters ACDEFHJKLMNP: lower data.qa_per_image",
     ),
+    "list, tasks": (lambda: list_set(tasks=["shape"]), "data.tasks=['shape'] must name some of digit, letter"),
+    "list, one piece": (lambda: list_set(pieces=1), "data.pieces=1: give 2 to 8"),
+    "list, many pieces": (lambda: list_set(pieces=9), "data.pieces=9: give 2 to 8"),
+    "list, density": (lambda: list_set(density="foggy"), "'foggy' does not exist: choose from sparse, dense, hard"),
     "chart, density": (lambda: chart_set(density="hard"), "data.density='hard' does not exist: choose from sparse"),
     "chart, tasks": (lambda: chart_set(tasks=["paint"]), "must name some of value"),
     "chart, too many": (lambda: chart_set(qa_per_image=9), "qa_per_image=9 is more than a picture can answer"),

@@ -4,7 +4,7 @@ import pytest
 
 from experiments.metrics import METRICS, TextMetric, anls, entity_match, exact_match, metric, relaxed_accuracy
 from experiments.metrics.answer_metric import clean_answer
-from experiments.metrics.text import relaxed_match
+from experiments.metrics.text import relaxed_match, word_accuracy
 
 TEXT_METRICS = [name for name in METRICS if isinstance(metric(name), TextMetric)]
 
@@ -102,6 +102,23 @@ def test_exact_match(prediction: str, reference: str, score: float) -> None:
 )
 def test_entity_match(prediction: str, reference: str, score: float) -> None:
     assert entity_match(prediction=prediction, references=[reference]) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("7 0 3", "7 0 3", 1),
+        ("7 3 0", "7 0 3", 1 / 3),  # a place counts, unlike in token F1
+        ("7 0", "7 0 3", 2 / 3),
+        ("7 0 3 9", "7 0 3", 3 / 4),
+        ("Red  blue", "red blue", 1),
+        ("", "red blue", 0),
+        ("", "", 0),
+    ],
+)
+def test_word_accuracy(prediction: str, reference: str, score: float) -> None:
+    assert word_accuracy(prediction=prediction, references=[reference]) == pytest.approx(score)
+    assert word_accuracy(prediction=prediction, references=["- - - - -", reference]) == pytest.approx(score)
 
 
 def test_the_target_is_what_target_match_reads() -> None:

@@ -1,6 +1,7 @@
 """Glyph pictures: small digits and letters in tight clusters, and one big shape."""
 
 from experiments.data.synthetic.glyphs.glyph_dataset import SynthGlyphs
+from experiments.data.synthetic.glyphs.list_dataset import SynthList
 from experiments.data.synthetic.glyphs.questions import GlyphQuestion, Lookups, ask, draw_lookups, questions
 from experiments.data.synthetic.glyphs.render import Labels, labels, render, to_image
 from experiments.data.synthetic.glyphs.scene import BigShape, GlyphScene, draw_patchwork, draw_scene
@@ -12,6 +13,7 @@ __all__ = [
     "Labels",
     "Lookups",
     "SynthGlyphs",
+    "SynthList",
     "ask",
     "draw_lookups",
     "draw_patchwork",
