@@ -211,7 +211,7 @@ def subset_loss(seen: Seen, config: SubsetConfig, odds: Odds | None) -> Tensor:
     """The loss of the head for what a step saw; `odds` belong to "subset_mil" and "joint"."""
     loss = torch.zeros((), device=seen.loss_BM.device)
     if odds is not None:
-        share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN)
+        share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN, odds.sharpness)
         loss = loss + mil_loss(share_BM, seen.loss_BM, odds(seen.asked_BW))
     if config.loss in ("subset_regression", "joint"):
         weight = config.regression if config.loss == "joint" else 1.0

@@ -18,9 +18,11 @@ def subset_sums(score_BN: Tensor, member_BMN: Tensor) -> Tensor:
     return (score_BN[:, None] * member_BMN).sum(-1)
 
 
-def subset_shares(score_BN: Tensor, member_BMN: Tensor, competing_BN: Tensor) -> Tensor:
-    """[B, M]: each subset's share of the softmax of the scores of all tokens that compete."""
-    share_BN = score_BN.masked_fill(~competing_BN, float("-inf")).softmax(-1)
+def subset_shares(
+    score_BN: Tensor, member_BMN: Tensor, competing_BN: Tensor, sharpness: Tensor | float = 1.0
+) -> Tensor:
+    """[B, M]: each subset's share of softmax(sharpness x score) of all tokens that compete."""
+    share_BN = (sharpness * score_BN).masked_fill(~competing_BN, float("-inf")).softmax(-1)
     return (share_BN[:, None] * member_BMN).sum(-1)
 
 
@@ -49,7 +51,8 @@ def mil_loss(share_BM: Tensor, loss_BM: Tensor, odds_B2: Tensor) -> Tensor:
 class Odds(nn.Module):
     """How probable a question's answer is without and with its tokens: low < high, from the question alone.
 
-    Trained beside a head by `mil_loss`, and not needed after that.
+    Also how sharply the scores point at them: the regression gives scores a scale of their own, some nats of loss, in
+    which a softmax over all tokens is nearly flat. Trained beside a head by `mil_loss`, and not needed after that.
     """
 
     def __init__(self, *, words: int) -> None:
@@ -58,6 +61,11 @@ class Odds(nn.Module):
         with torch.no_grad():
             self.linear.weight.zero_()
             self.linear.bias.copy_(torch.tensor([-2.0, 2.0]))  # low 0.12, high 0.89
+        self.log_sharpness = nn.Parameter(torch.zeros(()))
+
+    @property
+    def sharpness(self) -> Tensor:
+        return self.log_sharpness.exp()
 
     def forward(self, question_BW: Tensor) -> Tensor:
         """[B, 2]: low and high."""

@@ -102,9 +102,9 @@ def test_membership_leaves_synthesised_and_unused_slots_out() -> None:
 def test_objectives_are_sums_of_their_parts() -> None:
     stage = module("joint")
     part = seen(stage.model, stage.learned, draw(0))[0]
-    mil = mil_loss(
-        subset_shares(part.score_BN, part.member_BMN, part.competing_BN), part.loss_BM, stage.odds(part.asked_BW)
-    )
+    assert stage.odds is not None
+    shares = subset_shares(part.score_BN, part.member_BMN, part.competing_BN, stage.odds.sharpness)
+    mil = mil_loss(shares, part.loss_BM, stage.odds(part.asked_BW))
     regression = regression_loss(subset_sums(part.score_BN, part.member_BMN), part.loss_BM)
     for loss, expected in (("subset_mil", mil), ("subset_regression", regression), ("joint", mil + 0.1 * regression)):
         odds = None if loss == "subset_regression" else stage.odds
