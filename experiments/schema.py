@@ -136,7 +136,7 @@ class Subsets:
     loss: SubsetLoss = MISSING
     per_question: int = 4
     explore: float = 0.25
-    tilt: float = 0.5
+    tilt: float = 0.0
     regression: float = 0.1
     softness: float = 0.5
 

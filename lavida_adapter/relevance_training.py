@@ -37,10 +37,10 @@ class SubsetConfig:
     loss: SubsetLoss
     per_question: int = 4
     """M, the subsets of each question."""
-    explore: float = 0.25
-    """Share of the steps, at the start, whose subsets do not depend on the scores."""
-    tilt: float = 0.5
+    tilt: float = 0.0
     """At the last step, how much a token's standardised score counts beside Gumbel noise; from 0 along a line."""
+    explore: float = 0.25
+    """Share of the steps, at the start, without a tilt."""
     regression: float = 0.1
     """Weight of the regression in "joint"."""
     softness: float = 0.5

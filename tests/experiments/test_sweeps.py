@@ -40,7 +40,7 @@ def trained(folder: Path, *overrides: str, stage: str = "adapt", status: str = "
 
 def test_a_sweep_becomes_a_multirun() -> None:
     assert expand("eval", ["sweep=main_table", "limit=8"]) == [
-        ["-m", "limit=8", "study=main_table", "experiment=B0,B1,S1,S2,P1", "adapter=null,own"]
+        ["-m", "limit=8", "study=main_table", "experiment=B0,B1,S1,S2,P1,P2", "adapter=null,own"]
     ]
 
 
