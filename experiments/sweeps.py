@@ -151,15 +151,18 @@ def system_of(overrides: Sequence[str]) -> list[str]:
 
 
 def _brought(group: str, name: str) -> list[str]:
-    """The model, selector and so on that `conf/GROUP/NAME.yaml` trains for, as overrides."""
+    """The model, selector and so on that `conf/GROUP/NAME.yaml` trains for, as overrides.
+
+    What a stage changes in a selector is for its training alone.
+    """
     recipe = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml")) or {}
     assert isinstance(recipe, dict)
     chosen = {
         key.removeprefix("override /"): value for entry in recipe.get("defaults", []) for key, value in entry.items()
     }
     words = {group: value for group, value in chosen.items() if group in _REPEATED}
-    for group in (key for key in recipe if key in _REPEATED):
-        words |= {f"{group}.{option}": value for option, value in recipe[group].items()}
+    for key in (key for key in recipe if group == "recipe" and key in _REPEATED):
+        words |= {f"{key}.{option}": value for option, value in recipe[key].items()}
     return [f"{key}={value}" for key, value in words.items()]
 
 
