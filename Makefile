@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo app test test-app lint gpu true-size tiny adapters ranks evidence clean
+.PHONY: setup demo app test test-app lint gpu true-size tiny adapters heads ranks evidence clean
 
 setup: $(STAMP)
 
@@ -100,6 +100,11 @@ adapter-%: setup
 	$(ADAPT)/$* selector=$*
 adapter-mixed: setup
 	$(ADAPT)/mixed selector=random 'mix.budgets=[pooled,1/4 base,1/2 base,3/4 base,base]'
+# The relevance heads of P2 and of its control that does not read the question, and the adapter on top of the first.
+heads: setup
+	$(TRAIN) stage=gate model.path=$(TINY)/base weights=$(TINY)/base/relevance
+	$(TRAIN) stage=gate head.question=false gate.recall_sparse=0 gate.recall_unseen=0 model.path=$(TINY)/base weights=$(TINY)/base/relevance_blind
+	$(ADAPT)/shirg_learned experiment=P2
 ranks: $(addprefix rank-,16 32 64)
 rank-%: setup
 	$(ADAPT)/rank_$* selector=shirg lora.rank=$*
@@ -113,13 +118,15 @@ BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/$(MODEL)_seed-
 EVAL = $(BIN)/python eval.py model.path=$(BASES) data.n=1152 threads=$(THREADS) resume=true
 GLYPHS = 'data.density=[sparse,dense,hard]'
 evidence: setup
-	for seed in $(SEEDS); do $(MAKE) tiny adapters ranks SEED=$$seed || exit 1; done
+	for seed in $(SEEDS); do $(MAKE) tiny adapters heads ranks SEED=$$seed || exit 1; done
 	$(EVAL) sweep=main_table $(GLYPHS)
 	$(EVAL) sweep=equal_budget $(GLYPHS)
 	$(EVAL) sweep=budget_curve $(GLYPHS)
 	$(EVAL) sweep=cache_methods $(GLYPHS)
 	$(EVAL) sweep=ablations $(GLYPHS)
 	$(EVAL) sweep=lora_rank $(GLYPHS) adapter=rank_16,rank_32,rank_64
+	$(EVAL) sweep=learned $(GLYPHS)
+	$(EVAL) sweep=even_context $(GLYPHS)
 	$(EVAL) study=families data=synth_chart,synth_shapes selector=pooled,full,random,shirg adapter=null,own -m
 
 clean:

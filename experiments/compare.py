@@ -33,11 +33,12 @@ from experiments.errors import CommandParser, fail, instead, one_sentence, visib
 from shirg import MissingFileError, UserError
 
 COUPLED = {
-    "experiment": {"experiment", "selector"},
+    "experiment": {"experiment", "selector", "relevance", "context"},
     "selector": {"experiment", "selector"},
     "ablation": {"ablation", "relevance"},
 }
-"""Choices that change together: an experiment is a selector at a budget, an ablation may take the question away."""
+"""Choices that change together: an experiment is a selector with all that belongs to it, an ablation may take the
+question away."""
 COSTS = ("total ms", "denoise ms", "steps", "n", "seeds")
 """Columns that are shown where there is room."""
 
