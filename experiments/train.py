@@ -241,7 +241,7 @@ def save_weights(model: Lavida, folder: Path, *, trained: bool) -> None:
 def how_to_evaluate(stage: str, overrides: Sequence[str], artifact: Path) -> str:
     """The command that evaluates the trained weights, for an adapter with the same model, selector and relevance."""
     if stage in ADAPTING:
-        key = "adapter" if (artifact / META).is_file() else "relevance.path"
+        key = "relevance.path" if stage == "gate" and not (artifact / META).is_file() else "adapter"
         words = [*system_of(overrides), f"{key}={quote(str(artifact))}"]
     else:
         words = ["selector=pooled", f"model.path={quote(str(artifact))}"]

@@ -63,7 +63,7 @@ TOO_LARGE = {"underflow": {"underflow": "mask", "budget": 300}}
 
 
 PUBLISHED = {"shirg": 980, "shirg_div": 980, "shirg_672": 1216, "shirg_v2": 769, "shirg_fixed": 768, "shirg_x": 912}
-PUBLISHED |= {"shirg_fovea": 980}
+PUBLISHED |= {"shirg_fovea": 980, "shirg_learned": 980}
 """The budget of each variant in the notes."""
 
 
@@ -99,6 +99,13 @@ FAMILY = {
     ),
     "shirg_fixed": preset("shirg_fixed", ONE_VIEW),
     "shirg_x": preset("shirg_x", ONE_VIEW),
+    # As experiment=P2 sets it: for a share of their softmax, and for nothing else here, the scale of scores matters.
+    "shirg_learned": Case(
+        ShirgSelector,
+        {**own_options("shirg_learned"), "budget": 60, "allocation": {"mode": "evidence_context", "mass": 0.5}},
+        flips={**SHIRG_FLIPS, "norm": "zscore", "allocation": {"allocation": {"mode": "ranked"}}},
+        refused=NO_CELL_IS_SHARED | {"coverage", "views", "norm_scope"},
+    ),
     "shirg_fovea": preset("shirg_fovea", NO_CELL_IS_SHARED | {"norm_scope"}, geometry="lavida_tiles"),
 }
 EVEN_FLIPS = {"selector": UniformGrid(budget=34), "evidence": 5}

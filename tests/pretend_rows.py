@@ -26,10 +26,11 @@ from lavida_adapter import DecodeConfig, External, Lavida, LmEmbed, NoRelevance,
 from lavida_adapter.cache_compression import adaptive_k, dart, fastv, layer_retention, pyramiddrop, quantize, redvtp
 from lavida_adapter.cache_compression.compressor import CachePacker, CacheSelector
 from lavida_adapter.cache_compression.sparsevlm import SparseVLM
+from lavida_adapter.learned_relevance import Learned
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.views import layout_on, own_layout
 from shirg import Selector, ShirgSelector
-from tests.lavida_adapter.tiny import picture, tiny_config, tokenizer
+from tests.lavida_adapter.tiny import picture, tiny_config, tiny_model, tokenizer
 from tests.pretend_cuda import CUDA, Recorder
 from tests.pretend_machine import move, pretend
 from tests.test_contract import ALL
@@ -101,10 +102,20 @@ def encode_row(
     with machine(triton=triton) as recorder:
         model = model_of("llada")
         move(selector)
+        if isinstance(relevance, Learned):
+            move(relevance.head)
         for _ in range(2):
             recorder.reset()
             encode(model, selector, batch, relevance, shared=shared)
         return counted(recorder)
+
+
+def learned() -> Learned:
+    """A head on top of lm_embed; it is made on the CPU, as weights are that are loaded."""
+    provider = Learned(base=LmEmbed())
+    with torch.random.fork_rng():
+        provider.fresh(tiny_model(vision={"image_size": VIEW}, image_grid_pinpoints=CANVASES), {"rank": 3, "hidden": 4})
+    return provider
 
 
 def external() -> External:
@@ -114,7 +125,12 @@ def external() -> External:
     return External(scores={str(i): torch.linspace(0, 1, n) for i, n in enumerate(tokens)})
 
 
-RELEVANCES: dict[str, Callable[[], Relevance]] = {"none": NoRelevance, "lm_embed": LmEmbed, "external": external}
+RELEVANCES: dict[str, Callable[[], Relevance]] = {
+    "none": NoRelevance,
+    "lm_embed": LmEmbed,
+    "external": external,
+    "learned": learned,
+}
 
 
 def decode_options(name: str) -> dict[str, Any]:

@@ -29,7 +29,18 @@ from experiments.bench.true_size import main
 main(sys.argv[1:])
 """
 
-PARTS = {"systems", "reference", "steps", "agreement", "selectors", "kernel", "attention", "kernels", "unequal"}
+PARTS = {
+    "systems",
+    "encoding",
+    "reference",
+    "steps",
+    "agreement",
+    "selectors",
+    "kernel",
+    "attention",
+    "kernels",
+    "unequal",
+}
 CPU = torch.device("cpu")
 
 

@@ -80,6 +80,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "global_only": NO_GLOBAL,
         "shirg": NO_GLOBAL,
         "shirg_div": NO_GLOBAL,
+        "shirg_learned": NO_GLOBAL,
+        "even_context_ShirgSelector": NO_GLOBAL,
         "everything": NO_GLOBAL,
     },
 }

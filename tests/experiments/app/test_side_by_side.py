@@ -146,5 +146,5 @@ def test_a_preview_is_a_picture_or_a_sentence(question: PictureQuestion, tmp_pat
     assert question.picture is not None and 'src="data:image/webp;base64,' in preview(question.picture)
     (tmp_path / "notes.jpg").write_text("no picture")
     assert "notes.jpg: cannot be read as a picture" in preview(tmp_path / "notes.jpg")
-    assert models_offered()[:3] == ["tiny", "tiny_dream", "small"] and "bench_small" not in models_offered()
+    assert models_offered()[:3] == ["tiny", "tiny_dream", "tiny_untied"] and "bench_small" not in models_offered()
     assert suffix_for("tiny_dream") == "" and suffix_for("lavida_8b").startswith("\nAnswer the question")
