@@ -177,7 +177,8 @@ class RelevanceTraining(LavidaModule):
         """Whether a LoRA is trained, too."""
         self.relevance_head = learned.head
         uses_odds = subsets.loss in ("subset_mil", "joint")
-        self.odds = Odds(words=model.config.lm.d_model).to(model.device) if uses_odds else None
+        odds = Odds(words=model.config.lm.d_model, own_scale=subsets.loss == "joint") if uses_odds else None
+        self.odds = None if odds is None else odds.to(model.device)
 
     def loss(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
         with self.precision():

@@ -51,21 +51,27 @@ def mil_loss(share_BM: Tensor, loss_BM: Tensor, odds_B2: Tensor) -> Tensor:
 class Odds(nn.Module):
     """How probable a question's answer is without and with its tokens: low < high, from the question alone.
 
-    Also how sharply the scores point at them: the regression gives scores a scale of their own, some nats of loss, in
-    which a softmax over all tokens is nearly flat. Trained beside a head by `mil_loss`, and not needed after that.
+    Trained beside a head by `mil_loss`, and not needed after that.
+
+    Args:
+        words: width of a question vector.
+        own_scale: whether the softmax has a trained sharpness. Where a regression is fitted too, it gives scores the
+            scale of a loss, in which a softmax over all tokens is nearly flat. Alone, scores become as sharp as they
+            have to be, and a selector can read that.
     """
 
-    def __init__(self, *, words: int) -> None:
+    def __init__(self, *, words: int, own_scale: bool = False) -> None:
         super().__init__()
         self.linear = nn.Linear(words, 2)
         with torch.no_grad():
             self.linear.weight.zero_()
             self.linear.bias.copy_(torch.tensor([-2.0, 2.0]))  # low 0.12, high 0.89
-        self.log_sharpness = nn.Parameter(torch.zeros(()))
+        self.log_sharpness = nn.Parameter(torch.zeros(())) if own_scale else None
 
     @property
-    def sharpness(self) -> Tensor:
-        return self.log_sharpness.exp()
+    def sharpness(self) -> Tensor | float:
+        """What scores are multiplied by before the softmax."""
+        return 1.0 if self.log_sharpness is None else self.log_sharpness.exp()
 
     def forward(self, question_BW: Tensor) -> Tensor:
         """[B, 2]: low and high."""
