@@ -126,7 +126,7 @@ def time_call(call: Callable[[], object], device: torch.device, *, repeats: int,
 LIMITS = "limits.json"
 NOISE = 0.1
 """A time that is less than this share below its floor is within the noise of both. On two cores, the better of two
-measurements of the limits was 4 to 9 % above that of the next two."""
+measurements of the limits was 4 to 6 % above that of the next two, for one of three limits 9 %."""
 COPY_BYTES = {"cpu": (2**22, 2**25), "cuda": (2**26, 2**32)}
 """Buffers to copy: one that caches may hold, one that they cannot."""
 SQUARES = {"cpu": (512,), "cuda": (4096, 8192)}
