@@ -14,6 +14,7 @@ from torch import Tensor
 
 from experiments.bench.reference import neighbour_distance, neighbours, valid_tokens, zscore
 from shirg import Role, Selection, Selector, ShirgSelector, Source, TokenLayout, VisionFeatures
+from shirg.layouts import layout_tables
 
 
 def kept(chosen: Selection, sample: int = 0) -> list[int]:
@@ -85,10 +86,26 @@ def best_tokens(selector: Selector, features: VisionFeatures, score: list[float]
     best: dict[tuple[int, ...], int] = {}
     for i in ordered(competing) if selector.options.coverage else []:
         best.setdefault(region_of(layout, i, selector.options.coverage), i)
-    first = list(best.values())
-    tiers = [first, ordered([i for i in competing if i not in first])]
+    first = list(best.values()) + evidence(selector, ordered(competing), score, k)
+    order = layout_tables(layout).even_P[layout_tables(layout).grid_cell_N].tolist()
+    context = sorted([i for i in competing if i not in first], key=lambda i: order[i])
+    tiers = [first, context if selector.options.allocation.mode == "evidence_context" else ordered(context)]
     tiers += [ordered([i for i in assigned if i not in competing]), ordered([i for i in valid if i not in assigned])]
     return sum(tiers, [])[:k]
+
+
+def evidence(selector: ShirgSelector, ranked: list[int], score: list[float], k: int) -> list[int]:
+    """The tokens that allocation.mode=evidence_context takes by score: half of k, or fewer that hold `mass`."""
+    allocation = selector.options.allocation
+    if allocation.mode == "ranked":
+        return []
+    assert allocation.evidence == 0.5
+    chosen = ranked[: (k + 1) // 2]
+    if allocation.mass is not None:
+        share = [math.exp(score[i] - score[ranked[0]]) for i in ranked]
+        enough = [n for n in range(1, len(ranked)) if sum(share[:n]) >= allocation.mass * sum(share)]
+        chosen = chosen[: min(enough, default=len(ranked))]
+    return chosen
 
 
 def assigned_token(features: VisionFeatures, sample: int, token: int, valid: list[int], selector: ShirgSelector) -> int:
