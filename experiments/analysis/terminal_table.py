@@ -5,7 +5,7 @@ No cell is broken over lines. Scores have half the width of their interval behin
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import get_terminal_size
 
@@ -29,6 +29,8 @@ from experiments.errors import visible
 
 GAP = 2
 """Spaces between columns."""
+SHORT = (48, 36, 28)
+"""Characters of a system's name where there is no room for all of it and the scores."""
 MORE = 9
 """Rank of the first column that only wide terminals show."""
 
@@ -146,7 +148,8 @@ def compact(rows: Sequence[Row], among: Sequence[Row], whole: Sequence[Shown]) -
         whole: the columns of the whole table, which come after those that people compare.
     """
     rest = {column.title: column for column in whole}
-    found: list[tuple[float, Shown]] = [(0, rest.pop("system"))]
+    system = rest.pop("system")
+    found: list[tuple[float, Shown]] = [(0, replace(system, forms=shortened(system.forms[0])))]
     if any(row["status"] != "ok" for row in rows):
         found.append((1, rest["status"]))
     if "data" in rest:
@@ -164,6 +167,17 @@ def compact(rows: Sequence[Row], among: Sequence[Row], whole: Sequence[Shown]) -
     for name in ("status", "total ms", "visual tokens", *(["n"] if same_n else [])):
         rest.pop(name, None)
     return found + [(MORE + i, column) for i, column in enumerate(rest.values())]
+
+
+def shortened(names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The names, and shorter forms of them without their middle, as long as no two become equal."""
+    forms = [names]
+    for width in SHORT:
+        half = width // 2
+        cut = tuple(f"{n[: half - 1]}…{n[-half:]}" if len(n) > width else n for n in names)
+        if cut != forms[-1] and len(set(cut)) == len(set(names)):
+            forms.append(cut)
+    return tuple(forms)
 
 
 def _scores(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:

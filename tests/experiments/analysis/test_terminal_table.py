@@ -7,7 +7,7 @@ import pytest
 
 from experiments.analysis.columns import Cell
 from experiments.analysis.table import read_table
-from experiments.analysis.terminal_table import Shown, fitting, half_width, lines, print_table
+from experiments.analysis.terminal_table import Shown, fitting, half_width, lines, print_table, shortened
 from tests.experiments.conftest import Command, result_of
 from tests.experiments.planting import change_result, plant
 
@@ -64,6 +64,20 @@ def test_columns_are_taken_by_rank_and_widened_with_what_is_left() -> None:
         assert [column.title for column in shown] == titles and hidden == ["much more than fits"]
         assert shown[1].forms == (ms,) and max(map(len, lines(shown))) <= width
     assert [column.title for column in fitting(candidates, 3)[0]] == ["system"], "the first one in any case"
+
+
+def test_long_names_leave_room_for_the_scores() -> None:
+    """Without the middle of the names, as long as none becomes another's; where they fit, they are whole."""
+    names = ("shirg", f"shirg {'allocation.mode=evidence_context ' * 2}K=20", f"shirg {'x' * 60} K=40")
+    forms = shortened(names)
+    assert forms[0] == names and [max(map(len, form)) for form in forms[1:]] == [48, 36, 28]
+    assert forms[-1][0] == "shirg" and forms[-1][2] == "shirg xxxxxxx…xxxxxxxxx K=40"
+    twins = tuple(f"{'a' * 30}{i}{'b' * 30}" for i in range(2))
+    assert shortened(twins) == (twins,), "cut in the middle they would be equal"
+    columns = [(0, Shown("system", forms, False)), (3, Shown("fine", (("80.0 ±4.0",) * 3,)))]
+    shown, hidden = fitting(columns, 80)
+    assert not hidden and max(map(len, lines(shown))) <= 80
+    assert fitting(columns, 200)[0][0].forms[0] == names
 
 
 def test_cells_in_half() -> None:
