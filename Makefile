@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo app test test-app lint gpu true-size tiny adapters heads ranks evidence clean
+.PHONY: setup demo app test test-app lint gpu true-size tiny adapters heads lists ranks evidence clean
 
 setup: $(STAMP)
 
@@ -105,6 +105,14 @@ heads: setup
 	$(TRAIN) stage=gate model.path=$(TINY)/base weights=$(TINY)/base/relevance
 	$(TRAIN) stage=gate head.question=false gate.recall_sparse=0 gate.recall_unseen=0 model.path=$(TINY)/base weights=$(TINY)/base/relevance_blind
 	$(ADAPT)/shirg_learned experiment=P2
+# For sweep=long_answers: one adapter for each of its systems, trained on lists, beside a copy of the base and its head.
+LISTS := outputs/$(MODEL)_lists_seed-$(SEED)/base
+lists: $(addprefix list-,pooled full oracle random shirg llava_scissor shirg_learned)
+$(LISTS): | setup
+	mkdir -p $(dir $@) && cp -r $(TINY)/base $@.part && rm -rf $@.part/adapters && mv $@.part $@
+list-%: $(LISTS)
+	$(TRAIN) data=synth_list_train objective.answer_tokens=12 lora=$(MODEL:tiny_untied=tiny) model.path=$(LISTS) \
+		weights=$(LISTS)/adapters/$* $(if $(filter shirg_learned,$*),experiment=P2,selector=$*)
 ranks: $(addprefix rank-,16 32 64)
 rank-%: setup
 	$(ADAPT)/rank_$* selector=shirg lora.rank=$*
@@ -118,7 +126,7 @@ BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/$(MODEL)_seed-
 EVAL = $(BIN)/python eval.py model.path=$(BASES) data.n=1152 threads=$(THREADS) resume=true
 GLYPHS = 'data.density=[sparse,dense,hard]'
 evidence: setup
-	for seed in $(SEEDS); do $(MAKE) tiny adapters heads ranks SEED=$$seed || exit 1; done
+	for seed in $(SEEDS); do $(MAKE) tiny adapters heads lists ranks SEED=$$seed || exit 1; done
 	$(EVAL) sweep=main_table $(GLYPHS)
 	$(EVAL) sweep=equal_budget $(GLYPHS)
 	$(EVAL) sweep=budget_curve $(GLYPHS)
@@ -127,6 +135,7 @@ evidence: setup
 	$(EVAL) sweep=lora_rank $(GLYPHS) adapter=rank_16,rank_32,rank_64
 	$(EVAL) sweep=learned $(GLYPHS)
 	$(EVAL) sweep=even_context $(GLYPHS)
+	$(subst $(MODEL)_seed,$(MODEL)_lists_seed,$(EVAL)) sweep=long_answers
 	$(EVAL) study=families data=synth_chart,synth_shapes selector=pooled,full,random,shirg adapter=null,own -m
 
 clean:

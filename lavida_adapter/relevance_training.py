@@ -177,7 +177,7 @@ class RelevanceTraining(LavidaModule):
         """Whether a LoRA is trained, too."""
         self.relevance_head = learned.head
         uses_odds = subsets.loss in ("subset_mil", "joint")
-        odds = Odds(words=model.config.lm.d_model, own_scale=subsets.loss == "joint") if uses_odds else None
+        odds = Odds(words=model.config.lm.d_model, nats=subsets.loss == "joint") if uses_odds else None
         self.odds = None if odds is None else odds.to(model.device)
 
     def loss(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
@@ -212,9 +212,10 @@ def subset_loss(seen: Seen, config: SubsetConfig, odds: Odds | None) -> Tensor:
     """The loss of the head for what a step saw; `odds` belong to "subset_mil" and "joint"."""
     loss = torch.zeros((), device=seen.loss_BM.device)
     if odds is not None:
-        share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN, odds.sharpness)
+        share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN)
         loss = loss + mil_loss(share_BM, seen.loss_BM, odds(seen.asked_BW))
     if config.loss in ("subset_regression", "joint"):
         weight = config.regression if config.loss == "joint" else 1.0
-        loss = loss + weight * regression_loss(subset_sums(seen.score_BN, seen.member_BMN), seen.loss_BM)
+        nats = 1.0 if odds is None else odds.nats
+        loss = loss + weight * regression_loss(nats * subset_sums(seen.score_BN, seen.member_BMN), seen.loss_BM)
     return loss

@@ -18,11 +18,9 @@ def subset_sums(score_BN: Tensor, member_BMN: Tensor) -> Tensor:
     return (score_BN[:, None] * member_BMN).sum(-1)
 
 
-def subset_shares(
-    score_BN: Tensor, member_BMN: Tensor, competing_BN: Tensor, sharpness: Tensor | float = 1.0
-) -> Tensor:
-    """[B, M]: each subset's share of softmax(sharpness x score) of all tokens that compete."""
-    share_BN = (sharpness * score_BN).masked_fill(~competing_BN, float("-inf")).softmax(-1)
+def subset_shares(score_BN: Tensor, member_BMN: Tensor, competing_BN: Tensor) -> Tensor:
+    """[B, M]: each subset's share of the softmax of all tokens that compete."""
+    share_BN = score_BN.masked_fill(~competing_BN, float("-inf")).softmax(-1)
     return (share_BN[:, None] * member_BMN).sum(-1)
 
 
@@ -55,23 +53,23 @@ class Odds(nn.Module):
 
     Args:
         words: width of a question vector.
-        own_scale: whether the softmax has a trained sharpness. Where a regression is fitted too, it gives scores the
-            scale of a loss, in which a softmax over all tokens is nearly flat. Alone, scores become as sharp as they
-            have to be, and a selector can read that.
+        nats: whether it also holds how many nats a score is worth, for the regression that is fitted beside it. A
+            loss has another scale than a softmax needs: with one for both, the scores would be too flat for a selector
+            that reads how sure they are.
     """
 
-    def __init__(self, *, words: int, own_scale: bool = False) -> None:
+    def __init__(self, *, words: int, nats: bool = False) -> None:
         super().__init__()
         self.linear = nn.Linear(words, 2)
         with torch.no_grad():
             self.linear.weight.zero_()
             self.linear.bias.copy_(torch.tensor([-2.0, 2.0]))  # low 0.12, high 0.89
-        self.log_sharpness = nn.Parameter(torch.zeros(())) if own_scale else None
+        self.log_nats = nn.Parameter(torch.zeros(())) if nats else None
 
     @property
-    def sharpness(self) -> Tensor | float:
-        """What scores are multiplied by before the softmax."""
-        return 1.0 if self.log_sharpness is None else self.log_sharpness.exp()
+    def nats(self) -> Tensor | float:
+        """What a sum of scores is multiplied by to predict a loss."""
+        return 1.0 if self.log_nats is None else self.log_nats.exp()
 
     def forward(self, question_BW: Tensor) -> Tensor:
         """[B, 2]: low and high."""

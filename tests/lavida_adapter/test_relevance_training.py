@@ -1,5 +1,6 @@
 """Training of a relevance head: what a step sees against single forward passes, shards, resuming, a LoRA beside it."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,15 @@ def test_membership_leaves_synthesised_and_unused_slots_out() -> None:
 def test_objectives_are_sums_of_their_parts() -> None:
     stage = module("joint")
     part = seen(stage.model, stage.learned, draw(0))[0]
-    assert stage.odds is not None
-    shares = subset_shares(part.score_BN, part.member_BMN, part.competing_BN, stage.odds.sharpness)
+    assert stage.odds is not None and stage.odds.log_nats is not None
+    stage.odds.log_nats.data.fill_(0.7)
+    shares = subset_shares(part.score_BN, part.member_BMN, part.competing_BN)
     mil = mil_loss(shares, part.loss_BM, stage.odds(part.asked_BW))
-    regression = regression_loss(subset_sums(part.score_BN, part.member_BMN), part.loss_BM)
-    for loss, expected in (("subset_mil", mil), ("subset_regression", regression), ("joint", mil + 0.1 * regression)):
+    sum_BM = subset_sums(part.score_BN, part.member_BMN)
+    regression, in_nats = (regression_loss(scale * sum_BM, part.loss_BM) for scale in (1.0, math.exp(0.7)))
+    for loss, expected in (("subset_mil", mil), ("subset_regression", regression), ("joint", mil + 0.1 * in_nats)):
         odds = None if loss == "subset_regression" else stage.odds
-        assert torch.equal(subset_loss(part, SubsetConfig(loss=loss), odds), expected)
+        assert subset_loss(part, SubsetConfig(loss=loss), odds).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["subset_regression", "subset_mil", "joint", "straight_through"])
