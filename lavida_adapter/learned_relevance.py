@@ -71,7 +71,7 @@ class Learned:
             return question_vector(words, self._mean_word(context.embedding.weight))
 
     def fresh(self, model: LavidaModules, options: Mapping[str, Any]) -> RelevanceHead:
-        """An untrained head for a model, which this provider uses from now on; `options`: rank, hidden, question."""
+        """An untrained head for a model, which this provider uses from now on; `options`: hidden, question."""
         config = model.config
         self._head = RelevanceHead(
             states=config.vision.hidden_size, words=config.lm.d_model, base=self.base is not None, **options

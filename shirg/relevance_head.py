@@ -2,7 +2,7 @@
 
 It has no access to a model: states, words and a base relevance come in, scores go out.
 
-Shape letters: B prompts, N source tokens, Q question tokens, D state width, W word width, R rank, H hidden width.
+Shape letters: B prompts, N source tokens, Q question tokens, D state width, W word width, H hidden width.
 """
 
 import math
@@ -17,20 +17,24 @@ from shirg.validation import UserError
 
 FIRST_GAIN = 0.1
 """Of the base relevance in an untrained head: small beside what is learned, since a ranking has no scale."""
+STEP = 512.0
+"""Over D sqrt(W), it makes a step of Adam move a score by about as much at every width: by at most STEP x the rate."""
 FLAT = 1e-6
 """A channel with a smaller standard deviation counts as one of this."""
 
 
 class RelevanceHead(nn.Module):
-    """score_i = gain z(base_i) + <A x_i, B q> / sqrt(rank) + MLP(x_i), of standardised encoder states x_i.
+    """score_i = gain z(base_i) + STEP x_i^T M q / (D sqrt(W)) + MLP(x_i), of standardised encoder states x_i.
 
-    It starts as the base alone: B and the last layer of the MLP are zero. What it has not learned, such as a word that
+    It starts as the base alone: M and the last layer of the MLP are zero. What it has not learned, such as a word that
     training never showed, so keeps the base's ranking, as far as what it has learned does not outweigh it.
+
+    M is a whole matrix. As a product of two thin ones it costs more at selection, and does not learn most of the words
+    where the base knows none (docs/results/learned/decisions.md).
 
     Args:
         states: width of the encoder states.
         words: width of the word embeddings.
-        rank: of the product of state and question; it is not used without `question`.
         hidden: width of the MLP's hidden layer, which sees the picture alone.
         question: whether the question is read.
         base: whether there is a relevance that the head corrects.
@@ -39,26 +43,21 @@ class RelevanceHead(nn.Module):
     mean_D: Tensor
     std_D: Tensor
 
-    def __init__(
-        self, *, states: int, words: int, rank: int = 32, hidden: int = 32, question: bool = True, base: bool = True
-    ) -> None:
+    def __init__(self, *, states: int, words: int, hidden: int = 32, question: bool = True, base: bool = True) -> None:
         super().__init__()
-        for name, value in {"states": states, "words": words, "rank": rank, "hidden": hidden}.items():
+        for name, value in {"states": states, "words": words, "hidden": hidden}.items():
             if type(value) is not int or not 0 < value <= 65_536:
                 raise UserError(f"head.{name}={value!r:.40}: give a whole number from 1 to 65,536")
         for name, flag in {"question": question, "base": base}.items():
             if type(flag) is not bool:
                 raise UserError(f"head.{name}={flag!r:.40}: give true or false")
-        self.options = {"states": states, "words": words, "rank": rank, "hidden": hidden}
-        self.options |= {"question": question, "base": base}
+        self.options = {"states": states, "words": words, "hidden": hidden, "question": question, "base": base}
         self.reads_question, self.has_base = question, base
         self.first = nn.Linear(states, hidden)
         self.last = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.last.weight)
         if question:
-            self.of_state = nn.Linear(states, rank, bias=False)
-            self.of_question = nn.Linear(words, rank, bias=False)
-            nn.init.zeros_(self.of_question.weight)
+            self.match_DW = nn.Parameter(torch.zeros(states, words))
         if base:
             self.gain = nn.Parameter(torch.tensor(FIRST_GAIN))
         self.register_buffer("mean_D", torch.zeros(states))
@@ -77,18 +76,15 @@ class RelevanceHead(nn.Module):
 
         `question_BW`: `question_vector` of each prompt; `base_BN`: the relevance that is corrected.
         """
-        learned = [self.first.weight, *([self.of_state.weight] if self.reads_question else [])]
-        # The states are standardised inside the weights: at true size this saves three passes over all tokens.
-        weight_XD = torch.cat(learned) / self.std_D
-        bias_X = F.pad(self.first.bias, (0, len(weight_XD) - len(self.first.bias))) - weight_XD @ self.mean_D
-        both_BNX = F.linear(states_BND.float(), weight_XD, bias_X)
-        hidden = self.first.out_features
-        score_BN: Tensor = self.last(F.gelu(both_BNX[..., :hidden]))[..., 0]
+        # The states are standardised inside the weights: at true size this saves passes over all tokens.
+        states_BND, weight_HD = states_BND.float(), self.first.weight / self.std_D
+        hidden_BNH = F.linear(states_BND, weight_HD, self.first.bias - weight_HD @ self.mean_D)
+        score_BN: Tensor = self.last(F.gelu(hidden_BNH))[..., 0]
         if self.reads_question:
             assert question_BW is not None
-            asked_BR1 = self.of_question(question_BW.float())[..., None]
-            rank = self.of_state.out_features
-            score_BN = score_BN + (both_BNX[..., hidden:] @ asked_BR1)[..., 0] / math.sqrt(rank)
+            d, w = self.match_DW.shape
+            asked_BD = F.linear(question_BW.float(), self.match_DW) / self.std_D * (STEP / (d * math.sqrt(w)))
+            score_BN = score_BN + (states_BND @ asked_BD[..., None])[..., 0] - asked_BD @ self.mean_D[:, None]
         if self.has_base:
             assert base_BN is not None
             score_BN = score_BN + self.gain * standardised(base_BN, valid_BN)

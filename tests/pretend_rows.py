@@ -114,7 +114,7 @@ def learned() -> Learned:
     """A head on top of lm_embed; it is made on the CPU, as weights are that are loaded."""
     provider = Learned(base=LmEmbed())
     with torch.random.fork_rng():
-        provider.fresh(tiny_model(vision={"image_size": VIEW}, image_grid_pinpoints=CANVASES), {"rank": 3, "hidden": 4})
+        provider.fresh(tiny_model(vision={"image_size": VIEW}, image_grid_pinpoints=CANVASES), {"hidden": 4})
     return provider
 
 

@@ -57,7 +57,7 @@ def measure_encoding(bench: Bench) -> None:
     base, learned = bench.model.config.budgets["base"], Learned(base=LmEmbed())
     head = learned.fresh(bench.model, HEAD)
     with torch.no_grad():
-        for p in (head.last.weight, head.of_question.weight):  # they start at zero, which a multiplication may use
+        for p in (head.last.weight, head.match_DW):  # they start at zero, which a multiplication may use
             p.normal_(std=0.1)
     head.eval().requires_grad_(False)
     systems: dict[str, tuple[Selector, Relevance | None]] = {

@@ -21,7 +21,7 @@ from tests.refusals import assert_says, message_of
 
 def trained(model: Lavida, base: Relevance | None = None, **options: Any) -> Learned:
     learned = Learned(base=base)
-    head = learned.fresh(model, {"rank": 3, "hidden": 4} | options)
+    head = learned.fresh(model, {"hidden": 4} | options)
     with torch.no_grad():
         for i, p in enumerate(head.parameters()):
             p.copy_(noise(*p.shape, seed=40 + i) if p.ndim else torch.tensor(0.7))
@@ -94,16 +94,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn": (lambda folder: (folder / WEIGHTS).write_bytes(b"{"), "cannot be read ... train it again"),
     "no JSON": (lambda folder: (folder / META).write_text("["), "cannot be read"),
     "no mapping": (lambda folder: (folder / META).write_text("[1]"), "cannot be read"),
-    "no sizes": (meta(head={"rank": 3}), "relevance.json lacks sizes"),
+    "no sizes": (meta(head={"hidden": 3}), "relevance.json lacks sizes"),
     "strange option": (
         meta(head={"states": 16, "words": 32, "rnk": 3}),
         "cannot be read ... unexpected keyword argument 'rnk'",
     ),
-    "huge": (meta(head={"states": 16, "words": 32, "rank": 10**9}), "head.rank=1000000000: give a whole number"),
-    "NaN": (tensor(lambda t: t["of_state.weight"].fill_(float("nan"))), "has NaN, infinity ... in of_state.weight"),
+    "huge": (meta(head={"states": 16, "words": 32, "hidden": 10**9}), "head.hidden=1000000000: give a whole number"),
+    "NaN": (tensor(lambda t: t["match_DW"].fill_(float("nan"))), "has NaN, infinity ... in match_DW"),
     "whole numbers": (tensor(lambda t: t.update(mean_D=t["mean_D"].long())), "whole numbers in mean_D"),
     "another width": (
-        meta(head={"states": 17, "words": 32, "rank": 3, "hidden": 4, "question": True, "base": False}),
+        meta(head={"states": 17, "words": 32, "hidden": 4, "question": True, "base": False}),
         "are not those of a head for states of width 16 and words of width 32",
     ),
     "a tensor less": (tensor(lambda t: t.pop("std_D")), "are not those of a head"),

@@ -40,7 +40,7 @@ def module(loss: Any, lora: LoraConfig | None = None, seed: int = 7, **options: 
         model.requires_grad_(False)
         if lora is not None:
             add_lora(model, lora, chosen)
-        learned.fresh(model, {"rank": 3, "hidden": 4})
+        learned.fresh(model, {"hidden": 4})
     subsets = SubsetConfig(loss=loss, per_question=3, **options)
     return RelevanceTraining(model, chosen, learned, OBJECTIVE, OPTIM, seed, subsets=subsets)
 
@@ -59,7 +59,7 @@ def one(batch: TrainBatch, i: int) -> TrainBatch:
 def test_losses_are_those_of_the_subsets_one_by_one(family: str) -> None:
     model, batch = tiny_model(lm={"family": family}), draw(0)
     learned = Learned(base=LmEmbed())
-    learned.fresh(model, {"rank": 3, "hidden": 4})
+    learned.fresh(model, {"hidden": 4})
     found = seen(model, learned, batch)
     by_question = {round(float(loss), 5) for part in found for loss in part.loss_BM.flatten()}
     assert len(found) == 2, "two canvases"
@@ -161,7 +161,7 @@ def test_refusals(wrong: dict[str, Any], said: str) -> None:
 
 def test_a_selector_that_ranks_by_no_relevance_is_refused() -> None:
     model, learned = tiny_model(), Learned()
-    learned.fresh(model, {"rank": 3, "hidden": 4})
+    learned.fresh(model, {"hidden": 4})
     build = partial(
         RelevanceTraining, model, Saint(budget=9), learned, OBJECTIVE, OPTIM, 0, subsets=SubsetConfig(loss="joint")
     )

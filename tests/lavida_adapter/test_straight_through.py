@@ -23,7 +23,7 @@ WEIGHTS = {"similarity": 1.0, "neighbour": 0.0, "crop": 0.0}
 
 def trained_head(model: Lavida) -> Learned:
     learned = Learned(base=LmEmbed())
-    head = learned.fresh(model, {"rank": 3, "hidden": 4})
+    head = learned.fresh(model, {"hidden": 4})
     with torch.no_grad():
         for i, p in enumerate(head.parameters()):
             p.copy_(0.3 * noise(*p.shape, seed=40 + i) if p.ndim else torch.tensor(0.7))

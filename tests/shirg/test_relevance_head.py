@@ -21,7 +21,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def trained_head(**options: Any) -> RelevanceHead:
     """A head whose parameters are all random, with statistics of its own."""
-    head = RelevanceHead(**{"states": D, "words": W, "rank": 3, "hidden": 4, **options})
+    head = RelevanceHead(**{"states": D, "words": W, "hidden": 4, **options})
     with torch.no_grad():
         for i, p in enumerate(head.parameters()):
             p.copy_(drawn(*p.shape, seed=10 + i))
@@ -42,7 +42,7 @@ def test_against_the_formula_written_out(question: bool, base: bool) -> None:
             state = (x[b, n] - head.mean_D) / head.std_D
             expected = head.last.weight[0] @ F.gelu(head.first.weight @ state + head.first.bias)
             if question:
-                expected = expected + (head.of_state.weight @ state) @ (head.of_question.weight @ q[b]) / math.sqrt(3)
+                expected = expected + 512 * state @ head.match_DW @ q[b] / (D * math.sqrt(W))
             if base:
                 there = r[b][valid[b]]
                 expected = expected + head.gain * (r[b, n] - there.mean()) / there.std(correction=0)
@@ -80,7 +80,7 @@ def test_statistics_are_those_of_the_states() -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"rank": 0}, "head.rank=0: give a whole number from 1 to 65,536"),
+        ({"hidden": 0}, "head.hidden=0: give a whole number from 1 to 65,536"),
         ({"states": 2.5}, "head.states=2.5: give a whole number"),
         ({"hidden": 10**9}, "head.hidden=1000000000: give a whole number"),
         ({"question": "no"}, "head.question='no': give true or false"),
