@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from shirg.similarity import SHORTEST
 from shirg.validation import UserError
 
-FIRST_GAIN = 0.1
-"""Of the base relevance in an untrained head: small beside what is learned, since a ranking has no scale."""
+PACE = 16.0
+"""The gain of the base relevance is this times its parameter, and so adapts before the rest has learned much: it grows
+where the base is right, which keeps the words that training never shows, and vanishes where it is noise."""
 STEP = 512.0
 """Over D sqrt(W), it makes a step of Adam move a score by about as much at every width: by at most STEP x the rate."""
 FLAT = 1e-6
@@ -24,7 +25,7 @@ FLAT = 1e-6
 
 
 class RelevanceHead(nn.Module):
-    """score_i = gain z(base_i) + STEP x_i^T M q / (D sqrt(W)) + MLP(x_i), of standardised encoder states x_i.
+    """score_i = PACE gain z(base_i) + STEP x_i^T M q / (D sqrt(W)) + MLP(x_i), of standardised encoder states x_i.
 
     It starts as the base alone: M and the last layer of the MLP are zero. What it has not learned, such as a word that
     training never showed, so keeps the base's ranking, as far as what it has learned does not outweigh it.
@@ -59,7 +60,7 @@ class RelevanceHead(nn.Module):
         if question:
             self.match_DW = nn.Parameter(torch.zeros(states, words))
         if base:
-            self.gain = nn.Parameter(torch.tensor(FIRST_GAIN))
+            self.gain = nn.Parameter(torch.tensor(1 / PACE))
         self.register_buffer("mean_D", torch.zeros(states))
         self.register_buffer("std_D", torch.ones(states))
 
@@ -87,7 +88,7 @@ class RelevanceHead(nn.Module):
             score_BN = score_BN + (states_BND @ asked_BD[..., None])[..., 0] - asked_BD @ self.mean_D[:, None]
         if self.has_base:
             assert base_BN is not None
-            score_BN = score_BN + self.gain * standardised(base_BN, valid_BN)
+            score_BN = score_BN + PACE * self.gain * standardised(base_BN, valid_BN)
         return score_BN
 
 

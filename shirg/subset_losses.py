@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FIRST_NATS = 0.05
+"""What a score is worth at first: about 2 nats between a right and a wrong answer, and scores that differ by tens."""
 LEAST = 1e-4
 """Probabilities are kept this far from 0 and 1."""
 
@@ -64,7 +66,7 @@ class Odds(nn.Module):
         with torch.no_grad():
             self.linear.weight.zero_()
             self.linear.bias.copy_(torch.tensor([-2.0, 2.0]))  # low 0.12, high 0.89
-        self.log_nats = nn.Parameter(torch.zeros(())) if nats else None
+        self.log_nats = nn.Parameter(torch.tensor(FIRST_NATS).log()) if nats else None
 
     @property
     def nats(self) -> Tensor | float:

@@ -45,7 +45,7 @@ def test_against_the_formula_written_out(question: bool, base: bool) -> None:
                 expected = expected + 512 * state @ head.match_DW @ q[b] / (D * math.sqrt(W))
             if base:
                 there = r[b][valid[b]]
-                expected = expected + head.gain * (r[b, n] - there.mean()) / there.std(correction=0)
+                expected = expected + 16 * head.gain * (r[b, n] - there.mean()) / there.std(correction=0)
             assert found[b, n].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
 
 
