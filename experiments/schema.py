@@ -145,7 +145,6 @@ class Subsets:
 class Head:
     """Options of `shirg.relevance_head.RelevanceHead` that the model does not decide."""
 
-    rank: int = 32
     hidden: int = 32
     question: bool = True
 
