@@ -95,7 +95,7 @@ tiny: setup
 
 # One adapter for each selector, all for the same steps from the same base; `mixed` is trained on five budgets in turn.
 ADAPT = $(TRAIN) data=synth_mix_train lora=$(MODEL:tiny_untied=tiny) model.path=$(TINY)/base weights=$(TINY)/base/adapters
-adapters: $(addprefix adapter-,pooled full random shirg saint topv mixed)
+adapters: $(addprefix adapter-,pooled full random shirg saint topv llava_scissor mixed)
 adapter-%: setup
 	$(ADAPT)/$* selector=$*
 adapter-mixed: setup
