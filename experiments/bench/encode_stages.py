@@ -20,8 +20,8 @@ from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import StageTimer
 from shirg import Selector, ShirgSelector
 
-HEAD = {"rank": 64, "hidden": 64}
-"""Of a learned relevance at LaViDa's width: 409,729 parameters."""
+HEAD = {"hidden": 64}
+"""Of a learned relevance at LaViDa's width: 4,792,449 parameters."""
 WEIGHTS = {"similarity": 1.0, "neighbour": 0.0, "crop": 0.0}
 """Of conf/selector/shirg_learned.yaml."""
 
