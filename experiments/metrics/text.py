@@ -5,7 +5,6 @@ Each is a function of one prediction and its references, with a class that gives
 
 import re
 from collections.abc import Sequence
-from operator import eq
 from typing import Literal
 
 from rapidfuzz.distance import Levenshtein
@@ -169,15 +168,17 @@ class SquadExactMatch(TextMetric):
 
 
 def word_accuracy(*, prediction: str, references: Sequence[str]) -> float | None:
-    """Share of a reference's words that the prediction has at the same place, of the nearest one; None without any."""
+    """1 - edit distance of the words / the larger number of words, of the nearest reference; None without any.
+
+    A word that is left out costs one word, and not the place of all that follow.
+    """
     said = fold_case(prediction).split()
     wanted = [fold_case(reference).split() for reference in references]
-    shares = [sum(map(eq, said, words)) / max(len(said), len(words), 1) for words in wanted]
-    return max(shares, default=None)
+    return max((Levenshtein.normalized_similarity(said, words) if words else 0.0 for words in wanted), default=None)
 
 
 class WordAccuracy(TextMetric):
-    """Share of the words of an answer that are right at their place; too many words count as wrong ones."""
+    """1 - edit distance of the words / the larger number of words: wrong, missing and additional words count once."""
 
     def compare(self, prediction: str, references: Sequence[str]) -> float | None:
         return word_accuracy(prediction=prediction, references=references)

@@ -111,6 +111,7 @@ def test_entity_match(prediction: str, reference: str, score: float) -> None:
         ("7 3 0", "7 0 3", 1 / 3),  # a place counts, unlike in token F1
         ("7 0", "7 0 3", 2 / 3),
         ("7 0 3 9", "7 0 3", 3 / 4),
+        ("0   3", "7 0 3", 2 / 3),  # what is left out does not shift the rest
         ("Red  blue", "red blue", 1),
         ("", "red blue", 0),
         ("", "", 0),
