@@ -25,7 +25,15 @@ from lavida_adapter.straight_through import competing, straight_through_loss
 from lavida_adapter.timing import NoTimer
 from shirg import Selection, Selector, Source, UserError, VisionFeatures, send
 from shirg.relevance_head import standardised
-from shirg.subset_losses import Odds, gumbel, mil_loss, regression_loss, subset_shares, subset_sums
+from shirg.subset_losses import (
+    Odds,
+    answer_probabilities,
+    gumbel,
+    mil_loss,
+    regression_loss,
+    subset_shares,
+    subset_sums,
+)
 
 SubsetLoss = Literal["subset_regression", "subset_mil", "joint", "straight_through"]
 
@@ -41,7 +49,7 @@ class SubsetConfig:
     """At the last step, how much a token's standardised score counts beside Gumbel noise; from 0 along a line."""
     explore: float = 0.25
     """Share of the steps, at the start, without a tilt."""
-    regression: float = 0.1
+    regression: float = 0.2
     """Weight of the regression in "joint"."""
     softness: float = 0.5
     """For "straight_through": standard deviations of the score over which membership fades in the backward pass."""
@@ -177,7 +185,7 @@ class RelevanceTraining(LavidaModule):
         """Whether a LoRA is trained, too."""
         self.relevance_head = learned.head
         uses_odds = subsets.loss in ("subset_mil", "joint")
-        odds = Odds(words=model.config.lm.d_model, nats=subsets.loss == "joint") if uses_odds else None
+        odds = Odds(words=model.config.lm.d_model) if uses_odds else None
         self.odds = None if odds is None else odds.to(model.device)
 
     def loss(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
@@ -210,12 +218,12 @@ class RelevanceTraining(LavidaModule):
 
 def subset_loss(seen: Seen, config: SubsetConfig, odds: Odds | None) -> Tensor:
     """The loss of the head for what a step saw; `odds` belong to "subset_mil" and "joint"."""
-    loss = torch.zeros((), device=seen.loss_BM.device)
-    if odds is not None:
-        share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN)
-        loss = loss + mil_loss(share_BM, seen.loss_BM, odds(seen.asked_BW))
-    if config.loss in ("subset_regression", "joint"):
-        weight = config.regression if config.loss == "joint" else 1.0
-        nats = 1.0 if odds is None else odds.nats
-        loss = loss + weight * regression_loss(nats * subset_sums(seen.score_BN, seen.member_BMN), seen.loss_BM)
+    if odds is None:
+        return regression_loss(subset_sums(seen.score_BN, seen.member_BMN), seen.loss_BM)
+    share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN)
+    p_BM = answer_probabilities(share_BM, odds(seen.asked_BW))
+    loss = mil_loss(p_BM, seen.loss_BM)
+    if config.loss == "joint":
+        # Where an answer is rarely probable, its probability hardly differs between subsets, but its logarithm does.
+        loss = loss + config.regression * regression_loss(p_BM.log(), seen.loss_BM)
     return loss

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FIRST_NATS = 0.05
-"""What a score is worth at first: about 2 nats between a right and a wrong answer, and scores that differ by tens."""
 LEAST = 1e-4
 """Probabilities are kept this far from 0 and 1."""
 
@@ -26,52 +24,47 @@ def subset_shares(score_BN: Tensor, member_BMN: Tensor, competing_BN: Tensor) ->
     return (share_BN[:, None] * member_BMN).sum(-1)
 
 
-def regression_loss(sum_BM: Tensor, loss_BM: Tensor) -> Tensor:
-    """Mean squared error of the summed scores as a prediction of minus the loss, both centred over the M subsets.
-
-    Only the differences between subsets of one question count: how hard the question is drops out.
-    """
-    predicted_BM = sum_BM - sum_BM.mean(-1, keepdim=True)
-    observed_BM = loss_BM.mean(-1, keepdim=True) - loss_BM
-    return (predicted_BM - observed_BM).square().mean()
-
-
-def mil_loss(share_BM: Tensor, loss_BM: Tensor, odds_B2: Tensor) -> Tensor:
-    """Binary cross entropy between p = low + (high - low) share and the probability exp(-loss) of the answer.
+def answer_probabilities(share_BM: Tensor, odds_B2: Tensor) -> Tensor:
+    """[B, M]: low + (high - low) share, how probable the answer is with each subset.
 
     A question is answered well where the subset holds the tokens that the scores point at, a form of multiple-instance
     learning. `odds_B2`: low and high, the probabilities without and with all of them.
     """
     low_B1, high_B1 = odds_B2[:, :1], odds_B2[:, 1:]
-    p_BM = (low_B1 + (high_B1 - low_B1) * share_BM).clamp(LEAST, 1 - LEAST)
-    observed_BM = (-loss_BM).exp().clamp(0, 1)
-    return F.binary_cross_entropy(p_BM, observed_BM)
+    return (low_B1 + (high_B1 - low_B1) * share_BM).clamp(LEAST, 1 - LEAST)
+
+
+def regression_loss(log_p_BM: Tensor, loss_BM: Tensor) -> Tensor:
+    """Mean squared error of a prediction of minus the loss, both centred over the M subsets.
+
+    Only the differences between subsets of one question count: how hard the question is drops out. What predicts are
+    summed scores, or the logarithm of `answer_probabilities`.
+    """
+    predicted_BM = log_p_BM - log_p_BM.mean(-1, keepdim=True)
+    observed_BM = loss_BM.mean(-1, keepdim=True) - loss_BM
+    return (predicted_BM - observed_BM).square().mean()
+
+
+def mil_loss(p_BM: Tensor, loss_BM: Tensor) -> Tensor:
+    """Binary cross entropy between `answer_probabilities` and the observed exp(-loss)."""
+    return F.binary_cross_entropy(p_BM, (-loss_BM).exp().clamp(0, 1))
 
 
 class Odds(nn.Module):
     """How probable a question's answer is without and with its tokens: low < high, from the question alone.
 
-    Trained beside a head by `mil_loss`, and not needed after that.
+    Trained beside a head, and not needed after that.
 
     Args:
         words: width of a question vector.
-        nats: whether it also holds how many nats a score is worth, for the regression that is fitted beside it. A
-            loss has another scale than a softmax needs: with one for both, the scores would be too flat for a selector
-            that reads how sure they are.
     """
 
-    def __init__(self, *, words: int, nats: bool = False) -> None:
+    def __init__(self, *, words: int) -> None:
         super().__init__()
         self.linear = nn.Linear(words, 2)
         with torch.no_grad():
             self.linear.weight.zero_()
             self.linear.bias.copy_(torch.tensor([-2.0, 2.0]))  # low 0.12, high 0.89
-        self.log_nats = nn.Parameter(torch.tensor(FIRST_NATS).log()) if nats else None
-
-    @property
-    def nats(self) -> Tensor | float:
-        """What a sum of scores is multiplied by to predict a loss."""
-        return 1.0 if self.log_nats is None else self.log_nats.exp()
 
     def forward(self, question_BW: Tensor) -> Tensor:
         """[B, 2]: low and high."""

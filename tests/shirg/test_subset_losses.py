@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from shirg.subset_losses import Odds, gumbel, mil_loss, regression_loss, subset_shares, subset_sums
+from shirg.subset_losses import (
+    Odds,
+    answer_probabilities,
+    gumbel,
+    mil_loss,
+    regression_loss,
+    subset_shares,
+    subset_sums,
+)
 
 B, M, N = 3, 4, 6
 
@@ -51,7 +59,23 @@ def test_mil_against_a_loop() -> None:
         for m in range(M):
             p, seen = low + (high - low) * shares[b, m].item(), math.exp(-LOSS[b, m].item())
             total -= (seen * math.log(p) + (1 - seen) * math.log(1 - p)) / (B * M)
-    assert mil_loss(shares, LOSS, ODDS).item() == pytest.approx(total)
+    p_BM = answer_probabilities(shares, ODDS)
+    assert mil_loss(p_BM, LOSS).item() == pytest.approx(total)
+
+
+def test_the_logarithm_tells_subsets_apart_where_the_answer_is_never_probable() -> None:
+    """A model that gives an answer 2 % with its token and 0.2 % without: the logarithm differs by 2.3."""
+    member = torch.eye(4, dtype=torch.bool)[None]
+    loss = -torch.tensor([[0.02, 0.002, 0.002, 0.002]], dtype=torch.float64).log()
+    pulls = []
+    for by_log in (False, True):
+        score = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+        share = subset_shares(score, member, torch.ones(1, 4, dtype=torch.bool))
+        p = answer_probabilities(share, torch.tensor([[0.002, 0.02]], dtype=torch.float64))
+        (0.2 * regression_loss(p.log(), loss) if by_log else mil_loss(p, loss)).backward()
+        assert score.grad is not None and score.grad.argmin().item() == 0  # both raise the right one
+        pulls.append(-score.grad[0, 0].item())
+    assert pulls[1] > 10 * pulls[0]
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -59,7 +83,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
         return regression_loss(subset_sums(score_BN, MEMBER), LOSS)
 
     def mil(score_BN: Tensor, odds_B2: Tensor) -> Tensor:
-        return mil_loss(subset_shares(score_BN, MEMBER, COMPETING), LOSS, odds_B2)
+        p_BM = answer_probabilities(subset_shares(score_BN, MEMBER, COMPETING), odds_B2)
+        return mil_loss(p_BM, LOSS) + regression_loss(p_BM.log(), LOSS)
 
     score, odds = SCORE.clone().requires_grad_(), ODDS.clone().requires_grad_()
     assert torch.autograd.gradcheck(regression, (score,)) and torch.autograd.gradcheck(mil, (score, odds))
