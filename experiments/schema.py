@@ -137,7 +137,7 @@ class Subsets:
     per_question: int = 4
     explore: float = 0.25
     tilt: float = 0.0
-    regression: float = 0.1
+    regression: float = 0.2
     softness: float = 0.5
 
 
