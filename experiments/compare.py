@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from experiments.analysis.columns import Cell, delta_cell
-from experiments.analysis.paired import column, deltas, plainness
+from experiments.analysis.paired import Part, column, deltas, plainness
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import holm
 from experiments.analysis.system_names import labels
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "words", nargs="+", metavar="STUDY | GROUP=OPTION", help="folders of studies, and the choice to compare with"
     )
+    parser.add_argument("--subsets", action="store_true", help="divide the questions by density, too")
     parser.add_argument("--wide", action="store_true", help="print every column, as a Markdown table")
     parsed = parser.parse_args(arguments)
     choices = [word for word in parsed.words if "=" in word and not Path(word).is_dir()]
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
         fail("give a study and a choice, as outputs/decode decode=parity, or two studies; --help says more")
     group, _, option = choices[0].partition("=") if choices else (STUDY, "", names_of(studies)[0])
     with one_sentence():
-        found = compare(studies, group, option)
+        found = compare(studies, group, option, "subset" if parsed.subsets else "group")
         if parsed.wide:
             frame = table_of(found, group)
             print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
@@ -84,7 +85,7 @@ def names_of(studies: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(study) for study in studies]
 
 
-def compare(studies: Sequence[Path], group: str, option: str) -> list[Compared]:
+def compare(studies: Sequence[Path], group: str, option: str, part: Part = "group") -> list[Compared]:
     """One entry for each system: in each block of comparable systems the compared-with one is first.
 
     Raises:
@@ -122,16 +123,17 @@ def compare(studies: Sequence[Path], group: str, option: str) -> list[Compared]:
                 f"no system of {studies[1]} has the config and the questions of one of {studies[0]}: "
                 "give a choice, as selector=pooled"
             )
-    metric_groups = _groups(done)
+    metric_groups = _groups(done, part)
     found = []
     for base, others in track(blocks, "comparing", console=Console(stderr=True), transient=True):
-        differences = [deltas(s, base, option) for s in others]
+        differences = [deltas(s, base, option, part=part) for s in others]
         for key in (column(name, option) for name in metric_groups):
             rows = [row for row in differences if f"{key} p" in row]
             for row, adjusted in zip(rows, holm([row[f"{key} p"] for row in rows]), strict=True):
                 row[f"{key} p holm"] = adjusted
         for system, row in zip([base, *others], [{}, *differences], strict=True):
-            found.append(Compared(labels_of[system], choice_of[system], _cells(system, row, metric_groups, option)))
+            cells = _cells(system, row, metric_groups, option, part)
+            found.append(Compared(labels_of[system], choice_of[system], cells))
     return found
 
 
@@ -158,10 +160,10 @@ def print_fitting(found: Sequence[Compared], group: str) -> None:
         print(f"{len(hidden)} more columns with --wide")
 
 
-def _groups(systems: Iterable[RunGroup]) -> list[str]:
-    """Groups of questions in the systems' data; "" means questions without a group."""
+def _groups(systems: Iterable[RunGroup], part: Part) -> list[str]:
+    """Groups or subsets of questions in the systems' data; "" means questions without a group."""
     scores = (system.scores(system.result["quality"]["metric"])[0] for system in systems)
-    return list(dict.fromkeys(score.group for table in scores for score in table.values()))
+    return list(dict.fromkeys(getattr(score, part) for table in scores for score in table.values()))
 
 
 def _choice(result: Result, group: str) -> str:
@@ -184,11 +186,11 @@ def _rest(system: RunGroup, group: str) -> str:
     return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 
 
-def _cells(system: RunGroup, differences: Row, groups: Sequence[str], option: str) -> dict[str, Cell]:
+def _cells(system: RunGroup, differences: Row, groups: Sequence[str], option: str, part: Part) -> dict[str, Cell]:
     scores = system.scores(system.result["quality"]["metric"])
     cells = {}
     for name in groups:
-        parts = [[score.value for score in seed.values() if score.group == name] for seed in scores]
+        parts = [[score.value for score in seed.values() if getattr(score, part) == name] for seed in scores]
         cells[name or "score"] = Cell(f"{100 * fmean(map(fmean, parts)):.1f}") if all(parts) else Cell()
         cells[f"{name or 'score'}, against {option}"] = delta_cell(
             differences, column(name, option).removeprefix("delta ")

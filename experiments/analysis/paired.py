@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from operator import attrgetter
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from experiments.jobs.results import SAMPLES
 from experiments.jobs.sample_facts import compare_facts, describe
 from experiments.jobs.sample_rows import Score, read_facts
 
+Part = Literal["group", "subset"]
+"""What questions are divided by: their group, or their group and their density."""
 ReadScores = Callable[[RunGroup, str], Sequence[dict[str, Score]]]
 """Reads the scores of each seed of a system by sample id."""
 BASELINE = "pooled"
@@ -164,21 +167,24 @@ def is_ablation(system: RunGroup) -> bool:
     return system.result["choices"].get("ablation", "none") != "none"
 
 
-def deltas(system: RunGroup, other: RunGroup, name: str, scores: ReadScores = RunGroup.scores) -> Row:
-    """Paired differences over all samples and within each group of questions."""
-    inputs = [system.stamps, other.stamps, name]
-    return system.memo.get("difference", inputs, lambda: _deltas(system, other, name, scores))
+def deltas(
+    system: RunGroup, other: RunGroup, name: str, scores: ReadScores = RunGroup.scores, part: Part = "group"
+) -> Row:
+    """Paired differences over all samples and within each group (or subset) of questions."""
+    inputs = [system.stamps, other.stamps, name, *([] if part == "group" else [part])]
+    return system.memo.get("difference", inputs, lambda: _deltas(system, other, name, scores, part))
 
 
-def _deltas(system: RunGroup, other: RunGroup, name: str, scores: ReadScores) -> Row:
+def _deltas(system: RunGroup, other: RunGroup, name: str, scores: ReadScores, part: Part) -> Row:
     metric = system.result["quality"]["metric"]
     pairs = _pair_seeds(system, other, system.scores(metric), scores(other, metric))
     if not pairs:
         return {}
     row: Row = {}
-    for group in ("", *dict.fromkeys(score.group for score in pairs[0][0].values() if score.group)):
+    of = attrgetter(part)
+    for group in ("", *dict.fromkeys(of(score) for score in pairs[0][0].values() if of(score))):
         parts = [
-            ({i: s for i, s in ours.items() if group in ("", s.group)}, {i: s.value for i, s in theirs.items()})
+            ({i: s for i, s in ours.items() if group in ("", of(s))}, {i: s.value for i, s in theirs.items()})
             for ours, theirs in pairs
         ]
         row |= {f"{column(group, name)} {key}": value for key, value in _difference(parts).items()}

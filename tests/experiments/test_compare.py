@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from experiments.analysis.paired import Part
 from experiments.compare import compare, main, table_of
+from experiments.jobs.sample_rows import read_scores
 from tests.experiments.planting import plant
 
 Eval = Callable[..., Path]
@@ -32,6 +35,22 @@ def test_one_choice_over_several_seeds(eval_here: Eval, capsys: pytest.CaptureFi
     ]
     assert head == list(pooled) and align[0].startswith(":-") and align[2].endswith("-:")
     assert rows == [list(pooled.values()), list(shirg.values())]
+
+
+def test_subsets_divide_the_groups(eval_here: Eval) -> None:
+    """Only hard questions gain: by group the gain is diluted, by subset it is seen where it is."""
+    few = ("data.n=96", "data.density=[sparse,hard]")
+    plant(eval_here("selector=pooled", *few), lambda _: False)
+    job = eval_here("selector=shirg", *few)
+    densities = [score.density for score in read_scores(job / "samples.parquet", "exact_match").values()]
+    plant(job, lambda i: densities[i] == "hard")
+    by_group, by_subset = (
+        table_of(compare([job.parent], "selector", "pooled", part), "selector") for part in get_args(Part)
+    )
+    assert by_group["fine, against pooled"][1].startswith("+50.0 [")
+    assert by_subset["fine hard, against pooled"][1].startswith("+100.0 [")
+    assert by_subset["fine sparse, against pooled"][1].startswith("+0.0 [")
+    assert "fine, against pooled" not in by_subset
 
 
 def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
