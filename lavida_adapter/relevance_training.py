@@ -23,6 +23,7 @@ from lavida_adapter.objective import ObjectiveConfig, Shard, Tally
 from lavida_adapter.relevance import RelevanceContext
 from lavida_adapter.straight_through import competing, straight_through_loss
 from lavida_adapter.timing import NoTimer
+from lavida_adapter.vision import in_own_dtype
 from shirg import Selection, Selector, Source, UserError, VisionFeatures, send
 from shirg.relevance_head import standardised
 from shirg.subset_losses import (
@@ -218,12 +219,15 @@ class RelevanceTraining(LavidaModule):
 
 def subset_loss(seen: Seen, config: SubsetConfig, odds: Odds | None) -> Tensor:
     """The loss of the head for what a step saw; `odds` belong to "subset_mil" and "joint"."""
-    if odds is None:
-        return regression_loss(subset_sums(seen.score_BN, seen.member_BMN), seen.loss_BM)
-    share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN)
-    p_BM = answer_probabilities(share_BM, odds(seen.asked_BW))
-    loss = mil_loss(p_BM, seen.loss_BM)
-    if config.loss == "joint":
-        # Where an answer is rarely probable, its probability hardly differs between subsets, but its logarithm does.
-        loss = loss + config.regression * regression_loss(p_BM.log(), seen.loss_BM)
-    return loss
+    # In float32: autocast would round the odds, and CUDA's refuses a cross entropy of probabilities.
+    with in_own_dtype(seen.loss_BM.device):
+        observed_BM = seen.loss_BM.float()
+        if odds is None:
+            return regression_loss(subset_sums(seen.score_BN, seen.member_BMN), observed_BM)
+        share_BM = subset_shares(seen.score_BN, seen.member_BMN, seen.competing_BN)
+        p_BM = answer_probabilities(share_BM, odds(seen.asked_BW))
+        loss = mil_loss(p_BM, observed_BM)
+        if config.loss == "joint":
+            # Where an answer is never probable, its probability differs little between subsets, and its logarithm does.
+            loss = loss + config.regression * regression_loss(p_BM.log(), observed_BM)
+        return loss

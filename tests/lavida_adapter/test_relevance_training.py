@@ -112,6 +112,37 @@ def test_objectives_are_sums_of_their_parts() -> None:
         assert subset_loss(part, SubsetConfig(loss=loss), odds).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["subset_regression", "subset_mil", "joint"])
+def test_autocast_does_not_reach_the_loss_of_the_head(loss: str) -> None:
+    """With a bfloat16 base it runs under autocast, where CUDA refuses a cross entropy of probabilities."""
+    stage = module(loss)
+    part, config = seen(stage.model, stage.learned, draw(0))[0], SubsetConfig(loss=loss)
+    if stage.odds is not None:
+        stage.odds.linear.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = subset_loss(part, config, stage.odds)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(subset_loss(part, config, stage.odds), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("loss", ["subset_regression", "subset_mil", "joint", "straight_through"])
+def test_a_head_learns_beside_a_bfloat16_base(loss: str, device: str) -> None:
+    """Its own numbers stay float32; under autocast no operation may be refused, which CUDA does and CPUs do not."""
+    stage = module(loss)
+    stage.model.to(device, torch.bfloat16)
+    stage.relevance_head.to(device)
+    if stage.odds is not None:
+        stage.odds.to(device)
+    before = stage.relevance_head.match_DW.detach().clone()
+    step = torch.optim.SGD(stage.relevance_head.parameters(), lr=0.1)
+    found = stage.loss(draw(0), torch.Generator().manual_seed(0))
+    found.backward()
+    step.step()
+    assert found.dtype == torch.float32 and bool(found.isfinite())
+    assert bool(stage.relevance_head.match_DW.isfinite().all())
+    assert not torch.equal(stage.relevance_head.match_DW, before)
+
+
 @pytest.mark.parametrize("loss", ["subset_regression", "subset_mil", "joint", "straight_through"])
 def test_a_resumed_run_ends_as_an_undisturbed_one(loss: str, tmp_path: Path) -> None:
     whole = module(loss)
