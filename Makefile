@@ -103,7 +103,7 @@ adapter-mixed: setup
 # The relevance heads of P2 and of its control that does not read the question, and the adapter on top of the first.
 heads: setup
 	$(TRAIN) stage=gate model.path=$(TINY)/base weights=$(TINY)/base/relevance
-	$(TRAIN) stage=gate head.question=false gate.recall_sparse=0 gate.recall_unseen=0 model.path=$(TINY)/base weights=$(TINY)/base/relevance_blind
+	$(TRAIN) stage=gate head.question=false relevance.base=null gate.recall_sparse=0 gate.recall_unseen=0 model.path=$(TINY)/base weights=$(TINY)/base/relevance_blind
 	$(ADAPT)/shirg_learned experiment=P2
 # For sweep=long_answers: one adapter for each of its systems, trained on lists, beside a copy of the base and its head.
 LISTS := outputs/$(MODEL)_lists_seed-$(SEED)/base
