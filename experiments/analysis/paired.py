@@ -171,7 +171,7 @@ def deltas(
     system: RunGroup, other: RunGroup, name: str, scores: ReadScores = RunGroup.scores, part: Part = "group"
 ) -> Row:
     """Paired differences over all samples and within each group (or subset) of questions."""
-    inputs = [system.stamps, other.stamps, name, *([] if part == "group" else [part])]
+    inputs = [system.stamps, other.stamps, name, part]
     return system.memo.get("difference", inputs, lambda: _deltas(system, other, name, scores, part))
 
 
