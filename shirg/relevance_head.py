@@ -37,7 +37,7 @@ class RelevanceHead(nn.Module):
         states: width of the encoder states.
         words: width of the word embeddings.
         hidden: width of the MLP's hidden layer, which sees the picture alone.
-        question: whether the question is read.
+        question: whether there is a matrix that reads the question; the base may read it in any case.
         base: whether there is a relevance that the head corrects.
     """
 
