@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 
-.PHONY: setup demo app test test-app lint gpu true-size tiny adapters heads lists ranks evidence clean
+.PHONY: setup demo app test test-app lint gpu true-size tiny adapters heads rivals lists ranks evidence clean
 
 setup: $(STAMP)
 
@@ -105,6 +105,13 @@ heads: setup
 	$(TRAIN) stage=gate model.path=$(TINY)/base weights=$(TINY)/base/relevance
 	$(TRAIN) stage=gate head.question=false relevance.base=null gate.recall_sparse=0 gate.recall_unseen=0 model.path=$(TINY)/base weights=$(TINY)/base/relevance_blind
 	$(ADAPT)/shirg_learned experiment=P2
+# The own adapters of P2's best rivals, each trained with the allocation that was best for it, for sweep=learned.
+rivals: setup
+	$(ADAPT)/cdpruner selector=cdpruner context=even
+	$(ADAPT)/shirg_div selector=shirg_div context=even context.evidence=0.25
+	$(ADAPT)/otprune selector=otprune
+	$(ADAPT)/divprune selector=divprune 'selector.budget=$${budget}'
+	$(ADAPT)/topv_own selector=topv_own 'selector.budget=$${budget}'
 # For sweep=long_answers: one adapter for each of its systems, trained on lists, beside a copy of the base and its head.
 LISTS := outputs/$(MODEL)_lists_seed-$(SEED)/base
 lists: $(addprefix list-,pooled full oracle random shirg llava_scissor shirg_learned)
@@ -126,7 +133,7 @@ BASES = $(subst $(space),$(comma),$(foreach seed,$(SEEDS),outputs/$(MODEL)_seed-
 EVAL = $(BIN)/python eval.py model.path=$(BASES) data.n=1152 threads=$(THREADS) resume=true
 GLYPHS = 'data.density=[sparse,dense,hard]'
 evidence: setup
-	for seed in $(SEEDS); do $(MAKE) tiny adapters heads lists ranks SEED=$$seed || exit 1; done
+	for seed in $(SEEDS); do $(MAKE) tiny adapters heads rivals lists ranks SEED=$$seed || exit 1; done
 	$(EVAL) sweep=main_table $(GLYPHS)
 	$(EVAL) sweep=equal_budget $(GLYPHS)
 	$(EVAL) sweep=budget_curve $(GLYPHS)
