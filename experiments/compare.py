@@ -63,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
         "words", nargs="+", metavar="STUDY | GROUP=OPTION", help="folders of studies, and the choice to compare with"
     )
     parser.add_argument("--subsets", action="store_true", help="divide the questions by density, too")
+    parser.add_argument("--seeds", action="store_true", help="the score of each training or seed, too")
     parser.add_argument("--wide", action="store_true", help="print every column, as a Markdown table")
     parsed = parser.parse_args(arguments)
     choices = [word for word in parsed.words if "=" in word and not Path(word).is_dir()]
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         fail("give a study and a choice, as outputs/decode decode=parity, or two studies; --help says more")
     group, _, option = choices[0].partition("=") if choices else (STUDY, "", names_of(studies)[0])
     with one_sentence():
-        found = compare(studies, group, option, "subset" if parsed.subsets else "group")
+        found = compare(studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds)
         if parsed.wide:
             frame = table_of(found, group)
             print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
@@ -85,8 +86,14 @@ def names_of(studies: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(study) for study in studies]
 
 
-def compare(studies: Sequence[Path], group: str, option: str, part: Part = "group") -> list[Compared]:
+def compare(
+    studies: Sequence[Path], group: str, option: str, part: Part = "group", by_seed: bool = False
+) -> list[Compared]:
     """One entry for each system: in each block of comparable systems the compared-with one is first.
+
+    Args:
+        part: what the questions are divided by.
+        by_seed: adds the mean score of each seed, in the order of the seeds.
 
     Raises:
         MissingFileError: for a folder without evaluated jobs.
@@ -132,7 +139,7 @@ def compare(studies: Sequence[Path], group: str, option: str, part: Part = "grou
             for row, adjusted in zip(rows, holm([row[f"{key} p"] for row in rows]), strict=True):
                 row[f"{key} p holm"] = adjusted
         for system, row in zip([base, *others], [{}, *differences], strict=True):
-            cells = _cells(system, row, metric_groups, option, part)
+            cells = _cells(system, row, metric_groups, option, part, by_seed)
             found.append(Compared(labels_of[system], choice_of[system], cells))
     return found
 
@@ -186,12 +193,17 @@ def _rest(system: RunGroup, group: str) -> str:
     return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 
 
-def _cells(system: RunGroup, differences: Row, groups: Sequence[str], option: str, part: Part) -> dict[str, Cell]:
+def _cells(
+    system: RunGroup, differences: Row, groups: Sequence[str], option: str, part: Part, by_seed: bool
+) -> dict[str, Cell]:
     scores = system.scores(system.result["quality"]["metric"])
     cells = {}
     for name in groups:
         parts = [[score.value for score in seed.values() if getattr(score, part) == name] for seed in scores]
-        cells[name or "score"] = Cell(f"{100 * fmean(map(fmean, parts)):.1f}") if all(parts) else Cell()
+        means = [100 * fmean(values) for values in parts] if all(parts) else []
+        cells[name or "score"] = Cell(f"{fmean(means):.1f}") if means else Cell()
+        if by_seed:
+            cells[f"{name or 'score'} by seed"] = Cell(", ".join(f"{mean:.1f}" for mean in means))
         cells[f"{name or 'score'}, against {option}"] = delta_cell(
             differences, column(name, option).removeprefix("delta ")
         )

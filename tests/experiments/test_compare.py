@@ -35,6 +35,11 @@ def test_one_choice_over_several_seeds(eval_here: Eval, capsys: pytest.CaptureFi
     ]
     assert head == list(pooled) and align[0].startswith(":-") and align[2].endswith("-:")
     assert rows == [list(pooled.values()), list(shirg.values())]
+    main([str(job.parent), "selector=pooled", "--wide", "--seeds"])
+    head, _, *rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    title = next(i for i, name in enumerate(head) if name.strip() == "fine by seed")
+    by_seed = [[float(mean) for mean in row[title].split(",")] for row in rows]
+    assert by_seed[0] == pytest.approx([37.5] * 3, abs=5) and by_seed[1] == pytest.approx([62.5, 62.5, 87.5], abs=5)
 
 
 def test_subsets_divide_the_groups(eval_here: Eval) -> None:
