@@ -116,7 +116,7 @@ rivals: setup
 LISTS := outputs/$(MODEL)_lists_seed-$(SEED)/base
 lists: $(addprefix list-,pooled full oracle random shirg llava_scissor shirg_learned)
 $(LISTS): | setup
-	mkdir -p $(dir $@) && cp -r $(TINY)/base $@.part && rm -rf $@.part/adapters && mv $@.part $@
+	mkdir -p $(dir $@) && rm -rf $@.part && cp -r $(TINY)/base $@.part && rm -rf $@.part/adapters && mv $@.part $@
 list-%: $(LISTS)
 	$(TRAIN) data=synth_list_train objective.answer_tokens=12 lora=$(MODEL:tiny_untied=tiny) model.path=$(LISTS) \
 		weights=$(LISTS)/adapters/$* $(if $(filter shirg_learned,$*),experiment=P2,selector=$*)

@@ -4,8 +4,9 @@
   python -m experiments.compare outputs/before outputs/after    the systems of the second study, against the first's
 
 The choice is a config group or a key of the config, and one of its options: `selector=pooled`, `experiment=B0`,
-`adapter=null`. Each evaluated system is compared with the one that has it and is otherwise the same: same weights,
-adapter, decoding and questions. With several studies and a choice, the systems of all of them are compared.
+`adapter=null`. Each evaluated system is compared with the one that has it and the same weights, adapter, decoding,
+budget and questions; options of a selector may differ, and are in the system's name. What has no budget, like `pooled`,
+is compared with systems of every budget. With several studies and a choice, the systems of all of them are compared.
 Differences are in points, paired on questions and seeds (docs/report.md, "Intervals").
 """
 
@@ -112,17 +113,22 @@ def compare(
         labels_of |= {s: known[s.result["job"]] + (f" ({name})" if several else "") for s in here}
     choice_of = {s: name if group == STUDY else _choice(s.result, group) for s, name in done.items()}
     rest_of = {s: _rest(s, group) for s in done}
+    budget_of = {s: None if group in (STUDY, "budget") else str(s.result["config"].get("budget")) for s in done}
     chosen = [s for s in done if choice_of[s] == option]
     # Shuffled-question controls are compared with a baseline but never used as one.
     plain = [s for s in chosen if not s.result["config"].get("shuffle_questions")]
     # The plainest one comes last and stays.
-    bases = {rest_of[s]: s for s in sorted(plain, key=plainness, reverse=True)}
+    bases = {
+        (rest_of[s], budget_of[s] if "budget" in s.result["config"]["selector"] else None): s
+        for s in sorted(plain, key=plainness, reverse=True)
+    }
+    base_of = {s: bases.get((rest_of[s], budget_of[s])) or bases.get((rest_of[s], None)) for s in done}
     if not bases:
         known_options = sorted(set(choice_of.values()))
         where = ", ".join(map(str, studies))
         raise UserError(f"{where}: no finished evaluation has {group}={option}{instead(option, known_options)}")
-    in_order = [s for s in done if bases.get(rest_of[s]) is s]
-    blocks = [(base, [s for s in done if s is not base and rest_of[s] == rest_of[base]]) for base in in_order]
+    in_order = [s for s in done if base_of[s] is s]
+    blocks = [(base, [s for s in done if s is not base and base_of[s] is base]) for base in in_order]
     if group == STUDY:
         blocks = [(base, others) for base, others in blocks if others]
         if not blocks:
@@ -189,7 +195,7 @@ def _rest(system: RunGroup, group: str) -> str:
     free = COUPLED.get(group, {group})
     choices = sorted((k, v) for k, v in result["choices"].items() if k not in free)
     config = base_config(result)
-    kept = [config[key] for key in ("model", "data", "adapter") if key != group]
+    kept = [config[key] for key in ("model", "data", "adapter", "decode") if key != group]
     return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 
 

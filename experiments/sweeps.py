@@ -115,13 +115,15 @@ def run_overrides(folder: Path, trust: bool = False) -> list[str]:
     written = found if found.is_dir() else f"DIR (they were written to {result['training']['artifact']})"
     if not adapting:
         raise ConfigError(f"run={folder} trained whole weights, not an adapter: use model.path={written}")
+    artifact = found if found.is_dir() else Path(str(result["training"]["artifact"]))
+    head_alone = result["training"]["stage"] == "gate" and not (artifact / "adapter.json").is_file()
+    key = "relevance.path" if head_alone else "adapter"
     if not found.is_dir():
-        raise ConfigError(f"run={folder}: there is no adapter in it: give adapter={written}")
+        what = "relevance head" if head_alone else "adapter"
+        raise ConfigError(f"run={folder}: there is no {what} in it: give {key}={written}")
     words = [str(word) for word in result["overrides"]]
     if not trust:
         _check_harmless(folder, words)
-    head_alone = result["training"]["stage"] == "gate" and not (found / "adapter.json").is_file()
-    key = "relevance.path" if head_alone else "adapter"
     return [*system_of(words), f"{key}={quote(str(found))}"]
 
 
@@ -129,7 +131,7 @@ def _check_harmless(folder: Path, words: Sequence[str]) -> None:
     """Refuses a record that would build a class, read a variable of the environment or leave the config's folder."""
     for word in words:
         key, value = override_key(word), word.partition("=")[2]
-        if key.partition(".")[0] not in _REPEATED | {"recipe"}:
+        if _group(key) not in _REPEATED | {"recipe"}:
             continue
         options = CONF / key
         strange = options.is_dir() and not (re.fullmatch(r"[\w-]+", value) and (options / f"{value}.yaml").is_file())
@@ -142,12 +144,17 @@ def _check_harmless(folder: Path, words: Sequence[str]) -> None:
 
 def system_of(overrides: Sequence[str]) -> list[str]:
     """The overrides of a training that its evaluation needs too, with those that a recipe brings."""
-    kept = [word for word in overrides if override_key(word).partition(".")[0] in _REPEATED]
+    kept = [word for word in overrides if _group(override_key(word)) in _REPEATED]
     given = {override_key(word) for word in kept}
     chosen = [(override_key(word), word.partition("=")[2]) for word in overrides]
     groups = [(group, name) for group, name in chosen if group in ("recipe", "stage")]
     brought = [word for group, name in groups for word in _brought(group, name) if override_key(word) not in given]
     return [*brought, *kept]
+
+
+def _group(key: str) -> str:
+    """The config group that a key is in: `relevance` of `relevance`, `relevance.path` and `relevance/base`."""
+    return re.split(r"[./@]", key)[0]
 
 
 def _brought(group: str, name: str) -> list[str]:

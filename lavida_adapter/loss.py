@@ -23,7 +23,7 @@ from lavida_adapter.objective import (
     sample_times,
 )
 from lavida_adapter.prefix import Prefix, splice, used_first
-from lavida_adapter.prompt import IGNORE, encode_text, training_example
+from lavida_adapter.prompt import IGNORE, Example, encode_text, training_example
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import NoTimer
 from lavida_adapter.views import Views
@@ -179,12 +179,7 @@ def rows_of(
     model: LavidaModules, batch: TrainBatch, *, extra: int, least: int, agree: Callable[[int], int] = int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token rows of prompts and answers, and their labels; see `pad_answers`."""
-    prompts = batch.questions if batch.prompts is None else batch.prompts
-    histories = [()] * len(prompts) if batch.histories is None else batch.histories
-    examples = [
-        training_example(model.tokenizer, prompt, answer, model.config, history=history)
-        for prompt, answer, history in zip(prompts, batch.answers, histories, strict=True)
-    ]
+    examples = _examples(model, batch)
     return pad_answers(
         [e.prompt for e in examples],
         [e.answer for e in examples],
@@ -193,6 +188,25 @@ def rows_of(
         least=least,
         agree=agree,
     )
+
+
+def rows_alone(model: LavidaModules, batch: TrainBatch, *, least: int) -> tuple[list[list[int]], list[list[int]]]:
+    """As `rows_of`, but each row is padded for itself, to an answer of `least` tokens.
+
+    The loss of a whole answer then does not depend on the other rows of the batch.
+    """
+    eos = model.config.lm.eos_token_id
+    padded = [pad_answers([e.prompt], [e.answer], eos=eos, extra=0, least=least) for e in _examples(model, batch)]
+    return [row for rows, _ in padded for row in rows], [label for _, labels in padded for label in labels]
+
+
+def _examples(model: LavidaModules, batch: TrainBatch) -> list[Example]:
+    prompts = batch.questions if batch.prompts is None else batch.prompts
+    histories = [()] * len(prompts) if batch.histories is None else batch.histories
+    return [
+        training_example(model.tokenizer, prompt, answer, model.config, history=history)
+        for prompt, answer, history in zip(prompts, batch.answers, histories, strict=True)
+    ]
 
 
 def batch_loss(

@@ -6,7 +6,7 @@ Encoding, decoding and training live above this file and take its `LavidaModules
 
 import copy
 from collections.abc import Callable, Collection
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lavida_adapter.config import LavidaConfig
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.language_model import LanguageModel, draw_normal
 from lavida_adapter.vision import VisionTower, build_projector
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Parts(nn.Module):
@@ -92,6 +95,13 @@ class LavidaModules(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of the base weights; trained parameters may be float32 beside a bfloat16 base."""
         return self.lm.embedding.weight.dtype
+
+    def enter(self, compute: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What `compute` returns, a function that calls parts of the model.
+
+        A model that is split over processes must be entered as a whole before its parts are (sharding.py).
+        """
+        return compute(*args, **kwargs)
 
     def checkpoint_gradients(self, on: bool) -> None:
         """Gradient checkpointing: blocks of tower and language model run again in the backward pass.

@@ -171,7 +171,7 @@ CHECKED = ("embeddings.patch_embedding.weight", "embeddings.position_embedding.w
 class SiglipText:
     """Cosine between each token, passed through the rest of SigLIP, and the question's pooled text feature."""
 
-    space = "siglip"
+    space, reads_question = "siglip", True
 
     def __init__(self, *, path: str | Path, tolerance: float = 0.1) -> None:
         """Loads a whole SigLIP with text tower and tokenizer from a folder or a hub id.

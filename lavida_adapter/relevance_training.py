@@ -17,7 +17,7 @@ from torch import Tensor
 from lavida_adapter.encode import PictureEncoder, PicturePrompts
 from lavida_adapter.learned_relevance import Learned
 from lavida_adapter.lightning_module import LavidaModule, OptimConfig
-from lavida_adapter.loss import TrainBatch, answer_losses, rows_of
+from lavida_adapter.loss import TrainBatch, answer_losses, rows_alone
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig, Shard, Tally
 from lavida_adapter.relevance import RelevanceContext
@@ -37,6 +37,14 @@ from shirg.subset_losses import (
 )
 
 SubsetLoss = Literal["subset_regression", "subset_mil", "joint", "straight_through"]
+
+_DRAWN: tuple[SubsetLoss, ...] = ("subset_regression", "subset_mil", "joint")
+_READ_BY: dict[str, tuple[SubsetLoss, ...]] = {
+    **dict.fromkeys(("per_question", "tilt", "explore"), _DRAWN),
+    "regression": ("joint",),
+    "softness": ("straight_through",),
+}
+"""The losses that read an option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,11 @@ class SubsetConfig:
                 raise UserError(f"objective.subsets.{name}={getattr(self, name)}: give a number >= 0")
         if not 0 < self.softness < math.inf:
             raise UserError(f"objective.subsets.softness={self.softness}: give a number above 0")
+        for name, losses in _READ_BY.items():
+            if self.loss not in losses and getattr(self, name) != getattr(SubsetConfig, name):
+                raise UserError(
+                    f"objective.subsets.{name} has no effect with objective={self.loss}: leave it at its default"
+                )
 
     def tilt_at(self, done: float) -> float:
         """The tilt after a share `done` of the steps."""
@@ -142,7 +155,10 @@ def see(
 ) -> list[Seen]:
     """Draws the subsets and measures the losses: one entry for each number of source tokens in the batch.
 
-    `least`: answers are padded to so many tokens.
+    `least`: answers are padded to so many tokens, each for itself.
+
+    Raises:
+        UserError: for a selector that merges tokens, of which none is in or out.
     """
     b, m = len(batch.questions), config.per_question
     explored = Explored(learned, list(batch.ids), tilt, seed, shard.rank * b, m)
@@ -151,7 +167,10 @@ def see(
     prompts = PicturePrompts(list(batch.images) * m, list(batch.questions) * m, rows, boxes)
     with torch.no_grad():
         blocks, selections = PictureEncoder(model, selector, explored, NoTimer()).blocks(prompts)
-        texts, labels = rows_of(model, batch, extra=0, least=least)
+        merged = [(chosen.mask_BT & (chosen.source_BT == Source.MERGED)).flatten() for chosen in selections]
+        if bool(torch.cat(merged).any()):
+            raise UserError(f"stage=gate needs tokens that are in or out, and {type(selector).__name__} merges some")
+        texts, labels = rows_alone(model, batch, least=least)
         loss_BM = answer_losses(model, texts * m, labels * m, blocks).view(m, b).T
     sizes = [len(explored.scores[i]) for i in range(b)]
     found = []
@@ -192,7 +211,8 @@ class RelevanceTraining(LavidaModule):
     def loss(self, batch: TrainBatch, generator: torch.Generator) -> Tensor:
         with self.precision():
             if self.subsets.loss == "straight_through":
-                loss = straight_through_loss(
+                loss = self.model.enter(
+                    straight_through_loss,
                     self.model,
                     batch,
                     self.selector,
@@ -212,7 +232,7 @@ class RelevanceTraining(LavidaModule):
         shard, total = Shard.here(), torch.zeros((), device=self.model.device)
         least = self.objective.answer_tokens or 0
         given = (self.model, batch, self.selector, self.learned, self.subsets)
-        for seen in see(*given, tilt=tilt, seed=seed, least=least, shard=shard):
+        for seen in self.model.enter(see, *given, tilt=tilt, seed=seed, least=least, shard=shard):
             total = total + subset_loss(seen, self.subsets, self.odds) * len(seen.score_BN) / len(batch.questions)
         return total
 

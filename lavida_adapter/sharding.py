@@ -20,7 +20,7 @@ from lavida_adapter.language_model import Block
 from lavida_adapter.modules import LavidaModules
 from shirg import UserError
 
-_ENTRIES = ("encode", "generate", "loss")
+_ENTRIES = ("encode", "generate", "loss", "enter")
 """Where a computation enters the model, as `forward` of other models."""
 _PARTS = ("keys_values", "queries", "project", "output", "finish")
 """Methods of a block that are called one by one, in decoding and for the last block of a prefill."""

@@ -19,7 +19,7 @@ from lavida_adapter.attention import attention_mask
 from lavida_adapter.encode import PictureEncoder, PicturePrompts
 from lavida_adapter.language_model import LanguageModel
 from lavida_adapter.learned_relevance import Learned
-from lavida_adapter.loss import TrainBatch, rows_of
+from lavida_adapter.loss import TrainBatch, rows_alone
 from lavida_adapter.modules import LavidaModules
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE
@@ -140,14 +140,16 @@ def gated_states(lm: LanguageModel, rows: GatedRows) -> Tensor:
 def straight_through_loss(
     model: LavidaModules, batch: TrainBatch, selector: Selector, learned: Learned, softness: float, *, least: int = 0
 ) -> Tensor:
-    """Mean cross entropy of whole masked answers, differentiable in the scores of the head alone.
+    """Mean cross entropy of whole masked answers, differentiable in the scores of the head.
+
+    A LoRA in the language model gets a gradient, too; one in the tower or the projector gets none.
 
     Raises:
         UserError: for a selector whose synthesised tokens are not all before those that it keeps.
     """
     ids = [str(i) for i in range(len(batch.questions))]
     scored, shown = WithGraph(learned), WithDropped(selector)
-    texts, labels = rows_of(model, batch, extra=0, least=least)
+    texts, labels = rows_alone(model, batch, least=least)
     with torch.no_grad():
         prompts = PicturePrompts(batch.images, batch.questions, ids, batch.boxes)
         blocks, selections = PictureEncoder(model, shown, scored, NoTimer()).blocks(prompts)

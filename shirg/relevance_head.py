@@ -6,7 +6,7 @@ Shape letters: B prompts, N source tokens, Q question tokens, D state width, W w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,16 @@ class RelevanceHead(nn.Module):
         self.register_buffer("std_D", torch.ones(states))
 
     @torch.no_grad()
-    def standardise_by(self, states_MD: Tensor) -> None:
-        """Takes mean and standard deviation of each channel from these states, which are not padding."""
-        self.mean_D.copy_(states_MD.float().mean(0))
-        self.std_D.copy_(states_MD.float().std(0, correction=0).clamp_min(FLAT))
+    def standardise_by(self, states: Iterable[Tensor]) -> None:
+        """Takes mean and standard deviation of each channel from states, given in parts [M, D] without padding."""
+        zeros_D = torch.zeros(len(self.mean_D), dtype=torch.float64, device=self.mean_D.device)
+        n, sum_D, squares_D = 0, zeros_D.clone(), zeros_D.clone()
+        for part_MD in states:
+            wide_MD = part_MD.double()
+            n, sum_D, squares_D = n + len(wide_MD), sum_D + wide_MD.sum(0), squares_D + wide_MD.square().sum(0)
+        mean_D = sum_D / n
+        self.mean_D.copy_(mean_D)
+        self.std_D.copy_((squares_D / n - mean_D.square()).clamp_min(0).sqrt().clamp_min(FLAT))
 
     def forward(
         self, states_BND: Tensor, valid_BN: Tensor, question_BW: Tensor | None, base_BN: Tensor | None

@@ -186,8 +186,9 @@ class ShirgSelector(Selector):
             options.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], k
         )
         with torch.no_grad():
+            keep_B = torch.minimum(keep_B, adaptive_B)
             ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k, keep_B)
-            keep_B = torch.minimum(torch.minimum(keep_B, adaptive_B), available_B)
+            keep_B = torch.minimum(keep_B, available_B)
         scores_BN = scores_BP[:, layout_tables(layout).grid_cell_N]
         means = None if merge is None else merge.means(features, assigned)
         if options.dedup == "mean":

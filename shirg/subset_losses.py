@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST = 1e-4
-"""Probabilities are kept this far from 0 and 1."""
+LEAST, MOST = 1e-12, 1 - 1e-4
+"""Probabilities are kept between these. Below the first there is no gradient: it must lie below those of long answers,
+which are improbable with every subset."""
 
 
 def subset_sums(score_BN: Tensor, member_BMN: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ def answer_probabilities(share_BM: Tensor, odds_B2: Tensor) -> Tensor:
     learning. `odds_B2`: low and high, the probabilities without and with all of them.
     """
     low_B1, high_B1 = odds_B2[:, :1], odds_B2[:, 1:]
-    return (low_B1 + (high_B1 - low_B1) * share_BM).clamp(LEAST, 1 - LEAST)
+    return (low_B1 + (high_B1 - low_B1) * share_BM).clamp(LEAST, MOST)
 
 
 def regression_loss(log_p_BM: Tensor, loss_BM: Tensor) -> Tensor:

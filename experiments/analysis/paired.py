@@ -223,10 +223,14 @@ def _keys(found: Any, *names: str) -> Row:
 def _pair_seeds(
     system: RunGroup, other: RunGroup, our_scores: Sequence[dict[str, Score]], their_scores: Sequence[dict[str, Score]]
 ) -> list[tuple[dict[str, Score], dict[str, Score]]]:
-    """Scores to subtract: seed by seed where both have them, otherwise all of ours against the other's only one."""
+    """Scores to subtract: seed by seed where both have them.
+
+    Where the other has one seed and all are of one base model, all of ours are compared with it. Another training of
+    the base model is no fair partner.
+    """
     ours = dict(zip(system.seeds, our_scores, strict=True))
     theirs = dict(zip(other.seeds, their_scores, strict=True))
-    if len(theirs) == 1:
+    if len(theirs) == 1 and len({result["model"]["weights"] for one in (system, other) for result in one.results}) == 1:
         (only,) = theirs.values()
         return [(scores, only) for scores in ours.values()]
     return [(scores, theirs[seed]) for seed, scores in ours.items() if seed in theirs]

@@ -204,7 +204,8 @@ def _identify(cfg: DictConfig, folder: Path) -> results.Identity:
         "model": results.files_digest(config["model"].get("path")),
         "adapter": results.files_digest(adapter),
     }
-    if hydra.runtime.choices["relevance"] == "learned":
+    # What a job trains is none of its inputs, and lies where it would be found afterwards.
+    if hydra.runtime.choices["relevance"] == "learned" and config.get("stage") != "gate":
         head = results.head_folder(config["relevance"].get("path"), adapter, config["model"])
         config["stored"]["relevance"] = results.files_digest(None if head is None else str(head))
     overrides = [str(o) for o in hydra.overrides.task if str(o).partition("=")[0] not in results.SESSION]

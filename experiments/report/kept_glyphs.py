@@ -31,7 +31,10 @@ from experiments.token_stats import TokenGeometry
 from shirg import UserError
 
 KINDS = ("evidence", "same word", "same sort", "other glyph", "empty")
-_ID = re.compile(r"(?P<split>\w+)-(?P<seed>\d+)-(?P<density>\w+)-(?P<index>\d+)-(?P<task>digit|letter)-(?P<word>\w+)$")
+_ID = re.compile(
+    r"(?P<split>\w+)-(?P<seed>\d+)-(?P<density>\w+)-(?P<index>\d+)(-(?P<least>\d+)of(?P<letters>\w+))?"
+    r"-(?P<task>digit|letter)-(?P<word>\w+)$"
+)
 
 
 def kinds_of(scene: GlyphScene, task: str, word: str) -> list[str]:
@@ -62,7 +65,8 @@ def _cells_of(sample: str) -> tuple[str, tuple[str, ...]]:
     match = _ID.match(sample)
     if match is None:
         return "", ()
-    scene = draw_scene(int(match["seed"]), match["split"], int(match["index"]), match["density"])
+    letters, least = match["letters"] or "", int(match["least"] or 0)
+    scene = draw_scene(int(match["seed"]), match["split"], int(match["index"]), match["density"], letters, least)
     return match["density"], tuple(kinds_of(scene, match["task"], match["word"]))
 
 

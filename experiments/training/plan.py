@@ -78,7 +78,8 @@ def plan(cfg: DictConfig) -> None:
         MissingFileError: a checkpoint that is neither here nor a published one.
     """
     if cfg.stage not in ("adapt", "base"):
-        raise UserError(f"plan=true: stage={cfg.stage} makes the tiny model's base in minutes and has no plan")
+        what = "trains a small relevance head" if cfg.stage == "gate" else "makes the tiny model's base in minutes"
+        raise UserError(f"plan=true: stage={cfg.stage} {what} and has no plan")
     model = skeleton(cfg)
     parts = build.build_parts(cfg)
     stream = build.build_stream(cfg, parts)

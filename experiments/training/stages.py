@@ -1,7 +1,7 @@
 """The stages of `train`: what each trains, on which batches, and what is measured at its end."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,8 +19,8 @@ from experiments.data.sample import Dataset, Listed
 from experiments.data.train_data import Draw
 from experiments.inference import EvalPipeline
 from experiments.jobs.distributed import Ranks
-from experiments.jobs.sample_facts import content_of
-from experiments.jobs.sample_rows import SampleRow
+from experiments.jobs.sample_facts import content_of, facts_of
+from experiments.jobs.sample_rows import SampleFacts, SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.schema import SubsetLoss
 from experiments.token_stats import TokenGeometry
@@ -42,6 +42,8 @@ from shirg import Geometry, Selector, UserError, send
 
 Gate = Callable[[], dict[str, float]]
 Show = Callable[[Path], list[SampleRow]]
+ALL = "all"
+"""The group of questions without groups, and their density."""
 SHOWN = 4
 """How many training examples are drawn for the logger."""
 
@@ -75,8 +77,20 @@ def accuracy(stage: LavidaModule, dataset: Dataset, batch_size: int) -> dict[str
     """Share of right answers in each group of the dataset, with the stage's own selector."""
     right: dict[str, list[bool]] = defaultdict(list)
     for row in answered(stage, dataset, batch_size):
-        right[row["group"] or "all"].append(row["prediction"] in row["answers"])
+        right[row["group"] or ALL].append(row["prediction"] in row["answers"])
     return {group: sum(hits) / len(hits) for group, hits in right.items()}
+
+
+def _check_names(thresholds: Iterable[str], measured: Iterable[str]) -> None:
+    """Before the training: raises UserError for a threshold of what no question of the check can measure."""
+    known = list(dict.fromkeys(measured))
+    for name in thresholds:
+        if name not in known:
+            raise UserError(f"gate.{name}: with these questions (check=) this stage measures {', '.join(known)}")
+
+
+def _facts_in(dataset: Dataset) -> Iterator[SampleFacts]:
+    return (facts_of(dataset[i]) for i in range(len(dataset)))
 
 
 def answered(stage: LavidaModule, dataset: Dataset, batch_size: int) -> Iterator[SampleRow]:
@@ -232,10 +246,12 @@ def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
         growth=rank_growth(lora_config(cfg), model, selector) if cfg.stage == "adapt" else None,
     )
 
+    check = build.build_dataset(cfg, "check") if cfg.gate else None
+    if check is not None:
+        _check_names(cfg.gate, (facts["group"] or ALL for facts in _facts_in(check)))
+
     def gate() -> dict[str, float]:
-        if not cfg.gate:
-            return {}
-        return accuracy(stage, build.build_dataset(cfg, "check"), cfg.batch_size)
+        return {} if check is None else accuracy(stage, check, cfg.batch_size)
 
     return data.stage(cfg, stage, ranks, gate)
 
@@ -267,6 +283,8 @@ class TrainingData:
         return Stage(module, batches, gate, show, facts)
 
 
+UNSEEN = "unseen"
+"""The check that asks about words which the training leaves out."""
 CALIBRATION = 4
 """Batches from which the mean and the standard deviation of encoder states are taken."""
 
@@ -279,6 +297,7 @@ def _gate(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     if not isinstance(learned, Learned):
         raise UserError("stage=gate trains relevance=learned, for a selector that ranks by relevance")
     objective, lora = objective_config(cfg), lora_config(cfg)
+    _refuse_idle(cfg, lora, objective)
     if lora.rank or lora.train_whole:
         _adapt(cfg, model, selector)
     elif any(True for _ in selector.parameters()):
@@ -290,35 +309,62 @@ def _gate(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     stage = RelevanceTraining(model, selector, learned, objective, optim_config(cfg), cfg.seed, subsets=subsets)
     # The same batches in all processes, and in a run that was stopped and goes on.
     first = data.batches(cfg, stage, Ranks())
-    head.standardise_by(states_of(model, [first(step) for step in range(CALIBRATION)], selector.geometry))
+    at_once = max(1, cfg.batch_size // ranks.world)
+    states = states_of(model, (first(step) for step in range(CALIBRATION)), selector.geometry, at_once)
+    head.standardise_by(states)
+
+    checks = {"": build.build_dataset(cfg, "check"), UNSEEN: build.build_dataset(cfg, UNSEEN)} if cfg.gate else {}
+    names = (_figures_of(name, facts) for name, check in checks.items() for facts in _facts_in(check))
+    _check_names(cfg.gate, (figure for of_question in names for figure in of_question if figure))
 
     def gate() -> dict[str, float]:
-        seen, unseen = (build.build_dataset(cfg, name) for name in ("check", "unseen"))
-        return head_figures(stage, seen, unseen, cfg.batch_size)
+        return head_figures(stage, checks, cfg.batch_size)
 
     return data.stage(cfg, stage, ranks, gate)
 
 
+def _refuse_idle(cfg: DictConfig, lora: LoraConfig, objective: ObjectiveConfig) -> None:
+    """Raises UserError for what another stage reads and this one does not."""
+    alone = not (lora.rank or lora.train_whole)
+    idle = {
+        "mix.budgets": cfg.mix.budgets,
+        "mix.geometries": cfg.mix.geometries,
+        "lora.grow": lora.grow is not None,
+        "objective.alignment (without a LoRA)": alone and objective.alignment,
+        "objective.adaptive_k (without a LoRA)": alone and objective.adaptive_k,
+    }
+    for name, given in idle.items():
+        if given:
+            raise UserError(f"{name} has no effect with stage=gate: take it out")
+
+
 @torch.no_grad()
-def states_of(model: Lavida, batches: Sequence[TrainBatch], geometry: Geometry) -> Tensor:
-    """The encoder states [M, D] of all pictures of some batches, without padding."""
-    found = []
+def states_of(model: Lavida, batches: Iterable[TrainBatch], geometry: Geometry, at_once: int) -> Iterator[Tensor]:
+    """The encoder states [N, D] of each picture of some batches, without padding; `at_once` pictures in the tower."""
     for batch in batches:
-        pictures = {id(image): image for image in batch.images}.values()
-        for picture in run_tower(model, [ready(image, model.config, geometry) for image in pictures], frozenset()):
-            found.append(picture.states_ND[send(picture.views.valid_N, model.device)])
-    return torch.cat(found)
+        pictures = list({id(image): image for image in batch.images}.values())
+        for begin in range(0, len(pictures), at_once):
+            views = [ready(image, model.config, geometry) for image in pictures[begin : begin + at_once]]
+            for picture in model.enter(run_tower, model, views, frozenset()):
+                yield picture.states_ND[send(picture.views.valid_N, model.device)]
 
 
-def head_figures(stage: LavidaModule, seen: Dataset, unseen: Dataset, batch_size: int) -> dict[str, float]:
+def head_figures(stage: LavidaModule, checks: Mapping[str, Dataset], batch_size: int) -> dict[str, float]:
     """Evidence recall of detail questions for each density, and for words that were left out; accuracy by group."""
     figures: dict[str, list[float]] = defaultdict(list)
-    for name, dataset in (("", seen), ("unseen", unseen)):
+    for name, dataset in checks.items():
         for row in answered(stage, dataset, batch_size):
-            if row["group"] == "fine" and row["recall"] is not None:
-                figures[f"recall_{name or row['density']}"].append(row["recall"])
-            figures[name or row["group"]].append(float(row["prediction"] in row["answers"]))
+            accuracy_of, recall_of = _figures_of(name, row)
+            if recall_of and row["recall"] is not None:
+                figures[recall_of].append(row["recall"])
+            figures[accuracy_of].append(float(row["prediction"] in row["answers"]))
     return {name: sum(values) / len(values) for name, values in figures.items()}
+
+
+def _figures_of(check: str, facts: SampleFacts) -> tuple[str, str]:
+    """The figures that a question counts in: accuracy, and recall or "". Where questions have no groups, all count."""
+    recalled = bool(facts["boxes"]) and facts["group"] in ("fine", "")
+    return check or facts["group"] or ALL, f"recall_{check or facts['density'] or ALL}" if recalled else ""
 
 
 @dataclass(frozen=True)

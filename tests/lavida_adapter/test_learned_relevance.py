@@ -25,7 +25,7 @@ def trained(model: Lavida, base: Relevance | None = None, **options: Any) -> Lea
     with torch.no_grad():
         for i, p in enumerate(head.parameters()):
             p.copy_(noise(*p.shape, seed=40 + i) if p.ndim else torch.tensor(0.7))
-    head.standardise_by(noise(30, model.config.vision.hidden_size, seed=3) + 1)
+    head.standardise_by([noise(30, model.config.vision.hidden_size, seed=3) + 1])
     return learned
 
 

@@ -1,5 +1,6 @@
 """Training of a relevance head: what a step sees against single forward passes, shards, resuming, a LoRA beside it."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from baselines import Saint
 from lavida_adapter import Lavida, LmEmbed, LoraConfig, ObjectiveConfig, TrainBatch, add_lora
 from lavida_adapter.learned_relevance import Learned
 from lavida_adapter.lightning_module import OptimConfig
-from lavida_adapter.loss import answer_losses, rows_of
+from lavida_adapter.loss import answer_losses, rows_alone
 from lavida_adapter.objective import SINGLE, Shard
 from lavida_adapter.relevance_training import RelevanceTraining, Seen, SubsetConfig, membership, see, subset_loss
-from shirg import ShirgSelector, Source
+from shirg import Selection, ShirgSelector, Source
 from shirg.subset_losses import answer_probabilities, mil_loss, regression_loss, subset_shares, subset_sums
 from tests.lavida_adapter.tiny import tiny_model
 from tests.lavida_adapter.training_runs import QUIET, draw, fit
@@ -40,7 +41,9 @@ def module(loss: Any, lora: LoraConfig | None = None, seed: int = 7, **options: 
         if lora is not None:
             add_lora(model, lora, chosen)
         learned.fresh(model, {"hidden": 4})
-    subsets = SubsetConfig(loss=loss, per_question=3, **options)
+    if loss != "straight_through":
+        options["per_question"] = 3
+    subsets = SubsetConfig(loss=loss, **options)
     return RelevanceTraining(model, chosen, learned, OBJECTIVE, OPTIM, seed, subsets=subsets)
 
 
@@ -80,7 +83,7 @@ def test_the_loss_of_a_row_is_minus_the_log_probability_of_its_answer() -> None:
     with torch.no_grad():
         prefix = model.encode(batch.images, batch.questions, selector(), relevance=LmEmbed())
         blocks = [e[v] for e, v in zip(prefix.embeds_BPD, prefix.visual_BP, strict=True)]
-        texts, labels = rows_of(model, batch, extra=0, least=3)
+        texts, labels = rows_alone(model, batch, least=3)
         found = answer_losses(model, texts, labels, blocks)
         for i, label in enumerate(labels):
             single = model.encode([batch.images[i]], [batch.questions[i]], selector(), relevance=LmEmbed())
@@ -91,12 +94,39 @@ def test_the_loss_of_a_row_is_minus_the_log_probability_of_its_answer() -> None:
             assert found[i].item() == pytest.approx(-sum(log_p[j, t].item() for j, t in enumerate(answer)), rel=1e-4)
 
 
-def test_membership_leaves_synthesised_and_unused_slots_out() -> None:
+def test_the_loss_of_a_question_does_not_depend_on_the_others_of_its_batch() -> None:
+    """Its answer is padded for itself: not to the length that a longer neighbour needs."""
     model, batch = tiny_model(), draw(0)
-    for chosen in model.encode(batch.images, batch.questions, selector(), relevance=LmEmbed()).selections:
-        kept = chosen.index_BT[0][chosen.mask_BT[0] & (chosen.source_BT[0] == Source.KEPT)]
-        found = membership(chosen, 99)
-        assert found.nonzero()[:, 0].tolist() == sorted(kept.tolist())
+    learned = Learned(base=LmEmbed())
+    learned.fresh(model, {"hidden": 4})
+    long = replace(batch, answers=[batch.answers[0], "blue red green one two K"])
+    together = seen(model, learned, long)
+    for i in range(2):
+        (part,) = seen(model, learned, one(long, i), shard=Shard(i, 2))
+        same = next(p for p in together if p.member_BMN.shape == part.member_BMN.shape)
+        torch.testing.assert_close(same.loss_BM, part.loss_BM, rtol=0, atol=2e-5)
+
+
+def test_membership_leaves_synthesised_and_unused_slots_out() -> None:
+    source = [Source.SCAFFOLD, Source.KEPT, Source.KEPT, Source.KEPT]
+    chosen = Selection(
+        tokens_BTD=torch.zeros(1, 4, 2),
+        mask_BT=torch.tensor([[True, True, True, False]]),
+        index_BT=torch.tensor([[-1, 5, 2, 3]]),
+        source_BT=torch.tensor([source]),
+        box_BT4=torch.zeros(1, 4, 4),
+    )
+    assert membership(chosen, 7).nonzero()[:, 0].tolist() == [2, 5]
+
+
+def test_a_selector_that_merges_is_refused() -> None:
+    """A merged token is in the prefix, and none of its parts is in or out."""
+    model, learned = tiny_model(), Learned(base=LmEmbed())
+    learned.fresh(model, {"hidden": 4})
+    merging = ShirgSelector(budget=9, weights=WEIGHTS, scaffold={"size": 2}, merge={"mode": "tome", "share": 0.5})
+    given = (model, draw(0), merging, learned, SubsetConfig(loss="joint"))
+    run = partial(see, *given, tilt=0.0, seed=5, least=3, shard=SINGLE)
+    assert_says(message_of(run), "stage=gate needs tokens that are in or out, and ShirgSelector merges some")
 
 
 def test_objectives_are_sums_of_their_parts() -> None:
@@ -182,6 +212,9 @@ def test_the_tilt_begins_after_the_exploration() -> None:
         ({"explore": 1.5}, "explore=1.5: give a share"),
         ({"tilt": float("nan")}, "tilt=nan: give a number >= 0"),
         ({"softness": 0.0}, "softness=0.0: give a number above 0"),
+        ({"softness": 0.3}, "softness has no effect with objective=joint: leave it at its default"),
+        ({"loss": "subset_mil", "regression": 0.3}, "regression has no effect with objective=subset_mil"),
+        ({"loss": "straight_through", "per_question": 8}, "per_question has no effect with objective=straight_through"),
     ],
 )
 def test_refusals(wrong: dict[str, Any], said: str) -> None:

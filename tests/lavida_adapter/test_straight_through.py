@@ -10,7 +10,7 @@ from torch import Tensor
 from lavida_adapter import Lavida, LmEmbed
 from lavida_adapter.encode import PictureEncoder, PicturePrompts
 from lavida_adapter.learned_relevance import Learned
-from lavida_adapter.loss import answer_losses, rows_of
+from lavida_adapter.loss import answer_losses, rows_alone
 from lavida_adapter.straight_through import gated_attention, soft_gates, straight_through_loss
 from lavida_adapter.timing import NoTimer
 from shirg import ShirgSelector
@@ -40,7 +40,7 @@ def test_the_loss_is_that_of_the_tokens_that_are_kept(family: str, attention: An
         blocks, _ = PictureEncoder(model, selector, learned, NoTimer()).blocks(
             PicturePrompts(batch.images, batch.questions, batch.ids)
         )
-        texts, labels = rows_of(model, batch, extra=0, least=4)
+        texts, labels = rows_alone(model, batch, least=4)
         expected = answer_losses(model, texts, labels, blocks).mean()
     found = straight_through_loss(model, batch, selector, learned, 0.5, least=4)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

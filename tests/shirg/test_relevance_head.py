@@ -25,7 +25,7 @@ def trained_head(**options: Any) -> RelevanceHead:
     with torch.no_grad():
         for i, p in enumerate(head.parameters()):
             p.copy_(drawn(*p.shape, seed=10 + i))
-    head.standardise_by(drawn(50, D, seed=1) * 3 + 2)
+    head.standardise_by([drawn(50, D, seed=1) * 3 + 2])
     return head
 
 
@@ -73,8 +73,13 @@ def test_a_question_is_the_sum_of_its_centred_directions() -> None:
 
 def test_statistics_are_those_of_the_states() -> None:
     head, states = RelevanceHead(states=2, words=W), torch.tensor([[1.0, 5.0], [3.0, 5.0]])
-    head.standardise_by(states)
+    head.standardise_by([states])
     assert head.mean_D.tolist() == [2.0, 5.0] and head.std_D.tolist() == pytest.approx([1.0, 1e-6])
+    # In parts, and far from zero, where float32 sums of squares would cancel.
+    far = drawn(999, 2, seed=3) + 1000
+    head.standardise_by(far.split([1, 600, 398]))
+    assert head.mean_D.tolist() == pytest.approx(far.double().mean(0).tolist(), rel=1e-7)
+    assert head.std_D.tolist() == pytest.approx(far.double().std(0, correction=0).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,19 @@ def test_the_logarithm_tells_subsets_apart_where_the_answer_is_never_probable() 
     assert pulls[1] > 10 * pulls[0]
 
 
+@pytest.mark.parametrize("least", [1e-3, 1e-6, 1e-9])
+def test_an_improbable_answer_still_teaches(least: float) -> None:
+    """A long answer is improbable with every subset; which subset is better must not be lost in a floor."""
+    score = torch.tensor([[0.5, 0.0, 0.0, 0.0]], requires_grad=True)
+    odds = torch.tensor([[least, 50 * least]], requires_grad=True)
+    share = subset_shares(score, torch.eye(4, dtype=torch.bool)[None], torch.ones(1, 4, dtype=torch.bool))
+    loss = -torch.tensor([[30 * least, least, least, least]]).log()
+    p = answer_probabilities(share, odds)
+    (mil_loss(p, loss) + regression_loss(p.log(), loss)).backward()
+    assert score.grad is not None and odds.grad is not None
+    assert score.grad[0, 0].item() < -0.01 and bool((odds.grad != 0).all()) and bool(odds.grad.isfinite().all())
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     def regression(score_BN: Tensor) -> Tensor:
         return regression_loss(subset_sums(score_BN, MEMBER), LOSS)

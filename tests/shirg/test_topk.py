@@ -100,6 +100,21 @@ def test_the_context_is_even_at_every_budget(budget: Any) -> None:
     )
 
 
+def test_evidence_is_a_share_of_what_an_adaptive_budget_keeps() -> None:
+    """Half of the 30 tokens that a picture keeps, not half of the 60 that it might have kept."""
+    features = make_features((2, 2), side=8, sizes=[(768, 768)])
+    adaptive = {"mode": "entropy", "levels": [0.5, 1.0], "temperature": 1e-3}
+    options: Any = {"scaffold": {"size": 0}, "adaptive": adaptive}
+    ranked = ShirgSelector(budget=60, **options)
+    divided = ShirgSelector(budget=60, allocation={"mode": "evidence_context"}, **options)(features)
+    assert len(kept(ranked(features), 0)) == len(kept(divided, 0)) == 30
+    best = sorted(kept(ranked(features), 0), key=lambda i: -float(ranked.score(features)[0, i]))
+    even_P, cell_N = layout_tables(features.layout).even_P, layout_tables(features.layout).grid_cell_N
+    tiles = [i for i in features.layout.order_N.tolist() if features.layout.role_N[i] == 1]
+    rest = sorted((i for i in tiles if i not in best[:15]), key=lambda i: float(even_P[cell_N[i]]))[:15]
+    assert set(kept(divided, 0)) == {*best[:15], *rest}
+
+
 def test_the_global_view_may_compete() -> None:
     features = make_features((2, 2), sizes=[(768, 768)])
     in_global = features.layout.role_N == 0
