@@ -58,6 +58,30 @@ def test_subsets_divide_the_groups(eval_here: Eval) -> None:
     assert "fine, against pooled" not in by_subset
 
 
+def test_budgets_and_decoding_are_not_mixed(eval_here: Eval) -> None:
+    """Each with its own budget and steps; what has no budget is compared with all of them."""
+    few = ("data.n=24", "shots=0")
+    for words in (
+        ["selector=full"],
+        *([f"selector={name}", f"budget={n}"] for name in ("shirg", "random") for n in (20, 40)),
+    ):
+        job = eval_here(*words, *few)
+    eval_here("selector=random", "budget=40", "decode.step_ratio=0.5", *few)
+
+    def blocks(choice: str) -> list[list[str]]:
+        found: list[list[str]] = []
+        for each in compare([job.parent], *choice.split("=")):
+            new = next(cell.text for title, cell in each.cells.items() if title.endswith(choice.split("=")[1])) == "-"
+            found += [[]] if new else []
+            found[-1].append(each.name)
+        return sorted(found)
+
+    assert [[name.split()[0] for name in block] for block in blocks("selector=shirg")] == [["shirg", "random"]] * 2
+    (block,) = blocks("selector=full")
+    assert len(block) == 5 and not any("step_ratio" in name for name in block)
+    assert sorted(len(block) for block in blocks("budget=40")) == [1, 2, 2]
+
+
 def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
     eval_here("selector=shirg", "data.n=24")
     job = eval_here("selector=shirg", "data.n=24", "ablation=relevance_none")

@@ -20,7 +20,7 @@ from experiments.errors import ConfigError
 from experiments.jobs.results import VERSION
 from experiments.override_grammar import quote
 from experiments.schema import CONF, VERSION_BASE
-from experiments.sweeps import SWEEPS, ComposedConfigs, ComposeOnce, expand, sweep_overrides
+from experiments.sweeps import SWEEPS, ComposedConfigs, ComposeOnce, expand, sweep_overrides, system_of
 from tests.experiments.conftest import Command
 
 
@@ -105,6 +105,18 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path) -> None:
     folder = trained(tmp_path / "train_b", "selector=saint", "context=even", "context.evidence=9")
     (line,) = expand("eval", [f"run={folder}"])
     assert line[:3] == ["selector=saint", "context=even", "context.evidence=9"]
+
+
+def test_a_head_is_evaluated_over_the_relevance_that_it_corrects(tmp_path: Path) -> None:
+    assert system_of(["stage=gate", "relevance/base=siglip_text", "relevance.base.path=DIR", "optim.lr=1"]) == [
+        "selector=shirg_learned",
+        "relevance=learned",
+        "relevance/base=siglip_text",
+        "relevance.base.path=DIR",
+    ]
+    head = trained(tmp_path / "train_h", "stage=gate", stage="gate")
+    with pytest.raises(ConfigError, match="there is no relevance head in it: give relevance.path=DIR"):
+        expand("eval", [f"run={head}"])
 
 
 def test_runs_by_pattern(tmp_path: Path) -> None:

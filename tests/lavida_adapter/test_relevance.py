@@ -245,6 +245,11 @@ def test_the_model_hands_over_questions_and_tower(provider: SiglipText) -> None:
     assert first is not None and second is not None and not torch.equal(first, second)
 
 
+def test_every_provider_says_whether_it_reads_the_question(provider: SiglipText) -> None:
+    reads = {SiglipText: True, LmEmbed: True, NoRelevance: False, External: False}
+    assert provider.reads_question and all(kind.reads_question == does for kind, does in reads.items())
+
+
 def test_a_tower_that_is_not_siglips_is_refused(provider: SiglipText, folder: Path) -> None:
     features = make_features((1, 2), side=3, sizes=[(40, 20)], tokens=noise(1, 27, 16))
     with pytest.raises(ValueError, match=r"patch_embedding.weight of the model's tower is .* away .*tolerance=0.1"):

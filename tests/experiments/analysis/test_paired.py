@@ -56,6 +56,22 @@ def test_p_values_are_adjusted_over_the_systems_of_one_comparison(eval_here: Eva
     assert "Detectable at this n with 80 % power" in text and "]* |" in text
 
 
+def test_another_training_of_the_base_is_no_partner(eval_here: Eval) -> None:
+    """Of a base with one training and a system with three, the same training alone is paired."""
+    jobs = [
+        eval_here(f"selector={name}", f"seed={seed}", "data.n=24", "data.seed=0")
+        for name, seed in (("pooled", 0), ("random", 0), ("random", 1), ("random", 2))
+    ]
+    for i, job in enumerate(jobs):
+        plant(job, lambda sample, i=i: sample % 4 < i)
+    same = {r["selector"]: r for r in collect(jobs[0].parent)}["random"]
+    assert same["delta vs pooled seeds"] == 3 and same["delta vs pooled mean"] == pytest.approx(0.5)
+    for seed, job in ((1, jobs[2]), (2, jobs[3])):
+        change_result(job, model=result_of(job)["model"] | {"weights": f"training {seed}"})
+    other = {r["selector"]: r for r in collect(jobs[0].parent)}["random"]
+    assert "delta vs pooled seeds" not in other and other["delta vs pooled mean"] == pytest.approx(0.25)
+
+
 def test_an_ablation_is_compared_to_the_whole_method(eval_here: Eval) -> None:
     whole = eval_here("selector=shirg", "data.n=24")
     less = eval_here("selector=shirg", "data.n=24", "ablation=sign_flip")

@@ -28,6 +28,13 @@ def test_kinds_against_the_scene() -> None:
     assert letters.count("evidence") == 1 and "same word" not in letters, "an asked letter is there once"
 
 
+def test_pictures_that_were_drawn_for_their_letters_are_counted(eval_here: Here) -> None:
+    only = ["data.only=[red,K]", "data.tasks=[digit,letter]", "data.qa_per_image=2"]
+    job = eval_here("selector=full", "data.n=8", "data.density=hard", *only)
+    (row,) = table_of(job.parent).to_dict("records")
+    assert row["density"] == "hard" and row["evidence"] == 1.0
+
+
 def test_a_study_is_counted(eval_here: Here, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     jobs = [eval_here(f"selector={name}", "data.n=12", "data.density=sparse") for name in ("full", "random", "pooled")]
     study = jobs[0].parent

@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,9 @@ def test_an_objective_belongs_to_its_stage(train_here: Here, capsys: pytest.Capt
         (["objective=joint"], "stage=adapt fits no relevance head: take objective=joint out"),
         ([*WORDS, "objective=tiny"], "stage=gate needs what a head is fitted to: give objective="),
         ([*WORDS, "selector=saint"], "stage=gate trains relevance=learned"),
+        ([*WORDS, "mix.budgets=[9,12]"], "mix.budgets has no effect with stage=gate: take it out"),
+        ([*WORDS, "objective.alignment=0.1"], "objective.alignment (without a LoRA) has no effect with stage=gate"),
+        ([*WORDS, "lora=progressive", "lora.rank=64"], "lora.grow has no effect with stage=gate"),
     ):
         train_here(*words, "optim.steps=2", ok=False)
         assert said in capsys.readouterr().err
@@ -96,13 +101,62 @@ def test_a_killed_training_ends_as_an_undisturbed_one(train_here: Here, tiny_wei
 def test_two_processes_draw_what_one_draws(train_here: Here, tiny_weights: Path, tmp_path: Path) -> None:
     words = [*WORDS, "optim.steps=3", "trainer.log_every=1"]
     alone = train_here(*words, "study=alone")
-    several = [f"model.path={tiny_weights}", *ALONE, *words, "study=several", "trainer=ddp"]
-    code, _, err = finish(start("train", *several, cwd=tmp_path, launcher=TORCHRUN))
+    several = [f"model.path={tiny_weights}", *ALONE, *words, "study=several"]
+    code, _, err = finish(start("train", "-m", "trainer=ddp,fsdp", *several, cwd=tmp_path, launcher=TORCHRUN))
     assert code == 0, err
-    (folder,) = (tmp_path / "outputs/several").glob("train_*")
+    folders = list((tmp_path / "outputs/several").glob("train_*"))
+    assert len(folders) == 2
+    for folder in folders:
+        _assert_same_head(folder, alone)
+
+
+def _assert_same_head(folder: Path, alone: Path, atol: float = 1e-5) -> None:
     one, two = (read_points(path / "metrics.csv") for path in (alone, folder))
     assert [p["loss_relevance"] for p in two] == pytest.approx([p["loss_relevance"] for p in one], abs=1e-5)
     ours, theirs = (load_file(path / "adapter" / WEIGHTS) for path in (folder, alone))
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol)
     assert json.loads((folder / "adapter" / META).read_text()) == json.loads((alone / "adapter" / META).read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["objective=straight_through"], ["lora.rank=2"]], ids=["gradient", "lora"])
+def test_a_split_base_under_the_gradients_of_a_stage(
+    words: list[str], train_here: Here, tiny_weights: Path, tmp_path: Path
+) -> None:
+    words = [*WORDS, *words, "optim.steps=3", "trainer.log_every=1"]
+    alone = train_here(*words, "study=alone")
+    several = [f"model.path={tiny_weights}", *ALONE, *words, "study=several", "trainer=fsdp"]
+    code, _, err = finish(start("train", *several, cwd=tmp_path, launcher=TORCHRUN))
+    assert code == 0, err
+    (folder,) = (tmp_path / "outputs/several").glob("train_*")
+    # Adam makes whole steps of the smallest gradients, whose sums the order of rows rounds differently.
+    _assert_same_head(folder, alone, atol=1e-3)
+
+
+def test_a_head_beside_the_weights_is_trained_once(
+    train_here: Here, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own output, which relevance=learned would find there, is no input of the job."""
+    shutil.copytree(tiny_weights, tmp_path / "base")
+    words = [*WORDS, "optim.steps=2", f"model.path={tmp_path / 'base'}", "resume=true"]
+    for name in ("relevance", "relevance_blind", "relevance"):
+        train_here(*words, f"weights={tmp_path / 'base' / name}")
+        printed = capsys.readouterr().out
+    assert "skip" in printed and len(list((tmp_path / "outputs/s").glob("train_*"))) == 2
+
+
+def test_questions_without_groups_are_measured(
+    train_here: Here, capsys: pytest.CaptureFixture[str], picture_folder: Callable[..., Path]
+) -> None:
+    """Thresholds that no question of the check can measure are refused before the training, and none need be given."""
+    own = f"_target_: experiments.data.folder.Folder, root: '{picture_folder('own', ['1', '2'])}'"
+    words = [word for word in WORDS if not word.startswith(("gate.", "check.", "unseen."))]
+    words += ["~check", "~unseen", f"+check={{{own}}}", f"+unseen={{{own}}}", "optim.steps=2"]
+    train_here(*words, ok=False)
+    said = capsys.readouterr().err
+    assert "gate.recall_sparse: with these questions (check=) this stage measures all, unseen" in said
+    none = ["~gate.recall_sparse", "~gate.recall_unseen", "~gate.guard"]
+    folder = train_here(*words, *none, "+gate.all=0")
+    assert set(result_of(folder)["training"]["gate"]) == {"all", "unseen"}
+    assert result_of(train_here(*words, *none, "study=t"))["training"]["gate"] == {}
