@@ -27,7 +27,7 @@ from experiments.jobs.job import CHECKPOINT, Job
 from experiments.jobs.results import SHOTS
 from experiments.jobs.sample_facts import content_of
 from experiments.override_grammar import command_line, quote
-from experiments.schema import Profiler
+from experiments.schema import Profiler, local_folder
 from experiments.sweeps import system_of
 from experiments.torch_trace import TorchTrace
 from experiments.training.callbacks import last_loss
@@ -112,7 +112,6 @@ def _train(cfg: DictConfig, job: Job, run_logger: RunLogger) -> dict[str, Any]:
     if job.ranks.is_main:
         entry = {"stage": cfg.stage, "seconds": round(seconds, 1), "gate": reached}
         artifact = save(cfg, stage.module, job, entry, base)
-        shutil.rmtree(last.parent, ignore_errors=True)
         path = artifact.relative_to(Path.cwd()) if artifact.is_relative_to(Path.cwd()) else artifact
         sections["training"]["artifact"] = str(path)
         print("speed    " + "  ".join(f"{value:,.1f} {name.replace('_per_s', '/s')}" for name, value in rates.items()))
@@ -223,7 +222,8 @@ def save(cfg: DictConfig, stage: Trainable, job: Job, entry: dict[str, Any], bas
         save_adapter(stage.model, lora_config(cfg), folder, stage.selector, base=base)
     else:
         save_weights(stage.model, folder, trained=cfg.stage == "base")
-    before = Path(cfg.model.path) / PROVENANCE if cfg.model.get("path") else None
+    base_folder = local_folder(str(cfg.model.path)) if cfg.model.get("path") else None
+    before = None if base_folder is None else base_folder / PROVENANCE
     stages = json.loads(before.read_text())["stages"] if before is not None and before.is_file() else []
     entry |= {"command": job.identity.command, "seed": cfg.seed, **results.code_version()}
     sha = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))}

@@ -154,7 +154,7 @@ def load_batch(batch: Sequence[Sample]) -> PictureBatch:
     known: dict[Any, str] = {}
     pictures: dict[str, Image.Image] = {}
     for sample in batch:
-        key = _source(sample)
+        key = source_of(sample)
         if key in known:
             continue
         load = sample.load_image
@@ -167,7 +167,7 @@ def load_batch(batch: Sequence[Sample]) -> PictureBatch:
             picture = load()
             known[key] = digest_of(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
             pictures.setdefault(known[key], picture)
-    digests = tuple(known[_source(sample)] for sample in batch)
+    digests = tuple(known[source_of(sample)] for sample in batch)
     return PictureBatch([pictures[digest] for digest in digests], digests)
 
 
@@ -175,9 +175,13 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _source(sample: Sample) -> Any:
-    """What samples of one batch share when they share a picture: its place, or the name of one that is drawn."""
-    return sample.load_image if isinstance(sample.load_image, StoredPicture) else picture_of(sample)
+def source_of(sample: Sample) -> Any:
+    """What samples share when they share a picture: its place, or the name of one that is drawn.
+
+    Names alone are not enough: two folders may both be called `train` and have a picture `0.png`.
+    """
+    load = sample.load_image
+    return load if isinstance(load, StoredPicture) else (sample.dataset, sample.split, picture_of(sample))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from experiments.data.image_io import source_of
 from experiments.data.sample import Dataset, Sample, Varied
 from lavida_adapter import TrainBatch
 from shirg import UserError
@@ -142,7 +143,7 @@ def collate(samples: Sequence[Sample], prepare: Callable[[Image.Image], Any] | N
     pictures: dict[Any, Any] = {}
     images = []
     for sample in samples:
-        key = (sample.dataset, sample.meta.get("picture", sample.id))
+        key = source_of(sample)
         if key not in pictures:
             picture = sample.load_image()
             pictures[key] = picture if prepare is None else prepare(picture)

@@ -3,6 +3,7 @@
 It is a file of its own because Lightning takes a second to import, and evaluation does without it.
 """
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,19 @@ class StepDataset(IterableDataset[Any]):
         worker = get_worker_info()
         if worker is None:
             return prefetch(map(self.draw, range(self.begin, self.end)))
-        return map(self.draw, range(self.begin + worker.id, self.end, worker.num_workers))
+        return map(self._drawn, range(self.begin + worker.id, self.end, worker.num_workers))
+
+    def _drawn(self, step: int) -> Any:
+        """The batch, or the error: raised here, the worker's traceback would stand before a user's one sentence.
+
+        A bug keeps that traceback as a note.
+        """
+        try:
+            return self.draw(step)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+            return error
 
 
 def prefetch(items: Iterator[T], n: int = 2) -> Iterator[T]:
@@ -69,5 +82,7 @@ class TrainData(L.LightningDataModule):
         )
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, Exception):
+            raise batch
         # Batches hold pictures and texts; the model moves what it computes from them to its own device.
         return batch

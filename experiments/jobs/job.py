@@ -92,7 +92,7 @@ def run_job(cfg: DictConfig, work: Work, on_end: OnEnd | None = None, check: Che
             for place in (folder, folder / results.SHOTS):
                 clear_temporaries(place)
             if identity is None:
-                remove_path(folder / JOURNAL)  # of a process that was killed between the record and this
+                _clear(folder)  # what is left of a process that was killed between the record and this
                 return _skip(folder, on_end, check(cfg, folder) if check is not None else "")
             return _carry_out(cfg, work, Job(folder, identity, ranks), on_end)
     except Timeout:
@@ -146,7 +146,7 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> J
             write_atomic(folder / ERROR, trace)
         results.write_result(folder, identity, status, {**sections, "times": times}, reason)
         if status == "ok":
-            remove_path(folder / JOURNAL)
+            _clear(folder)
             remove_path(folder / ERROR)
             outcome = _print(JobOutcome(folder, True, f"ok    {identity.job}: {seconds:.1f} s"))
         if on_end is not None:
@@ -157,6 +157,12 @@ def _carry_out(cfg: DictConfig, work: Work, job: Job, on_end: OnEnd | None) -> J
         # What stopped the job, a full disk for example, also prevents its record from being written.
         reason = f"{reason}; the job's record could not be written either ({error.strerror or error})"
     return outcome or _failed(folder, reason or status)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a stopped job would go on from, once its record is written: not before, or a kill loses the work."""
+    remove_path(folder / JOURNAL)
+    remove_path((folder / CHECKPOINT).parent)
 
 
 def _withdraw(folder: Path, before: bytes | None) -> None:

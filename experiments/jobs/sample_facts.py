@@ -42,6 +42,7 @@ def facts_of(sample: Sample) -> SampleFacts:
         "entity": str(sample.meta.get("entity", "")),
         "boxes": [list(box) for box in sample.boxes],
         "history": list(sample.history),
+        "draft": sample.draft,
         "picture_bytes": load.n_bytes() if isinstance(load, PictureFile) else None,
     }
 

@@ -30,6 +30,7 @@ class SampleFacts(TypedDict):
     boxes: NotRequired[list[list[float]] | None]
     """This and the next two are missing in studies from before they existed."""
     history: NotRequired[list[str] | None]
+    draft: NotRequired[str | None]
     picture_bytes: NotRequired[int | None]
     """Size of the picture's file, where it has one of its own."""
 
@@ -106,6 +107,7 @@ _COLUMNS: dict[str, pa.DataType] = {
     "entity": pa.string(),
     "boxes": pa.list_(pa.list_(pa.float64())),
     "history": pa.list_(pa.string()),
+    "draft": pa.string(),
     "n_visual": pa.int32(),
     "n_prefix": pa.int32(),
     "n_cache": pa.int32(),
@@ -307,7 +309,7 @@ def read_facts(path: Path) -> Iterator[dict[str, Any]]:
 
 
 _TEXTS = ("id", "question", "prompt", "answers", "target", "subtask", "group", "density")
-_LATER = {"pictures": "picture_digest", "boxes": "boxes", "history": "history"}
+_LATER = {"pictures": "picture_digest", "boxes": "boxes", "history": "history", "drafts": "draft"}
 """Facts that rows of older studies do not have."""
 
 

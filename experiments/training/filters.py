@@ -17,7 +17,7 @@ NO_ROOM = "whose prompt leaves no room for the answer"
 class LengthFilter:
     """True for a sample whose picture and prompt leave room for at least one token of the answer.
 
-    A picture counts with the most tokens that the stage's selector gives for any canvas.
+    A picture counts with the most tokens that any of the stage's selectors gives for any canvas.
     """
 
     def __init__(self, stage: LavidaModule) -> None:
@@ -40,13 +40,19 @@ class LengthFilter:
     @cached_property
     @torch.no_grad()
     def most_visual(self) -> int:
-        """The largest number of picture tokens over all canvases."""
+        """The largest number of picture tokens over all canvases, and over the selectors that train in turn."""
         blanks = [Image.new("RGB", size) for size in self.config.image_grid_pinpoints]
         stage, n = self.stage, len(blanks)
-        prefix = stage.model.encode(
-            blanks, ["?"] * n, stage.selector, relevance=stage.relevance, boxes=[((0.0, 0.0, 1.0, 1.0),)] * n
-        )
-        return max(prefix.n_visual)
+        in_turn = () if stage.mix is None else (selector for turn in stage.mix.turns for selector in turn)
+        with stage.precision():
+            return max(
+                max(
+                    stage.model.encode(
+                        blanks, ["?"] * n, selector, relevance=stage.relevance, boxes=[((0.0, 0.0, 1.0, 1.0),)] * n
+                    ).n_visual
+                )
+                for selector in (stage.selector, *in_turn)
+            )
 
 
 def drop_too_long(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:

@@ -1,10 +1,14 @@
 """Streams, mixtures and batches: they depend on the step alone, whoever draws them and however many share them."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from experiments import build
+from experiments.data.folder import Folder
 from experiments.data.loader import ROUND, Batches, Mixture, Shuffled, collate
 from experiments.data.synthetic.glyphs import SynthGlyphs
 from tests.experiments.test_configs import composed
@@ -22,6 +26,23 @@ def order(seed: int = 0, n: int = 24, *, n_positions: int = 72, first: int = 0) 
 def test_a_position_has_one_sample_wherever_one_starts() -> None:
     assert order(1, first=40) == order(1)[40:]
     assert order(2) != order(1)
+
+
+def test_two_folders_of_one_name_keep_their_pictures(tmp_path: Path) -> None:
+    """chart/train and doc/train both have 0.png: a batch of a mixture must not show one for the other."""
+    samples = []
+    for place, colour in (("chart", "red"), ("doc", "blue")):
+        folder = tmp_path / place / "train"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (30, 30), colour).save(folder / "0.png")
+        line = {"file_name": "0.png", "question": "which colour?", "answers": [colour]}
+        (folder / "metadata.jsonl").write_text(json.dumps(line) + "\n")
+        samples.append(Folder(root=folder)[0])
+    assert samples[0].dataset == samples[1].dataset and samples[0].id == samples[1].id
+    batch = collate([*samples, samples[0]])
+    seen = [image.getpixel((15, 15)) for image in batch.images if isinstance(image, Image.Image)]
+    assert seen == [(255, 0, 0), (0, 0, 255), (255, 0, 0)] and batch.answers == ["red", "blue", "red"]
+    assert batch.images[0] is batch.images[2]
 
 
 def test_every_epoch_holds_every_sample_once_in_a_new_order() -> None:

@@ -11,6 +11,7 @@ from experiments.data.loader import Batches, Shuffled
 from experiments.data.train_data import StepDataset, TrainData
 from experiments.training.stages import Cutter
 from lavida_adapter.views import Views, ready
+from shirg import UserError
 from tests.data.test_loader import glyphs
 from tests.lavida_adapter.tiny import tiny_config
 
@@ -19,6 +20,24 @@ def test_a_resumed_loader_goes_on_with_its_own_step() -> None:
     batches = Batches(Shuffled(glyphs(), 0), 3)
     whole = [batch.ids for batch in StepDataset(batches, 0, 6)]
     assert [batch.ids for batch in StepDataset(batches, 4, 6)] == whole[4:]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_an_error_in_a_worker_is_the_error_of_the_training() -> None:
+    """Not a traceback of the worker, with the sentence at its end."""
+
+    def draw(step: int) -> object:
+        raise UserError("picture 3.png is broken") if step == 1 else ZeroDivisionError("a bug")
+
+    for begin, kind, note in ((1, UserError, False), (2, ZeroDivisionError, True)):
+        loader = DataLoader(
+            StepDataset(draw, begin, begin + 1), batch_size=None, num_workers=1, multiprocessing_context="fork"
+        )
+        (found,) = loader
+        with pytest.raises(kind) as raised:
+            TrainData(draw, 2).transfer_batch_to_device(found, torch.device("cpu"), 0)
+        assert type(raised.value) is kind
+        assert any("In a worker process" in line for line in getattr(raised.value, "__notes__", [])) == note
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

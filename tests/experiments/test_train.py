@@ -8,9 +8,11 @@ from typing import cast
 import pytest
 
 from experiments.jobs.distributed import Ranks
-from experiments.jobs.job import Job
+from experiments.jobs.job import CHECKPOINT, Job
 from experiments.jobs.results import Identity
 from experiments.train import changed_data, check_gate, keep_data
+from experiments.training.callbacks import read_points
+from experiments.training.run_logger import RunLogger
 from tests.experiments.conftest import Command, Here, result_of
 
 ALIGN = ["study=s", "stage=align", "pictures={glyphs: 2, chart: 2}"]
@@ -22,6 +24,32 @@ def test_a_gate_names_what_fell_short() -> None:
         check_gate({"fine": 0.3, "guard": 1.0}, {"fine": 0.35})
     with pytest.raises(ValueError, match="gate.letters: this stage measures fine"):
         check_gate({"fine": 0.3}, {"letters": 0.35})
+
+
+def test_a_training_that_is_stopped_while_its_logger_ends_keeps_its_checkpoint(
+    train_here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record is not written yet: without the checkpoint, resuming would train everything again."""
+    words = ["study=s", "selector=shirg", "optim.steps=4", "batch_size=2", "trainer.checkpoint_every=2"]
+    with monkeypatch.context() as context:
+        context.setattr(RunLogger, "end", fails)
+        folder = train_here(*words, ok=False)
+    assert (folder / CHECKPOINT).is_file() and result_of(folder)["status"] == "failed"
+    steps = len(read_points(folder / "metrics.csv"))
+    assert train_here(*words, "resume=true") == folder and result_of(folder)["status"] == "ok"
+    assert len(read_points(folder / "metrics.csv")) == steps
+    assert not (folder / CHECKPOINT).parent.exists()
+
+
+def fails(*_: object) -> None:
+    raise OSError("the network is down")
+
+
+def test_the_stages_before_are_known_from_every_folder(train_here: Here) -> None:
+    """A shipped model is found from anywhere, and so is what it was trained by."""
+    folder = train_here("model.path=weights/tiny", "selector=shirg", "optim.steps=1", "batch_size=2")
+    stages = [stage["stage"] for stage in json.loads((folder / "adapter/training.json").read_text())["stages"]]
+    assert stages == ["vision", "text", "align", "base", "adapt"]
 
 
 @pytest.mark.parametrize(

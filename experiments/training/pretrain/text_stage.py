@@ -70,6 +70,9 @@ class Curriculum:
                 f"text: hold={self.hold}, ramp={self.ramp} and settle={self.settle} must add up to at most 1"
             )
 
+        if not 0 < self.first < self.last:
+            raise UserError(f"text: first={self.first} and last={self.last}: contexts grow, give 0 < first < last")
+
     def cells(self, done: float) -> int:
         """Context length after a share `done` of the steps."""
         along = min(1.0, max(0.0, (done - self.hold) / self.ramp))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from experiments.analysis.aggregate import summarise
 from experiments.analysis.stats import cluster_bootstrap
 from experiments.data.folder import Folder
 from experiments.jobs.sample_facts import changes, describe, facts_of
-from experiments.jobs.sample_rows import SampleColumns, read_scores
+from experiments.jobs.sample_rows import SampleColumns, digests_of, read_scores
 from tests.data import official
 from tests.experiments.conftest import journaled, lasting, result_of, rows_of
 from tests.experiments.planting import plant
@@ -157,6 +158,15 @@ def test_pictures_without_names_are_told_apart_by_content(tmp_path: Path, eval_h
     values = np.asarray([float(i % 4 == 0) for i in range(24)])
     assert (score["low"], score["high"]) == cluster_bootstrap(values, [i % 4 for i in range(24)])
     assert {s.picture for s in read_scores(job / "samples.parquet", "exact_match").values()} == set(digests)
+
+
+def test_another_draft_is_another_sample(picture_folder: Folders) -> None:
+    one = Folder(root=picture_folder("data", ["what?"], draft="A [MASK:1]"))[0]
+    other = replace(one, draft="B [MASK:1]")
+    ours, theirs = digests_of([facts_of(one)]), digests_of([facts_of(other)])
+    assert [kind for kind, value in ours.items() if value != theirs[kind]] == ["drafts"]
+    assert describe(changes([dict(facts_of(one))], [other])) == "0.png#0 has another draft"
+    assert changes([{k: v for k, v in facts_of(one).items() if k != "draft"}], [other]) == [], "not known then"
 
 
 def test_what_a_row_does_not_tell_is_no_change(picture_folder: Folders) -> None:

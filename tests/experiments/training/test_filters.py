@@ -53,6 +53,25 @@ def test_a_cut_answer_is_learned_and_a_lost_one_is_counted(
     }
 
 
+def test_the_largest_of_the_budgets_that_train_in_turn_decides(
+    train_here: Here, tiny_weights: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that fits the run's own budget alone would end the training at the step that draws the other."""
+    model = Lavida.from_pretrained(tiny_weights)
+    template = len(prompt_ids(model.tokenizer, "w", model.config, training=True)) - 2
+    room = model.config.tokenizer_model_max_length - template
+    data = llava(tmp_path / "data", ["w" * 4, "w" * (room - 100)])
+    train_here(*WORDS, "optim.steps=4", "budget=40", "mix.budgets=[40,200]", *data)
+    assert "talks train: 1 examples; dropped 1 whose prompt" in capfd.readouterr().out
+
+
+def test_a_bfloat16_base_with_a_whole_trained_projector_is_filtered(train_here: Here, picture_folder: Any) -> None:
+    """The projector is float32 then, and the tower is not."""
+    words = ["recipe=full_projector", "dtype=bfloat16", "objective=tiny", "optim.steps=1", "batch_size=2"]
+    job = train_here(*words, "data=folder", f"data.root={picture_folder('own', ['how many?'] * 2)}")
+    assert result_of(job)["status"] == "ok"
+
+
 def test_nothing_to_learn_from_is_one_sentence(
     train_here: Here, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

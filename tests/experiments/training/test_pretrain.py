@@ -19,6 +19,7 @@ from experiments.training.pretrain.vision_stage import CLASS, draw_regions
 from lavida_adapter import Lavida, ObjectiveConfig
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.lightning_module import OptimConfig
+from shirg import UserError
 from tests.lavida_adapter.tiny import tiny_model
 
 N_CHARS = 30
@@ -45,6 +46,8 @@ def test_curriculum_holds_then_climbs_then_stays() -> None:
     assert [curriculum.cells(x) for x in (0, 0.4, 0.5, 0.6, 1.0)] == [6, 6, 35, 64, 64]
     with pytest.raises(ValueError, match="at most 1"):
         Curriculum(hold=0.6, ramp=0.3, settle=0.2)
+    with pytest.raises(UserError, match="first=8 and last=8: contexts grow"):
+        Curriculum(first=8, last=8)
 
 
 def test_a_tile_token_shows_its_cell_and_a_global_token_the_mean_of_four(model: Lavida) -> None:
