@@ -61,6 +61,11 @@ class OptimConfig:
         return self.lr_floor + (1 - self.lr_floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _folded(seed: int) -> int:
+    """A seed that torch can hold, which is the given one unless that is too large."""
+    return seed % 2**63
+
+
 class Trainable(L.LightningModule):
     """A training stage. A subclass defines the loss of a batch; parameters that require a gradient are trained.
 
@@ -85,8 +90,8 @@ class Trainable(L.LightningModule):
         # another number, draws what the undisturbed run drew. Dropout uses the global state, seeded for each rank.
         self._ids = tuple(getattr(batch, "ids", ()))
         seed = self.seed * 1_000_003 + self.global_step
-        torch.manual_seed(seed + (self.global_rank << 40))
-        loss = self.loss(batch, torch.Generator(self.device).manual_seed(seed))
+        torch.manual_seed(_folded(seed + (self.global_rank << 40)))
+        loss = self.loss(batch, torch.Generator(self.device).manual_seed(_folded(seed)))
         self._loss = loss.detach()
         self.log("loss", loss, batch_size=1, sync_dist=True)
         if self.tally is not None and self.tally.right is not None:
