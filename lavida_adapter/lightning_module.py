@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from lavida_adapter.lora import RankGrowth, check_parts, part_of
+from lavida_adapter.lora import check_parts, part_of
+from lavida_adapter.lora_growth import RankGrowth
 from lavida_adapter.loss import TrainBatch
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig, Shard, Tally
@@ -209,8 +210,11 @@ class LavidaModule(Trainable):
         for name, term in self.tally.terms.items():
             self.log(f"loss_{name}", term.detach(), batch_size=1, sync_dist=True)
         if self.growth is not None:
-            if (mean := self.growth.observe(loss)) is not None:
-                self.growth.decide(self.trainer.strategy.reduce(torch.tensor(mean), reduce_op="mean").item())
+            if not self.growth.complete:
+                # Lightning reduces in place, so it gets a copy.
+                mean_loss = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+                if (mean := self.growth.observe(mean_loss)) is not None:
+                    self.growth.decide(mean)
             self.log("lora_rank", float(self.growth.rank), batch_size=1)
         return loss
 
