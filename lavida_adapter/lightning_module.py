@@ -96,7 +96,7 @@ class Trainable(L.LightningModule):
         self._loss = loss.detach()
         self.log("loss", loss, batch_size=1, sync_dist=True)
         if self.tally is not None and self.tally.right is not None:
-            self.log("accuracy", self.tally.right / max(1, self.tally.masked), batch_size=1, sync_dist=True)
+            self.log("accuracy", self.tally.right / self.tally.masked, batch_size=1, sync_dist=True)
         scale = self.optim.scale(self.global_step)
         self.log("lr", self.optim.lr * scale, batch_size=1)
         for part, rate in self.optim.rates.items():
