@@ -167,7 +167,7 @@ class Objective:
 
 @dataclass
 class Grow:
-    """The fields of `lavida_adapter.lora.Growth`."""
+    """The fields of `lavida_adapter.lora_growth.Growth`."""
 
     start: int = 16
     patience: int = 200

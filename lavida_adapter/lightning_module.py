@@ -17,7 +17,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from lavida_adapter.lora import RankGrowth, check_parts, part_of
+from lavida_adapter.lora import check_parts, part_of
+from lavida_adapter.lora_growth import RankGrowth
 from lavida_adapter.loss import TrainBatch
 from lavida_adapter.model import Lavida
 from lavida_adapter.objective import ObjectiveConfig, Shard, Tally
@@ -61,6 +62,11 @@ class OptimConfig:
         return self.lr_floor + (1 - self.lr_floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _folded(seed: int) -> int:
+    """A seed that torch can hold, which is the given one unless that is too large."""
+    return seed % 2**63
+
+
 class Trainable(L.LightningModule):
     """A training stage. A subclass defines the loss of a batch; parameters that require a gradient are trained.
 
@@ -85,12 +91,12 @@ class Trainable(L.LightningModule):
         # another number, draws what the undisturbed run drew. Dropout uses the global state, seeded for each rank.
         self._ids = tuple(getattr(batch, "ids", ()))
         seed = self.seed * 1_000_003 + self.global_step
-        torch.manual_seed(seed + (self.global_rank << 40))
-        loss = self.loss(batch, torch.Generator(self.device).manual_seed(seed))
+        torch.manual_seed(_folded(seed + (self.global_rank << 40)))
+        loss = self.loss(batch, torch.Generator(self.device).manual_seed(_folded(seed)))
         self._loss = loss.detach()
         self.log("loss", loss, batch_size=1, sync_dist=True)
         if self.tally is not None and self.tally.right is not None:
-            self.log("accuracy", self.tally.right / max(1, self.tally.masked), batch_size=1, sync_dist=True)
+            self.log("accuracy", self.tally.right / self.tally.masked, batch_size=1, sync_dist=True)
         scale = self.optim.scale(self.global_step)
         self.log("lr", self.optim.lr * scale, batch_size=1)
         for part, rate in self.optim.rates.items():
@@ -204,8 +210,11 @@ class LavidaModule(Trainable):
         for name, term in self.tally.terms.items():
             self.log(f"loss_{name}", term.detach(), batch_size=1, sync_dist=True)
         if self.growth is not None:
-            if (mean := self.growth.observe(loss)) is not None:
-                self.growth.decide(self.trainer.strategy.reduce(torch.tensor(mean), reduce_op="mean").item())
+            if not self.growth.complete:
+                # Lightning reduces in place, so it gets a copy.
+                mean_loss = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+                if (mean := self.growth.observe(mean_loss)) is not None:
+                    self.growth.decide(mean)
             self.log("lora_rank", float(self.growth.rank), batch_size=1)
         return loss
 

@@ -1,6 +1,6 @@
-"""LoRA through peft: which layers are adapted, how the adapter is added, grown and merged.
+"""LoRA through peft: which layers are adapted, how the adapter is added and merged.
 
-Its files are in `lavida_adapter.adapter_files`.
+Its files are in `lavida_adapter.adapter_files`; how it grows during training is in `lavida_adapter.lora_growth`.
 """
 
 import difflib
@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lavida_adapter.checkpoint import fingerprint
+from lavida_adapter.lora_growth import Growth, RankGrowth
 from lavida_adapter.modules import LavidaModules
 from shirg import Selector, UserError
 
@@ -37,26 +38,6 @@ def check_parts(where: str, given: Sequence[str]) -> None:
         if part not in PARTS:
             near = ", ".join(difflib.get_close_matches(part, PARTS, n=1, cutoff=0))
             raise UserError(f"{where}.{part}: no such part, the nearest is {near}; the parts are {', '.join(PARTS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """Progressive LoRA: training starts with `start` ranks and doubles them when the loss stops falling.
-
-    The loss has stopped falling when its mean over `patience` steps is not lower than the best mean by `gain`.
-    """
-
-    start: int = 16
-    patience: int = 200
-    gain: float = 0.01
-    """As a fraction of the best mean so far."""
-
-    def __post_init__(self) -> None:
-        if self.start < 1 or self.patience < 1 or not 0 <= self.gain < 1:
-            raise UserError(
-                f"lora.grow={{start: {self.start}, patience: {self.patience}, gain: {self.gain}}}: give a rank and a "
-                "number of steps of at least 1, and a share in [0, 1)"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,53 +328,13 @@ def _regex(concrete: str) -> str:
     return re.escape(concrete).replace(r"\*", r"\d+")
 
 
-class RankGrowth:
-    """Trains the first `rank` columns of every B, and doubles `rank` when the loss stops falling."""
-
-    def __init__(self, config: Growth, most: int, factors_B: list[nn.Parameter]) -> None:
-        """`factors_B` are the B matrices [out, r] of all LoRA layers; `most` is the largest of their ranks."""
-        self.config, self.most, self.rank = config, most, config.start
-        self.best: float | None = None
-        self.seen = 0
-        self.total = torch.zeros((), dtype=torch.float64)
-        for factor in factors_B:
-            factor.register_hook(self._mask_unused)
-
-    def _mask_unused(self, gradient_OR: Tensor) -> Tensor:
-        used_R = torch.arange(gradient_OR.shape[1], device=gradient_OR.device) < self.rank
-        return gradient_OR * used_R
-
-    def observe(self, loss: Tensor) -> float | None:
-        """Adds the loss of a step. Returns the mean over `patience` steps after the last of them, else None."""
-        if self.rank >= self.most:
-            return None
-        self.total = self.total.to(loss.device) + loss.detach()
-        self.seen += 1
-        if self.seen < self.config.patience:
-            return None
-        mean = (self.total / self.seen).item()
-        self.seen, self.total = 0, torch.zeros_like(self.total)
-        return mean
-
-    def decide(self, mean: float) -> bool:
-        """Compares a mean of `observe` with the best one so far; returns True when ranks were added."""
-        if self.best is None or mean < self.best * (1 - self.config.gain):
-            self.best = mean
-            return False
-        self.rank, self.best = min(2 * self.rank, self.most), min(self.best, mean)
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rank": self.rank, "best": self.best, "seen": self.seen, "total": self.total.item()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rank, self.best, self.seen = state["rank"], state["best"], state["seen"]
-        self.total = torch.tensor(state["total"], dtype=torch.float64)
-
-
 def rank_growth(config: LoraConfig, *modules: nn.Module) -> RankGrowth | None:
-    """The rank growth of the LoRA layers in these modules; None for a config without `grow`."""
+    """The rank growth of the LoRA layers in these modules; None for a config without `grow`.
+
+    Raises:
+        UserError: growth that would start with all ranks.
+    """
     if config.grow is None:
         return None
     factors = [layer.lora_B["default"].weight for _, layer in lora_layers(*modules)]
-    return RankGrowth(config.grow, config.rank, factors)
+    return RankGrowth(config.grow, factors)

@@ -26,7 +26,7 @@ from lavida_adapter.prefix import Prefix, splice, used_first
 from lavida_adapter.prompt import IGNORE, Example, encode_text, training_example
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import NoTimer
-from lavida_adapter.views import Views
+from lavida_adapter.views import Views, content_key
 from shirg import Selection, Selector, Source, UserError, send
 
 
@@ -86,11 +86,16 @@ def alignment_loss(picture_BD: Tensor, question_BD: Tensor, same_BB: Tensor, tem
 
 
 def alignment(
-    model: LavidaModules, batch: "TrainBatch", blocks: Sequence[Tensor], selections: Sequence[Selection]
+    model: LavidaModules,
+    batch: "TrainBatch",
+    blocks: Sequence[Tensor],
+    selections: Sequence[Selection],
+    shard: Shard,
 ) -> Tensor:
     """`alignment_loss` between the mean projected picture token of each prompt and the mean embedding of its question.
 
-    Newlines are left out. Prompts that share their picture or their question are not negatives of each other.
+    It contrasts all prompts of the global batch, and is the same in all processes. Newlines are left out. Prompts that
+    share what their pictures show or their question are not negatives of each other.
 
     Raises:
         UserError: when the batch has no negatives, or a question has no token.
@@ -104,18 +109,20 @@ def alignment(
         if not ids:
             raise UserError(f"objective.alignment: the question of sample {batch.ids[i]!r} has no token")
         questions.append(model.lm.embedding(send(torch.tensor(ids), model.device)).mean(0))
-    n = range(len(pictures))
-    same = [
-        [batch.images[i] is batch.images[j] or batch.questions[i].strip() == batch.questions[j].strip() for j in n]
-        for i in n
-    ]
+    # By content: an object is the same picture in one process only.
+    keys = {id(image): content_key(image) for image in batch.images}
+    shown = shard.gather([(keys[id(image)], q.strip()) for image, q in zip(batch.images, batch.questions, strict=True)])
+    same = [[picture == p or question == q for p, q in shown] for picture, question in shown]
     if all(all(row) for row in same):
         raise UserError(
             "objective.alignment contrasts the prompts of a batch, and all prompts of this batch have one picture or "
             "question: raise batch_size"
         )
     same_BB = send(torch.tensor(same), model.device)
-    return alignment_loss(torch.stack(pictures), torch.stack(questions), same_BB, TEMPERATURE)
+    picture_BD, question_BD = shard.gather_vectors(
+        torch.stack([torch.stack(pictures), torch.stack(questions)], dim=1)
+    ).unbind(1)
+    return alignment_loss(picture_BD, question_BD, same_BB, TEMPERATURE)
 
 
 def row_losses(logits_MW: Tensor, labels_M: Tensor, row_M: Tensor, b: int) -> Tensor:
@@ -143,8 +150,10 @@ def answer_losses(
     return loss_M.new_zeros(len(labels_BL)).index_add(0, at_M // labels_BL.shape[1], loss_M)
 
 
-def adaptive_k_loss(selections: Sequence[Selection], row_loss_B: Tensor) -> Tensor:
+def adaptive_k_loss(selections: Sequence[Selection], row_loss_B: Tensor, shard: Shard = SINGLE) -> Tensor:
     """Mean squared error of the loss that the selector's head predicts, over the rows with masked targets.
+
+    It is divided by the mean number of such rows in a process, so that its mean over the processes is that of all rows.
 
     Raises:
         UserError: for a selector without such a head.
@@ -155,7 +164,9 @@ def adaptive_k_loss(selections: Sequence[Selection], row_loss_B: Tensor) -> Tens
     expected_B, seen_B = torch.cat(expected), row_loss_B.isfinite()
     # NaN is replaced before the difference: masked afterwards, it would still reach the gradient.
     error_B = (expected_B - torch.where(seen_B, row_loss_B, expected_B.detach())).square()
-    return error_B.sum() / seen_B.sum().clamp_min(1)
+    if shard.world == 1:
+        return error_B.sum() / seen_B.sum().clamp_min(1)  # without a wait for the device
+    return error_B.sum() / (shard.mean(int(seen_B.sum())) or 1.0)
 
 
 @dataclass(frozen=True)
@@ -228,10 +239,10 @@ def batch_loss(
     rows, labels = rows_of(model, batch, extra=extra, least=objective.answer_tokens or 0, agree=shard.largest)
     loss = rows_loss(model, rows, labels, blocks, objective, generator, shard=shard, tally=tally)
     if objective.alignment:
-        tally.terms["alignment"] = alignment(model, batch, blocks, selections)
+        tally.terms["alignment"] = alignment(model, batch, blocks, selections, shard)
         loss = loss + objective.alignment * tally.terms["alignment"]
     if objective.adaptive_k and tally.row_loss_B is not None:
-        tally.terms["adaptive_k"] = adaptive_k_loss(selections, tally.row_loss_B)
+        tally.terms["adaptive_k"] = adaptive_k_loss(selections, tally.row_loss_B, shard)
         loss = loss + objective.adaptive_k * tally.terms["adaptive_k"]
     return loss
 
@@ -293,15 +304,16 @@ def draw_loss(
     ahead = model.lm.shift  # a target is predicted by the position so many places before it
     logits_MW = model.lm.logits(states.flatten(0, 1).index_select(0, at_M - ahead))
     labels_M, row_M = labels_BL.repeat(len(copies), 1).flatten()[at_M], at_M // masked_CL.shape[1]
+    n_masked = shard.mean(len(labels_M)) or 1.0
     if tally is not None:
-        tally.masked, tally.right = len(labels_M), (logits_MW.detach().argmax(-1) == labels_M).sum()
+        tally.masked, tally.right = n_masked, (logits_MW.detach().argmax(-1) == labels_M).sum()
         if objective.adaptive_k:
             tally.row_loss_B = row_losses(logits_MW, labels_M, row_M % len(labels_BL), len(labels_BL))
     if objective.weighting == "none":
-        return masked_cross_entropy(logits_MW, labels_M, n_targets=max(1.0, shard.mean(len(labels_M))))
+        return masked_cross_entropy(logits_MW, labels_M, n_targets=n_masked)
     p_B = mask_probability(t_B)
     # Each copy alone is an unbiased estimate of the loss; two copies are averaged.
     weight_C = torch.cat([p_B, 1 - p_B][: len(copies)]).clamp_min(1e-3).reciprocal() / len(copies)
     # Together the two copies mask every target once.
-    n_targets = len(labels_M) if objective.complementary else int(target_BL.sum())
-    return masked_cross_entropy(logits_MW, labels_M, weight_C[row_M], n_targets=shard.mean(n_targets))
+    n_targets = n_masked if objective.complementary else shard.mean(int(target_BL.sum()))
+    return masked_cross_entropy(logits_MW, labels_M, weight_C[row_M], n_targets=n_targets)

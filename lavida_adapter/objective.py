@@ -7,7 +7,7 @@ the other ones. Random numbers are arguments, so that a test can pass those of t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from lavida_adapter.prompt import IGNORE
 from shirg import UserError
 
 TimeSampler = Literal["uniform", "logit_normal", "mode"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,10 @@ class Tally:
 
     tokens: int = 0
     """Positions of all rows, pictures included, counted once for both copies."""
-    masked: int = 0
+    masked: float = 1.0
+    """Masked targets of a process, the mean of all processes; 1 where all have none."""
     right: Tensor | None = None
-    """How many of the masked targets the model predicts correctly."""
+    """How many of its masked targets the model predicts correctly in this process."""
     row_loss_B: Tensor | None = None
     """Mean cross entropy of each row's masked targets, if `adaptive_k` needs it."""
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -147,7 +149,7 @@ def pad_answers(
 class Shard:
     """A process's b rows of a global batch of world * b: rank * b .. (rank + 1) * b - 1.
 
-    Numbers are reduced over the processes with the CPU backend.
+    Numbers are reduced over the processes, and values gathered from them, with the CPU backend.
     """
 
     rank: int = 0
@@ -170,6 +172,31 @@ class Shard:
     def mean(self, n: int) -> float:
         """The mean `n` of all processes."""
         return n if self.world == 1 else float(self._reduce(n, dist.ReduceOp.SUM)) / self.world
+
+    def gather(self, mine: Sequence[T]) -> list[T]:
+        """The values of all rows of the global batch, given those of this process's rows."""
+        if self.world == 1:
+            return list(mine)
+        return [value for part in self._exchange(list(mine)) for value in part]
+
+    def gather_vectors(self, mine_B: Tensor) -> Tensor:
+        """Tensors [G, ...] of all rows of the global batch in float32, given those of this process's rows.
+
+        What all processes compute from them alike has a gradient in each with respect to its own rows alone, times
+        `world`: the mean of these gradients over the processes is that of one process with the whole batch.
+        """
+        mine_B = mine_B.float()
+        if self.world == 1:
+            return mine_B
+        parts = [part.to(mine_B.device) for part in self._exchange(mine_B.detach().cpu())]
+        parts[self.rank] = mine_B.detach() + self.world * (mine_B - mine_B.detach())
+        return torch.cat(parts)
+
+    def _exchange(self, mine: T) -> list[T]:
+        """What each process gives, by its rank."""
+        found: list[T] = [mine] * self.world
+        dist.all_gather_object(found, mine)
+        return found
 
     @staticmethod
     def _reduce(n: int, how: dist.ReduceOp.RedOpType) -> Tensor:

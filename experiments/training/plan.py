@@ -23,11 +23,11 @@ from experiments.data.sample import Dataset, Sample
 from experiments.errors import one_sentence
 from experiments.schema import local_folder
 from experiments.training.multi_budget import build_schedule, tokens_of
-from experiments.training.stages import make_trainable, objective_config, optim_config
+from experiments.training.stages import lora_config, make_trainable, objective_config, optim_config
 from lavida_adapter import DreamConfig, LanguageModelConfig, Lavida, LavidaConfig, LladaConfig
 from lavida_adapter.checkpoint import read_config
 from lavida_adapter.lightning_module import LavidaModule
-from lavida_adapter.lora import part_of
+from lavida_adapter.lora import part_of, rank_growth
 from lavida_adapter.memory_estimate import Shape, footprint
 from lavida_adapter.objective import ObjectiveConfig
 from lavida_adapter.prompt import training_example
@@ -89,8 +89,10 @@ def plan(cfg: DictConfig) -> None:
         print("trained")
         make_trainable(cfg, model, selector)
     mix = build_schedule(cfg, model, selector)
-    # This raises for options that the run would refuse.
+    # These raise for options that the run would refuse.
     LavidaModule(model, selector, None, objective_config(cfg), optim_config(cfg), cfg.seed).configure_optimizers()
+    if cfg.stage == "adapt":
+        rank_growth(lora_config(cfg), model, selector)
     selectors = [selector] if mix is None else [s for turn in mix.turns for s in turn]
     samples = [batches.stream(place) for place in range(SAMPLES)]
     for line in (

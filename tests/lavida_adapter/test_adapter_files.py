@@ -19,7 +19,8 @@ from lavida_adapter.lora import rank_growth
 from lavida_adapter.relevance import LmEmbed
 from shirg import ShirgSelector, UserError
 from tests.golden_data import golden_dir
-from tests.lavida_adapter.test_lora import CONFIG, GROWING, adapted, growing, logits, train, trained_model
+from tests.lavida_adapter.test_lora import CONFIG, adapted, logits, train, trained_model
+from tests.lavida_adapter.test_lora_growth import GROWING, growing
 from tests.lavida_adapter.tiny import picture, tiny_model
 
 WEIGHTS = CONF.parent / "weights/tiny"

@@ -107,6 +107,17 @@ def test_draws_depend_on_seed_and_step() -> None:
     assert fit(stage(), 2) == seven
 
 
+@pytest.mark.parametrize("seed", [2**63 - 1, 20261126120000, 7])
+def test_a_seed_may_be_as_large_as_a_config_allows(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is folded into what torch can hold, also with the rank of a process; a small one stays as it is."""
+    monkeypatch.setattr(LavidaModule, "global_rank", 3)
+    (loss,) = fit(stage(seed=seed), 1)
+    assert torch.initial_seed() == (seed * 1_000_003 + (3 << 40)) % 2**63
+    draws = torch.Generator().manual_seed(seed * 1_000_003 % 2**63)
+    by_hand = stage(seed=seed)
+    assert by_hand.model.loss(draw(0), by_hand.selector, OBJECTIVE, draws).item() == pytest.approx(loss, abs=1e-6)
+
+
 def test_what_does_not_learn_is_not_given_to_the_optimizer() -> None:
     module = stage()
     optimizer = module.configure_optimizers()["optimizer"]  # type: ignore[index]  # a dict here

@@ -1,4 +1,4 @@
-"""LoRA: which layers, which gradients, what merging leaves, and ranks that are added during training."""
+"""LoRA: which layers, which gradients, and what merging leaves."""
 
 from pathlib import Path
 from typing import Any
@@ -6,14 +6,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from baselines import Pooled
 from lavida_adapter import Lavida, LoraConfig, ObjectiveConfig, TrainBatch, add_lora, merge_lora
-from lavida_adapter.lora import Growth, RankGrowth, Trained, expand, lora_layers, part_of, rank_growth
+from lavida_adapter.lora import Trained, expand, part_of
 from tests.lavida_adapter.tiny import picture, tiny_model
-from tests.lavida_adapter.training_runs import QUIET, fit, stage
 
 TOWER = "vision_tower.vision_tower.vision_model.encoder.layers"
 TARGETS = (
@@ -26,9 +24,6 @@ ADAPTED = {
     *("mm_projector.0", "mm_projector.2", f"{TOWER}.0.self_attn.q_proj", f"{TOWER}.0.self_attn.k_proj"),
     *(f"transformer.blocks.{i}.{leaf}" for i in (0, 1) for leaf in ("q_proj", "ff_out")),
 }
-GROWING = LoraConfig(
-    rank=8, targets=("mm_projector.{0,2}", "transformer.blocks.*.q_proj"), grow=Growth(start=2, patience=3, gain=0.5)
-)
 LAYERS = [f"t.layers.{i}.{leaf}" for i in range(26) for leaf in ("q", "k")]
 
 
@@ -207,76 +202,3 @@ def test_dropout_is_for_training_alone() -> None:
     assert torch.equal(logits(model), logits(model))
     model.train()
     assert not torch.equal(logits(model), logits(model))
-
-
-def growing() -> tuple[Lavida, RankGrowth]:
-    model = tiny_model()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        add_lora(model, GROWING)
-    growth = rank_growth(GROWING, model)
-    assert growth is not None
-    return model, growth
-
-
-def columns(model: Lavida) -> dict[str, Tensor]:
-    """The largest number in each column of every B [r]."""
-    return {n: layer.lora_B["default"].weight.detach().abs().amax(0) for n, layer in lora_layers(model)}
-
-
-def adam(model: Lavida, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=weight_decay)
-
-
-def test_growing_changes_nothing_and_then_the_new_ranks_learn() -> None:
-    model, growth = growing()
-    optimizer = adam(model, weight_decay=0.1)
-    train(model, 3, optimizer)
-    assert all(c[:2].min() > 0 and c[2:].max() == 0 for c in columns(model).values())
-    before = logits(model)
-    growth.best = 1.0
-    assert growth.decide(mean=0.9) and growth.rank == 4
-    assert torch.equal(logits(model), before)
-    train(model, 2, optimizer)
-    assert all(c[:4].min() > 0 and c[4:].max() == 0 for c in columns(model).values())
-    assert not torch.equal(logits(model), before)
-
-
-def test_few_ranks_learn_what_a_small_adapter_learns() -> None:
-    """The first two of eight are an adapter of rank two with the same A and the same scale."""
-    model, _ = growing()
-    small = tiny_model()
-    add_lora(small, LoraConfig(rank=2, targets=GROWING.targets))
-    for (_, big), (_, little) in zip(lora_layers(model), lora_layers(small), strict=True):
-        assert big.scaling == little.scaling == {"default": 2.0}
-        with torch.no_grad():
-            little.lora_A["default"].weight.copy_(big.lora_A["default"].weight[:2])
-    for m in (model, small):
-        train(m, 3, adam(m))
-    torch.testing.assert_close(logits(model), logits(small), rtol=0, atol=1e-5)
-
-
-def test_when_ranks_are_added() -> None:
-    growth = RankGrowth(Growth(start=2, patience=2, gain=0.1), most=6, factors_B=[])
-    means = [growth.observe(torch.tensor(x)) for x in (4.0, 2.0, 2.0, 2.0, 3.0, 2.5)]
-    assert means == [None, 3.0, None, 2.0, None, 2.75]
-    decided = [(growth.decide(mean), growth.rank) for mean in (3.0, 2.0, 1.9, 1.7, 1.6, 1.5)]
-    #           the first   better        5 % is not   10.5 % of 1.9 is    not           not: 6 is the most
-    assert decided == [(False, 2), (False, 2), (True, 4), (False, 4), (True, 6), (True, 6)]
-    assert growth.observe(torch.tensor(1.0)) is None
-
-
-@QUIET
-def test_growth_survives_a_stop(tmp_path: Path) -> None:
-    whole, first, second = (stage(GROWING, objective=ObjectiveConfig(extra_padding=0), seed=3) for _ in range(3))
-    for module in (whole, first, second):
-        module.growth = rank_growth(GROWING, module.model)
-    fit(whole, 6)
-    keeper = ModelCheckpoint(tmp_path, save_last=True, save_top_k=0, every_n_train_steps=4)
-    fit(first, 4, enable_checkpointing=True, callbacks=[keeper])
-    fit(second, 6, resume=tmp_path / "last.ckpt")
-    assert whole.growth is not None and second.growth is not None
-    assert whole.growth.state_dict() == second.growth.state_dict()
-    assert whole.growth.rank > 2
-    for (name, a), (_, b) in zip(columns(whole.model).items(), columns(second.model).items(), strict=True):
-        assert torch.equal(a, b), name

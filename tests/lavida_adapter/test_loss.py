@@ -341,6 +341,8 @@ def test_prompts_of_one_picture_or_one_question_are_no_negatives() -> None:
     questions = [model.lm.embedding.weight[ids].mean(0).tolist() for ids in words]
     apart = {(0, 2), (2, 0), (1, 2), (2, 1)}
     assert tally.terms["alignment"].item() == pytest.approx(contrast(pictures, questions, apart), abs=1e-4)
+    copied = run_with(model, Pooled(), three([IMAGES[0], IMAGES[0].copy(), IMAGES[1]]), alignment=1.0)[1]
+    assert copied.terms["alignment"].item() == pytest.approx(tally.terms["alignment"].item(), abs=1e-5)
     for images, asked in ((IMAGES[:1], QUESTIONS[:1]), (twice[:2], QUESTIONS[:2]), (IMAGES[:2], ["same", "same "])):
         with pytest.raises(
             ValueError,

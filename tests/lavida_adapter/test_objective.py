@@ -1,8 +1,9 @@
 """The parts of the objective, and a step shared by several processes: same draws, padding and mean as one process."""
 
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 
 from baselines import Pooled
 from lavida_adapter import LoraConfig, ObjectiveConfig, TrainBatch, add_lora
+from lavida_adapter.loss import draw_loss
 from lavida_adapter.objective import (
     Shard,
+    Tally,
     extra_padding,
     mask_probability,
     masked_cross_entropy,
@@ -22,6 +25,9 @@ from lavida_adapter.objective import (
     sample_times,
 )
 from lavida_adapter.prompt import IGNORE
+from lavida_adapter.relevance import LmEmbed
+from shirg import Selector, ShirgSelector
+from tests.lavida_adapter.test_loss import spliced
 from tests.lavida_adapter.tiny import noise, picture, tiny_model
 
 CPU = torch.device("cpu")
@@ -132,15 +138,15 @@ WORLD = 2
 
 @dataclass
 class Table:
-    """Where threads that stand for processes lay down their numbers."""
+    """Where threads that stand for processes lay down what they give to each other."""
 
-    numbers: list[float] = field(default_factory=lambda: [0.0] * WORLD)
+    given: list[Any] = field(default_factory=lambda: [None] * WORLD)
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(WORLD, timeout=60))
 
-    def exchange(self, rank: int, number: float) -> list[float]:
-        self.numbers[rank] = number
+    def exchange(self, rank: int, mine: Any) -> list[Any]:
+        self.given[rank] = pickle.dumps(mine)  # as between processes, nothing is shared
         self.barrier.wait()
-        found = list(self.numbers)
+        found = [pickle.loads(given) for given in self.given]
         self.barrier.wait()
         return found
 
@@ -150,10 +156,16 @@ class Threaded(Shard):
     table: Table = field(default_factory=Table)
 
     def largest(self, n: int) -> int:
-        return int(max(self.table.exchange(self.rank, n)))
+        return int(max(self._exchange(n)))
 
     def mean(self, n: int) -> float:
-        return sum(self.table.exchange(self.rank, n)) / self.world
+        return sum(self._exchange(n)) / self.world
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        return self.table.exchange(self.rank, mine)
+
+
+QUESTIONS = ("digit red", "letter K", "shape kind shape kind", "digit blue")
 
 
 def batch(rows: range) -> TrainBatch:
@@ -161,43 +173,132 @@ def batch(rows: range) -> TrainBatch:
     sizes = [(40, 40), (38, 16), (12, 30), (40, 20)]
     return TrainBatch(
         images=[picture(sizes[i], seed=i) for i in rows],
-        questions=[("digit red", "letter K", "shape kind shape kind", "digit blue")[i] for i in rows],
+        questions=[QUESTIONS[i] for i in rows],
         answers=[("7", "blue red green", "square", "1 2 3 4 5")[i] for i in rows],
         ids=[str(i) for i in rows],
     )
 
 
-def step(rows: range, objective: ObjectiveConfig, share: Shard) -> tuple[float, dict[str, torch.Tensor]]:
+def sharing(rows: range) -> TrainBatch:
+    """The first and the last row have one picture, the two between one question: half of each pair in each process."""
+    alike = [(40, 40, 0), (38, 16, 1), (12, 30, 2), (40, 40, 0)]
+    asked = (QUESTIONS[0], QUESTIONS[1], QUESTIONS[1] + " ", QUESTIONS[3])
+    images = [picture((w, h), seed=seed) for w, h, seed in (alike[i] for i in rows)]
+    return replace(batch(rows), images=images, questions=[asked[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class Found:
+    loss: float
+    tally: Tally
+    gradients: dict[str, torch.Tensor]
+
+
+def step(data: TrainBatch, objective: ObjectiveConfig, share: Shard, seed: int = 3) -> Found:
+    selector: Selector = Pooled()
     with LOCK, torch.random.fork_rng():  # threads share the random state
         model = tiny_model()
         torch.manual_seed(0)
         add_lora(model, LoraConfig(rank=2, targets=("mm_projector.0",), train_whole=("image_newline",)))
-    loss = model.loss(batch(rows), Pooled(), objective, torch.Generator().manual_seed(3), shard=share)
+        if objective.adaptive_k:
+            selector = ShirgSelector(budget=10, scaffold={"size": 2}, adaptive={"mode": "head"}).at_level(1)
+    draws, tally = torch.Generator().manual_seed(seed), Tally()
+    loss = model.loss(data, selector, objective, draws, relevance=LmEmbed(), shard=share, tally=tally)
     loss.backward()
-    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    named = [*model.named_parameters(), *selector.named_parameters()]
+    return Found(loss.item(), tally, {n: p.grad for n, p in named if p.grad is not None})
 
 
 LOCK = threading.Lock()
+UNEVEN = 0
+"""A seed with which a row of the second process masks no target with its one copy, and none of the first."""
+
+
+def in_processes(data: list[TrainBatch], objective: ObjectiveConfig, seed: int = 3) -> list[Found]:
+    """What each process finds for its part of the batch."""
+    table = Table()
+    with ThreadPoolExecutor(WORLD) as pool:
+        work = [pool.submit(step, part, objective, Threaded(r, WORLD, table), seed) for r, part in enumerate(data)]
+        return [part.result() for part in work]
+
+
+def check_mean(parts: list[Found], whole: Found) -> None:
+    """Losses, counts and gradients of the processes against those of one with the whole batch."""
+    assert sum(part.loss for part in parts) / WORLD == pytest.approx(whole.loss, abs=1e-5)
+    for name, term in whole.tally.terms.items():
+        assert sum(part.tally.terms[name].item() for part in parts) / WORLD == pytest.approx(term.item(), abs=1e-5)
+    # The mean of their accuracies is the accuracy of all: right ones of a process over the mean number of targets.
+    assert [part.tally.masked for part in parts] == [whole.tally.masked / WORLD] * WORLD
+    for name, gradient in whole.gradients.items():
+        mean = torch.stack([part.gradients[name] for part in parts]).mean(0)
+        torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"complementary": False}, {"weighting": "inverse_time"}, {"prefix_mask": True}], ids=str
+    "knobs",
+    [
+        {},
+        {"complementary": False},
+        {"weighting": "inverse_time"},
+        {"weighting": "inverse_time", "complementary": False},
+        {"prefix_mask": True},
+        {"alignment": 0.5},
+    ],
+    ids=str,
 )
 def test_the_mean_over_processes_is_the_global_batch(knobs: dict[str, Any]) -> None:
     objective = ObjectiveConfig(**({"extra_padding": 6} | knobs))
-    whole, gradients = step(range(4), objective, Shard())
-    table = Table()
+    parts = in_processes([batch(range(2)), batch(range(2, 4))], objective)
+    assert parts[0].loss != pytest.approx(parts[1].loss, abs=1e-3)
+    check_mean(parts, step(batch(range(4)), objective, Shard()))
+
+
+def test_pairs_are_contrasted_over_all_processes() -> None:
+    """Also with one prompt in each, and pictures and questions that two processes share are no negatives."""
+    objective = ObjectiveConfig(extra_padding=0, alignment=1.0)
+    terms = []
+    for data in (batch, sharing):
+        parts, whole = (
+            in_processes([data(range(2)), data(range(2, 4))], objective),
+            step(data(range(4)), objective, Shard()),
+        )
+        check_mean(parts, whole)
+        terms.append(whole.tally.terms["alignment"].item())
+        assert [part.tally.terms["alignment"].item() for part in parts] == pytest.approx([terms[-1]] * 2, abs=1e-5)
+    assert abs(terms[0] - terms[1]) > 0.1
+    check_mean(
+        in_processes([batch(range(1)), batch(range(1, 2))], objective), step(batch(range(2)), objective, Shard())
+    )
+    same = [replace(batch(range(1)), images=[picture((40, 40), seed=7)]) for _ in range(WORLD)]
+    with pytest.raises(ValueError, match="all prompts of this batch have one picture or question: raise batch_size"):
+        in_processes(same, objective)
+
+
+def test_rows_without_masked_targets_are_left_out_over_all_processes() -> None:
+    objective = ObjectiveConfig(extra_padding=0, adaptive_k=1.0, complementary=False)
+    parts = in_processes([batch(range(2)), batch(range(2, 4))], objective, UNEVEN)
+    assert [int(part.tally.row_loss_B.isnan().sum()) for part in parts if part.tally.row_loss_B is not None] == [0, 1]
+    check_mean(parts, step(batch(range(4)), objective, Shard(), UNEVEN))
+    terms = [part.tally.terms["adaptive_k"].item() for part in parts]
+    assert abs(terms[0] - terms[1]) > 0.1
+
+
+def test_one_masked_target_of_all_processes() -> None:
+    """The second process masks nothing, so the mean over both is half the loss of the first."""
+    model, objective = tiny_model(), ObjectiveConfig(complementary=False)
+    u = torch.full((2, 20), 0.9)
+    u[0, 6], u[1, 0] = 0.5, 0.5  # a target of the first row, the first token of the second
+
+    @torch.no_grad()
+    def loss(rows: list[int], share: Shard) -> float:
+        whole, labels = spliced(model, rows)
+        return draw_loss(model, whole, labels, torch.zeros(len(rows)), u[rows], objective, shard=share).item()
+
+    expected, table = loss([0, 1], Shard()), Table()
     with ThreadPoolExecutor(WORLD) as pool:
-        work = [
-            pool.submit(step, range(2 * rank, 2 * rank + 2), objective, Threaded(rank, WORLD, table))
-            for rank in range(WORLD)
-        ]
-        parts = [part.result() for part in work]
-    assert sum(loss for loss, _ in parts) / WORLD == pytest.approx(whole, abs=1e-5)
-    assert parts[0][0] != pytest.approx(parts[1][0], abs=1e-3)
-    for name, gradient in gradients.items():
-        mean = sum(found[name] for _, found in parts) / WORLD
-        torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6)
+        parts = list(pool.map(lambda rank: loss([rank], Threaded(rank, WORLD, table)), range(WORLD)))
+    assert parts[1] == 0 and expected > 0.1
+    assert parts[0] / WORLD == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_are_cut_from_what_all_draw() -> None:
@@ -208,3 +309,5 @@ def test_rows_are_cut_from_what_all_draw() -> None:
 
 def test_one_process_agrees_with_itself() -> None:
     assert (Shard.here(), Shard().largest(5), Shard().mean(7)) == (Shard(0, 1), 5, 7)
+    assert Shard().gather(("a", "b")) == ["a", "b"]
+    assert torch.equal(Shard().gather_vectors(noise(2, 3).bfloat16()), noise(2, 3).bfloat16().float())

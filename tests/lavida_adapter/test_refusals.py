@@ -15,7 +15,7 @@ from lavida_adapter import DecodeConfig, LavidaConfig, LoraConfig, ObjectiveConf
 from lavida_adapter.attention import attend
 from lavida_adapter.generate import denoise, start
 from lavida_adapter.lightning_module import OptimConfig
-from lavida_adapter.lora import Growth, check_parts, expand
+from lavida_adapter.lora import check_parts, expand
 from lavida_adapter.loss import rows_loss
 from lavida_adapter.prefix import splice
 from lavida_adapter.prompt import IGNORE, IMAGE, training_example
@@ -130,17 +130,6 @@ LORA: dict[str, Case] = {
         lambda: stage(LoraConfig(rank=3, targets=("selector.coords.linear",)), Pooled()),
         ["lora: 'selector.coords.linear' names nothing in this model"],
     ),
-    "growth to where it starts": (
-        lambda: LoraConfig(rank=8, targets=TARGETS, grow=Growth(start=8)),
-        ["lora.grow.start=8: give a rank below lora.rank=8"],
-    ),
-    **{
-        f"growth with {name}={value}": (
-            lambda name=name, value=value: Growth(**{name: value}),
-            ["lora.grow=", "give a rank and a number of steps of at least 1"],
-        )
-        for name, value in (("start", 0), ("patience", 0), ("gain", 1.0), ("gain", -0.1))
-    },
 }
 TRAINING: dict[str, Case] = {
     **{

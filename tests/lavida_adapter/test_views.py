@@ -17,6 +17,7 @@ from lavida_adapter.views import (
     Views,
     cells_of,
     choose_canvas,
+    content_key,
     cut,
     geometry_layout,
     letterbox_box,
@@ -316,3 +317,15 @@ def test_views_cut_ahead_of_time_are_those_cut_now_and_fit_their_geometry_alone(
     for views in (cut(image, config, "fovea"), pickle.loads(pickle.dumps(cut(image, config, "fovea")))):
         with pytest.raises(ValueError, match="cut for another geometry than single_672"):
             ready(views, config, "single_672")
+
+
+def test_a_picture_has_one_key_in_all_processes() -> None:
+    """Of the picture or of its views; another picture, size, mode or place in the views gives another key."""
+    config, image = tiny_config(), picture((40, 30))
+    assert content_key(image) == content_key(image.copy()) != content_key(picture((40, 30), seed=1))
+    grey = Image.new("RGB", (40, 30), (9, 9, 9))
+    others = [grey, grey.transpose(Image.Transpose.ROTATE_90), Image.new("L", (120, 30), 9)]
+    views = [cut(image, config, geometry) for geometry in ("lavida_tiles", "single_672", "fovea")]
+    moved = [replace(views[0], size=(41, 30)), replace(views[0], picture_4=(0.0, 0.0, 1.0, 0.5))]
+    assert len({content_key(one) for one in (*others, *views, *moved)}) == 8
+    assert content_key(views[0]) == content_key(pickle.loads(pickle.dumps(cut(image.copy(), config, "lavida_tiles"))))

@@ -1,6 +1,7 @@
 """Short training runs of the tiny model, for tests of what is trained and how."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +54,27 @@ def stage(
     return LavidaModule(model.train(), selector, relevance, objective, optim, seed, **options)
 
 
-def fit(module: L.LightningModule, steps: int, *, resume: Path | None = None, **options: Any) -> list[float]:
-    """Trains on the batches of `draw`; returns the loss of each step."""
+def fit(
+    module: L.LightningModule,
+    steps: int,
+    *,
+    resume: Path | None = None,
+    batches: Callable[[int], TrainBatch] = draw,
+    **options: Any,
+) -> list[float]:
+    """Trains on the batches of the steps; returns the loss of each step."""
     losses: list[float] = []
     trainer = L.Trainer(
         accelerator="cpu",
-        devices=1,
         max_steps=steps,
         gradient_clip_val=0.5,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[*options.pop("callbacks", []), _Losses(losses)],
-        **({"enable_checkpointing": False} | options),
+        **({"devices": 1, "enable_checkpointing": False} | options),
     )
-    trainer.fit(module, datamodule=TrainData(draw, steps), ckpt_path=resume)
+    trainer.fit(module, datamodule=TrainData(batches, steps), ckpt_path=resume)
     return losses
 
 

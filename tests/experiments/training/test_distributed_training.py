@@ -19,7 +19,7 @@ def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Pat
     """By torchrun, DDP and then the sharded base; the same batches, padding and draws, one folder for each run."""
     pytest.importorskip("wandb")
     words = ["selector=shirg", "optim.steps=3", "batch_size=6", "trainer.log_every=1", "trainer.checkpoint_every=2"]
-    words += ["objective.extra_padding=5", "objective.prefix_mask=false"]
+    words += ["objective.extra_padding=5", "objective.prefix_mask=false", "objective.alignment=0.5"]
     alone = train_here(*words, "study=alone")
     several = [f"model.path={tiny_weights}", "optim.warmup=0", "threads=1", "device=cpu", "study=several", *words]
     several += ["logger=wandb", f"logger.save_dir={tmp_path}"]
@@ -36,7 +36,7 @@ def test_two_processes_give_the_curve_of_one(train_here: Here, tiny_weights: Pat
         assert not (folder / "checkpoints").exists()
         assert result_of(folder)["times"]["processes"] == 2
         two = read_points(folder / "metrics.csv")
-        for name in ("loss", "accuracy", "grad_norm", "lr"):
+        for name in ("loss", "loss_alignment", "accuracy", "grad_norm", "lr"):
             assert [p[name] for p in two] == pytest.approx([p[name] for p in one], abs=1e-4), name
         ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (folder, alone))
         assert ours.keys() == theirs.keys()

@@ -187,6 +187,10 @@ def test_activations_are_those_of_a_real_step(capsys: pytest.CaptureFixture[str]
         (["lora.targets=[mm_projector.1]"], "the nearest names are mm_projector"),
         (["dtype=float16"], "dtype=float16 loses small gradients"),
         (["mix.budgets=[none]"], "budget=none: give base"),
+        (
+            ["lora=progressive", "lora.targets=[mm_projector.0]", "++lora.ranks.mm_projector=2", "lora.grow.start=3"],
+            "lora.grow.start=3: no layer has more than 2 ranks",
+        ),
     ],
 )
 def test_a_plan_refuses_what_the_run_would_refuse(overrides: Sequence[str], sentence: str) -> None:
