@@ -9,6 +9,7 @@ from PIL import Image
 from experiments.data.sample import Dataset, Listed, Sample
 from lavida_adapter.lightning_module import LavidaModule
 from lavida_adapter.prompt import prompt_ids, template_of
+from lavida_adapter.relevance import External, NoRelevance
 from shirg import UserError
 
 NO_ROOM = "whose prompt leaves no room for the answer"
@@ -43,9 +44,10 @@ class LengthFilter:
         """The largest number of picture tokens over all canvases."""
         blanks = [Image.new("RGB", size) for size in self.config.image_grid_pinpoints]
         stage, n = self.stage, len(blanks)
-        prefix = stage.model.encode(
-            blanks, ["?"] * n, stage.selector, relevance=stage.relevance, boxes=[((0.0, 0.0, 1.0, 1.0),)] * n
-        )
+        # External scores are those of a dataset's pictures alone.
+        relevance = NoRelevance() if isinstance(stage.relevance, External) else stage.relevance
+        boxes = [((0.0, 0.0, 1.0, 1.0),)] * n
+        prefix = stage.model.encode(blanks, ["?"] * n, stage.selector, relevance=relevance, boxes=boxes)
         return max(prefix.n_visual)
 
 

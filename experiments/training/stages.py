@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from experiments import build
 from experiments.data.loader import Batches
-from experiments.data.sample import Dataset, Listed
+from experiments.data.sample import Dataset
 from experiments.data.train_data import Draw
 from experiments.inference import EvalPipeline
 from experiments.jobs.distributed import Ranks
-from experiments.jobs.sample_facts import content_of, facts_of
+from experiments.jobs.sample_facts import content_of, dataset_facts, facts_of
 from experiments.jobs.sample_rows import SampleFacts, SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.schema import SubsetLoss
@@ -279,7 +279,7 @@ class TrainingData:
             return draw_examples(module, next(iter(self.parts.values())), folder if ranks.is_main else None)
 
         batches = self.batches(cfg, module, ranks)
-        facts = {name: {**_facts(part), "content": self.contents[name]} for name, part in self.parts.items()}
+        facts = {name: {**dataset_facts(part), "content": self.contents[name]} for name, part in self.parts.items()}
         return Stage(module, batches, gate, show, facts)
 
 
@@ -385,11 +385,6 @@ class Cutter:
 
     def __call__(self, step: int, image: Image.Image) -> Views:
         return cut(image, self.config, self.turns[step % len(self.turns)])
-
-
-def _facts(dataset: Dataset) -> dict[str, Any]:
-    dropped = dict(dataset.dropped) if isinstance(dataset, Listed) else {}
-    return {"name": dataset.name, "split": dataset.split, "n": len(dataset), "dropped": dropped}
 
 
 _WITH_SELECTOR: dict[str, Callable[[DictConfig, Lavida, Selector], None]] = {"base": _base, "adapt": _adapt}

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from lavida_adapter import Lavida
 from lavida_adapter.prompt import prompt_ids
+from tests.data import official
 from tests.experiments.conftest import Here, result_of
 
 LONG = "why " * 1500
@@ -51,6 +54,21 @@ def test_a_cut_answer_is_learned_and_a_lost_one_is_counted(
         "n": 2,
         "dropped": {"whose prompt leaves no room for the answer": 2},
     }
+
+
+def test_a_benchmark_s_long_prompts_are_dropped_before_they_stop_a_training(
+    train_here: Here, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step has all four examples; scores from a file, which know their pictures alone, change nothing."""
+    monkeypatch.setattr(official, "question", lambda i: LONG if i == 2 else f"What is {i}?")
+    read = official.write("docvqa", "disk", tmp_path / "pages", "train", 4)
+    save_file({f"{100 + i}": torch.arange(320.0) for i in range(4)}, tmp_path / "scores.safetensors")
+    external = ["relevance=external", f"relevance.path={tmp_path / 'scores.safetensors'}"]
+    for words in ([], external):
+        job = train_here(*WORDS, "batch_size=4", *read, *words)
+        printed = capfd.readouterr().out
+        assert "docvqa train: 3 examples; dropped 1 whose prompt leaves no room for the answer" in printed
+        assert result_of(job)["data"]["data"]["n"] == 3
 
 
 def test_nothing_to_learn_from_is_one_sentence(
