@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -19,10 +20,16 @@ class LengthFilter:
     """True for a sample whose picture and prompt leave room for at least one token of the answer.
 
     A picture counts with the most tokens that the stage's selector gives for any canvas.
+
+    Args:
+        n_answer: tokens of an answer that the model must have positions for, beside that one token in training.
     """
 
-    def __init__(self, stage: LavidaModule) -> None:
+    def __init__(self, stage: LavidaModule, n_answer: int = 0) -> None:
         self.stage, self.config = stage, stage.model.config
+        most = self.config.tokenizer_model_max_length - 1
+        self.most = min(most, self.config.lm.max_sequence_length - n_answer) if n_answer else most
+        """Tokens that picture and prompt may have."""
         template = template_of(self.config)
         self.turn = template.end + template.head("assistant")
         """What is around every text; the header of the longest role."""
@@ -32,11 +39,10 @@ class LengthFilter:
         turns = [*sample.history, sample.prompt]
         # A token is at least one byte, so few texts have to be tokenised.
         longest = len((self.template + "".join(turns)).encode()) + len(turns) * len(self.turn)
-        limit = self.config.tokenizer_model_max_length
-        if longest + self.most_visual < limit:
+        if longest + self.most_visual <= self.most:
             return True
         ids = prompt_ids(self.stage.model.tokenizer, sample.prompt, self.config, history=sample.history, training=True)
-        return len(ids) - 1 + self.most_visual < limit
+        return len(ids) - 1 + self.most_visual <= self.most
 
     @cached_property
     @torch.no_grad()
@@ -49,6 +55,12 @@ class LengthFilter:
         boxes = [((0.0, 0.0, 1.0, 1.0),)] * n
         prefix = stage.model.encode(blanks, ["?"] * n, stage.selector, relevance=relevance, boxes=boxes)
         return max(prefix.n_visual)
+
+
+def first_that_fit(dataset: Dataset, stage: LavidaModule, n: int) -> list[Sample]:
+    """The first `n` samples that can be answered; what can be learned from may leave no room for a whole answer."""
+    fits = LengthFilter(stage, dataset.max_new_tokens)
+    return list(islice(filter(fits, (dataset[i] for i in range(len(dataset)))), n))
 
 
 def drop_too_long(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:

@@ -24,7 +24,7 @@ from experiments.jobs.sample_rows import SampleFacts, SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.schema import SubsetLoss
 from experiments.token_stats import TokenGeometry
-from experiments.training.filters import drop_too_long
+from experiments.training.filters import drop_too_long, first_that_fit
 from experiments.training.multi_budget import build_schedule
 from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
 from experiments.training.pretrain.text_stage import Curriculum
@@ -89,8 +89,12 @@ def _check_names(thresholds: Iterable[str], measured: Iterable[str]) -> None:
             raise UserError(f"gate.{name}: with these questions (check=) this stage measures {', '.join(known)}")
 
 
-def _facts_in(dataset: Dataset) -> Iterator[SampleFacts]:
-    return (facts_of(dataset[i]) for i in range(len(dataset)))
+def _facts_in(stage: LavidaModule, check: Dataset) -> Iterator[SampleFacts]:
+    """Raises UserError for a question that cannot be answered: after the training it would be too late."""
+    pipeline = _pipeline(stage, check)
+    for sample in (check[i] for i in range(len(check))):
+        pipeline.check(sample)
+        yield facts_of(sample)
 
 
 def answered(stage: LavidaModule, dataset: Dataset, batch_size: int) -> Iterator[SampleRow]:
@@ -103,9 +107,11 @@ def answered(stage: LavidaModule, dataset: Dataset, batch_size: int) -> Iterator
 
 
 def draw_examples(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[SampleRow]:
-    """Answers the first few examples; draws their kept tokens into the folder, if one is given."""
+    """Answers the first few examples that fit; draws their kept tokens into the folder, if one is given."""
     pipeline = _pipeline(stage, dataset)
-    samples = [dataset[i] for i in range(min(SHOWN, len(dataset)))]
+    samples = first_that_fit(dataset, stage, SHOWN)
+    if not samples:
+        return []
     with stage.precision():
         found = pipeline.answer(samples)
     if folder is not None:
@@ -248,7 +254,7 @@ def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
 
     check = build.build_dataset(cfg, "check") if cfg.gate else None
     if check is not None:
-        _check_names(cfg.gate, (facts["group"] or ALL for facts in _facts_in(check)))
+        _check_names(cfg.gate, (facts["group"] or ALL for facts in _facts_in(stage, check)))
 
     def gate() -> dict[str, float]:
         return {} if check is None else accuracy(stage, check, cfg.batch_size)
@@ -314,7 +320,7 @@ def _gate(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     head.standardise_by(states)
 
     checks = {"": build.build_dataset(cfg, "check"), UNSEEN: build.build_dataset(cfg, UNSEEN)} if cfg.gate else {}
-    names = (_figures_of(name, facts) for name, check in checks.items() for facts in _facts_in(check))
+    names = (_figures_of(name, facts) for name, check in checks.items() for facts in _facts_in(stage, check))
     _check_names(cfg.gate, (figure for of_question in names for figure in of_question if figure))
 
     def gate() -> dict[str, float]:
