@@ -142,7 +142,7 @@ def check_data(cfg: DictConfig, folder: Path) -> str:
     """Compares a finished job's samples with those that it would answer now; returns a remark where it cannot.
 
     Raises:
-        UserError: the data has changed, and how.
+        UserError: the data has changed, and how; or it would be asked in another way.
     """
     try:
         dataset = take_dataset(cfg)
@@ -155,6 +155,13 @@ def check_data(cfg: DictConfig, folder: Path) -> str:
         raise UserError(
             f"the data has changed since this job answered it: {describe(found)}; overwrite=true answers again, "
             "another study= keeps both"
+        )
+    # Rows record the turns before a question, but there was a time when they were not asked.
+    prompt = prompt_hash(cfg.data, build.build_decode(cfg, dataset.max_new_tokens).max_new_tokens)
+    if ((results.read_result(folder) or {}).get("data") or {}).get("prompt", prompt) != prompt:
+        raise UserError(
+            "this job's prompts were made in another way than now; overwrite=true answers again, another study= keeps "
+            "both"
         )
     return ""
 
@@ -349,6 +356,8 @@ def prompt_hash(data: Mapping[str, Any] | DictConfig, max_new_tokens: int) -> st
     more = {"draft": data.get("draft"), "answer_rule": data.get("answer_rule", "whole")}
     if more != {"draft": None, "answer_rule": "whole"}:  # absent before, so that older rows stay comparable
         recipe.append(more)
+    if data.get("history", False):  # absent without one, and in rows of a time when evaluation left the turns out
+        recipe.append({"history": True})
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 

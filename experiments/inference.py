@@ -1,9 +1,9 @@
 """From a batch of samples to their rows: encode, generate, score, count tokens, measure what a smaller cache moves."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -94,6 +94,7 @@ class EvalPipeline:
             relevance=self.relevance,
             ids=[sample.id for sample in batch],
             prompts=[sample.prompt for sample in batch],
+            histories=[sample.history for sample in batch],
             boxes=[sample.boxes for sample in batch],
             timer=timer,
         )
@@ -132,20 +133,24 @@ class EvalPipeline:
         fixed = budget not in (None, "matched") and not self.selector.may_use_less
         n_vision = self.n_vision if fixed else 0
         most = min(config.tokenizer_model_max_length, config.lm.max_sequence_length - self.decode.max_new_tokens)
-        if self._n_template + len(sample.prompt.encode()) + n_vision <= most:  # a token has at least one byte
+        turns = (*sample.history, sample.prompt)
+        # A token has at least one byte; a turn may begin with the line break of its header.
+        if self._n_template(len(turns)) + sum(len(turn.encode()) + 1 for turn in turns) + n_vision <= most:
             return
-        n_text = len(prompt_ids(self.model.tokenizer, sample.prompt, config)) - 1
+        n_text = len(prompt_ids(self.model.tokenizer, sample.prompt, config, history=sample.history)) - 1
         if n_text + n_vision > most:
+            asked = "question or leave out the turns before it" if sample.history else "question"
             raise UserError(
                 f"{sample.id}: {n_text} tokens of text, at least {n_vision} of the picture and "
                 f"{self.decode.max_new_tokens} of the answer do not fit into the model's context: shorten the "
-                "question, or lower the budget or decode.max_new_tokens"
+                f"{asked}, or lower the budget or decode.max_new_tokens"
             )
 
     @cached_property
-    def _n_template(self) -> int:
-        """Tokens of a prompt without a question."""
-        return len(prompt_ids(self.model.tokenizer, "", self.model.config))
+    def _n_template(self) -> Callable[[int], int]:
+        """Tokens of a prompt of so many turns without a text in any of them."""
+        tokenizer, config = self.model.tokenizer, self.model.config
+        return cache(lambda n: len(prompt_ids(tokenizer, "", config, history=[""] * (n - 1))))
 
     def draft_of(self, sample: Sample) -> Draft | None:
         """What a sample's answer begins with, if anything.

@@ -80,29 +80,38 @@ class Lavida(LavidaModules):
         relevance: Relevance | None = None,
         ids: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
+        histories: Sequence[Sequence[str]] | None = None,
         boxes: Sequence[Boxes] | None = None,
         timer: Timer | None = None,
     ) -> Prefix:
         """Pictures and questions -> a prefix.
 
-        The relevance provider reads the question; the language model answers the prompt (question + suffix). `boxes`:
-        where each question's evidence is, as fractions of its picture; only an oracle selector reads them.
+        The relevance provider reads the question; the language model answers the prompt (question + suffix).
+        `histories`: the turns before each prompt, the user's and the assistant's alternating, which the language model
+        reads, too. `boxes`: where each question's evidence is, as fractions of its picture; only an oracle selector
+        reads them.
 
         Raises:
-            UserError: when the numbers of pictures, questions, ids and prompts differ, or are 0.
+            UserError: when the numbers of pictures, questions, ids, prompts and histories differ, or are 0; for a
+                history that does not end with the assistant.
         """
         timer = timer or NoTimer()
         names = ids or ()
         ids = [str(i) for i in range(len(images))] if ids is None else ids
         prompts = questions if prompts is None else prompts
         given: dict[str, Sequence[Any]] = {"pictures": images, "questions": questions, "ids": ids, "prompts": prompts}
+        given |= {} if histories is None else {"histories": histories}
         given |= {} if boxes is None else {"lists of boxes": boxes}
         if len({len(things) for things in given.values()}) > 1 or not images:
             counts = ", ".join(f"{len(things)} {name}" for name, things in given.items())
             raise UserError(f"encode got {counts}: give one of each per prompt, and at least one prompt")
         encoder = PictureEncoder(self, selector, relevance, timer)
         blocks, selections = encoder.blocks(PicturePrompts(images, questions, ids, boxes))
-        rows = [prompt_ids(self.tokenizer, prompt, self.config) for prompt in prompts]
+        before = [()] * len(prompts) if histories is None else histories
+        rows = [
+            prompt_ids(self.tokenizer, prompt, self.config, history=turns)
+            for prompt, turns in zip(prompts, before, strict=True)
+        ]
         with timer.stage("project"):
             most = self.config.tokenizer_model_max_length
             prefix, _ = splice(rows, blocks, self.lm.embedding, max_length=most, names=names)

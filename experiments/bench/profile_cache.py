@@ -65,6 +65,7 @@ def profile_data(overrides: list[str], forget: float, limit: int, out: Path) -> 
                 relevance=relevance,
                 ids=[sample.id],
                 prompts=[sample.prompt],
+                histories=[sample.history],
                 boxes=[sample.boxes],
             )
             received = MassReceived(prefix.mask_BP)

@@ -136,10 +136,7 @@ class Batches:
 
 
 def collate(samples: Sequence[Sample], prepare: Callable[[Image.Image], Any] | None = None) -> TrainBatch:
-    """A batch of samples; each picture is loaded and prepared once.
-
-    The answer to learn is the target, else the first answer.
-    """
+    """A batch of samples; each picture is loaded and prepared once."""
     pictures: dict[Any, Any] = {}
     images = []
     for sample in samples:
@@ -151,7 +148,7 @@ def collate(samples: Sequence[Sample], prepare: Callable[[Image.Image], Any] | N
     return TrainBatch(
         images=images,
         questions=[s.question for s in samples],
-        answers=[s.target or s.answers[0] for s in samples],
+        answers=[s.to_learn for s in samples],
         ids=[s.id for s in samples],
         prompts=[s.prompt for s in samples],
         boxes=[s.boxes for s in samples],

@@ -54,7 +54,7 @@ class Sample:
     draft: str = ""
     """A text with gaps that the model fills instead of answering freely (`lavida_adapter.infill`); "" for none."""
     target: str = ""
-    """The one answer to learn, where the dataset names one; "" is the first of `answers`."""
+    """The one answer to learn, where the dataset names one."""
     subtask: str = ""
     history: tuple[str, ...] = ()
     """The earlier turns of a conversation, the user's and the assistant's alternating."""
@@ -63,6 +63,11 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
     """"picture" names the picture: samples that share it are resampled together. "place" and "entity" belong to
     EntityGrid-style questions. Other keys are the dataset's own."""
+
+    @property
+    def to_learn(self) -> str:
+        """The answer that training learns: the target, else the first answer that is not blank; "" where all are."""
+        return next((text for text in (self.target, *self.answers) if text.strip()), "")
 
 
 @runtime_checkable
@@ -114,6 +119,28 @@ class Listed(Protocol):
 
     def keep(self, fits: Callable[[Sample], bool], reason: str) -> None:
         """Drops the samples that do not fit, and counts them in `dropped`."""
+
+
+class SampleList:
+    """The base class of datasets that hold their samples in a list; a `Listed` one."""
+
+    questions_per_picture = 1
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self._samples = samples
+        self.dropped: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def keep(self, fits: Callable[[Sample], bool], reason: str) -> None:
+        samples = [sample for sample in self._samples if fits(sample)]
+        if lost := len(self._samples) - len(samples):
+            self.dropped[reason] += lost
+        self._samples = samples
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from experiments.data.image_io import PictureFile, StoredPicture, digest_of, picture_of
-from experiments.data.sample import Dataset, Listed, Sample
+from experiments.data.sample import Dataset, Listed, Sample, Traced
 from experiments.jobs.sample_rows import SampleFacts
 
 QUICK_BYTES = 2**28
@@ -48,15 +48,25 @@ def facts_of(sample: Sample) -> SampleFacts:
 
 
 def content_of(dataset: Dataset) -> str | None:
-    """Identifies the samples of a dataset of files by their facts: 16 hex digits. None for one whose samples are drawn,
-    because its options say all about it.
+    """Identifies the samples of a list by their facts: 16 hex digits. None for a dataset that draws each sample when
+    it is asked for, because its options say all about it.
     """
     if not isinstance(dataset, Listed):
         return None
     digest = hashlib.sha256()
-    for i in range(len(dataset)):
-        digest.update(json.dumps(facts_of(dataset[i]), ensure_ascii=False).encode() + b"\n")
+    for sample in (dataset[i] for i in range(len(dataset))):
+        facts, load = facts_of(sample), sample.load_image
+        if facts["picture_bytes"] is None and isinstance(load, StoredPicture):
+            facts["picture_bytes"] = load.n_bytes()  # a cell's of a table: the table's size tells of other pictures
+        digest.update(json.dumps(facts, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()[:16]
+
+
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """What the record of a training says about a dataset beside its content; on the hub also the commit."""
+    dropped = dict(dataset.dropped) if isinstance(dataset, Listed) else {}
+    found = {"found": dict(dataset.provenance)} if isinstance(dataset, Traced) else {}
+    return {"name": dataset.name, "split": dataset.split, "n": len(dataset), "dropped": dropped, **found}
 
 
 @dataclass(frozen=True)

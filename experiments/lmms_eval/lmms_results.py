@@ -129,7 +129,7 @@ def sample(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         "token_counts": [{"input_tokens": row["n_prefix"]}],
         "doc_hash": _hash(json.dumps(document, indent=2, ensure_ascii=False)),
         **{name: score for name, score in row["scores"].items() if score is not None},
-        "input": row["prompt"],
+        "input": "\n\n".join([*(row.get("history") or ()), row["prompt"]]),
     }
 
 

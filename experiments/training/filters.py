@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from experiments.data.sample import Dataset, Listed, Sample
 from lavida_adapter.lightning_module import LavidaModule
 from lavida_adapter.prompt import prompt_ids, template_of
+from lavida_adapter.relevance import External, NoRelevance
 from shirg import UserError
 
 NO_ROOM = "whose prompt leaves no room for the answer"
@@ -18,10 +20,16 @@ class LengthFilter:
     """True for a sample whose picture and prompt leave room for at least one token of the answer.
 
     A picture counts with the most tokens that any of the stage's selectors gives for any canvas.
+
+    Args:
+        n_answer: tokens of an answer that the model must have positions for, beside that one token in training.
     """
 
-    def __init__(self, stage: LavidaModule) -> None:
+    def __init__(self, stage: LavidaModule, n_answer: int = 0) -> None:
         self.stage, self.config = stage, stage.model.config
+        most = self.config.tokenizer_model_max_length - 1
+        self.most = min(most, self.config.lm.max_sequence_length - n_answer) if n_answer else most
+        """Tokens that picture and prompt may have."""
         template = template_of(self.config)
         self.turn = template.end + template.head("assistant")
         """What is around every text; the header of the longest role."""
@@ -31,11 +39,10 @@ class LengthFilter:
         turns = [*sample.history, sample.prompt]
         # A token is at least one byte, so few texts have to be tokenised.
         longest = len((self.template + "".join(turns)).encode()) + len(turns) * len(self.turn)
-        limit = self.config.tokenizer_model_max_length
-        if longest + self.most_visual < limit:
+        if longest + self.most_visual <= self.most:
             return True
         ids = prompt_ids(self.stage.model.tokenizer, sample.prompt, self.config, history=sample.history, training=True)
-        return len(ids) - 1 + self.most_visual < limit
+        return len(ids) - 1 + self.most_visual <= self.most
 
     @cached_property
     @torch.no_grad()
@@ -43,16 +50,22 @@ class LengthFilter:
         """The largest number of picture tokens over all canvases, and over the selectors that train in turn."""
         blanks = [Image.new("RGB", size) for size in self.config.image_grid_pinpoints]
         stage, n = self.stage, len(blanks)
+        # External scores are those of a dataset's pictures alone.
+        relevance = NoRelevance() if isinstance(stage.relevance, External) else stage.relevance
+        boxes = [((0.0, 0.0, 1.0, 1.0),)] * n
         in_turn = () if stage.mix is None else (selector for turn in stage.mix.turns for selector in turn)
         with stage.precision():
-            return max(
-                max(
-                    stage.model.encode(
-                        blanks, ["?"] * n, selector, relevance=stage.relevance, boxes=[((0.0, 0.0, 1.0, 1.0),)] * n
-                    ).n_visual
-                )
+            prefixes = [
+                stage.model.encode(blanks, ["?"] * n, selector, relevance=relevance, boxes=boxes)
                 for selector in (stage.selector, *in_turn)
-            )
+            ]
+        return max(max(prefix.n_visual) for prefix in prefixes)
+
+
+def first_that_fit(dataset: Dataset, stage: LavidaModule, n: int) -> list[Sample]:
+    """The first `n` samples that can be answered; what can be learned from may leave no room for a whole answer."""
+    fits = LengthFilter(stage, dataset.max_new_tokens)
+    return list(islice(filter(fits, (dataset[i] for i in range(len(dataset)))), n))
 
 
 def drop_too_long(parts: Mapping[str, Dataset], stage: LavidaModule) -> None:

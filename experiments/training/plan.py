@@ -238,7 +238,6 @@ def picture_tokens(selector: Selector, model: Lavida) -> int:
 def text_tokens(model: Lavida, samples: Sequence[Sample]) -> tuple[int, int]:
     """The longest prompt, without its picture, and the longest answer."""
     examples = [
-        training_example(model.tokenizer, s.prompt, s.target or s.answers[0], model.config, history=s.history)
-        for s in samples
+        training_example(model.tokenizer, s.prompt, s.to_learn, model.config, history=s.history) for s in samples
     ]
     return max(len(e.prompt) for e in examples) - 1, max(len(e.answer) for e in examples)

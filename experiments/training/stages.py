@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from experiments import build
 from experiments.data.loader import Batches
-from experiments.data.sample import Dataset, Listed
+from experiments.data.sample import Dataset
 from experiments.data.train_data import Draw
 from experiments.inference import EvalPipeline
 from experiments.jobs.distributed import Ranks
-from experiments.jobs.sample_facts import content_of, facts_of
+from experiments.jobs.sample_facts import content_of, dataset_facts, facts_of
 from experiments.jobs.sample_rows import SampleFacts, SampleRow
 from experiments.metrics.answers import text_metrics
 from experiments.schema import SubsetLoss
 from experiments.token_stats import TokenGeometry
-from experiments.training.filters import drop_too_long
+from experiments.training.filters import drop_too_long, first_that_fit
 from experiments.training.multi_budget import build_schedule
 from experiments.training.pretrain import Align, TextPretraining, VisionPretraining
 from experiments.training.pretrain.text_stage import Curriculum
@@ -89,8 +89,12 @@ def _check_names(thresholds: Iterable[str], measured: Iterable[str]) -> None:
             raise UserError(f"gate.{name}: with these questions (check=) this stage measures {', '.join(known)}")
 
 
-def _facts_in(dataset: Dataset) -> Iterator[SampleFacts]:
-    return (facts_of(dataset[i]) for i in range(len(dataset)))
+def _facts_in(stage: LavidaModule, check: Dataset) -> Iterator[SampleFacts]:
+    """Raises UserError for a question that cannot be answered: after the training it would be too late."""
+    pipeline = _pipeline(stage, check)
+    for sample in (check[i] for i in range(len(check))):
+        pipeline.check(sample)
+        yield facts_of(sample)
 
 
 def answered(stage: LavidaModule, dataset: Dataset, batch_size: int) -> Iterator[SampleRow]:
@@ -103,9 +107,11 @@ def answered(stage: LavidaModule, dataset: Dataset, batch_size: int) -> Iterator
 
 
 def draw_examples(stage: LavidaModule, dataset: Dataset, folder: Path | None) -> list[SampleRow]:
-    """Answers the first few examples; draws their kept tokens into the folder, if one is given."""
+    """Answers the first few examples that fit; draws their kept tokens into the folder, if one is given."""
     pipeline = _pipeline(stage, dataset)
-    samples = [dataset[i] for i in range(min(SHOWN, len(dataset)))]
+    samples = first_that_fit(dataset, stage, SHOWN)
+    if not samples:
+        return []
     with stage.precision():
         found = pipeline.answer(samples)
     if folder is not None:
@@ -248,7 +254,7 @@ def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
 
     check = build.build_dataset(cfg, "check") if cfg.gate else None
     if check is not None:
-        _check_names(cfg.gate, (facts["group"] or ALL for facts in _facts_in(check)))
+        _check_names(cfg.gate, (facts["group"] or ALL for facts in _facts_in(stage, check)))
 
     def gate() -> dict[str, float]:
         return {} if check is None else accuracy(stage, check, cfg.batch_size)
@@ -279,7 +285,7 @@ class TrainingData:
             return draw_examples(module, next(iter(self.parts.values())), folder if ranks.is_main else None)
 
         batches = self.batches(cfg, module, ranks)
-        facts = {name: {**_facts(part), "content": self.contents[name]} for name, part in self.parts.items()}
+        facts = {name: {**dataset_facts(part), "content": self.contents[name]} for name, part in self.parts.items()}
         return Stage(module, batches, gate, show, facts)
 
 
@@ -314,7 +320,7 @@ def _gate(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     head.standardise_by(states)
 
     checks = {"": build.build_dataset(cfg, "check"), UNSEEN: build.build_dataset(cfg, UNSEEN)} if cfg.gate else {}
-    names = (_figures_of(name, facts) for name, check in checks.items() for facts in _facts_in(check))
+    names = (_figures_of(name, facts) for name, check in checks.items() for facts in _facts_in(stage, check))
     _check_names(cfg.gate, (figure for of_question in names for figure in of_question if figure))
 
     def gate() -> dict[str, float]:
@@ -385,11 +391,6 @@ class Cutter:
 
     def __call__(self, step: int, image: Image.Image) -> Views:
         return cut(image, self.config, self.turns[step % len(self.turns)])
-
-
-def _facts(dataset: Dataset) -> dict[str, Any]:
-    dropped = dict(dataset.dropped) if isinstance(dataset, Listed) else {}
-    return {"name": dataset.name, "split": dataset.split, "n": len(dataset), "dropped": dropped}
 
 
 _WITH_SELECTOR: dict[str, Callable[[DictConfig, Lavida, Selector], None]] = {"base": _base, "adapt": _adapt}

@@ -15,7 +15,7 @@ from PIL import Image
 from experiments.build import build_dataset
 from experiments.data.benchmarks import hub as hub_source
 from experiments.data.loader import collate
-from experiments.data.sample import Dataset, Traced
+from experiments.data.sample import Dataset, Listed, Traced
 from experiments.evaluate import prompt_hash
 from experiments.metrics import metric
 from shirg import UserError
@@ -132,6 +132,23 @@ def test_what_training_learns_is_the_target(build: Build) -> None:
     data = build("vqav2", "disk", split="train")
     batch = collate([data[2], data[3]])
     assert batch.answers == ["2", "3"] and len({id(image) for image in batch.images}) == 1
+
+
+def test_a_blank_answer_is_not_learned(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(official, "answers", lambda *_: ["", " ", "42", "43"])
+    data = build("docvqa", "disk", split="train")
+    assert data[0].answers == ("", " ", "42", "43")
+    assert collate([data[0], data[1]]).answers == ["42", "42"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_does_not_fit_is_dropped_and_counted(build: Build, source: str) -> None:
+    data = build("docvqa", source)
+    assert isinstance(data, Listed) and data.dropped == {}
+    data.keep(lambda sample: sample.question != question(3), "number 3")
+    data.keep(lambda sample: True, "none")
+    assert data.dropped == {"number 3": 1} and len(data) == N - 1
+    assert [data[i].question for i in range(N - 1)] == [question(i) for i in range(N) if i != 3]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

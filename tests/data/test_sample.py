@@ -1,4 +1,6 @@
-"""Another sample's question: never the same text, and a function of the samples and the seed."""
+"""Which answer is learned; another sample's question: never the same text, and a function of samples and seed."""
+
+from dataclasses import replace
 
 import pytest
 
@@ -22,6 +24,23 @@ def test_the_question_is_another_one_of_the_same_dataset(seed: int) -> None:
     for sample in asked:
         assert got[sample.id].strip().lower() != sample.question.strip().lower()
     assert got == other_questions(asked[::-1], seed)
+
+
+@pytest.mark.parametrize(
+    ("target", "answers", "learned"),
+    [
+        ("", ("7", "seven"), "7"),
+        ("", ("", "42"), "42"),
+        ("", (" \n", "", " 42 "), " 42 "),
+        ("seven", ("", "7"), "seven"),
+        (" ", ("7",), "7"),
+        ("", ("", " "), ""),
+        ("", (), ""),
+    ],
+)
+def test_a_blank_answer_is_not_learned(target: str, answers: tuple[str, ...], learned: str) -> None:
+    (sample,) = samples("how many?")
+    assert replace(sample, target=target, answers=answers).to_learn == learned
 
 
 def test_the_seed_draws_the_order() -> None:

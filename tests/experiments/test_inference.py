@@ -1,5 +1,6 @@
 """From a batch to rows: what is fed is what the selector owes, on every shape of picture."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from experiments.jobs.sample_rows import SampleRow
+from experiments.lmms_eval.lmms_results import sample as exported_sample
 from experiments.token_stats import TokenGeometry, check_counts
-from lavida_adapter import LavidaConfig
+from lavida_adapter import Lavida, LavidaConfig, Prefix
+from lavida_adapter.prompt import IMAGE, training_example
 from tests.experiments.conftest import result_of, rows_of
 
 Eval = Callable[..., Path]
@@ -129,3 +134,94 @@ def test_a_run_may_change_the_model_s_switches(eval_here: Eval) -> None:
     lost, kept, first = (pq.read_table(folder / "samples.parquet").to_pylist() for folder in folders)
     assert [b["n_prefix"] - a["n_prefix"] for a, b in zip(lost, kept, strict=True)] == [1] * 6
     assert [row["n_prefix"] for row in first] == [row["n_prefix"] for row in lost]
+
+
+ROUNDS = (("What is it?", "A small thing."), ("And how many are there?", "Seven or so."), ("Sure?", "Yes."))
+
+
+@pytest.fixture
+def talks(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes conversations about one picture each; returns the overrides that read all their rounds."""
+
+    def write(*conversations: tuple[tuple[str, str], ...], history: bool) -> list[str]:
+        (tmp_path / "images").mkdir(exist_ok=True)
+        entries = []
+        for i, rounds in enumerate(conversations):
+            if not (picture := tmp_path / "images" / f"{i}.png").exists():
+                Image.effect_noise((60, 40), 60).convert("RGB").save(picture)
+            said = [(who, text) for asked, answer in rounds for who, text in (("human", asked), ("gpt", answer))]
+            turns = [{"from": who, "value": text} for who, text in said]
+            entries.append({"id": i, "image": f"{i}.png", "conversations": turns})
+        (tmp_path / "talks.json").write_text(json.dumps(entries))
+        words = ["data=llava", f"data.json={tmp_path / 'talks.json'}", f"data.images={tmp_path / 'images'}"]
+        return [*words, "data.rounds=all", f"data.history={str(history).lower()}", "data.max_new_tokens=4", "shots=0"]
+
+    return write
+
+
+def test_turns_before_a_question_are_asked_as_in_training(
+    eval_here: Eval, talks: Callable[..., list[str]], tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is fed for each round is the trained prompt, but for the line break that is lost behind a picture.
+
+    The tokens of the picture are those that the question alone ranks highest.
+    """
+    fed: list[Prefix] = []
+    encode = Lavida.encode
+    monkeypatch.setattr(Lavida, "encode", lambda *a, **k: fed.append(encode(*a, **k)) or fed[-1])
+    jobs = [eval_here(*talks(ROUNDS, history=history), "selector=shirg") for history in (False, True)]
+    alone, told = map(rows_of, jobs)
+    model = Lavida.from_pretrained(tiny_weights)
+    for i, row in enumerate(told):
+        assert row["history"] == [text for pair in ROUNDS[:i] for text in pair]
+        asked, answer = ROUNDS[i]
+        example = training_example(model.tokenizer, asked, answer, model.config, history=row["history"])
+        at = example.prompt.index(IMAGE)
+        ids = torch.tensor((*example.prompt[:at], *example.prompt[at + 2 :]))
+        text = fed[1].embeds_BPD[i][fed[1].mask_BP[i] & ~fed[1].visual_BP[i]]
+        assert torch.equal(text, model.lm.embedding(ids))
+        assert row["n_prefix"] == len(ids) + row["n_visual"]
+        assert row["kept"] == alone[i]["kept"] and row["kept"]
+        exported = exported_sample(i, {**SampleRow(**row), "scores": {}})  # type: ignore[typeddict-item]
+        assert exported["input"] == "\n\n".join([*row["history"], asked])
+    # The first round is 25 letters, which are a token each, and the headers and ends of two turns.
+    assert [row["n_prefix"] - other["n_prefix"] for row, other in zip(told, alone, strict=True)] == [0, 25 + 4, 64]
+
+
+def test_jobs_with_and_without_the_turns_before_are_told_apart(
+    eval_here: Eval, talks: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a finished job is from a time when evaluation left the turns out: its record has the other digest."""
+    words = {history: talks(ROUNDS[:2], history=history) for history in (False, True)}
+    alone, told = (eval_here(*words[history]) for history in (False, True))
+    plain, prompt = (result_of(job)["data"]["prompt"] for job in (alone, told))
+    assert plain != prompt
+    for history in (False, True):
+        eval_here(*words[history], "resume=true")
+    result = result_of(told)
+    result["data"]["prompt"] = plain
+    (told / "result.json").write_text(json.dumps(result))
+    capfd.readouterr()
+    eval_here(*words[True], "resume=true", ok=False)
+    assert "this job's prompts were made in another way than now; overwrite=true" in capfd.readouterr().err
+    eval_here(*words[True], "overwrite=true")
+    assert result_of(told)["data"]["prompt"] == prompt
+
+
+def test_turns_before_a_question_count_where_a_prompt_is_too_long(
+    eval_here: Eval, talks: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last round that fits fills the context of 4,096 tokens; one letter more in its history is refused."""
+
+    def words(n: int) -> list[str]:
+        return talks(((("a" * 2000), "b" * n), ("c", "d")), history=True)
+
+    eval_here(*talks((("a" * 2000, "b" * 3000), ("c", "d")), history=False))
+    eval_here(*words(3000), ok=False)
+    (line,) = capfd.readouterr().err.splitlines()
+    found = re.search(r"0:0#1: (\d+) tokens of text, .* shorten the question or leave out the turns before it", line)
+    assert found
+    surplus = int(found[1]) + 80 + 4 - 4096
+    eval_here(*words(3000 - surplus + 1), ok=False)
+    row = rows_of(eval_here(*words(3000 - surplus), "overwrite=true"))[1]
+    assert row["n_prefix"] == 4096 - 4

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from PIL import Image
 
+from experiments.data.benchmarks.hub import Found
 from experiments.jobs.distributed import Ranks
 from experiments.jobs.job import CHECKPOINT, Job
 from experiments.jobs.results import Identity
 from experiments.train import changed_data, check_gate, keep_data
 from experiments.training.callbacks import read_points
 from experiments.training.run_logger import RunLogger
+from tests.data import official
 from tests.experiments.conftest import Command, Here, result_of
 
 ALIGN = ["study=s", "stage=align", "pictures={glyphs: 2, chart: 2}"]
@@ -125,6 +128,39 @@ def test_a_finished_training_is_not_skipped_when_its_data_has_changed(
     data.rename(data.with_name("elsewhere"))
     train_here(*words, "resume=true")
     assert "finished already; its data cannot be compared (data folder" in capfd.readouterr().out
+
+
+def test_a_training_on_official_files_knows_them(
+    train_here: Here, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    read = official.write("docvqa", "disk", tmp_path / "pages", "train", 4)
+    words = (*read, "selector=pooled", "optim.steps=1", "batch_size=2", "study=s")
+    job = train_here(*words)
+    (data,) = result_of(job)["data"].values()
+    assert json.loads((job / "data.json").read_text()) == {"data": data["content"]}
+    assert (data["n"], data["dropped"], data["found"]) == (4, {}, {"source": "disk"})
+    train_here(*words, "resume=true")
+    (file,) = (tmp_path / "pages").rglob("*.json")
+    text = file.read_text()
+    file.write_text(text.replace('"page 2"', '"page 9"'))
+    capfd.readouterr()
+    train_here(*words, "resume=true", ok=False)
+    assert "the data of data has changed since this training ended; overwrite=true" in capfd.readouterr().err
+    file.write_text(text)
+    train_here(*words, "resume=true")
+    Image.new("RGB", (50, 50)).save(tmp_path / "pages/train/documents/page_0.png")
+    train_here(*words, "resume=true", ok=False)
+
+
+def test_a_training_on_the_hub_records_the_commit(
+    train_here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Found, "revision", "0123456789abcdef0123456789abcdef01234567")
+    read = official.write("docvqa", "hub", tmp_path / "pages", "train", 4)
+    (data,) = result_of(train_here(*read, "selector=pooled", "optim.steps=1", "batch_size=2"))["data"].values()
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    assert data["found"] == {"source": "hub", "id": str(tmp_path / "pages"), "split": "train", "revision": revision}
+    assert len(data["content"]) == 16
 
 
 def test_a_training_goes_on_with_the_data_that_it_began_with(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from baselines import Full, Pooled, Random
 from lavida_adapter import DecodeConfig, Lavida, Prefix
+from lavida_adapter.prompt import IMAGE, training_example
 from lavida_adapter.relevance import LmEmbed, NoRelevance, Relevance
 from shirg import Selector, ShirgSelector
 from tests.lavida_adapter.tiny import SIZES, picture, tiny_model
@@ -105,6 +106,45 @@ def test_prompts_answer_and_questions_rank() -> None:
     suffixed = model.encode([image], ["digit red"], Pooled(), prompts=["digit red, in one word"])
     assert suffixed.n_tokens[0] > plain.n_tokens[0]
     assert suffixed.n_visual == plain.n_visual
+
+
+HISTORY = ("digit red", "It is 7.")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_turns_before_a_question_are_read_as_in_training_and_rank_nothing(family: str, drop: bool) -> None:
+    """Token by token; what is lost behind a picture is all that an evaluated prompt has less than a trained one."""
+    model = tiny_model(lm={"family": family}, drop_token_after_image=drop)
+    selector = ShirgSelector(budget=40, scaffold={"size": 0})
+    image = picture((40, 40))
+
+    def encode(histories: list[tuple[str, ...]] | None) -> Prefix:
+        return model.encode([image] * 2, ["letter K"] * 2, selector, relevance=LmEmbed(), histories=histories)
+
+    plain, told = encode(None), encode([(), HISTORY])
+    ids = list(training_example(model.tokenizer, "letter K", "K", model.config, history=HISTORY).prompt)
+    at = ids.index(IMAGE)
+    if drop:
+        del ids[at + 1]
+    assert told.n_tokens == (plain.n_tokens[0], len(ids) - 1 + told.n_visual[1])
+    assert told.n_tokens[1] > plain.n_tokens[1] and told.n_visual == plain.n_visual == (40, 40)
+    visual_P = told.visual_BP[1]
+    assert visual_P.nonzero().flatten().tolist() == list(range(at, at + 40))
+    text = told.embeds_BPD[1][told.mask_BP[1] & ~visual_P]
+    assert torch.equal(text, model.lm.embedding(torch.tensor(ids[:at] + ids[at + 1 :])))
+    for mine, before in zip(told.selections, plain.selections, strict=True):
+        assert torch.equal(mine.index_BT, before.index_BT)
+    assert (first_logits(model, told, cached=True) - first_logits(model, plain, cached=True))[1].abs().max() > 1e-2
+
+
+def test_a_history_that_is_none() -> None:
+    model, image = tiny_model(), picture((40, 40))
+    with pytest.raises(ValueError, match="encode got 1 pictures, 1 questions, 1 ids, 1 prompts, 2 histories: give one"):
+        model.encode([image], ["x"], Pooled(), histories=[(), ()])
+    with pytest.raises(ValueError, match="a conversation of 2 turns does not end with the user"):
+        model.encode([image], ["x"], Pooled(), histories=[("digit red",)])
 
 
 def test_a_context_that_is_too_short() -> None:

@@ -11,7 +11,7 @@ from experiments.data.benchmarks.official_files import Chartqa, Docvqa, Infovqa,
 from experiments.data.folder import read_folder
 from experiments.data.image_io import PictureFile
 from experiments.data.metadata_files import DEFAULT, NAMES, find_metadata
-from experiments.data.sample import Sample
+from experiments.data.sample import Sample, SampleList
 from shirg import MissingFileError, UserError
 
 READERS: Mapping[str, Reader] = {
@@ -25,7 +25,7 @@ READERS: Mapping[str, Reader] = {
 Source = Literal["hub", "disk", "folder"]
 
 
-class Benchmark:
+class Benchmark(SampleList):
     """One split of a benchmark; docs/data.md has the layouts.
 
     Args:
@@ -46,8 +46,6 @@ class Benchmark:
         MissingFileError: the split, its files or a picture is not there.
         UserError: the split does not exist, is empty, or has questions without answers.
     """
-
-    questions_per_picture = 1
 
     def __init__(
         self,
@@ -74,13 +72,7 @@ class Benchmark:
         self.answer_rule = answer_rule
         raws, self.provenance = read(READERS[name], name, source, split, root, hub, streaming)
         items = [READERS[name].item(raw) for raw in raws]
-        self._samples = samples(name, split, raws, items, suffix=suffix, capitalise=capitalise)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
+        super().__init__(samples(name, split, raws, items, suffix=suffix, capitalise=capitalise))
 
 
 def read(

@@ -1,6 +1,7 @@
 """Data that changes under a job: answers belong to the samples that they were given to, and intervals to pictures."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from PIL import Image
 
 from experiments.analysis.aggregate import summarise
 from experiments.analysis.stats import cluster_bootstrap
+from experiments.build import build_dataset, compose_eval
 from experiments.data.folder import Folder
-from experiments.jobs.sample_facts import changes, describe, facts_of
+from experiments.data.synthetic.entitygrid.entitygrid_files import digests
+from experiments.jobs.sample_facts import changes, content_of, describe, facts_of
 from experiments.jobs.sample_rows import SampleColumns, digests_of, read_scores
 from tests.data import official
 from tests.experiments.conftest import journaled, lasting, result_of, rows_of
@@ -167,6 +170,47 @@ def test_another_draft_is_another_sample(picture_folder: Folders) -> None:
     assert [kind for kind, value in ours.items() if value != theirs[kind]] == ["drafts"]
     assert describe(changes([dict(facts_of(one))], [other])) == "0.png#0 has another draft"
     assert changes([{k: v for k, v in facts_of(one).items() if k != "draft"}], [other]) == [], "not known then"
+
+
+@pytest.mark.parametrize("source", official.SOURCES)
+@pytest.mark.parametrize("name", (*official.BENCHMARKS, "entitygrid"))
+def test_the_content_of_a_benchmark_is_that_of_its_files(
+    name: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files elsewhere are the same data; one other answer, or a picture of another size, is not."""
+
+    def content(folder: str) -> str | None:
+        if name == "entitygrid":
+            return content_of(build_dataset(compose_eval(*_probe(source, tmp_path / folder))))
+        return content_of(build_dataset(compose_eval(*official.write(name, source, tmp_path / folder))))
+
+    before = content("a")
+    assert before is not None and re.fullmatch("[0-9a-f]{16}", before) and content("b") == before
+    given = official.answers
+    monkeypatch.setattr(official, "answers", lambda n, i: given(n, 0) if i == 5 else given(n, i))
+    assert content("c") != before
+    monkeypatch.setattr(official, "answers", given)
+    monkeypatch.setattr(official, "picture", lambda i: Image.effect_noise((40, 31), 60).convert("RGBA"))
+    assert content("d") != before
+
+
+def _probe(source: str, root: Path) -> list[str]:
+    """Writes rows of the probe's form, with the questions and pictures of the other benchmarks."""
+    words = ["data=entitygrid", f"data.source={source}", "data.split=val"]
+    columns = official.table("docvqa", 4)
+    rows = [
+        {"id": str(i), "question": official.question(i), "answers": official.answers("docvqa", i + 3)} for i in range(4)
+    ]
+    if source == "hub":
+        given = {key: [row[key] for row in rows] for key in rows[0]} | {"image": columns["image"]}
+        return [*words, f"data.hub={official.hub('entitygrid', root, 'val', 4, given)}"]
+    (root / "val" / "images").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        columns["image"][i].save(root / "val" / "images" / f"{i}.png")
+        row["file_name"] = f"images/{i}.png"
+    write_lines(root / "val", rows)
+    (root / "val" / "manifest.json").write_text(json.dumps(digests(root / "val")))
+    return [*words, f"data.root={root}"]
 
 
 def test_what_a_row_does_not_tell_is_no_change(picture_folder: Folders) -> None:

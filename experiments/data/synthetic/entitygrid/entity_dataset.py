@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 from experiments.data.benchmarks.benchmark import read, samples
-from experiments.data.sample import Sample
+from experiments.data.sample import Sample, SampleList
 from experiments.data.synthetic.entitygrid.draw import WIDEST_STRING
 from experiments.data.synthetic.entitygrid.entities import FAMILIES, SPLITS, Entity, choose, foils
 from experiments.data.synthetic.entitygrid.entitygrid_files import Entitygrid
@@ -36,7 +36,7 @@ SMALLEST = 7
 """Pixels; fewer cannot show a character."""
 
 
-class EntityGrid:
+class EntityGrid(SampleList):
     """Questions about entities at every anchor of a canvas; each entity is shown at each place in each size.
 
     Args:
@@ -56,7 +56,6 @@ class EntityGrid:
     """
 
     name = "synth_entitygrid"
-    questions_per_picture = 1
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class EntityGrid:
             raws, found = read(reader, "entitygrid", source, split, root, hub, streaming)
             self.provenance = dict(found)
             items = [reader.item(raw) for raw in raws]
-            self._samples = samples(self.name, split, raws, items, suffix=suffix)
+            super().__init__(samples(self.name, split, raws, items, suffix=suffix))
             return
         if split not in SPLITS:
             raise UserError(f"data.split={split} does not exist: choose one of {', '.join(SPLITS)}")
@@ -105,7 +104,7 @@ class EntityGrid:
             raise UserError(f"data.jitters={list(jitters)}: give numbers of pixels from 0 to {largest // 2}")
         self._tasks = tuple(task for task in TASKS if task in tasks)
         self._noise, self._blank, self._seed, self._suffix = noise, blank, seed, suffix
-        self._samples = [
+        asked = [
             sample
             for number, entity in enumerate(choose(split, entities, seed))
             for place, size in enumerate(sizes)
@@ -115,14 +114,9 @@ class EntityGrid:
             if anchor.place != "centre" or jitter == jitters[0]
             for sample in self._ask(entity, number, size, number + place, anchor, jitter)
         ]
-        if not self._samples:
+        if not asked:
             raise UserError(f"data.tasks={list(tasks)}: nothing can be asked on this canvas")
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
+        super().__init__(asked)
 
     def _ask(self, entity: Entity, number: int, size: int, turn: int, anchor: Anchor, jitter: int) -> Iterator[Sample]:
         """The questions about one entity at one anchor; they differ between entities, not between anchors."""
