@@ -188,7 +188,7 @@ class CachedSteps:
         self._kept_BP = prefix.mask_BP
         self._selector = selector
         self._pending = selector
-        self._seen: tuple[AttentionMean, Tensor] | None = None
+        self._seen: tuple[AttentionMean, Tensor, Tensor] | None = None
         if selector is not None and selector.after == "prefill":
             self._cut(None)
 
@@ -199,12 +199,14 @@ class CachedSteps:
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
         if self._seen is not None:
-            attention, logits_BAW = self._seen
-            self._cut(FirstStep(attention.mean_BAP, ids_BA == self.lm.config.mask_token_id, logits_BAW))
+            attention, masked_BA, logits_BAW = self._seen
+            open_BA = ids_BA == self.lm.config.mask_token_id
+            self._cut(FirstStep(attention.mean_BAP, masked_BA, open_BA, logits_BAW))
         if self._pending is not None:
             hook = AttentionMean(self.cache.n_slots(0))
             logits_BAW = DecodeSteps(self.lm, self.cache, self._n_answer)(ids_BA, hook=hook)
-            self._seen = hook, logits_BAW.clone()  # the loop may write to its argument
+            # The loop may write to its argument.
+            self._seen = hook, ids_BA == self.lm.config.mask_token_id, logits_BAW.clone()
             return logits_BAW if want_BM is None else pick(logits_BAW, want_BM)
         if self._steps is None:
             self._steps = self._engine.steps(self.cache, self._n_answer)

@@ -29,6 +29,8 @@ class FirstStep:
 
     attention_BAP: Tensor
     """float32: from each answer slot to each slot of the prefix, averaged over heads and layers."""
+    masked_BA: Tensor
+    """bool: slots that were masked before the step: those that it chose from."""
     open_BA: Tensor
     """bool: slots that are still masked after the step."""
     logits_BAW: Tensor
@@ -227,11 +229,12 @@ def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], kept_B
 
     `kept_B`: at most so many of them.
     """
-    ranked_BK = stable_topk(scores_BP.masked_fill(~prefix.visual_BP, float("-inf")), max(counts))
+    other_BP = ~prefix.visual_BP
+    ranked_BK = stable_topk(scores_BP.masked_fill(other_BP, float("-inf")), max(counts))
     count_B = send(torch.tensor(counts), scores_BP.device)
     count_B1 = (count_B if kept_B is None else torch.minimum(count_B, kept_B))[:, None]
     is_kept_BK = torch.arange(max(counts), device=scores_BP.device) < count_B1
-    text_BP = prefix.mask_BP & ~prefix.visual_BP
+    text_BP = prefix.mask_BP & other_BP
     return torch.zeros_like(text_BP).scatter(1, ranked_BK, is_kept_BK) | text_BP
 
 
