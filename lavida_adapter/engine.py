@@ -192,10 +192,16 @@ class CachedSteps:
         if selector is not None and selector.after == "prefill":
             self._cut(None)
 
-    @property
-    def cached_BP(self) -> Tensor | None:
-        """bool [B, P]: slots of the prefix that are in the cache; None without a selector."""
-        return None if self._selector is None else self._kept_BP
+    def read_BP(self, steps: Sequence[int]) -> Tensor | None:
+        """bool [B, P]: slots of the prefix that each answer's last step could read; None without a selector.
+
+        `steps`: how many each answer took. The cut after the first one comes too late for an answer that took no more,
+        whatever the other answers of its batch did.
+        """
+        if self._selector is None or self._selector.after == "prefill" or min(steps) > 1:
+            return None if self._selector is None else self._kept_BP
+        pairs = zip(steps, self._kept_BP, self.prefix.mask_BP, strict=True)
+        return torch.stack([kept_P if n > 1 else mask_P for n, kept_P, mask_P in pairs])
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
         if self._seen is not None:
