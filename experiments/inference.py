@@ -220,20 +220,29 @@ class EvalPipeline:
         return draft.filled(generation.ids_BA[i].tolist(), self.model.tokenizer, self.model.config)
 
     def _drift(self, prefix: "Prefix", generation: "Generation") -> list["Moved"]:
-        """For each prompt the bytes of its cache and, where the cache was made smaller, its drift; not timed."""
+        """For each prompt the bytes of its cache and, where the cache was made smaller, its drift; not timed.
+
+        An answer that was complete before the cut has read the whole prefix, whatever became of it afterwards.
+        """
         n = len(prefix.n_tokens)
         if generation.cache is None:
             return [Moved()] * n
         size = generation.cache.n_bytes / n
         if self.cache is None:
             return [Moved(size)] * n
-        found = drift(self.model.lm, self.model.prefill(prefix), generation.cache, self.decode.max_new_tokens)
+        fed = self.model.prefill(prefix)
+        found = drift(self.model.lm, fed, generation.cache, self.decode.max_new_tokens)
         left: list[int | None] = [None] * n
         if isinstance(self.cache, CacheSelector):
             rows = mean_rows(generation.cache, len(self.model.lm.layers), n)
             given = zip(rows, prefix.n_tokens, prefix.n_visual, strict=True)
             left = [round(row - (total - visual)) for row, total, visual in given]
-        return [Moved(size, *each) for each in zip(found.most, found.same_top1, left, strict=True)]
+        moved = [Moved(size, *each) for each in zip(found.most, found.same_top1, left, strict=True)]
+        if generation.cached_BP is None:
+            return moved
+        whole = (generation.cached_BP == prefix.mask_BP).all(-1).tolist()
+        uncut = [Moved(fed.n_bytes / n, 0.0, 1.0, n_visual) for n_visual in prefix.n_visual]
+        return [a if is_whole else b for is_whole, a, b in zip(whole, uncut, moved, strict=True)]
 
     def _generator(self, batch: Sequence[Sample]) -> torch.Generator:
         """Seeded by the seed and the batch, so that a resumed job draws what the undisturbed one drew."""

@@ -188,23 +188,31 @@ class CachedSteps:
         self._kept_BP = prefix.mask_BP
         self._selector = selector
         self._pending = selector
-        self._seen: tuple[AttentionMean, Tensor] | None = None
+        self._seen: tuple[AttentionMean, Tensor, Tensor] | None = None
         if selector is not None and selector.after == "prefill":
             self._cut(None)
 
-    @property
-    def cached_BP(self) -> Tensor | None:
-        """bool [B, P]: slots of the prefix that are in the cache; None without a selector."""
-        return None if self._selector is None else self._kept_BP
+    def read_BP(self, steps: Sequence[int]) -> Tensor | None:
+        """bool [B, P]: slots of the prefix that each answer's last step could read; None without a selector.
+
+        `steps`: how many each answer took. The cut after the first one comes too late for an answer that took no more,
+        whatever the other answers of its batch did.
+        """
+        if self._selector is None or self._selector.after == "prefill" or min(steps) > 1:
+            return None if self._selector is None else self._kept_BP
+        pairs = zip(steps, self._kept_BP, self.prefix.mask_BP, strict=True)
+        return torch.stack([kept_P if n > 1 else mask_P for n, kept_P, mask_P in pairs])
 
     def __call__(self, ids_BA: Tensor, want_BM: Tensor | None) -> Tensor:
         if self._seen is not None:
-            attention, logits_BAW = self._seen
-            self._cut(FirstStep(attention.mean_BAP, ids_BA == self.lm.config.mask_token_id, logits_BAW))
+            attention, masked_BA, logits_BAW = self._seen
+            open_BA = ids_BA == self.lm.config.mask_token_id
+            self._cut(FirstStep(attention.mean_BAP, masked_BA, open_BA, logits_BAW))
         if self._pending is not None:
             hook = AttentionMean(self.cache.n_slots(0))
             logits_BAW = DecodeSteps(self.lm, self.cache, self._n_answer)(ids_BA, hook=hook)
-            self._seen = hook, logits_BAW.clone()  # the loop may write to its argument
+            # The loop may write to its argument.
+            self._seen = hook, ids_BA == self.lm.config.mask_token_id, logits_BAW.clone()
             return logits_BAW if want_BM is None else pick(logits_BAW, want_BM)
         if self._steps is None:
             self._steps = self._engine.steps(self.cache, self._n_answer)

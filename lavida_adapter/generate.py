@@ -36,7 +36,8 @@ class Generation:
     """float32 [B, A] of every step, with `history`: the probability of each token that it committed, 0 elsewhere. Empty
     where a published loop runs (`decode.parity` of Dream), which does not tell."""
     cached_BP: Tensor | None = None
-    """bool: prefix slots that were in the cache at the end; None without a cache selector."""
+    """bool: prefix slots that the last step of each answer could read; None without a cache selector. All of them for
+    an answer that was complete before the cut."""
     cache: StoredPrefix | None = None
     """The cache that the last step read; None without a prefix cache."""
 
@@ -131,6 +132,29 @@ def denoise(
             else:
                 left = [n - k for n, k in zip(left, ks, strict=True)]
     return ids_BA, forwards, steps, history
+
+
+FillingSteps = list[tuple[int, int]]
+"""The steps that fill something in an answer: number of the block, number of the step in it."""
+
+
+def filling_steps(n_masks: list[list[int]], config: DecodeConfig, sampler: Sampler) -> list[FillingSteps]:
+    """The steps that run for each row, by its masks in each block; where content or a draw decides, the most there are.
+
+    They may be fewer than `config.steps`: a time grid begins with steps that fill nothing, which are not run.
+    """
+    if config.parity and sampler.published is not None:
+        return [[(0, step) for step in range(config.steps_per_block)] for _ in n_masks]  # there, all of them run
+
+    def counts(n: int) -> list[int]:
+        if config.remasking == "origin":
+            return [1] * min(n, config.steps_per_block)  # drawn while decoding
+        return planned_counts(n, config, sampler, None)
+
+    return [
+        [(block, step) for block, n in enumerate(of_blocks) for step, k in enumerate(counts(n)) if k > 0]
+        for of_blocks in n_masks
+    ]
 
 
 def planned_counts(

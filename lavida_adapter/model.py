@@ -20,7 +20,7 @@ from lavida_adapter.encode import Boxes, PictureEncoder, PicturePrompts
 from lavida_adapter.engine import CachedSteps, CompiledEngine, DecodeEngine, EagerEngine
 from lavida_adapter.families import FAMILIES
 from lavida_adapter.fused_layers import store_apart
-from lavida_adapter.generate import Generation, denoise, masks_left, start
+from lavida_adapter.generate import Generation, denoise, filling_steps, masks_left, start
 from lavida_adapter.infill import INFILL, Infilled, make_draft, text_of
 from lavida_adapter.joined_prompts import Batching
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
@@ -152,11 +152,13 @@ class Lavida(LavidaModules):
             )
         if cache_selector is not None and cache_packer is not None:
             raise UserError("give cache_selector or cache_packer, not both: a prefix cache is shortened or packed")
+        mask_id, eos_id = self.config.lm.mask_token_id, self.config.lm.eos_token_id
+        blank_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, drafts)
+        n_masks = self._masks_left(blank_BA, decode)
         for method in (cache_selector, cache_packer):
             if method is not None:
                 method.check(prefix, decode)
-        mask_id, eos_id = self.config.lm.mask_token_id, self.config.lm.eos_token_id
-        blank_BA = start(prefix.embeds_BPD.shape[0], decode, mask_id, drafts)
+                method.check_steps(prefix, filling_steps(n_masks, decode, sampler))
         answer_BA = send(blank_BA, self.device)
         cached = None
         if decode.prefix_cache:
@@ -167,7 +169,6 @@ class Lavida(LavidaModules):
                 assert isinstance(cache, PrefixCache)
                 if cache.last_BD is not None:
                     answer_BA = self._from_prompt(answer_BA, cache.last_BD, decode)
-                    blank_BA[:, 0] = eos_id  # for the count of masks: whatever the prompt predicts is none
             if cache_packer is not None:
                 with timer.stage("cache"):
                     cache = cache_packer(cache, prefix, hook)
@@ -189,7 +190,7 @@ class Lavida(LavidaModules):
                 # On a GPU a step with more slots costs the same, and a captured graph needs constant shapes.
                 # torch.compile treats a dimension of size 1 as another kind of shape.
                 least_slots=decode.block if self.device.type == "cuda" else 1 + (decode.engine == "compile"),
-                n_masks=masks_left(blank_BA, mask_id, decode.block) if known else None,
+                n_masks=n_masks if known else None,
                 sure=sure,
             )
         return Generation(
@@ -199,7 +200,7 @@ class Lavida(LavidaModules):
             tuple(steps),
             tuple(history),
             tuple(sure or ()),
-            None if cached is None else cached.cached_BP,
+            None if cached is None else cached.read_BP(steps),
             None if cached is None else cached.cache,
         )
 
@@ -272,6 +273,14 @@ class Lavida(LavidaModules):
         if self._engines:
             self._engines.clear()
             store_apart(self.lm)
+
+    def _masks_left(self, blank_BA: Tensor, decode: DecodeConfig) -> list[list[int]]:
+        """How many masks each row has in each block when the first step begins; if the prompt may predict the mask
+        token, the most that it can have."""
+        if self.lm.shift and decode.prefix_cache and not decode.allow_mask_token:
+            blank_BA = blank_BA.clone()
+            blank_BA[:, 0] = self.config.lm.eos_token_id  # whatever the prompt predicts is no mask
+        return masks_left(blank_BA, self.config.lm.mask_token_id, decode.block)
 
     def _from_prompt(self, answer_BA: Tensor, last_BD: Tensor, decode: DecodeConfig) -> Tensor:
         """The answer with the token that the prompt predicts, if the first slot is masked."""

@@ -53,7 +53,8 @@ class SampleRow(SampleFacts):
     n_prefix: int
     """All tokens of the prompt."""
     n_cache: int | None
-    """Vision tokens left in a cache that was shortened; the mean over layers, if these differ."""
+    """Vision tokens left in a cache that was shortened; the mean over layers, if these differ. All of `n_visual` where
+    the answer was complete before the cut."""
     kept: list[int]
     """Source tokens that were kept."""
     n_steps: int

@@ -18,10 +18,10 @@ from shirg import Budget, Share, UserError, send
 class AdaptiveK(CacheSelector):
     """Keeps fewer picture rows for an answer that the first denoising step is certain of.
 
-    The first step reads the whole prefix. Its least certain slot has exp(entropy) candidates: the number of equally
-    likely tokens with the same entropy. Each bound in `candidates` that it exceeds raises the level by one. The rows
-    with the highest scores of the token selector stay; synthesised rows (scaffold, summary, newlines) always stay. The
-    shape is that of the last level; slots above the prompt's own level are masked.
+    The first step reads the whole prefix. Its least certain masked slot has exp(entropy) candidates: the number of
+    equally likely tokens with the same entropy. Each bound in `candidates` that it exceeds raises the level by one. The
+    rows with the highest scores of the token selector stay; synthesised rows (scaffold, summary, newlines) always stay.
+    The shape is that of the last level; slots above the prompt's own level are masked.
 
     Args:
         budget: picture rows of the last level; "matched": as many as the base model would feed.
@@ -58,12 +58,14 @@ class AdaptiveK(CacheSelector):
 
     def score(self, lm: LanguageModel, cache: PrefixCache, prefix: Prefix, first: FirstStep | None) -> Tensor:
         rows = []
+        lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
         for visual_P, selection in zip(prefix.visual_BP, prefix.selections, strict=True):
             assert selection.scores_BN is not None
             index_T = selection.index_BT.gather(1, used_first(selection.mask_BT))[0]
             kept_T = selection.scores_BN[0][index_T.clamp_min(0)].float()
-            # Synthesised rows rank above every token of the picture.
-            score_T = torch.where(index_T < 0, selection.scores_BN.max().float() + 1, kept_T)
+            # A token that the selector kept without ranking it has the score -inf and comes last. A NaN stays one, and
+            # is refused. Synthesised rows rank above every token of the picture.
+            score_T = kept_T.clamp_min(lowest).masked_fill(index_T < 0, highest)
             rows.append(torch.zeros_like(visual_P, dtype=torch.float32).masked_scatter(visual_P, score_T))
         return torch.stack(rows)
 
@@ -78,9 +80,13 @@ class AdaptiveK(CacheSelector):
 
 
 def uncertainty(first: FirstStep) -> Tensor:
-    """Entropy [B] in nats of the least certain answer slot of the step."""
+    """Entropy [B] in nats of the least certain slot that was masked before the step; 0 where none was.
+
+    What the step predicts for a fixed token is no part of the answer, and may be anything.
+    """
     # One answer at a time: in float32 the logits of a batch take gigabytes.
-    return torch.stack([torch.special.entr(row.float().softmax(-1)).sum(-1).amax() for row in first.logits_BAW])
+    entropy_BA = torch.stack([torch.special.entr(row.float().softmax(-1)).sum(-1) for row in first.logits_BAW])
+    return (entropy_BA * first.masked_BA).amax(-1)
 
 
 def _rises(numbers: Sequence[float]) -> bool:

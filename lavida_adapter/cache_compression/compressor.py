@@ -7,6 +7,7 @@ cache selector decides after it: it may read the model's attention, and needs a 
 Shape letters: B batch, P prefix slots, K kept slots, A answer slots, W vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lavida_adapter.attention import AttentionHook, attention_weights
 from lavida_adapter.decode_config import DecodeConfig
+from lavida_adapter.generate import FillingSteps
 from lavida_adapter.kv_cache import PrefixCache, StoredPrefix
 from lavida_adapter.language_model import LanguageModel, cos_signed_sin, rotary_phase, rotate
 from lavida_adapter.prefix import Prefix
@@ -29,6 +31,8 @@ class FirstStep:
 
     attention_BAP: Tensor
     """float32: from each answer slot to each slot of the prefix, averaged over heads and layers."""
+    masked_BA: Tensor
+    """bool: slots that were masked before the step: those that it chose from."""
     open_BA: Tensor
     """bool: slots that are still masked after the step."""
     logits_BAW: Tensor
@@ -103,19 +107,42 @@ class CacheSelector:
         """Checks that this selector can shorten the cache, before anything is computed.
 
         Raises:
-            UserError: without a cache, without a later step, or for a budget larger than the picture.
+            UserError: without a cache, or for a budget larger than the picture.
         """
         name = type(self).__name__
         if not decode.prefix_cache:
             raise UserError(
                 f"{name} shortens the prefix cache, and decode.prefix_cache=false has none: choose cache=none"
             )
-        if self.after == "first_step" and decode.steps < 2:
-            raise UserError(
-                f"{name} decides after the first denoising step, and this decoding has only one: choose more steps or "
-                "cache=none"
-            )
         self.counts(prefix)
+
+    def check_steps(self, prefix: Prefix, filling: Sequence[FillingSteps]) -> None:
+        """Checks that the answers have steps that can read the shortened cache.
+
+        `filling`: of each answer, the most that there can be. If the content of an answer makes them fewer, it may be
+        complete before the cut; `Generation.cached_BP` tells.
+
+        Raises:
+            UserError: for an answer without such a step. After the first step, also for answers of which one has its
+                first step before another one: the cut would be made by a step that does nothing for that answer.
+        """
+        check_is_read(self, prefix, filling)
+        if self.after == "prefill":
+            return
+        name = type(self).__name__
+        for i, steps in enumerate(filling):
+            if len(steps) < 2:
+                raise UserError(
+                    f"{name} decides after the first denoising step, and the answer to {prefix.name_of(i)} takes only "
+                    "one: choose a longer answer (decode.max_new_tokens), more steps, another decode.schedule or "
+                    "cache=none"
+                )
+            if steps[0] != filling[0][0]:
+                raise UserError(
+                    f"{name} decides after the first denoising step, which comes at different times for "
+                    f"{prefix.name_of(0)} and {prefix.name_of(i)} because of their drafts: answer one prompt at a "
+                    "time (batch_size=1), or choose cache=none"
+                )
 
     def counts(self, prefix: Prefix) -> tuple[int, ...]:
         """How many picture rows each prompt keeps, known before the scores are."""
@@ -196,6 +223,10 @@ class CachePacker:
         if decode.engine != "eager":
             raise UserError(f"{name} is unpacked at every step: choose decode.engine=eager or cache=none")
 
+    def check_steps(self, prefix: Prefix, filling: Sequence[FillingSteps]) -> None:
+        """Raises UserError for an answer without a step, which is all that reads the packed cache."""
+        check_is_read(self, prefix, filling)
+
     def hook(self, prefix: Prefix) -> AttentionHook | None:
         """An attention hook for the prefill, if the method needs one; it is passed to `__call__`."""
         return None
@@ -222,16 +253,27 @@ class CachePacker:
         out_BHPD.copy_(self.unpack(packed, out_BHPD.dtype))
 
 
+def check_is_read(method: CacheSelector | CachePacker, prefix: Prefix, filling: Sequence[FillingSteps]) -> None:
+    """Raises UserError for an answer that no step fills: then nothing ever reads the smaller cache."""
+    for i, steps in enumerate(filling):
+        if not steps:
+            raise UserError(
+                f"{type(method).__name__} is for the denoising steps, and the answer to {prefix.name_of(i)} takes "
+                "none: choose a longer answer (decode.max_new_tokens) or cache=none"
+            )
+
+
 def keep_best(scores_BP: Tensor, prefix: Prefix, counts: tuple[int, ...], kept_B: Tensor | None = None) -> Tensor:
     """bool [B, P]: all text, and each row's `counts` best picture slots (the first ones of equal scores).
 
     `kept_B`: at most so many of them.
     """
-    ranked_BK = stable_topk(scores_BP.masked_fill(~prefix.visual_BP, float("-inf")), max(counts))
+    other_BP = ~prefix.visual_BP
+    ranked_BK = stable_topk(scores_BP.masked_fill(other_BP, float("-inf")), max(counts))
     count_B = send(torch.tensor(counts), scores_BP.device)
     count_B1 = (count_B if kept_B is None else torch.minimum(count_B, kept_B))[:, None]
     is_kept_BK = torch.arange(max(counts), device=scores_BP.device) < count_B1
-    text_BP = prefix.mask_BP & ~prefix.visual_BP
+    text_BP = prefix.mask_BP & other_BP
     return torch.zeros_like(text_BP).scatter(1, ranked_BK, is_kept_BK) | text_BP
 
 

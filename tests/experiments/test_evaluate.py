@@ -116,6 +116,26 @@ def test_an_adaptive_cache_is_counted_row_by_row(eval_here: Eval) -> None:
     assert all(len(row["kept"]) == 24 for row in rows), "16 of the 40 are the scaffold"
 
 
+def test_an_answer_that_is_complete_before_the_cut_says_so(eval_here: Eval) -> None:
+    """On the shipped model some answers take one step: what their rows say does not depend on their batch."""
+    weights = f"model.path={CONF.parent / 'weights' / 'tiny'}"
+    words = ("limit=12", "selector=full", weights, "cache=redvtp", "decode.threshold=0.7")
+    jobs = [eval_here(*words, f"batch_size={n}") for n in (12, 1)]
+    together, each = (pq.read_table(job / "samples.parquet").to_pylist() for job in jobs)
+    assert {row["n_steps"] for row in together} == {1, 2}
+    for row, by_itself in zip(together, each, strict=True):
+        whole = row["n_steps"] == 1
+        assert row["n_cache"] == (336 if whole else 80) and (len(row["kept"]) == 320) == whole
+        assert (row["drift"] == 0) == whole and (row["same_top1"] == 1 or not whole)
+        # Keys and values of 96 numbers in 3 layers, 4 bytes each.
+        assert row["cache_bytes"] == (row["n_prefix"] if whole else row["n_prefix"] - 256) * 3 * 2 * 96 * 4
+        assert {name: row[name] for name in SAME} == {name: by_itself[name] for name in SAME}
+    assert result_of(jobs[0])["tokens"]["cache"]["max"] == 336
+
+
+SAME = ("prediction", "n_steps", "n_cache", "kept", "recall", "same_top1")
+
+
 def test_the_table_shows_the_cache_where_one_was_cut(eval_here: Eval) -> None:
     eval_here("limit=6", "selector=pooled")
     study = eval_here(*FEW).parent

@@ -108,7 +108,15 @@ JOBS = {
     "cache budget": (f"{FULL} cache=fastv cache.layer=0 cache.budget=337", "budget 337 larger than the 336"),
     "cache layer": (f"{FULL} cache=fastv", "layer=1: layers 0 to 0"),
     "no prefix cache": (f"{FULL} cache=fastv decode.prefix_cache=false", "FastV shortens the prefix cache"),
-    "one step": (f"{FULL} cache=redvtp decode.step_per_block=1", "choose more steps or cache=none"),
+    "one step": (f"{FULL} cache=redvtp decode.step_per_block=1", "RedVTP takes only one: .* more steps .*cache=none"),
+    "one step that fills something": (
+        f"{FULL} model=tiny_dream_scratch cache=redvtp",
+        "RedVTP takes only one: choose a longer answer .* another decode.schedule or cache=none",
+    ),
+    "no step": (
+        f"{FULL} model=tiny_dream_scratch cache=fastv decode.max_new_tokens=1",
+        "FastV is for the denoising steps the answer to prompt 'test-.* takes none",
+    ),
     "name of a cache budget": (f"{FULL} cache=fastv budget=most", r"budget=most: give base \(80\)"),
     "cache literal": (f"{FULL} cache=fastv cache.queries=all", "cache.queries='all' one of last, text"),
     "cache option": (f"{FULL} cache=redvtp +cache.layer=1", "cache.layer: RedVTP no such option; it has budget"),

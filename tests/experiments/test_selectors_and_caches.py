@@ -14,7 +14,7 @@ from experiments.bench.reference import plain_counts
 from experiments.inference import drift
 from experiments.schema import CONF
 from experiments.token_stats import TokenGeometry, check_counts, count_sources
-from lavida_adapter import CachePacker, CacheSelector, DecodeConfig, Generation, Lavida, Prefix
+from lavida_adapter import AdaptiveK, CachePacker, CacheSelector, DecodeConfig, Generation, Lavida, Prefix
 from lavida_adapter.engine import DecodeSteps
 from tests.lavida_adapter.tiny import picture
 
@@ -111,6 +111,26 @@ def test_every_selector_with_every_cache_method(name: str, models: dict[str, Lav
             assert out.cached_BP is not None and bool((out.cached_BP | prefix.visual_BP)[prefix.mask_BP].all())
             left = (out.cached_BP & prefix.visual_BP).sum(-1)
             assert bool((left <= LEAST).all()) and (kind == "pyramiddrop" or int(left.max()) == LEAST)
+
+
+@torch.inference_mode()
+def test_adaptive_k_ranks_what_an_even_context_added_without_a_score_last(models: dict[str, Lavida]) -> None:
+    """A narrow picture has so few tokens that the context takes some of the global view, which `shirg` leaves out."""
+    cfg = build.compose_eval("selector=shirg", "context=even", "cache=adaptive_k", "cache.budget=40")
+    for model in models.values():
+        selector = build.build_selector(cfg, model.config.budgets, model.config).eval()
+        relevance = build.build_relevance(cfg, selector)
+        prefix = model.encode([picture((24, 128))], ["what is it?"], selector, relevance=relevance)
+        (chosen,) = prefix.selections
+        assert chosen.scores_BN is not None
+        unranked_T = (chosen.index_BT[0] >= 0) & chosen.scores_BN[0][chosen.index_BT[0]].isneginf()
+        assert int(unranked_T.sum()) == 16 and prefix.n_visual == (80,)
+        for budget, left in ((40, 0), (66, 2), (80, 16)):
+            by = AdaptiveK(budget=budget, candidates=(1.0001, 1.0002))
+            out = model.generate(prefix, DECODE, cache_selector=by)
+            assert out.cached_BP is not None
+            cached_T = out.cached_BP[prefix.visual_BP]
+            assert int(cached_T.sum()) == budget and int(cached_T[unranked_T].sum()) == left
 
 
 @torch.inference_mode()

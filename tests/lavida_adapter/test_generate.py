@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lavida_adapter.decode_config import DecodeConfig
-from lavida_adapter.generate import denoise, start, stop_early
-from lavida_adapter.schedules import tokens_per_step
+from lavida_adapter.generate import denoise, filling_steps, masks_left, start, stop_early
+from lavida_adapter.sampling import LLADA_SAMPLER
+from lavida_adapter.schedules import SCHEDULES, tokens_per_step
 from tests.lavida_adapter.tables import EOS, MASK, W, at, committed, dependent, run, table
 
 ORDER = {"low_confidence": [0, 2, 3, 1], "margin": [2, 1, 3, 0], "entropy": [0, 3, 2, 1]}
@@ -116,6 +117,30 @@ def test_rows_are_independent_of_their_batch_mates() -> None:
         assert [(h == MASK).sum().item() for h in own] == [n_masks - sum(counts[: s + 1]) for s in range(steps)]
     assert forwards == 3
     assert rows[0].tolist() == [MASK] * 6  # the argument is not written to
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"schedule": schedule, "step_per_block": steps} for schedule in SCHEDULES for steps in (None, 2, 3)),
+        {"schedule": "time_grid", "eps": 0.4},
+        {"threshold": 0.3},
+        {"remasking": "origin", "step_per_block": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("block", [2, 3, 6])
+def test_filling_steps_are_those_that_run(options: dict[str, Any], block: int) -> None:
+    """By what is committed; where the content or a draw decides there may be fewer, at most one for each mask."""
+    config, fewer = DecodeConfig(max_new_tokens=6, block_length=block, **options), []
+    for draft in ((), (3, MASK, 1), (3, 1, MASK, 2, 1), (3, 1, 2, 3, 1), (3, 1, 2, 3, 1, 2)):
+        n_masks = masks_left(start(1, config, MASK, [draft]), MASK, block)
+        (steps,) = filling_steps(n_masks, config, LLADA_SAMPLER)
+        forwards = run(dependent, draft=draft, max_new_tokens=6, block_length=block, **options)[1]
+        assert steps == sorted(set(steps)) and all(n_masks[0][i] > 0 for i, _ in steps)
+        assert forwards <= len(steps) <= sum(n_masks[0])
+        fewer.append(len(steps) - forwards)
+    assert any(fewer) == ("threshold" in options or "remasking" in options)
 
 
 def test_temperature_is_reproducible_and_does_something() -> None:

@@ -52,7 +52,7 @@ def alone(prefix: Prefix, b: int) -> Prefix:
 def first_step(seed: int = 7) -> FirstStep:
     attention_BAP = noise(2, A, P, seed=seed).softmax(-1)
     open_BA = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
-    return FirstStep(attention_BAP, open_BA, torch.zeros(2, A, 10))
+    return FirstStep(attention_BAP, torch.ones_like(open_BA), open_BA, torch.zeros(2, A, 10))
 
 
 def best(scores: list[float], b: int, k: int) -> list[int]:

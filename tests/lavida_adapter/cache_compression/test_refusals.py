@@ -71,9 +71,42 @@ CASES: dict[str, Case] = {
         generating(options={"prefix_cache": False}, cache_selector=FastV(budget=2)),
         ["FastV shortens the prefix cache, and decode.prefix_cache=false has none: choose cache=none"],
     ),
-    "no later step": (
-        generating(options={"step_per_block": 1}, cache_selector=RedVTP(budget=2)),
-        ["RedVTP decides after the first denoising step, and this decoding has only one"],
+    **{
+        f"no later step, {name}": (
+            generating(options=options, cache_selector=RedVTP(budget=2)),
+            [
+                "RedVTP decides after the first denoising step, and the answer to prompt 0 of the batch takes only one",
+                "choose a longer answer (decode.max_new_tokens), more steps, another decode.schedule or cache=none",
+            ],
+        )
+        for name, options in {
+            "one in all": {"step_per_block": 1},
+            "a threshold for one token": {"max_new_tokens": 1, "threshold": 0.5},
+            "drawn for one token": {"max_new_tokens": 1, "remasking": "origin"},
+            "one that fills something": {"max_new_tokens": 2, "schedule": "time_grid"},
+        }.items()
+    },
+    "no later step for one draft": (
+        generating(cache_selector=AdaptiveK(budget=4), drafts=[[], [5, 6, 7]]),
+        ["AdaptiveK decides after the first denoising step, and the answer to prompt 1 of the batch takes only one"],
+    ),
+    **{
+        f"no step at all, {type(method).__name__}": (
+            generating(drafts=[[], [5, 6, 7, 8]], **{kind: method}),
+            [f"{type(method).__name__} is for the denoising steps, and the answer to prompt 1 of the batch takes none"],
+        )
+        for kind, method in (
+            ("cache_selector", FastV(budget=2)),
+            ("cache_selector", RedVTP(budget=2)),
+            ("cache_packer", Int8()),
+        )
+    },
+    "first steps at different times": (
+        generating(options={"block_length": 1}, cache_selector=RedVTP(budget=2), drafts=[[5], []]),
+        [
+            "RedVTP decides after the first denoising step, which comes at different times for prompt 0 of the batch",
+            "and prompt 1 of the batch because of their drafts: answer one prompt at a time (batch_size=1)",
+        ],
     ),
     "matched to nothing": (
         generating(replace(made_prefix(), n_matched=()), cache_selector=FastV(budget="matched")),

@@ -58,7 +58,8 @@ def redvtp(case: RivalCase) -> None:
     mean = AttentionMean(n_prefix)
     for weights_HAK in weights_LHAK:
         seen_by(mean, weights_HAK)
-    first = FirstStep(mean.mean_BAP, case["open"][None], torch.zeros(1, len(case["open"]), 1))
+    open_BA = case["open"][None]
+    first = FirstStep(mean.mean_BAP, torch.ones_like(open_BA), open_BA, torch.zeros(*open_BA.shape, 1))
     method, cache = RedVTP(budget=case.given["budget"], positions="retain"), cache_of(torch.zeros(1, n_prefix, 2))
     lm: Any = SimpleNamespace()
     case.close("importance", method.score(lm, cache, prefix, first)[prefix.visual_BP], case["importance"], TOLERANCE)
