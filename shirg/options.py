@@ -286,6 +286,17 @@ CONFLICTS: tuple[tuple[Callable[[ShirgOptions], bool], str], ...] = (
         "crop_term={o.crop_term} has no effect while weights.crop is 0; choose crop_term=none or raise weights.crop",
     ),
     (
+        # 0 says the same as no term.
+        lambda o: o.crop_term == "none" and o.weights.crop not in (0, Weights.crop),
+        "weights.crop={o.weights.crop} has no effect with crop_term=none; choose another crop_term, or leave it at its "
+        "default (0.1)",
+    ),
+    (
+        lambda o: o.weights.neighbour == 0 and o.neighbour != Neighbour(),
+        "neighbour.metric and neighbour.sign have no effect while weights.neighbour is 0; raise it, or leave them at "
+        "their defaults (feature_l2, -1)",
+    ),
+    (
         lambda o: not o.has_terms,
         "all weights in use are 0: there is nothing to rank by; raise one of weights.*",
     ),

@@ -75,6 +75,12 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"crop_term": "centre"}, "crop_term=centre ... only geometry=seed_canvas48 ... choose none, border or literal"),
     ({"geometry": "fovea", "crop_term": "literal"}, "crop_term=literal ... geometry=fovea ... choose none or border"),
     ({"crop_term": "border", "weights": {"crop": 0}}, "crop_term=border has no effect while weights.crop is 0"),
+    ({"weights": {"crop": 5.0}}, "weights.crop=5.0 has no effect with crop_term=none ... default (0.1)"),
+    ({"weights": {"neighbour": 0}, "neighbour": {"sign": 1}}, "neighbour.sign have no effect while"),
+    (
+        {"weights": {"neighbour": 0}, "neighbour": {"metric": "local_var"}},
+        "neighbour.metric ... have no effect while",
+    ),
     ({"weights": {"similarity": 0, "neighbour": 0}}, "nothing to rank by"),
     ({"variance_of": "neighbourhood"}, "variance_of has no effect while weights.variance is 0"),
     ({"edge_space": "pixels"}, "edge_space has no effect while weights.edge is 0"),
