@@ -167,7 +167,7 @@ class Allocation(OptionBlock):
 
 @dataclass(frozen=True, repr=False)
 class Adaptive(OptionBlock):
-    """Whether a picture may keep fewer than K tokens. It keeps the smallest of `levels`, shares of K, that is enough.
+    """Whether a picture may keep fewer than its K tokens: the smallest of `levels`, shares of its K, that is enough.
 
     "entropy": a level is enough when it holds the effective number of relevant tokens at `temperature`. "head": when a
     trained head predicts a loss that is at most `tolerance` above that of all K.

@@ -73,8 +73,9 @@ class ShirgSelector(Selector):
         allocation: `mode` "evidence_context" takes `evidence` tokens (a number, or a share of K) by score, of these
             with `mass` only the fewest that hold this share of the softmax of all scores; the rest lie evenly.
         diversity: `mode` "mmr" picks one by one, by score minus `weight` x the largest cosine to those before; slow.
-        adaptive: a budget that depends on the picture, one of `levels` (shares of K). `mode` "entropy": the smallest
-            that holds the relevant tokens; "head": the smallest that a trained head predicts to be as good as all K.
+        adaptive: a budget that depends on the picture, one of `levels` (shares of its K). `mode` "entropy": the
+            smallest that holds the relevant tokens; "head": the smallest that a trained head predicts to be as good as
+            all K.
         scaffold: `size`, `source` and `space`; "post" pools projected tokens and turns this into a selector of stage
             "post", which needs the tap "encoder" to score by.
         summary: a last token, the mean of all that were not kept.
@@ -183,7 +184,7 @@ class ShirgSelector(Selector):
                 competing, competing_BP = merge.competitors(assigned), merge.best(scores_BP)
         first = self._first_cell(layout)
         adaptive_B, expected_B = adaptive_budget(
-            options.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], k
+            options.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], keep_B
         )
         with torch.no_grad():
             keep_B = torch.minimum(keep_B, adaptive_B)
@@ -195,7 +196,8 @@ class ShirgSelector(Selector):
             means = cell_means(features)
         chosen = keep(features if means is None else means.features, ranked_BK, keep_B, scores_BN=scores_BN)
         is_kept_BK = torch.arange(k, device=ranked_BK.device) < keep_B[:, None]
-        kept_BN = torch.zeros_like(usable_BN).scatter(1, ranked_BK, is_kept_BK)
+        # Added up, because a token that is kept is listed again among those that only fill slots.
+        kept_BN = torch.zeros_like(usable_BN, dtype=torch.int64).scatter_add(1, ranked_BK, is_kept_BK.long()) > 0
         if options.newline == "row":
             chosen = close_rows(chosen, features, rows_BR)
         if means is not None:

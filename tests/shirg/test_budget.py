@@ -88,7 +88,8 @@ def test_levels_of_a_budget(percent: int) -> None:
     certain_BN = torch.zeros(1, 200)
     certain_BN[0, 3] = 1000
     options, usable_BN = Adaptive(mode="entropy", levels=levels), torch.ones(1, 200, dtype=torch.bool)
-    assert adaptive_budget(options, None, None, certain_BN, usable_BN, 100)[0].tolist() == [percent]
+    k_B = torch.tensor([100])
+    assert adaptive_budget(options, None, None, certain_BN, usable_BN, k_B)[0].tolist() == [percent]
     first = FirstStep(torch.zeros(1, 1, 100), torch.ones(1, 1, dtype=torch.bool), torch.eye(10)[None, :1] * 100)
     counts_B = AdaptiveK(budget=100, levels=levels, candidates=(2.0,)).kept_counts(made_prefix(), first, (100,))
     assert counts_B is not None and counts_B.tolist() == [percent]
