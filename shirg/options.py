@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from shirg.budget import Budget, Share, check_part
-from shirg.features import Geometry, TokenLayout
+from shirg.features import Geometry, PictureCounts, TokenLayout
 from shirg.selection import Stage
 from shirg.validation import OptionBlock, UserError, one_of
 
@@ -120,6 +120,14 @@ class Merging(OptionBlock):
         """How many cells of this layout may be merged away."""
         rows, cols = layout.finest[1]
         return Share.of(self.share).down(rows * cols) if self.mode == "tome" else 0
+
+    def loss(self, layout: TokenLayout, known: PictureCounts, *, fills: bool) -> int:
+        """How many tokens of a picture there are less to choose from, at most.
+
+        `fills`: whether duplicates are chosen too. Those of a cell that holds a mean are not.
+        """
+        joined = min(self.count(layout), known.joinable)
+        return joined + (known.doubled if fills and joined else 0)
 
 
 @dataclass(frozen=True, repr=False)
