@@ -244,7 +244,7 @@ def products(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) ->
 def product_strips(a_XED: Tensor, b_XOD: Tensor, used_XO: Tensor, otherwise: float) -> Iterator[Tensor]:
     """The same, on a CPU some of the E rows at a time, elsewhere all of them."""
     a, b = _with_fill(a_XED, b_XOD, used_XO, otherwise)
-    row = b[..., 0].numel()
+    row = max(1, b[..., 0].numel())  # a list of one token has no odd places
     for strip in a.split(max(1, CACHED // row) if a.device.type == "cpu" else a.shape[-2], dim=-2):
         yield strip @ b.transpose(-1, -2)
 

@@ -38,6 +38,8 @@ class HiPrune(GroupSelector):
         super().__init__(budget=budget)
         if not 0 <= alpha <= 1:
             raise UserError(f"alpha={alpha}: give the share of the budget for anchors and their neighbours, 0 to 1")
+        if alpha == 0 and object_layer != 0.35:
+            raise UserError("object_layer has no effect with alpha=0, which has no anchors; leave it at its default")
         self.alpha, self.object_layer, self.layer = alpha, object_layer, layer
         self.middle, self.deep = f"attention@{object_layer}", f"attention@{layer}"
         self.needs = frozenset({self.middle, self.deep})

@@ -30,7 +30,8 @@ class ToMe(GroupSelector):
     A round splits the list of tokens that are left into even and odd places; the r even tokens with the closest odd
     partner are merged into it. A merged token is the mean of all source tokens in it, which is the mean by area; so is
     its key. The paper merges a little in every layer; here all tokens are merged once, behind the tower,
-    with the keys of one layer. A merged token keeps the position of the odd token that the others joined.
+    with the keys of one layer. A merged token keeps the position of the odd token that the others joined. The last
+    token of a view has no partner: where the quota is 0 it is dropped, with all that it holds.
 
     Args:
         budget: tokens per picture.
@@ -70,7 +71,7 @@ class ToMe(GroupSelector):
             owner_BGS, position_S1 = own_BGS, own_BGS[0, 0, :, None]
             pairs = PairList.of(groups.valid_BGS)
             least = min(s, max(groups.most, r, 2))
-            for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), r)):
+            for _ in range(rounds_of(math.ceil(s * (1 - groups.share)), r) if s > 1 else 0):
                 even, odd = pairs.even(), pairs.odd()
                 # The direction of a sum is the direction of its mean: sizes need not be known.
                 near_BGEO = products(
@@ -89,7 +90,7 @@ class ToMe(GroupSelector):
                 joined_BGS = F.pad(own_BGS, (0, 1)).scatter(-1, from_BGR.where(goes_BGR, s), into_BGR)
                 owner_BGS = joined_BGS.gather(-1, owner_BGS)
                 pairs = pairs.without(ranked_BGE, drop_BG, max(pairs.position_BGM.shape[-1] - r, least), self.order)
-            stays_BGS = pairs.mask(s)
+            stays_BGS = pairs.mask(s) & (groups.quota_BG > 0)[..., None]
         chosen = chosen_tokens(features, groups, stays_BGS, None, k)
         sums_BTD, number_BT = absorb(features, groups, chosen, stays_BGS, owner_BGS, groups.valid_BGS)
         mean_BTD = (sums_BTD / number_BT.clamp_min(1)[..., None]).to(chosen.tokens_BTD.dtype)

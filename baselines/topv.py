@@ -80,6 +80,8 @@ class TopV(GroupSelector):
             raise UserError(f"alpha={alpha}, beta={beta}, gamma={gamma}: give numbers >= 0, one of them larger")
         if min(sigma, eps) <= 0 or not 0 <= recover < 1:
             raise UserError(f"sigma={sigma}, eps={eps}, recover={recover}: give sigma, eps > 0 and 0 <= recover < 1")
+        if beta == 0 and sigma != 10.0:
+            raise UserError("sigma has no effect with beta=0, which leaves positions out; leave it at its default")
         self.marginals: Marginals = marginals
         self.importance: Importance = importance
         self.layer = layer

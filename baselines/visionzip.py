@@ -42,6 +42,8 @@ class VisionZip(GroupSelector):
         if not 0 <= contextual <= 1:
             raise UserError(f"contextual={contextual}: give the share of the budget for merged tokens, 0 to 1")
         one_of("targets", targets, Targets)
+        if contextual == 0 and targets != "official":
+            raise UserError("targets has no effect with contextual=0, which merges nothing; leave it at its default")
         self.contextual, self.targets, self.layer = contextual, targets, layer
         self.merged = Share.of(contextual)
         self.attention, self.keys = f"attention@{layer}", f"keys@{layer}"

@@ -57,6 +57,16 @@ class VisPruner(GroupSelector):
         if not 0 <= important <= 1:
             raise UserError(f"important={important}: give the share of the budget for attention, 0 to 1")
         one_of("order", order, ListOrder)
+        if important == 1 and (rho, order) != (0.014, "official"):
+            raise UserError(
+                "rho and order have no effect with important=1, which leaves no token to the search for duplicates; "
+                "leave them at their defaults"
+            )
+        if important == 0 and order == "reading" and layer != -1:
+            raise UserError(
+                "layer has no effect with important=0 and order=reading, which read no attention; leave it at its "
+                "default"
+            )
         self.important, self.rho, self.order, self.layer = important, share_per_round(rho), order, layer
         self.seen = Share.of(important)
         self.tap = f"attention@{layer}"

@@ -21,7 +21,7 @@ from lavida_adapter.relevance import NoRelevance, Relevance, RelevanceContext
 from lavida_adapter.timing import Pausing, Timer
 from lavida_adapter.views import Views, layout_on, patch_pixels, ready
 from lavida_adapter.vision import in_own_dtype
-from shirg import Selection, Selector, VisionFeatures, send
+from shirg import Selection, Selector, VisionFeatures, picture_counts, send
 
 Boxes = Sequence[tuple[float, float, float, float]]
 """Boxes (x0, y0, x1, y1) in a picture, as fractions of its width and height."""
@@ -225,6 +225,7 @@ class PictureGroup:
         valid_EN = torch.stack([v.valid_N for v in views])
         n_valid = valid_EN.sum(-1).tolist()
         base = [v.base_count for v in views]
+        counts = picture_counts(views[0].layout, valid_EN, [v.matched_count for v in views])
         return VisionFeatures(
             tokens_BND=self._by_prompt(self.states_END),
             layout=layout_on(views[0].layout, device),
@@ -233,6 +234,7 @@ class PictureGroup:
             size_B2=self._by_prompt(send(torch.tensor([v.size for v in views]), device)),
             ids=ids,
             n_valid=tuple(n_valid[i] for i in self.picture_of),
+            counts=tuple(counts[i] for i in self.picture_of),
             picture_at=tuple(self.picture_of),
             base_count_B=None if None in base else self._by_prompt(send(torch.tensor(base), device)),
             taps={name: self._by_prompt(tensor) for name, tensor in self._taps(pixels).items()},

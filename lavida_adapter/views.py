@@ -28,6 +28,7 @@ from shirg import (
     UserError,
     crops_layout,
     fovea_layout,
+    least_pooled,
     most_pooled,
     pooled_count_B,
     single_layout,
@@ -58,6 +59,11 @@ class Views:
     """(width, height) of the original picture."""
     base_count: int | None = None
     """How many tokens LaViDa itself would feed for this picture; None if the layout is LaViDa's own."""
+
+    @property
+    def matched_count(self) -> int:
+        """How many tokens LaViDa itself would feed for this picture."""
+        return _pooled_count(self.layout, self.size) if self.base_count is None else self.base_count
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "layout"}
@@ -293,8 +299,8 @@ def geometry_layout(config: LavidaConfig, geometry: Geometry) -> TokenLayout:
     vision = config.vision
     own = own_pooling(config)
     canvases = config.image_grid_pinpoints if config.image_aspect_ratio == "anyres" else ((0, 0),)
-    most = _most(tuple(canvases), vision.image_size, vision.patch_size, own)
-    pooling = replace(own, side=config.pooled(_side(geometry, vision)), most=most)
+    least, most = _counts(tuple(canvases), vision.image_size, vision.patch_size, own)
+    pooling = replace(own, side=config.pooled(_side(geometry, vision)), most=most, least=least)
     return _cached_geometry(geometry, vision, pooling, config.budgets["base"])
 
 
@@ -304,11 +310,12 @@ def _cached_geometry(geometry: Geometry, vision: VisionConfig, pooling: Pooling,
 
 
 @lru_cache(maxsize=16)
-def _most(canvases: tuple[tuple[int, int], ...], view_px: int, patch: int, pooling: Pooling) -> int:
-    """The largest number of tokens that the base model feeds, over its canvases."""
+def _counts(canvases: tuple[tuple[int, int], ...], view_px: int, patch: int, pooling: Pooling) -> tuple[int, int]:
+    """The smallest and the largest number of tokens that the base model feeds, over its canvases."""
     side = view_px // patch
     grids = {(height // view_px, width // view_px) for width, height in canvases}
-    return max(most_pooled(tiles_layout(*grid, side, patch, view_px, pooling)) for grid in grids)
+    layouts = [tiles_layout(*grid, side, patch, view_px, pooling) for grid in grids]
+    return min(map(least_pooled, layouts)), max(map(most_pooled, layouts))
 
 
 def _side(geometry: Geometry, vision: VisionConfig) -> int:

@@ -5,13 +5,15 @@ from shirg.budget import (
     Budget,
     BudgetShare,
     Share,
+    least_pooled,
     matched_count_B,
     most_pooled,
     parse_budget,
+    picture_counts,
     pooled_count_B,
     unpad_bounds,
 )
-from shirg.features import Geometry, Pooling, Role, TokenLayout, VisionFeatures, send
+from shirg.features import Geometry, PictureCounts, Pooling, Role, TokenLayout, VisionFeatures, send
 from shirg.layouts import (
     area_weights,
     crops_layout,
@@ -39,6 +41,7 @@ __all__ = [
     "BudgetShare",
     "Geometry",
     "MissingFileError",
+    "PictureCounts",
     "Pooling",
     "Role",
     "Selection",
@@ -63,9 +66,11 @@ __all__ = [
     "join",
     "keep",
     "layout_tables",
+    "least_pooled",
     "matched_count_B",
     "most_pooled",
     "parse_budget",
+    "picture_counts",
     "pooled_count_B",
     "regions",
     "saliency",

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from shirg.budget import picture_counts, pooled_count_B
 from shirg.features import Pooling, TokenLayout, VisionFeatures
 from shirg.layouts import views_layout
 from shirg.taps import ANY_LAYER
@@ -73,6 +74,7 @@ def features_from(
     layout = _layout(_pair("grid", grid), views and _pair("views", views), global_view, pooling, base)
     b = _check_tokens(tokens, layout)
     layout = _on_device(layout, tokens.device)
+    given_sizes = sizes or [layout.canvas_px[::-1]] * b
     names = tuple(f"picture-{i}" for i in range(b)) if ids is None else tuple(map(str, ids))
     _check_length("ids", names, b)
     valid_BN = _valid(valid, tokens, layout, names)
@@ -86,9 +88,10 @@ def features_from(
         layout=layout,
         valid_BN=valid_BN,
         picture_B4=_rows("picture", picture or [(0.0, 0.0, 1.0, 1.0)] * b, b, 4, tokens.device).float(),
-        size_B2=_rows("sizes", sizes or [layout.canvas_px[::-1]] * b, b, 2, tokens.device).long(),
+        size_B2=_rows("sizes", given_sizes, b, 2, tokens.device).long(),
         ids=names,
         n_valid=tuple(valid_BN.sum(-1).tolist()),
+        counts=picture_counts(layout, valid_BN, _base_counts(layout, given_sizes)),
         relevance_BN=None if relevance is None else _of_tokens("relevance", relevance, b, layout, more=0).float(),
         taps=extra,
         boxes=None if boxes is None else tuple(tuple(of_one) for of_one in _check_length("boxes", boxes, b)),
@@ -122,6 +125,15 @@ def _known_layout(
 @lru_cache(maxsize=64)
 def _on_device(layout: TokenLayout, device: torch.device) -> TokenLayout:
     return layout.to(device)
+
+
+def _base_counts(layout: TokenLayout, sizes: Sequence[tuple[int, int]]) -> list[int] | None:
+    """How many tokens the base model would use for each picture; None where that is not defined."""
+    rows, cols = layout.view_shape
+    if layout.pooling is None or (layout.canvas != (0, 0) and rows != cols):
+        return None
+    counts: list[int] = pooled_count_B(layout, torch.tensor(sizes, dtype=torch.int64)).tolist()
+    return counts
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:

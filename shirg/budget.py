@@ -1,14 +1,16 @@
 """Budgets, shares of a number, and what the base model would use (docs/lavida.md, "Pooling")."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from shirg.features import TokenLayout, VisionFeatures
+from shirg.features import PictureCounts, TokenLayout, VisionFeatures
+from shirg.layouts import joining_fields, layout_tables
 from shirg.validation import UserError
 
 Count = TypeVar("Count", int, Tensor)
@@ -128,6 +130,17 @@ def matched_count_B(features: VisionFeatures) -> Tensor:
     return features.base_count_B
 
 
+def least_pooled(layout: TokenLayout) -> int:
+    """The smallest `matched_count_B` of any picture."""
+    pooling = layout.known_pooling
+    if pooling.most is not None:
+        return pooling.least
+    area = pooling.side**2
+    if pooling.merge == "flat":
+        return layout.n_views * area
+    return area + (layout.canvas == (0, 0))
+
+
 def most_pooled(layout: TokenLayout) -> int:
     """The largest `matched_count_B` of this layout; without pooling its newlines can make it more than the tokens."""
     pooling = layout.known_pooling
@@ -153,6 +166,48 @@ def pooled_count_B(layout: TokenLayout, size_B2: Tensor) -> Tensor:
     top, bottom, left, right = unpad_bounds(layout, size_B2)
     rows, cols = (bottom - top).clamp_min(0), (right - left).clamp_min(0)
     return torch.where(cols > 0, area + rows * (cols + 1), torch.full_like(rows, area))
+
+
+def picture_counts(layout: TokenLayout, valid_BN: Tensor, base: Sequence[int] | None) -> tuple[PictureCounts, ...]:
+    """What selectors ask of each picture on the host; waits for the device of `valid_BN`, which must be the layout's.
+
+    `base`: how many tokens the base model would use for each picture, where that is known.
+    """
+    tables, (part, (rows, cols)) = layout_tables(layout), layout.finest
+    count_BP = torch.zeros(len(valid_BN), len(tables.even_P), dtype=torch.int64, device=valid_BN.device)
+    count_BP = count_BP.index_add(1, tables.grid_cell_N, valid_BN.long())
+    count_BRC = torch.unflatten(count_BP[:, part], 1, (rows, cols))
+    valid_BRC = count_BRC > 0
+    near_BRC = torch.zeros_like(valid_BRC)
+    near_BRC[:, 1:] |= valid_BRC[:, :-1]
+    near_BRC[:, :-1] |= valid_BRC[:, 1:]
+    near_BRC[:, :, 1:] |= valid_BRC[:, :, :-1]
+    near_BRC[:, :, :-1] |= valid_BRC[:, :, 1:]
+    joins_RC = joining_fields(rows, cols, valid_BN.device)
+    used_B = valid_BRC.any(-1).sum(-1) if layout.canvas != (0, 0) else torch.ones_like(count_BP[:, 0])
+    joinable_B = (valid_BRC & near_BRC & joins_RC).sum((1, 2))
+    doubled_B = ((count_BRC - 1).clamp_min(0) * ~joins_RC).sum((1, 2))
+    known = torch.stack([used_B, joinable_B, doubled_B], dim=-1).tolist()
+    bases: Sequence[int | None] = [None] * len(known) if base is None else base
+    return tuple(PictureCounts(n, *of_one) for n, of_one in zip(bases, known, strict=True))
+
+
+def counts_of(features: VisionFeatures, *, padded: bool = True) -> tuple[PictureCounts, ...]:
+    """The counts of each picture; without `padded` those that it would have if all of its tokens were valid.
+
+    Where they are not known, nor what the base model would use, those of the worst picture of the layout.
+    """
+    layout, known = features.layout, features.counts
+    if padded and known is not None:
+        return known
+    rows, cols = layout.finest[1]
+    worst = PictureCounts(
+        base=None,
+        rows=max(layout.canvas[0], 1),
+        joinable=(rows * cols + 1) // 2 * (rows * cols > 1),
+        doubled=layout.n_tokens - rows * cols - layout.n_global * (layout.canvas != (0, 0)),
+    )
+    return tuple(replace(worst, base=one.base) for one in known) if known else (worst,) * len(features.ids)
 
 
 def unpad_bounds(layout: TokenLayout, size_B2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -38,6 +38,8 @@ class Pooling:
     merge: Literal["spatial_unpad", "flat"] = "spatial_unpad"
     most: int | None = None
     """The base model's largest count over its own canvases; None where the layout is itself one of them."""
+    least: int = 0
+    """The least one; it counts where `most` is given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,20 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class PictureCounts:
+    """What is known of one picture on the host, beside `n_valid`, so that no selector has to wait for the device."""
+
+    base: int | None
+    """Tokens that the base model would use for it, whatever the geometry is; None where that is not known."""
+    rows: int
+    """Rows of the canvas that hold a valid token; 1 where there is no canvas."""
+    joinable: int
+    """How many cells of the finest grid can join a neighbour (docs/method.md, "Merging")."""
+    doubled: int
+    """Valid tokens beyond the first of each cell that others can join; 0 where views do not overlap."""
+
+
 @dataclass(frozen=True, eq=False)
 class VisionFeatures:
     """The vision tower's output for B pictures that share one canvas kind."""
@@ -177,6 +193,9 @@ class VisionFeatures:
     """Stable sample ids: the only seed a random control may use."""
     n_valid: tuple[int, ...]
     """Valid tokens per picture, known on the host, so that no selector has to wait for the device."""
+    counts: tuple[PictureCounts, ...] | None = None
+    """More that is known on the host (`shirg.picture_counts`); None where nothing more is: then the worst is assumed,
+    and a picture may be refused that would fit."""
     picture_at: tuple[int, ...] | None = None
     """Rows with the same number show the same picture, with different questions; None when all may differ."""
     relevance_BN: Tensor | None = None

@@ -303,6 +303,12 @@ def _blocks(
     return torch.where(exists, start + row * (across * cols) + col, outside).flatten(0, 3).flatten(1)
 
 
+def joining_fields(rows: int, cols: int, device: torch.device) -> Tensor:
+    """bool [rows, cols]: the white fields of a chessboard, whose cells can be merged into a neighbour."""
+    row, col = torch.arange(rows, device=device)[:, None], torch.arange(cols, device=device)
+    return (row + col) % 2 == 0
+
+
 def dither(cell_N2: Tensor, bits: int = 7) -> Tensor:
     """float32 [N]: when each cell is lit as a picture brightens, in the recursive matrix of side 2 ** bits.
 

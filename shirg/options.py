@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from shirg.budget import Budget, Share, check_part
-from shirg.features import Geometry, TokenLayout
+from shirg.features import Geometry, PictureCounts, TokenLayout
 from shirg.selection import Stage
 from shirg.validation import OptionBlock, UserError, one_of
 
@@ -121,6 +121,14 @@ class Merging(OptionBlock):
         rows, cols = layout.finest[1]
         return Share.of(self.share).down(rows * cols) if self.mode == "tome" else 0
 
+    def loss(self, layout: TokenLayout, known: PictureCounts, *, fills: bool) -> int:
+        """How many tokens of a picture there are less to choose from, at most.
+
+        `fills`: whether duplicates are chosen too. Those of a cell that holds a mean are not.
+        """
+        joined = min(self.count(layout), known.joinable)
+        return joined + (known.doubled if fills and joined else 0)
+
 
 @dataclass(frozen=True, repr=False)
 class Diversity(OptionBlock):
@@ -167,7 +175,7 @@ class Allocation(OptionBlock):
 
 @dataclass(frozen=True, repr=False)
 class Adaptive(OptionBlock):
-    """Whether a picture may keep fewer than K tokens. It keeps the smallest of `levels`, shares of K, that is enough.
+    """Whether a picture may keep fewer than its K tokens: the smallest of `levels`, shares of its K, that is enough.
 
     "entropy": a level is enough when it holds the effective number of relevant tokens at `temperature`. "head": when a
     trained head predicts a loss that is at most `tolerance` above that of all K.
@@ -284,6 +292,17 @@ CONFLICTS: tuple[tuple[Callable[[ShirgOptions], bool], str], ...] = (
     (
         lambda o: o.crop_term != "none" and o.weights.crop == 0,
         "crop_term={o.crop_term} has no effect while weights.crop is 0; choose crop_term=none or raise weights.crop",
+    ),
+    (
+        # 0 says the same as no term.
+        lambda o: o.crop_term == "none" and o.weights.crop not in (0, Weights.crop),
+        "weights.crop={o.weights.crop} has no effect with crop_term=none; choose another crop_term, or leave it at its "
+        "default (0.1)",
+    ),
+    (
+        lambda o: o.weights.neighbour == 0 and o.neighbour != Neighbour(),
+        "neighbour.metric and neighbour.sign have no effect while weights.neighbour is 0; raise it, or leave them at "
+        "their defaults (feature_l2, -1)",
     ),
     (
         lambda o: not o.has_terms,

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from shirg.budget import Budget, count_on
+from shirg.budget import Budget, count_on, counts_of, least_pooled
 from shirg.dedup import CellAssignment, assign_cells, average_cells
 from shirg.features import Geometry, TokenLayout, VisionFeatures
 from shirg.layouts import layout_tables, regions
@@ -73,8 +73,9 @@ class ShirgSelector(Selector):
         allocation: `mode` "evidence_context" takes `evidence` tokens (a number, or a share of K) by score, of these
             with `mass` only the fewest that hold this share of the softmax of all scores; the rest lie evenly.
         diversity: `mode` "mmr" picks one by one, by score minus `weight` x the largest cosine to those before; slow.
-        adaptive: a budget that depends on the picture, one of `levels` (shares of K). `mode` "entropy": the smallest
-            that holds the relevant tokens; "head": the smallest that a trained head predicts to be as good as all K.
+        adaptive: a budget that depends on the picture, one of `levels` (shares of its K). `mode` "entropy": the
+            smallest that holds the relevant tokens; "head": the smallest that a trained head predicts to be as good as
+            all K.
         scaffold: `size`, `source` and `space`; "post" pools projected tokens and turns this into a selector of stage
             "post", which needs the tap "encoder" to score by.
         summary: a last token, the mean of all that were not kept.
@@ -170,24 +171,26 @@ class ShirgSelector(Selector):
         with torch.no_grad():
             k, keep_B = self.resolve_budget(features)
             if options.newline == "row" and self.budget == "matched":
-                keep_B = (keep_B - rows_BR.sum(-1)).clamp_min(0)
+                keep_B = keep_B - rows_BR.sum(-1)
             assigned = assign_cells(layout, usable_BN, features.relevance_BN, options.dedup)
             ranks_global = self._ranks_global(features, k)
             scores_BP = self.terms.score(features, self._states(features), assigned, ranks_global)
             assert_finite(scores_BP, assigned.usable_BP, type(self).__name__)
             for row_P, ranks in zip(scores_BP, ranks_global, strict=True):
                 row_P[: 0 if ranks else layout.n_global] = -torch.inf
-            merge, competing, competing_BP = None, assigned, scores_BP
+            merge, competing, competing_BP, fill_BN = None, assigned, scores_BP, usable_BN
             if options.merge.mode == "tome":
                 merge = match_neighbours(layout, self._states(features), assigned, options.merge.count(layout))
                 competing, competing_BP = merge.competitors(assigned), merge.best(scores_BP)
+                # A duplicate of a merged cell would be the same mean once more.
+                fill_BN = usable_BN & ~merge.holds_mean_BN() if assigned.shared else usable_BN
         first = self._first_cell(layout)
         adaptive_B, expected_B = adaptive_budget(
-            options.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], k
+            options.adaptive, self.head, self.level, competing_BP[:, first:], competing.usable_BP[:, first:], keep_B
         )
         with torch.no_grad():
             keep_B = torch.minimum(keep_B, adaptive_B)
-            ranked_BK, available_B = self._rank(features, competing, competing_BP, usable_BN, k, keep_B)
+            ranked_BK, available_B = self._rank(features, competing, competing_BP, fill_BN, k, keep_B)
             keep_B = torch.minimum(keep_B, available_B)
         scores_BN = scores_BP[:, layout_tables(layout).grid_cell_N]
         means = None if merge is None else merge.means(features, assigned)
@@ -195,7 +198,8 @@ class ShirgSelector(Selector):
             means = cell_means(features)
         chosen = keep(features if means is None else means.features, ranked_BK, keep_B, scores_BN=scores_BN)
         is_kept_BK = torch.arange(k, device=ranked_BK.device) < keep_B[:, None]
-        kept_BN = torch.zeros_like(usable_BN).scatter(1, ranked_BK, is_kept_BK)
+        # Added up, because a token that is kept is listed again among those that only fill slots.
+        kept_BN = torch.zeros_like(usable_BN, dtype=torch.int64).scatter_add(1, ranked_BK, is_kept_BK.long()) > 0
         if options.newline == "row":
             chosen = close_rows(chosen, features, rows_BR)
         if means is not None:
@@ -239,11 +243,14 @@ class ShirgSelector(Selector):
         features: VisionFeatures,
         assigned: CellAssignment,
         scores_BP: Tensor,
-        usable_BN: Tensor,
+        fill_BN: Tensor,
         k: int,
         keep_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens [B, k], best first, and how many there are to choose from [B]."""
+        """Tokens [B, k], best first, and how many there are to choose from [B].
+
+        `fill_BN`: which tokens may fill up as duplicates of overlapping crops.
+        """
         options, layout = self.options, features.layout
         first, fills = self._first_cell(layout), options.underflow == "global"
         token_BX, usable_BX, worth_BX = (
@@ -271,9 +278,9 @@ class ShirgSelector(Selector):
         if first and any(self._ranks_global(features, k)):
             groups.append((assigned.token_BP[:, :first], scores_BP[:, :first], assigned.usable_BP[:, :first] & fills))
         if assigned.shared:
-            order_BN = layout.order_N.expand_as(usable_BN)
-            assigned_BN = torch.zeros_like(usable_BN).scatter(1, assigned.token_BP, True)
-            spare_BN = usable_BN & ~assigned_BN & (fills and options.dedup != "mean")
+            order_BN = layout.order_N.expand_as(fill_BN)
+            assigned_BN = torch.zeros_like(fill_BN).scatter(1, assigned.token_BP, True)
+            spare_BN = fill_BN & ~assigned_BN & (fills and options.dedup != "mean")
             worth_BN = scores_BP[:, layout_tables(layout).grid_cell_N].gather(1, order_BN)
             groups.append((order_BN, worth_BN, spare_BN.gather(1, order_BN)))
         return tiered_topk(groups, k)
@@ -283,14 +290,35 @@ class ShirgSelector(Selector):
         taken = self._synthesised(features.layout)
         assert self.budget is not None
         count = count_on(self.budget, features.layout)
-        least = features.layout.known_pooling.side**2 if count == "matched" else count
-        if taken > least:
+        if count == "matched":
+            self._check_matched(features, taken)
+        elif taken > count:
             raise UserError(
                 f"scaffold.size={self.options.scaffold.size} takes {taken} tokens, but budget={self.budget} can be as "
-                f"small as {least}; lower scaffold.size or raise budget"
+                f"small as {count}; lower scaffold.size or raise budget"
             )
         total, count_B = super().resolve_budget(features)
         return total - taken, count_B - taken
+
+    def _check_matched(self, features: VisionFeatures, taken: int) -> None:
+        """Raises UserError when a picture's matched budget does not hold the tokens that are made in any case."""
+        layout, options = features.layout, self.options
+        made = {
+            f"scaffold.size={options.scaffold.size}": taken > options.summary,
+            "summary=true": options.summary,
+            "newline=row": options.newline == "row",
+        }
+        names = " and ".join(name for name, is_made in made.items() if is_made)
+        known = counts_of(features, padded=options.mask_padding)
+        for sample, counts in zip(features.ids, known, strict=True):
+            least, total = counts.base, taken + counts.rows * made["newline=row"]
+            have = min(layout.n_tokens, least_pooled(layout) if least is None else least)
+            if total > have:
+                raise UserError(
+                    f"{names} {'takes' if sum(made.values()) == 1 else 'take'} {total} tokens, but budget=matched "
+                    f"{'can be as small as' if least is None else 'is'} {have} for picture {sample!r}; lower "
+                    "scaffold.size, leave newlines out, or give the budget as a number"
+                )
 
     def _synthesised(self, layout: TokenLayout) -> int:
         return self.options.scaffold.side(layout) ** 2 + self.options.summary
@@ -299,9 +327,11 @@ class ShirgSelector(Selector):
         """Raises UserError when a picture has fewer tokens than the budget without scaffold and summary."""
         options, layout, taken = self.options, features.layout, self._synthesised(features.layout)
         only_tiles = options.underflow == "raise" and self._first_cell(layout) > 0
-        for sample, n in zip(features.ids, features.n_valid, strict=True):
-            have = n if options.mask_padding and options.underflow != "mask" else layout.n_tokens
-            have -= (layout.n_global if only_tiles else 0) + options.merge.count(layout)
+        padded, fills = options.mask_padding and options.underflow != "mask", options.underflow == "global"
+        known = counts_of(features, padded=padded)
+        for sample, n, counts in zip(features.ids, features.n_valid, known, strict=True):
+            have = n if padded else layout.n_tokens
+            have -= (layout.n_global if only_tiles else 0) + options.merge.loss(layout, counts, fills=fills)
             if have < wanted - taken:
                 raise UserError(
                     f"{type(self).__name__}: budget {wanted} less {taken} for the scaffold asks for {wanted - taken} "

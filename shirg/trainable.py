@@ -5,7 +5,6 @@ saved with the adapter.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -68,12 +67,11 @@ def effective_number(scores_BP: Tensor, usable_BP: Tensor, temperature: float) -
     return entropy_B.exp()
 
 
-def count_by_entropy(scores_BP: Tensor, usable_BP: Tensor, levels: Sequence[int], temperature: float) -> Tensor:
-    """The smallest level [B] that holds the effective number of relevant tokens, else the largest."""
-    level_L = torch.tensor(sorted(levels)).to(scores_BP.device, non_blocking=True)
+def level_by_entropy(scores_BP: Tensor, usable_BP: Tensor, count_BL: Tensor, temperature: float) -> Tensor:
+    """Which [B] of rising counts is the first to hold the effective number of relevant tokens; else the last."""
     effective_B1 = effective_number(scores_BP, usable_BP, temperature)[:, None]
-    too_small_BL = level_L < effective_B1 * (1 - 1e-5)
-    return level_L[too_small_BL.sum(-1).clamp_max(len(levels) - 1)]
+    too_small_BL = count_BL < effective_B1 * (1 - 1e-5)
+    return too_small_BL.sum(-1).clamp_max(count_BL.shape[1] - 1)
 
 
 class AdaptiveHead(nn.Module):
@@ -110,17 +108,18 @@ class AdaptiveHead(nn.Module):
 
 
 def adaptive_budget(
-    options: Adaptive, head: AdaptiveHead | None, level: int | None, scores_BP: Tensor, usable_BP: Tensor, k: int
+    options: Adaptive, head: AdaptiveHead | None, level: int | None, scores_BP: Tensor, usable_BP: Tensor, k_B: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Adaptive budget: how many of k tokens to keep for each picture [B], and the loss that a head predicts [B].
+    """Adaptive budget: how many of its own k tokens each picture keeps [B], and the loss that a head predicts [B].
 
     `level` is used instead of the level that the head would choose.
     """
-    counts = [max(1, Share.of(share).down(k)) for share in options.levels]
+    if options.mode == "none":
+        return k_B, None
+    count_BL = torch.stack([Share.of(share).down(k_B).clamp_min(1) for share in options.levels], dim=-1)
     if head is not None:
         level_B, expected_B = head(scores_BP, usable_BP, level)
-        return torch.tensor(counts).to(scores_BP.device, non_blocking=True)[level_B], expected_B
+        return count_BL.gather(1, level_B[:, None])[:, 0], expected_B
     with torch.no_grad():
-        if options.mode == "entropy":
-            return count_by_entropy(scores_BP, usable_BP, counts, options.temperature), None
-        return torch.full_like(usable_BP[:, 0], k, dtype=torch.int64), None
+        level_B = level_by_entropy(scores_BP, usable_BP, count_BL, options.temperature)
+        return count_BL.gather(1, level_B[:, None])[:, 0], None

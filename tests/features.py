@@ -20,6 +20,7 @@ from shirg import (
     VisionFeatures,
     crops_layout,
     fovea_layout,
+    picture_counts,
     pooled_count_B,
     single_layout,
     tiles_layout,
@@ -48,7 +49,8 @@ def layout_of(grid: tuple[int, int], side: int = 9, **pooling: Any) -> TokenLayo
 def geometry_layout(geometry: Geometry, side: int = 9) -> TokenLayout:
     """A layout of the notes for views of side x side patches: a canvas of 7/4 of them, a fovea of 7/6."""
     cells = {"single_672": 7 * side // 4, "fovea": 7 * side // 6}.get(geometry, side)
-    kind = Pooling(side=ceil(cells / 2), most=5 * ceil(side / 2) ** 2 + 2 * ceil(side / 2))
+    pooled = ceil(side / 2)
+    kind = Pooling(side=ceil(cells / 2), most=5 * pooled**2 + 2 * pooled, least=pooled**2)
     if geometry == "seed_canvas48":
         return crops_layout(7 * side // 4, side, PATCH, kind)
     return (single_layout if geometry == "single_672" else fovea_layout)(cells, PATCH, kind)
@@ -109,6 +111,7 @@ def make_features(
     valid = inside.all(-1) | (layout.role_N == Role.GLOBAL)
     own = layout.geometry == "lavida_tiles"
     base = tiles_layout(2, 2, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=Pooling(side=ceil(side / 2)))
+    base_B = pooled_count_B(layout if own else base, torch.tensor(sizes))
     return VisionFeatures(
         tokens_BND=tokens,
         layout=layout,
@@ -118,7 +121,8 @@ def make_features(
         ids=tuple(f"picture-{i}" for i in range(batch)),
         n_valid=tuple(valid.sum(-1).tolist()),
         relevance_BN=relevance,
-        base_count_B=None if own else pooled_count_B(base, torch.tensor(sizes)),
+        counts=picture_counts(layout, valid, base_B.tolist()),
+        base_count_B=None if own else base_B,
         taps=recorded(tokens),
         boxes=tuple(((0.1 * i, 0.3, 0.1 * i + 0.3, 0.4), (0.7, 0.71, 0.701, 0.711))[: 1 + i % 2] for i in range(batch)),
     )

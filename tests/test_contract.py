@@ -211,6 +211,7 @@ def test_a_picture_does_not_depend_on_its_batch_mates(selector: Selector) -> Non
         features,
         ids=features.ids[::-1],
         n_valid=features.n_valid[::-1],
+        counts=features.counts[::-1] if features.counts else None,
         boxes=features.boxes[::-1] if features.boxes else None,
         taps={name: tap.flip(0) for name, tap in features.taps.items()},
         **{

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shirg import Geometry, Role, Selection, Selector, ShirgSelector, VisionFeatures
+from shirg import Geometry, Role, Selection, Selector, ShirgSelector, VisionFeatures, picture_counts
 from tests.features import GRIDS, geometry_layout, layout_of, make_features, recorded
 from tests.reference import best_tokens, kept
 from tests.test_contract import ALL, Case, assert_kept
@@ -44,8 +44,8 @@ def pictures(draw: st.DrawFn, geometry: Geometry, contents: Sequence[str] = CONT
         "hot": torch.zeros_like(x).index_fill_(1, torch.tensor([seed % layout.n_tokens]), 1.0),
         "huge": x * (5e2 if dtype == torch.float16 else 1e4),
     }[content].to(dtype)
-    n_valid = tuple(valid_BN.sum(-1).tolist())
-    return replace(features, tokens_BND=tokens, valid_BN=valid_BN, n_valid=n_valid, taps=recorded(tokens))
+    known = {"n_valid": tuple(valid_BN.sum(-1).tolist()), "counts": picture_counts(layout, valid_BN, None)}
+    return replace(features, tokens_BND=tokens, valid_BN=valid_BN, taps=recorded(tokens), **known)
 
 
 def with_budget(case: Case, budget: int) -> Selector:

@@ -18,7 +18,7 @@ from experiments.profiling import Timing, Work, measure_limits, suspicion, time_
 from lavida_adapter import LavidaConfig, VisionConfig
 from lavida_adapter.views import Views, cut, layout_on, patch_pixels
 from lavida_adapter.vision import VisionTower
-from shirg import Geometry, UserError, VisionFeatures
+from shirg import Geometry, UserError, VisionFeatures, picture_counts
 
 if TYPE_CHECKING:
     from lavida_adapter import Lavida, Prefix
@@ -201,6 +201,7 @@ class Encoded:
             size_B2=torch.tensor([self.views.size] * batch, device=device),
             ids=tuple(f"picture {i}" for i in range(batch)),
             n_valid=(int(self.views.valid_N.sum()),) * batch,
+            counts=picture_counts(layout, self.views.valid_N[None], [self.views.matched_count]) * batch,
             relevance_BN=torch.randn(batch, layout.n_tokens, device=device, generator=generator),
             base_count_B=None if count is None else torch.tensor([count] * batch, device=device),
             taps={name: torch.stack([tap] * batch) for name, tap in self.taps.items()} | {"encoder": tokens_BND},
@@ -239,5 +240,6 @@ def square_features(n: int, batch: int, width: int, device: torch.device, dtype:
         size_B2=torch.tensor([views.size] * batch, device=device),
         ids=tuple(f"picture {i}" for i in range(batch)),
         n_valid=(n_tokens,) * batch,
+        counts=picture_counts(views.layout, views.valid_N[None], [views.matched_count]) * batch,
         relevance_BN=torch.randn(batch, n_tokens, device=device, generator=generator),
     )

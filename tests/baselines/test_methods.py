@@ -6,11 +6,26 @@ from fractions import Fraction
 import pytest
 import torch
 
-from baselines import CDPruner, DivPrune, Saint, SaintVote, ToMe, VisionZip, VisPruner, base
+from baselines import (
+    CDPruner,
+    DivPrune,
+    HiPrune,
+    HoloV,
+    LlavaScissor,
+    OTPrune,
+    Saint,
+    SaintVote,
+    ToMe,
+    TopV,
+    UniformGrid,
+    VisionZip,
+    VisPruner,
+    base,
+)
 from baselines.base import GroupSelector
-from shirg import Source, VisionFeatures
+from shirg import Source, VisionFeatures, features_from
 from tests import reference
-from tests.features import SIZES, make_features
+from tests.features import SIZES, make_features, recorded
 
 SCOPES = ("per_view", "global")
 ORDERS = ("official", "reading")
@@ -172,6 +187,42 @@ def test_visionzip_merges_what_the_loop_merges(grid: tuple[int, int], scope: str
             torch.testing.assert_close(chosen.tokens_BTD[sample, slot], wanted, rtol=0, atol=1e-5)
             assert int(chosen.index_BT[sample, slot]) == (-1 if members else token)
         assert any(joined[sample].values())
+
+
+GROUP_SELECTORS = (CDPruner, DivPrune, Saint, SaintVote, ToMe, VisionZip, VisPruner, TopV, HoloV, HiPrune, OTPrune)
+
+
+@pytest.mark.parametrize("build", [*GROUP_SELECTORS, UniformGrid, LlavaScissor])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2)])
+def test_views_of_one_or_two_tokens(build: type[GroupSelector], grid: tuple[int, int]) -> None:
+    """Nothing resembles a single token, and it is kept or not by its view's quota."""
+    area = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(area)
+    tokens = torch.randn(2, 5 * area, 8, generator=generator)
+    common = {"relevance": torch.rand(2, 5 * area, generator=generator), "taps": recorded(tokens)}
+    features = features_from(tokens, grid=grid, views=(2, 2), **common)
+    for budget in range(1, 5 * area + 1):
+        selector = build(budget=budget)
+        chosen = selector(features)
+        used = chosen.mask_BT.sum(-1).tolist()
+        assert used == [budget] * 2 or (selector.may_use_less and max(used) <= budget and min(used) > 0)
+        assert bool(chosen.tokens_BTD.isfinite().all())
+    whole = build(budget=5 * area)(features)
+    if not build.may_use_less:
+        assert torch.equal(whole.tokens_BTD, tokens[:, features.layout.order_N])
+
+
+@pytest.mark.parametrize("build", GROUP_SELECTORS)
+@pytest.mark.parametrize("budget", [1, 2, 3, 4])
+def test_a_view_with_the_quota_0_keeps_nothing(build: type[GroupSelector], budget: int) -> None:
+    tokens = torch.randn(1, 5 * 16, 8, generator=torch.Generator().manual_seed(budget))
+    common = {"relevance": torch.rand(1, 80, generator=torch.Generator().manual_seed(0)), "taps": recorded(tokens)}
+    features = features_from(tokens, grid=(4, 4), views=(2, 2), **common)
+    chosen = build(budget=budget, **({"scope": "per_view"} if build is HoloV else {}))(features)
+    # As many views as tokens; a merged token has no number, but the box of a place in its view.
+    near_TN = torch.cdist(chosen.box_BT4[0], features.box_BN4()[0])
+    views = sorted(features.layout.view_N[near_TN.argmin(-1)].tolist())
+    assert views == {1: [4], 2: [2, 4], 3: [1, 3, 4], 4: [1, 2, 3, 4]}[budget] and float(near_TN.amin(-1).max()) == 0
 
 
 def test_duplicates_go_first() -> None:

@@ -36,7 +36,8 @@ COSTS: list[dict[str, Any]] = [
     {},
     {"eps": 1.0},
     {"alpha": 0.0, "beta": 0.3},
-    {"beta": 0.0, "gamma": 2.0, "sigma": 1.0},
+    {"beta": 0.0, "gamma": 2.0},
+    {"gamma": 2.0, "sigma": 1.0},
     {"target": "post_norm", "alpha": 3.0, "eps": 0.3},
 ]
 

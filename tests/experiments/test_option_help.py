@@ -30,9 +30,7 @@ def test_typed_groups_and_groups_of_other_keys() -> None:
     found = {key: (value, remark) for key, value, remark, _ in entries("eval", "decode", "shift_third")}
     assert found["decode.step_ratio"] == ("0.5", "") and found["decode.prefix_cache"] == ("true", "true | false")
     assert found["decode.engine"][1].startswith("eager | compile | graph")
-    assert {key: value for key, value, *_ in entries("eval", "ablation", "no_neighbour")} == {
-        "selector.weights.neighbour": "0.0"
-    }
+    assert {key: value for key, value, *_ in entries("eval", "ablation", "norm_rank")} == {"selector.norm": "rank"}
     assert comments("selector", "shirg")["neighbour.metric"] == "feature_l2 | feature_cos | local_var | position"
 
 

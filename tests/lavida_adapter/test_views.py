@@ -255,7 +255,12 @@ def test_true_sizes() -> None:
         "single_512": (1296, (504, 504)),
         "fovea": (2048, (448, 448)),
     }
-    assert geometry_layout(config, "fovea").pooling.most == 1008
+    pooling = geometry_layout(config, "fovea").pooling
+    assert pooling is not None and (pooling.least, pooling.most) == (196, 1008)
+    flat, single = (replace(config, **own) for own in ({"mm_patch_merge_type": "flat"}, {"image_aspect_ratio": "pad"}))
+    for other, least, most in ((flat, 3 * 196, 5 * 196), (single, 197, 197)):
+        pooling = geometry_layout(other, "fovea").pooling
+        assert pooling is not None and (pooling.least, pooling.most) == (least, most)
 
 
 @pytest.mark.parametrize("size", [(384, 384), (640, 480), (1600, 900), (300, 1200)])

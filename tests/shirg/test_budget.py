@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from baselines import Saint, ToMe, TopV, VisionZip, VisPruner
 from baselines.base import count_per_round
 from lavida_adapter import AdaptiveK
 from lavida_adapter.cache_compression.compressor import FirstStep
-from shirg import Pooling, Share, VisionFeatures
+from shirg import PictureCounts, Pooling, Role, Share, VisionFeatures, picture_counts
+from shirg.budget import counts_of
 from shirg.layouts import single_layout
 from shirg.options import Adaptive, Merging
 from shirg.trainable import adaptive_budget
-from tests.features import make_features
+from tests.features import geometry_layout, layout_of, make_features
 from tests.lavida_adapter.cache_compression.prompts import made_prefix
 
 NUMBERS = torch.arange(1, 4000, 7)
@@ -57,6 +59,35 @@ def test_what_a_round_removes() -> None:
     ]
 
 
+@pytest.mark.parametrize("geometry", ["lavida_tiles", "single view", "seed_canvas48", "fovea"])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_known_of_a_picture(geometry: Any, seed: int) -> None:
+    """Cells of any mask, counted one by one; and no mask has more than what is assumed where nothing is known."""
+    own = {"lavida_tiles": (2, 1), "single view": (0, 0)}
+    layout = layout_of(own[geometry], 4) if geometry in own else geometry_layout(geometry, 4)
+    (rows, cols), is_single = layout.finest[1], layout.canvas == (0, 0)
+    share = torch.tensor([0.1, 0.5, 0.9, 2.0])[:, None]
+    drawn = torch.rand(4, rows * cols, generator=torch.Generator().manual_seed(seed)) < share
+    on_grid = (layout.role_N != int(Role.GLOBAL)) | is_single
+    cell_N = layout.cell_N2 @ torch.tensor([cols, 1])
+    valid = drawn[:, cell_N.masked_fill(~on_grid, 0)] | ~on_grid
+    (worst,) = counts_of(make_features(layout=layout, sizes=[(640, 480)], side=4), padded=False)
+    for sample, known in enumerate(picture_counts(layout, valid, [7, 8, 9, 10])):
+        filled = [c for c in range(rows * cols) if drawn[sample, c]]
+        at = set(map(lambda c: divmod(c, cols), filled))
+        near = {(r, c) for r, c in at if {(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)} & at}
+        several = {c: int((cell_N[on_grid & valid[sample]] == c).sum()) for c in filled}
+        assert known == PictureCounts(
+            base=7 + sample,
+            rows=1 if is_single else len({r for r, _ in at}),
+            joinable=sum((r + c) % 2 == 0 for r, c in near),
+            doubled=sum(n - 1 for c, n in several.items() if sum(divmod(c, cols)) % 2),
+        )
+        assert known.rows <= worst.rows and known.joinable <= worst.joinable and known.doubled <= worst.doubled
+    assert (known.rows, known.joinable) == (worst.rows, worst.joinable), "the last mask is full"
+    assert [one.base for one in picture_counts(layout, valid, None)] == [None] * 4
+
+
 def one_view(side: int) -> VisionFeatures:
     layout = single_layout(side, 14, Pooling(side=5, most=side * side), geometry="lavida_tiles")
     return make_features(layout=layout, sizes=[(90, 90)], width=24)
@@ -88,7 +119,8 @@ def test_levels_of_a_budget(percent: int) -> None:
     certain_BN = torch.zeros(1, 200)
     certain_BN[0, 3] = 1000
     options, usable_BN = Adaptive(mode="entropy", levels=levels), torch.ones(1, 200, dtype=torch.bool)
-    assert adaptive_budget(options, None, None, certain_BN, usable_BN, 100)[0].tolist() == [percent]
+    k_B = torch.tensor([100])
+    assert adaptive_budget(options, None, None, certain_BN, usable_BN, k_B)[0].tolist() == [percent]
     first = FirstStep(torch.zeros(1, 1, 100), *torch.ones(2, 1, 1, dtype=torch.bool), torch.eye(10)[None, :1] * 100)
     counts_B = AdaptiveK(budget=100, levels=levels, candidates=(2.0,)).kept_counts(made_prefix(), first, (100,))
     assert counts_B is not None and counts_B.tolist() == [percent]

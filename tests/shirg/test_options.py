@@ -1,12 +1,12 @@
 """The options of SHIRG: each value changes what the model reads."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import pytest
 
 from shirg import ShirgSelector
-from shirg.options import Adaptive, Diversity, Merging, Neighbour, Scaffold, Weights
+from shirg.options import ShirgOptions
 from tests.features import differs, make_features, through
 
 SMALL = {"scaffold": {"size": 3}}
@@ -17,12 +17,17 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     *(({}, {"neighbour": {"metric": metric}}) for metric in ("feature_cos", "local_var", "position")),
     ({}, {"neighbour": {"sign": 1}}),
     *(({}, {"norm": norm}) for norm in ("minmax", "rank", "none")),
-    *(({"weights": {"crop": 0.6}}, {"weights": {"crop": 0.6}, "crop_term": t}) for t in ("border", "literal")),
+    *(({}, {"weights": {"crop": 0.6}, "crop_term": t}) for t in ("border", "literal")),
     *(({}, {"weights": {name: 0.5}}) for name in ("centre", "variance", "edge")),
     ({}, {"merge": {"mode": "tome"}}),
     ({"merge": {"mode": "tome"}}, {"merge": {"mode": "tome", "share": 0.1}}),
     ({}, {"diversity": {"mode": "mmr"}}),
     ({"diversity": {"mode": "mmr"}}, {"diversity": {"mode": "mmr", "weight": 0.1}}),
+    ({}, {"allocation": {"mode": "evidence_context"}}),
+    *(
+        ({"allocation": {"mode": "evidence_context"}}, {"allocation": {"mode": "evidence_context", name: value}})
+        for name, value in (("evidence", 7), ("evidence", 0.2), ("mass", 0.1))
+    ),
     ({}, {"adaptive": {"mode": "entropy", "temperature": 0.2}}),
     ({"adaptive": {"mode": "entropy", "temperature": 0.2}}, {"adaptive": {"mode": "entropy", "temperature": 5.0}}),
     (
@@ -54,12 +59,13 @@ def test_every_field_of_every_group_is_tried() -> None:
         if isinstance(value, dict)
         for name in value
     }
-    groups = {
-        "weights": Weights,
-        "neighbour": Neighbour,
-        "scaffold": Scaffold,
-        "merge": Merging,
-        "diversity": Diversity,
-        "adaptive": Adaptive,
-    }
-    assert tried == {(group, f.name) for group, kind in groups.items() for f in fields(kind)}
+    groups = {f.name: f.default_factory() for f in fields(ShirgOptions) if f.default_factory is not MISSING}
+    assert len(groups) == 7 and tried == {(name, f.name) for name, group in groups.items() for f in fields(group)}
+
+
+@pytest.mark.parametrize("weights", [{}, {"crop": 0}, {"crop": 0.0}, {"crop": 0.1}, {"neighbour": 0.0}], ids=str)
+def test_the_weight_of_a_term_that_is_left_out(weights: dict[str, float]) -> None:
+    """Its default and 0, which the files of variants give, say the same: no crop term, no neighbour term."""
+    features = make_features((2, 2), sizes=[(640, 480)])
+    plain = ShirgSelector(budget=69, **SMALL)(features)
+    assert differs(plain, ShirgSelector(budget=69, weights=weights, **SMALL)(features)) == ("neighbour" in weights)

@@ -75,6 +75,12 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"crop_term": "centre"}, "crop_term=centre ... only geometry=seed_canvas48 ... choose none, border or literal"),
     ({"geometry": "fovea", "crop_term": "literal"}, "crop_term=literal ... geometry=fovea ... choose none or border"),
     ({"crop_term": "border", "weights": {"crop": 0}}, "crop_term=border has no effect while weights.crop is 0"),
+    ({"weights": {"crop": 5.0}}, "weights.crop=5.0 has no effect with crop_term=none ... default (0.1)"),
+    ({"weights": {"neighbour": 0}, "neighbour": {"sign": 1}}, "neighbour.sign have no effect while"),
+    (
+        {"weights": {"neighbour": 0}, "neighbour": {"metric": "local_var"}},
+        "neighbour.metric ... have no effect while",
+    ),
     ({"weights": {"similarity": 0, "neighbour": 0}}, "nothing to rank by"),
     ({"variance_of": "neighbourhood"}, "variance_of has no effect while weights.variance is 0"),
     ({"edge_space": "pixels"}, "edge_space has no effect while weights.edge is 0"),
@@ -141,6 +147,7 @@ THIN = make_features((2, 2), sizes=[(3000, 300), (768, 768)])
 """The first picture is a strip of two rows: 36 tile tokens."""
 TWO = make_features((2, 2), sizes=[(768, 768), (640, 480)])
 SMALL: dict[str, Any] = {"scaffold": {"size": 3}}
+TALL = make_features((2, 2), sizes=[(640, 480), (70, 1000)])
 
 
 def scaffold(grid: tuple[int, int], source: Any, size: int) -> object:
@@ -166,8 +173,21 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         "takes 36 tokens ... budget=20 can be as small as 20",
     ),
     "scaffold above a matched budget": (
-        lambda: ShirgSelector(budget="matched", scaffold={"size": 6})(TWO),
-        "takes 36 tokens ... budget=matched can be as small as 25",
+        lambda: ShirgSelector(budget="matched", scaffold={"size": 7})(THIN),
+        "scaffold.size=7 takes 49 tokens, but budget=matched is 25 for picture 'picture-0'; lower scaffold.size",
+    ),
+    "scaffold above what a matched budget may be": (
+        lambda: ShirgSelector(budget="matched", scaffold={"size": 6})(replace(TWO, counts=None)),
+        "takes 36 tokens ... budget=matched can be as small as 25 for picture 'picture-0'; lower scaffold.size",
+    ),
+    "newlines above a matched budget": (
+        lambda: ShirgSelector(budget="matched", newline="row", summary=True, scaffold={"size": 4})(TALL),
+        "scaffold.size=4 and summary=true and newline=row take 35 tokens, but budget=matched is 25 for picture "
+        "'picture-1'; lower scaffold.size, leave newlines out, or give the budget as a number",
+    ),
+    "merging of more than there is": (
+        lambda: ShirgSelector(budget=109, merge={"mode": "tome", "share": 0.5}, **SMALL)(THIN),
+        "asks for 100 tokens, but picture 'picture-0' has 99 tokens to choose from",
     ),
     "more regions than tokens": (
         lambda: ShirgSelector(budget=30, coverage=2)(TWO),

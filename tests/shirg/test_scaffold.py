@@ -1,13 +1,15 @@
 """Scaffold, summary and newlines: exact means, and where they are put."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from experiments.bench.reference import valid_tokens, window_mean
 from shirg import Role, ShirgSelector, Source, VisionFeatures, close_rows, keep, stable_topk, used_rows
-from shirg.dedup import CellAssignment, assign_cells
+from shirg.dedup import CellAssignment, assign_cells, average_cells
 from shirg.scaffold import scaffold_tokens
-from tests.features import SIZES, make_features
+from tests.features import SIZES, geometry_layout, make_features
 from tests.reference import kept
 
 
@@ -74,6 +76,23 @@ def test_the_summary_is_the_mean_of_what_was_left() -> None:
     assert torch.allclose(chosen.tokens_BTD[0, -1], features.tokens_BND[0, left].mean(0), atol=1e-6)
     everything = ShirgSelector(budget=features.n_valid[0] + 1, scaffold={"size": 0}, summary=True)(features)
     assert torch.allclose(everything.tokens_BTD[0, -1], features.tokens_BND[0, features.valid_BN[0]].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("dedup", ["relevance", "border", "mean"])
+@pytest.mark.parametrize("budget", [60, 151, 250, 330])
+def test_the_summary_leaves_out_what_was_kept_where_slots_are_left(dedup: str, budget: int) -> None:
+    """More slots than cells: a kept token is listed again behind the cells, and must still count as kept."""
+    features = make_features(layout=geometry_layout("seed_canvas48"), sizes=[(640, 480)])
+    options: dict[str, Any] = {"geometry": "seed_canvas48", "scaffold": {"size": 0}, "underflow": "mask"}
+    n_cells = len(features.layout.cell_N2[features.valid_BN[0]].unique(dim=0))
+    assert 60 < n_cells < 250
+    chosen = ShirgSelector(budget=budget, summary=True, dedup=dedup, **options)(features)
+    mean_of = average_cells(features) if dedup == "mean" else features
+    plain = ShirgSelector(budget=budget - 1, dedup="border" if dedup == "mean" else dedup, **options)(mean_of)
+    left = features.valid_BN[0].clone()
+    left[kept(plain)] = False
+    assert len(kept(plain)) == min(budget - 1, n_cells) and int(left.sum()) == features.n_valid[0] - len(kept(plain))
+    assert torch.allclose(chosen.tokens_BTD[0, -1], mean_of.tokens_BND[0, left].mean(0), atol=1e-6)
 
 
 def test_a_newline_follows_each_row() -> None:

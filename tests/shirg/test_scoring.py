@@ -152,6 +152,7 @@ def questions(selector: ShirgSelector) -> VisionFeatures:
         **picked,
         ids=tuple(f"question-{i}" for i in range(len(PICTURES))),
         n_valid=tuple(pictures.n_valid[i] for i in PICTURES),
+        counts=None,
         relevance_BN=torch.randn(len(PICTURES), pictures.layout.n_tokens, generator=torch.Generator().manual_seed(5)),
         base_count_B=None if base is None else base[rows],
         taps={name: tap[rows] for name, tap in pictures.taps.items()},

@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from experiments.bench.reference import naive_shirg980
-from shirg import Pooling, Selection, ShirgSelector, Source, VisionFeatures, fovea_layout, pooled_count_B, single_layout
+from shirg import (
+    Pooling,
+    Selection,
+    ShirgSelector,
+    Source,
+    UserError,
+    VisionFeatures,
+    fovea_layout,
+    pooled_count_B,
+    single_layout,
+)
 from tests.cases import variant
-from tests.features import GRIDS, SIZES, geometry_layout, make_features, mirror, projector
+from tests.features import GRIDS, SIZES, features_for, geometry_layout, layout_of, make_features, mirror, projector
 from tests.reference import best_tokens, distances, edges, kept, zscore_by_view
 
 SMALL = {"scaffold": {"size": 3}}
@@ -95,6 +105,59 @@ def test_matched_budget_is_the_base_models_count() -> None:
         assert int((chosen.source_BT == int(Source.SCAFFOLD)).sum()) == 3 * 64
     # Room for the largest picture of the canvas, whichever pictures there are.
     assert ShirgSelector(budget="matched")(features[1:]).mask_BT.shape == (2, 1008)
+
+
+THIN = [(640, 480), (128, 20), (20, 128), (128, 8), (8, 128), (1, 1000)]
+MADE: dict[str, Any] = {
+    "lavida_tiles": {"scaffold": {"size": 4}},
+    "fovea": {"scaffold": {"size": "1/2"}},
+    "single_672": {"scaffold": {"source": "canvas"}},
+    "seed_canvas48": {"scaffold": {"size": 5, "source": "canvas"}},
+}
+DO_NOT_FIT = {
+    ("lavida_tiles", "row"): [(8, 128)],
+    ("single_672", "none"): THIN[1:],
+    ("single_672", "row"): THIN[1:],
+    ("seed_canvas48", "row"): [(128, 8), (8, 128)],
+}
+"""Pictures whose scaffold and newlines are more than LaViDa uses for them."""
+
+
+@pytest.mark.parametrize("newline", ["none", "row"])
+@pytest.mark.parametrize("geometry", MADE)
+@pytest.mark.parametrize("size", THIN, ids=str)
+def test_a_matched_budget_is_never_exceeded(geometry: Any, newline: str, size: tuple[int, int]) -> None:
+    """It is LaViDa's own on every geometry; where what is made in any case does not fit, the picture is refused."""
+    selector = ShirgSelector(budget="matched", geometry=geometry, newline=newline, **MADE[geometry])
+    features = features_for(selector, (2, 2), sizes=[(768, 768), size])
+    assert features.counts is not None
+    matched, rows = features.counts[1].base, features.counts[1].rows
+    assert matched == int(pooled_count_B(layout_of((2, 2)), torch.tensor([size])))
+    made = selector.options.scaffold.side(features.layout) ** 2 + rows * (newline == "row")
+    assert (made > matched) == (size in DO_NOT_FIT.get((geometry, newline), ()))
+    if made > matched:
+        with pytest.raises(UserError, match=f"{made} tokens, but budget=matched is {matched} for picture 'picture-1'"):
+            selector(features)
+        return
+    chosen = selector(features)
+    used = chosen.mask_BT[1]
+    is_made = (chosen.source_BT[1] != int(Source.KEPT)) & used
+    assert int(used.sum()) <= matched and int(is_made.sum()) <= made
+    # Less only where the padding takes windows of the scaffold, or the picture has not as many tokens.
+    all_kept = matched - made if geometry != "seed_canvas48" else min(matched - made, features.n_valid[1])
+    assert int((used & ~is_made).sum()) == all_kept
+
+
+@pytest.mark.parametrize(("size", "least"), [(5, None), (6, "25"), ("1/1", "25")])
+def test_the_least_count_is_that_of_the_base_model(size: Any, least: str | None) -> None:
+    """Where nothing is known on the host: LaViDa's own least, 5 x 5 tokens, whatever the geometry pools to."""
+    features = replace(make_features(layout=geometry_layout("fovea"), sizes=[(640, 480)]), counts=None)
+    selector = ShirgSelector(budget="matched", geometry="fovea", scaffold={"size": size})
+    if least is None:
+        assert counts(selector(features))[:2] == [113 - 25, 25]
+        return
+    with pytest.raises(UserError, match=f"budget=matched can be as small as {least} for picture 'picture-0'"):
+        selector(features)
 
 
 def test_underflow() -> None:

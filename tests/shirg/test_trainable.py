@@ -105,6 +105,24 @@ def test_entropy_decides_how_many() -> None:
     )
 
 
+@pytest.mark.parametrize("newline", ["none", "row"])
+def test_levels_are_shares_of_what_each_picture_may_keep(newline: str) -> None:
+    """A matched budget gives each picture its own K: half of it, rounded down, and not half of the largest one."""
+    features = make_features((2, 2), sizes=[(640, 480), (100, 1000), (60, 1000)])
+    options: dict[str, Any] = {"budget": "matched", "newline": newline, "scaffold": {"size": 2}}
+    whole = [len(kept(ShirgSelector(**options)(features), i)) for i in range(3)]
+    assert whole == {"none": [109, 51, 21], "row": [95, 33, 3]}[newline]
+    sure = ShirgSelector(**options, adaptive={"mode": "entropy", "temperature": 1e-3})(features)
+    assert [len(kept(sure, i)) for i in range(3)] == [n // 2 for n in whole]
+    head = ShirgSelector(**options, adaptive={"mode": "head"})
+    for level, share in enumerate((0.5, 0.75, 1)):
+        chosen = head.at_level(level)(features)
+        assert [len(kept(chosen, i)) for i in range(3)] == [int(share * n) for n in whole]
+    unsure = ShirgSelector(**options, adaptive={"mode": "entropy", "temperature": 1e3})(features)
+    # Every tile token counts alike: 36 and 18 of the strips, which 3/4 of 51 hold and 3/4 of 21 do not.
+    assert [len(kept(unsure, i)) for i in range(3)] == {"none": [109, 38, 21], "row": [95, 33, 3]}[newline]
+
+
 def test_the_embedding_starts_at_zero_and_learns_at_once() -> None:
     embed = CoordEmbed(width=6)
     box = torch.rand(2, 3, 4)

@@ -71,10 +71,10 @@ def places(features: VisionFeatures, chosen: Selection) -> list[int]:
 
 def vispruner(case: RivalCase) -> None:
     features = features_of(case["tokens"], attention=case["attention"])
-    rho = case.given["drop_per_round"] / features.layout.n_tokens
-    chosen = VisPruner(budget=case.given["budget"], scope="global", important=case.given["important"], rho=rho)(
-        features
-    )
+    important = case.given["important"]
+    # With all of the budget for attention there are no rounds, and the option is refused.
+    rounds = {"rho": case.given["drop_per_round"] / features.layout.n_tokens} if important < 1 else {}
+    chosen = VisPruner(budget=case.given["budget"], scope="global", important=important, **rounds)(features)
     case.same("kept", kept(chosen), case["kept"].tolist())
 
 
