@@ -15,6 +15,7 @@ from shirg import (
     Selector,
     Share,
     Source,
+    TokenLayout,
     UserError,
     VisionFeatures,
     gather_tokens,
@@ -61,6 +62,9 @@ class EvenContext(Selector):
         self.stage, self.needs = selector.stage, selector.needs
         self.uses_relevance, self.reads_sample = selector.uses_relevance, selector.reads_sample
         self.may_use_less = selector.may_use_less
+
+    def may_use_less_on(self, layout: TokenLayout, *, padding: bool = True) -> bool:
+        return self.selector.may_use_less_on(layout, padding=padding)
 
     @property
     def inner(self) -> Selector:

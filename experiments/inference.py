@@ -130,7 +130,9 @@ class EvalPipeline:
         """
         self.draft_of(sample)
         config, budget = self.model.config, self.selector.budget
-        fixed = budget not in (None, "matched") and not self.selector.may_use_less
+        thin = self.geometry((1, 4))  # a picture with padding, where this geometry has any
+        less = self.selector.may_use_less_on(thin.layout, padding=not bool(thin.valid_N.all()))
+        fixed = budget not in (None, "matched") and not less
         n_vision = self.n_vision if fixed else 0
         most = min(config.tokenizer_model_max_length, config.lm.max_sequence_length - self.decode.max_new_tokens)
         turns = (*sample.history, sample.prompt)

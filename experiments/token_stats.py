@@ -198,7 +198,6 @@ def check_counts(
     else:
         expected, counted = geometry.count_of(budget), without_newlines
         least = expected
-    # In a single view with padding a scaffold has no token for a window that is padding alone.
-    padded = layout.canvas == (0, 0) and not bool(valid_N.all()) and sources[Source.SCAFFOLD.name.lower()] > 0
-    if counted > expected or (counted < least and not padded and not selector.may_use_less):
+    exact = not selector.may_use_less_on(layout, padding=not bool(valid_N.all()))
+    if counted > expected or (counted < least and exact):
         raise RuntimeError(f"{sample}: kept {counted} tokens, expected {expected} (budget={budget})")

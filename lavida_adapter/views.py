@@ -215,14 +215,23 @@ def _pooled_count(layout: TokenLayout, size: Size) -> int:
 
 
 def inside(layout: TokenLayout, box: tuple[float, float, float, float]) -> Tensor:
-    """bool [N]: tokens whose centre lies in the picture. All tokens of a global view do, unless it is the only view."""
+    """bool [N]: tokens whose centre lies in the picture. All tokens of a global view do, unless it is the only view.
+
+    A picture that lies between two rows or columns of centres has those that are nearest to it: a strip of one pixel
+    is seen by the tokens that it crosses.
+    """
     height, width = layout.canvas_px
     # Patch centres are whole or half pixels; rounding to them makes a centre on the border exact.
     centre_N2 = (layout.centre_N2.double() * torch.tensor([width, height]) * 2).round() / 2
     x, y = centre_N2.unbind(-1)
     left, top, right, bottom = (round(edge * px, 6) for edge, px in zip(box, (width, height) * 2, strict=True))
     inside_N = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-    return inside_N if layout.canvas == (0, 0) else inside_N | (layout.role_N == Role.GLOBAL)
+    if layout.canvas != (0, 0):
+        inside_N |= layout.role_N == Role.GLOBAL
+    if bool(inside_N.any()):
+        return inside_N
+    away_N = torch.stack([left - x, x - right, top - y, y - bottom]).clamp_min(0).square().sum(0)
+    return away_N == away_N.min()
 
 
 def everything(layout: TokenLayout) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shirg.budget import Budget, BudgetShare, ParsedBudget, count_on, matched_count_B, most_pooled, parse_budget
-from shirg.features import Geometry, VisionFeatures
+from shirg.features import Geometry, TokenLayout, VisionFeatures
 from shirg.taps import with_taps
 from shirg.validation import OptionBlock, UserError, assert_finite
 
@@ -97,7 +97,7 @@ class Selector(nn.Module):
     reads_sample: bool = False
     """True when `ids` or `boxes` matter: prompts about one picture then cannot share a selection."""
     may_use_less: bool = False
-    """True when a picture may use fewer tokens than its budget."""
+    """True when a picture may use fewer tokens than its budget; `may_use_less_on` says on which layouts."""
 
     def __init__(self, *, budget: Budget | None, geometry: Geometry = "lavida_tiles") -> None:
         """`budget`: tokens per picture; "matched": as many as the base model uses; None: the method itself decides.
@@ -116,6 +116,13 @@ class Selector(nn.Module):
     def inner(self) -> "Selector":
         """The selector whose layers an adapter trains, and names: itself, or the one that it wraps."""
         return self
+
+    def may_use_less_on(self, layout: TokenLayout, *, padding: bool = True) -> bool:
+        """Whether a picture with this layout may use fewer tokens than its budget.
+
+        `padding`: whether some of its tokens are padding. A global view has none where there are tiles beside it.
+        """
+        return self.may_use_less
 
     def at_budget(self, budget: int) -> Self:
         """This selector at another budget in numbers; the parameters are shared."""

@@ -17,6 +17,7 @@ from shirg.features import Geometry, TokenLayout, VisionFeatures
 from shirg.layouts import layout_tables, regions
 from shirg.merging import cell_means, match_neighbours
 from shirg.options import (
+    SINGLE_GEOMETRIES,
     Adaptive,
     Allocation,
     CoordKind,
@@ -146,15 +147,28 @@ class ShirgSelector(Selector):
         pixels = {"pixels"} if options.weights.edge and edge_space == "pixels" else set()
         self.needs = frozenset(pixels | ({"encoder"} if self.stage == "post" else set()))
         self.uses_relevance = options.weights.similarity > 0 or (dedup == "relevance" and options.overlaps)
-        # A scaffold of the canvas has no token for a window that is padding alone.
-        padded = options.scaffold.source == "canvas" and geometry in ("lavida_tiles", "seed_canvas48")
-        self.may_use_less = underflow == "mask" or options.adaptive.mode != "none" or padded
+        self.may_use_less = self._leaves_slots or self._loses_windows
         self.coords = None if coord_width is None else CoordEmbed(width=coord_width)
         self.head = AdaptiveHead(options.adaptive) if options.adaptive.mode == "head" else None
         self.level: int | None = None
 
     def option(self, name: str, default: Any) -> Any:
         return getattr(self.options, name)
+
+    @property
+    def _leaves_slots(self) -> bool:
+        return self.options.underflow == "mask" or self.options.adaptive.mode != "none"
+
+    @property
+    def _loses_windows(self) -> bool:
+        """Whether the view of the scaffold can have padding: a window that is padding alone has no token."""
+        options, scaffold = self.options, self.options.scaffold
+        fills_view = "fovea" if scaffold.source == "global" else None
+        return bool(scaffold.size) and options.mask_padding and options.geometry not in (*SINGLE_GEOMETRIES, fills_view)
+
+    def may_use_less_on(self, layout: TokenLayout, *, padding: bool = True) -> bool:
+        on_padding = self.options.scaffold.source == "canvas" or layout.canvas == (0, 0)
+        return self._leaves_slots or (self._loses_windows and padding and on_padding)
 
     def at_level(self, level: int) -> Self:
         """This selector with every picture at one of `adaptive.levels`; the parameters are shared. Trains the head."""

@@ -28,6 +28,8 @@ from shirg import (
 
 # (rows, columns) of tiles: LaViDa's five canvases, and a single view.
 GRIDS = [(2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (0, 0)]
+PADDED = (-1, -1)
+"""Stands for a single view with padding, as LaViDa's mode `pad` makes it."""
 # Pictures that LaViDa puts on each canvas, two with letterbox padding and one that is long and thin.
 SIZES = {
     (2, 1): [(400, 800), (300, 300), (120, 400)],
@@ -36,6 +38,7 @@ SIZES = {
     (1, 3): [(1000, 280), (1152, 384), (3000, 700)],
     (3, 1): [(220, 900), (384, 1152), (700, 3000)],
     (0, 0): [(384, 384), (640, 480), (100, 300)],
+    PADDED: [(384, 384), (640, 480), (480, 640)],
 }
 PATCH = 14
 
@@ -43,7 +46,8 @@ PATCH = 14
 def layout_of(grid: tuple[int, int], side: int = 9, **pooling: Any) -> TokenLayout:
     """Views of side * 14 + 6 pixels, so that 27 gives LaViDa's 384 and every side has its blind margin."""
     kind = Pooling(**{"side": ceil(side / 2), **pooling})
-    return tiles_layout(*grid, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=kind)
+    rows, cols = (max(n, 0) for n in grid)
+    return tiles_layout(rows, cols, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=kind)
 
 
 def geometry_layout(geometry: Geometry, side: int = 9) -> TokenLayout:
@@ -65,9 +69,12 @@ def features_for(
     return make_features(layout=geometry_layout(selector.geometry, side), side=side, **options)
 
 
-def picture_box(layout: TokenLayout, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Where a picture of (width, height) lies on the canvas after letterboxing, in fractions of the canvas."""
-    if layout.canvas == (0, 0) or layout.geometry == "single_672":
+def picture_box(layout: TokenLayout, size: tuple[int, int], *, padded: bool) -> tuple[float, float, float, float]:
+    """Where a picture of (width, height) lies on the canvas after letterboxing, in fractions of the canvas.
+
+    It fills a single view, unless that is `padded`.
+    """
+    if (layout.canvas == (0, 0) and not padded) or layout.geometry == "single_672":
         return 0.0, 0.0, 1.0, 1.0
     (h, w), (width, height) = layout.canvas_px, size
     if layout.geometry == "fovea":  # a window on the middle two thirds of the letterboxed picture
@@ -106,9 +113,13 @@ def make_features(
     if relevance is None:
         relevance = torch.randn(batch, n, generator=generator)
     tokens = tokens.to(dtype)
-    boxes = torch.tensor([picture_box(layout, size) for size in sizes])
-    inside = (layout.centre_N2 >= boxes[:, None, :2]) & (layout.centre_N2 < boxes[:, None, 2:])
-    valid = inside.all(-1) | (layout.role_N == Role.GLOBAL)
+    is_single = layout.canvas == (0, 0)
+    boxes = torch.tensor([picture_box(layout, size, padded=grid == PADDED) for size in sizes])
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]
+    valid = ((layout.centre_N2 >= low) & (layout.centre_N2 < high)).all(-1)
+    valid |= (layout.role_N == Role.GLOBAL) & ((not is_single) | (grid != PADDED))
+    away = torch.maximum(low - layout.centre_N2, layout.centre_N2 - high).clamp_min(0).norm(dim=-1)
+    valid |= ~valid.any(-1, keepdim=True) & (away <= away.amin(-1, keepdim=True) + 1e-6)
     own = layout.geometry == "lavida_tiles"
     base = tiles_layout(2, 2, side=side, patch_px=PATCH, view_px=side * PATCH + 6, pooling=Pooling(side=ceil(side / 2)))
     base_B = pooled_count_B(layout if own else base, torch.tensor(sizes))

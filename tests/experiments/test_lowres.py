@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from experiments import build
+from experiments.data.sample import Sample
 from experiments.schema import CONF
 from experiments.token_stats import TokenGeometry, check_counts, count_sources
 from lavida_adapter import Lavida
+from lavida_adapter.prompt import prompt_ids
 from shirg import UserError
 from tests.lavida_adapter.tiny import picture
 
@@ -80,6 +83,24 @@ def test_a_share_of_base_drops_tokens(model: Lavida, name: str) -> None:
             UserError, match="budget 108 is larger than the 48 tokens of picture '2' that are not padding"
         ):
             counts(model, name, "3/4 base")
+
+
+@pytest.mark.parametrize(("name", "counts_on_it"), [("shirg", False), ("random", True)])
+def test_a_prompt_leaves_room_for_what_a_picture_takes_for_sure(model: Lavida, name: str, counts_on_it: bool) -> None:
+    """In a padded view a scaffold may have fewer tokens than its budget; without padding it has all."""
+    cfg = build.compose_eval(f"selector={name}", "budget=base", "relevance=none")
+    pipeline = build.build_pipeline(cfg, model, build.build_decode(cfg, 4), {})
+    room = min(model.config.tokenizer_model_max_length, model.config.lm.max_sequence_length - 4)
+    text = "a" * (room - len(prompt_ids(model.tokenizer, "", model.config)) - 100)
+    n_text = len(prompt_ids(model.tokenizer, text, model.config)) - 1
+    assert room - 144 < n_text < room
+    question: dict[str, Any] = {"question": text, "prompt": text, "answers": ("b",), "size": None}
+    sample = Sample(id="s", dataset="d", split="test", load_image=lambda: picture((8, 8)), **question)
+    if counts_on_it or model.config.image_aspect_ratio == "resize":
+        with pytest.raises(UserError, match=f"s: {n_text} tokens of text, at least 144 of the picture"):
+            pipeline.check(sample)
+    else:
+        pipeline.check(sample)
 
 
 @pytest.mark.parametrize(("switch", "pooled", "kept"), [("null", 80, 80), ("false", 320, 80)])

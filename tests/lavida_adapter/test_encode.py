@@ -1,5 +1,6 @@
 """Between tower and language model: what selectors see, when tokens are projected, who gets gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from baselines import Full, Pooled, Random
+from baselines import CDPruner, Full, GlobalOnly, LlavaScissor, Pooled, Random, Saint, ToMe, TopV, UniformGrid
 from lavida_adapter import DecodeConfig, Lavida, LoraConfig, Prefix, add_lora
 from lavida_adapter.encode import send_pixels
 from lavida_adapter.prompt import encode_text
@@ -195,6 +196,20 @@ def test_newlines_are_the_models_own_vector() -> None:
         assert newline.any()
         assert torch.equal(block_TD[newline], model.model.image_newline.expand(int(newline.sum()), -1))
         assert not (block_TD[~newline] == model.model.image_newline).all(-1).any()
+
+
+@pytest.mark.parametrize("build", [Random, UniformGrid, Saint, ToMe, CDPruner, LlavaScissor, TopV, ShirgSelector])
+def test_a_strip_of_one_pixel_is_seen(build: Callable[..., Selector]) -> None:
+    """In mode `pad` no centre of a token lies in it: three tokens of the view cross it."""
+    model = tiny_model(image_aspect_ratio="pad")
+    images = [picture((1, 100)), picture((100, 1))]
+    no_scaffold: dict[str, Any] = {"scaffold": {"size": 0}} if build is ShirgSelector else {}
+    for budget, most in (("matched", 3), (2, 2)):
+        selector = build(budget=budget, **no_scaffold)
+        prefix = model.encode(images, ["what"] * 2, selector, relevance=LmEmbed())
+        assert prefix.n_visual == (most, most) or (build is LlavaScissor and 0 < min(prefix.n_visual) <= most)
+    for whole in (Full(newline="none"), GlobalOnly()):
+        assert model.encode(images, ["what"] * 2, whole).n_visual == (3, 3)
 
 
 GEOMETRIES: tuple[Geometry, ...] = ("seed_canvas48", "single_672", "single_512", "fovea")

@@ -201,6 +201,18 @@ def test_pad_mode() -> None:
     assert bright[8:20].min() > 0.99
 
 
+@pytest.mark.parametrize(("size", "along"), [((1, 1000), 1), ((1000, 1), 0), ((3, 3000), 1), ((1, 60_000), 1)])
+def test_a_strip_between_the_centres_has_the_tokens_that_it_crosses(size: tuple[int, int], along: int) -> None:
+    """Centres are 14 pixels apart, and the one before the middle of the view, at 189 pixels, is the nearest."""
+    views = make_views(Image.new("RGB", size, (255, 255, 255)), replace(CONFIG, image_aspect_ratio="pad"))
+    assert views.layout.cell_N2[views.valid_N].tolist() == [[i, 13] if along else [13, i] for i in range(27)]
+    # Crops of 48 x 48 cells without a global view: column or row 23, whose centre is at 329 of 672 pixels.
+    crops = cut(Image.new("RGB", size), CONFIG, "seed_canvas48")
+    cells = crops.layout.cell_N2[crops.valid_N]
+    assert sorted(set(cells[:, 1 - along].tolist())) == list(range(48)) and set(cells[:, along].tolist()) == {23}
+    assert len(cells) == 2 * 27 + 2 * 27 + 27, "every token of these cells, as elsewhere"
+
+
 def test_a_strip_is_made_smaller_before_it_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The frame of a strip of 60,000 pixels would fill 10 GiB."""
     frames = []

@@ -9,7 +9,7 @@ from experiments.bench.reference import valid_tokens, window_mean
 from shirg import Role, ShirgSelector, Source, VisionFeatures, close_rows, keep, stable_topk, used_rows
 from shirg.dedup import CellAssignment, assign_cells, average_cells
 from shirg.scaffold import scaffold_tokens
-from tests.features import SIZES, geometry_layout, make_features
+from tests.features import PADDED, SIZES, features_for, geometry_layout, layout_of, make_features
 from tests.reference import kept
 
 
@@ -65,6 +65,45 @@ def test_boxes_partition_the_picture() -> None:
 def test_the_scaffold_follows_the_base_models_pooled_side() -> None:
     coarse = make_features((2, 2), side=8, sizes=[(768, 768)])
     assert int((ShirgSelector(budget=80)(coarse).source_BT == int(Source.SCAFFOLD)).sum()) == 16
+
+
+LOSES: dict[str, Any] = {
+    # Geometry, source, other options: whether some window may be padding alone, beside tiles and in a single view.
+    "default": ({}, False, True),
+    "none": ({"scaffold": {"size": 0}}, False, False),
+    "of the canvas": ({"scaffold": {"size": 4, "source": "canvas"}}, True, True),
+    "padding counts": ({"scaffold": {"size": 4, "source": "canvas"}, "mask_padding": False}, False, False),
+    "one view": ({"geometry": "single_672", "scaffold": {"size": 4, "source": "canvas"}}, False, False),
+    "fovea": ({"geometry": "fovea"}, False, False),
+    "its middle": ({"geometry": "fovea", "scaffold": {"size": 4, "source": "canvas"}}, True, True),
+    "crops": ({"geometry": "seed_canvas48", "scaffold": {"size": 4, "source": "canvas"}}, True, True),
+    "slots": ({"underflow": "mask", "scaffold": {"size": 0}}, True, True),
+}
+
+
+@pytest.mark.parametrize("case", LOSES)
+def test_who_may_use_less_than_its_budget(case: str) -> None:
+    """As said beforehand, and as it then is for a thin picture."""
+    options, beside_tiles, alone = LOSES[case]
+    selector = ShirgSelector(budget=27, **options)
+    assert selector.may_use_less == (beside_tiles or alone)
+    for grid, less in (((2, 2), beside_tiles), (PADDED, alone)):
+        features = features_for(selector, grid, sizes=[(800, 200), (200, 800)])
+        assert selector.may_use_less_on(features.layout) == less
+        if grid == (2, 2) or "source" not in options.get("scaffold", {}):
+            assert (selector(features).mask_BT.sum(-1) < 27).tolist() == [less and case != "slots"] * 2
+    assert selector.may_use_less_on(layout_of((0, 0)), padding=False) == (case == "slots")
+
+
+def test_a_padded_view_has_no_token_for_a_window_of_padding() -> None:
+    """Twice as wide as high: of 5 x 5 windows of 1.8 cells the first and the last row are padding."""
+    features = make_features(PADDED, sizes=[(800, 400), (400, 800), (400, 400)])
+    chosen = ShirgSelector(budget=40)(features)
+    assert features.n_valid == (45, 45, 81)
+    scaffold = (chosen.source_BT == int(Source.SCAFFOLD)) & chosen.mask_BT
+    assert scaffold.sum(-1).tolist() == [15, 15, 25] and chosen.mask_BT.sum(-1).tolist() == [30, 30, 40]
+    rows = chosen.mask_BT[:, :25].unflatten(1, (5, 5))
+    assert rows[0, :, 2].tolist() == rows[1, 2].tolist() == [False, True, True, True, False]
 
 
 def test_the_summary_is_the_mean_of_what_was_left() -> None:
