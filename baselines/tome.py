@@ -90,7 +90,8 @@ class ToMe(GroupSelector):
                 joined_BGS = F.pad(own_BGS, (0, 1)).scatter(-1, from_BGR.where(goes_BGR, s), into_BGR)
                 owner_BGS = joined_BGS.gather(-1, owner_BGS)
                 pairs = pairs.without(ranked_BGE, drop_BG, max(pairs.position_BGM.shape[-1] - r, least), self.order)
-            stays_BGS = pairs.mask(s) & (groups.quota_BG > 0)[..., None]
+            # As many as are left, but for the last token of a view with the quota 0.
+            stays_BGS = PairList(pairs.position_BGM, groups.quota_BG).mask(s)
         chosen = chosen_tokens(features, groups, stays_BGS, None, k)
         sums_BTD, number_BT = absorb(features, groups, chosen, stays_BGS, owner_BGS, groups.valid_BGS)
         mean_BTD = (sums_BTD / number_BT.clamp_min(1)[..., None]).to(chosen.tokens_BTD.dtype)

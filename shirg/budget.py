@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shirg.features import PictureCounts, TokenLayout, VisionFeatures
-from shirg.layouts import joining_fields, layout_tables
+from shirg.layouts import black_fields, layout_tables
 from shirg.validation import UserError
 
 Count = TypeVar("Count", int, Tensor)
@@ -183,10 +183,10 @@ def picture_counts(layout: TokenLayout, valid_BN: Tensor, base: Sequence[int] | 
     near_BRC[:, :-1] |= valid_BRC[:, 1:]
     near_BRC[:, :, 1:] |= valid_BRC[:, :, :-1]
     near_BRC[:, :, :-1] |= valid_BRC[:, :, 1:]
-    joins_RC = joining_fields(rows, cols, valid_BN.device)
+    stays_RC = black_fields(rows, cols, valid_BN.device)
     used_B = valid_BRC.any(-1).sum(-1) if layout.canvas != (0, 0) else torch.ones_like(count_BP[:, 0])
-    joinable_B = (valid_BRC & near_BRC & joins_RC).sum((1, 2))
-    doubled_B = ((count_BRC - 1).clamp_min(0) * ~joins_RC).sum((1, 2))
+    joinable_B = (valid_BRC & near_BRC & ~stays_RC).sum((1, 2))
+    doubled_B = ((count_BRC - 1).clamp_min(0) * stays_RC).sum((1, 2))
     known = torch.stack([used_B, joinable_B, doubled_B], dim=-1).tolist()
     bases: Sequence[int | None] = [None] * len(known) if base is None else base
     return tuple(PictureCounts(n, *of_one) for n, of_one in zip(bases, known, strict=True))

@@ -303,10 +303,10 @@ def _blocks(
     return torch.where(exists, start + row * (across * cols) + col, outside).flatten(0, 3).flatten(1)
 
 
-def joining_fields(rows: int, cols: int, device: torch.device) -> Tensor:
-    """bool [rows, cols]: the white fields of a chessboard, whose cells can be merged into a neighbour."""
+def black_fields(rows: int, cols: int, device: torch.device) -> Tensor:
+    """bool [rows, cols]: the black fields of a chessboard, into whose cells those of white fields can be merged."""
     row, col = torch.arange(rows, device=device)[:, None], torch.arange(cols, device=device)
-    return (row + col) % 2 == 0
+    return (row + col) % 2 == 1
 
 
 def dither(cell_N2: Tensor, bits: int = 7) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shirg.dedup import CellAssignment
 from shirg.features import TokenLayout, VisionFeatures
-from shirg.layouts import joining_fields, layout_tables
+from shirg.layouts import black_fields, layout_tables
 from shirg.scoring import unit
 from shirg.selection import Selection, Source, gather_tokens, stable_topk
 
@@ -85,7 +85,7 @@ class Merge:
         """The features with the mean of each cell and those that joined it; differentiable in the tokens."""
         (part, shape), box_BN4 = self.layout.finest, features.box_BN4()
         grid_cell_N = layout_tables(self.layout).grid_cell_N
-        cell_N = (grid_cell_N - part.start).clamp_min(0)
+        cell_N, on_grid_N = (grid_cell_N - part.start).clamp_min(0), grid_cell_N >= part.start
         size_BRC1 = self._size()
         size_BN1 = size_BRC1.flatten(1, 2)[:, cell_N]
 
@@ -93,7 +93,7 @@ class Merge:
             grid_BRCD = torch.unflatten(assigned.take(values_BND.float())[:, part], 1, shape)
             return (self._sum(grid_BRCD) / size_BRC1).flatten(1, 2)[:, cell_N]
 
-        is_mean_BN1 = self.holds_mean_BN()[..., None]
+        is_mean_BN1 = (size_BN1 > 1) & on_grid_N[:, None]
         centre_BN2 = mean((box_BN4[..., :2] + box_BN4[..., 2:]) / 2)
         # Areas add up; the shape stays that of a cell.
         half_BN2 = (box_BN4[..., 2:] - box_BN4[..., :2]) / 2 * size_BN1.sqrt()
@@ -132,7 +132,7 @@ def match_neighbours(layout: TokenLayout, states_BND: Tensor, assigned: CellAssi
         usable = _shift(usable_BRC[..., None].float(), (-step[0], -step[1]))[..., 0] > 0
         cosines.append((x * neighbour).sum(-1).masked_fill(~(usable & usable_BRC), -2.0))
     cosine_BRCS = torch.stack(cosines, dim=-1)
-    best_BRC = cosine_BRCS.amax(-1).masked_fill(~joining_fields(rows, cols, x.device), -2.0)
+    best_BRC = cosine_BRCS.amax(-1).masked_fill(black_fields(rows, cols, x.device), -2.0)
     first = torch.arange(len(STEPS), device=x.device)
     step_BRC = torch.where(cosine_BRCS >= cosine_BRCS.amax(-1, keepdim=True), first, len(STEPS)).amin(-1)
     best_BM = best_BRC.flatten(1)

@@ -58,12 +58,15 @@ def _pool(grid_BRCD: Tensor, size: int) -> Tensor:
     return torch.matmul(by_col, torch.unflatten(by_row @ grid_BRCD.flatten(2), -1, grid_BRCD.shape[2:]))
 
 
-def summary_token(features: VisionFeatures, usable_BN: Tensor, kept_BN: Tensor) -> Selection:
+def summary_token(features: VisionFeatures, usable_BN: Tensor, kept: Selection) -> Selection:
     """One token per picture: the mean of all usable tokens that were not kept, or of all usable ones if none is left.
 
     The mean is taken in float32 and returned in the dtype of the tokens; its box is the whole picture.
     """
-    left_BN = usable_BN & ~kept_BN
+    # Unused slots, which have the index -1, are marked in one more column.
+    b, n = usable_BN.shape
+    marked = torch.zeros(b, n + 1, dtype=torch.bool, device=usable_BN.device).scatter(1, kept.index_BT + 1, True)
+    left_BN = usable_BN & ~marked[:, 1:]
     left_BN = torch.where(left_BN.any(-1, keepdim=True), left_BN, usable_BN)
     # In reading order, so that the rounding of the sum does not depend on how the views are numbered.
     order_N = features.layout.order_N

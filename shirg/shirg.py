@@ -163,8 +163,9 @@ class ShirgSelector(Selector):
     def _loses_windows(self) -> bool:
         """Whether the view of the scaffold can have padding: a window that is padding alone has no token."""
         options, scaffold = self.options, self.options.scaffold
-        fills_view = "fovea" if scaffold.source == "global" else None
-        return bool(scaffold.size) and options.mask_padding and options.geometry not in (*SINGLE_GEOMETRIES, fills_view)
+        if options.geometry in SINGLE_GEOMETRIES or (options.geometry == "fovea" and scaffold.source == "global"):
+            return False
+        return scaffold.size != 0 and options.mask_padding
 
     def may_use_less_on(self, layout: TokenLayout, *, padding: bool = True) -> bool:
         on_padding = self.options.scaffold.source == "canvas" or layout.canvas == (0, 0)
@@ -211,9 +212,7 @@ class ShirgSelector(Selector):
         if options.dedup == "mean":
             means = cell_means(features)
         chosen = keep(features if means is None else means.features, ranked_BK, keep_B, scores_BN=scores_BN)
-        is_kept_BK = torch.arange(k, device=ranked_BK.device) < keep_B[:, None]
-        # Added up, because a token that is kept is listed again among those that only fill slots.
-        kept_BN = torch.zeros_like(usable_BN, dtype=torch.int64).scatter_add(1, ranked_BK, is_kept_BK.long()) > 0
+        summary = [summary_token(features, usable_BN, chosen)] if options.summary else []
         if options.newline == "row":
             chosen = close_rows(chosen, features, rows_BR)
         if means is not None:
@@ -221,9 +220,7 @@ class ShirgSelector(Selector):
         parts = [self.embed(chosen)]
         if side:
             parts.insert(0, self.embed(scaffold_tokens(features, assigned, side, options.scaffold.source)))
-        if options.summary:
-            parts.append(self.embed(summary_token(features, usable_BN, kept_BN)))
-        return replace(join(*parts), scores_BN=scores_BN, expected_B=expected_B)
+        return replace(join(*parts, *map(self.embed, summary)), scores_BN=scores_BN, expected_B=expected_B)
 
     def score(self, features: VisionFeatures) -> Tensor:
         """Scores [B, N] of all tokens, padding included; tokens that share a cell have the score of its token."""

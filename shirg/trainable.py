@@ -116,7 +116,10 @@ def adaptive_budget(
     """
     if options.mode == "none":
         return k_B, None
-    count_BL = torch.stack([Share.of(share).down(k_B).clamp_min(1) for share in options.levels], dim=-1)
+    shares = [Share.of(share) for share in options.levels]
+    parts_2L = torch.tensor([[s.numerator for s in shares], [s.denominator for s in shares]])
+    parts_2L = parts_2L.to(k_B.device, non_blocking=True)
+    count_BL = (parts_2L[0] * k_B[:, None] // parts_2L[1]).clamp_min(1)
     if head is not None:
         level_B, expected_B = head(scores_BP, usable_BP, level)
         return count_BL.gather(1, level_B[:, None])[:, 0], expected_B

@@ -14,7 +14,7 @@ import baselines
 from tests import test_contract as contract
 from tests.cases import Case
 from tests.experiments.conftest import ROOT, result_of
-from tests.features import GRIDS
+from tests.features import GRIDS, PADDED
 
 Eval = Callable[..., Path]
 
@@ -36,13 +36,13 @@ def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
 
 def test_the_toy_selector_holds_the_contract(case: Case) -> None:
     selector = case.build(**case.options)
-    for grid in GRIDS:
+    for grid in (*GRIDS, PADDED):
         contract.test_a_selection_is_well_formed(selector, grid)
-    for budget in (60, "matched"):
-        contract.test_budgets_are_exact(case, budget)
+    for grid, budget in (((2, 2), 60), ((2, 2), "matched"), (PADDED, 50), (PADDED, "matched")):
+        contract.test_budgets_are_exact(case, grid, budget)
     contract.test_every_option_changes_something_or_is_refused(case)
     contract.test_repeats_bit_for_bit(case, selector)
-    contract.test_a_picture_does_not_depend_on_its_batch_mates(selector)
+    contract.test_a_picture_does_not_depend_on_its_batch_mates(selector, (2, 2))
     contract.test_gradient_reaches_kept_tokens_alone(selector)
     contract.test_scale_changes_no_choice(selector)
 
