@@ -81,7 +81,7 @@ def test_three_kills_at_random_times(tmp_path: Path) -> None:
     assert (code, err) == (0, [])
     study = tmp_path / "rough/outputs/s"
     draw = random.Random(time.time_ns())
-    total = 10 * 96
+    total = 12 * 96
     moments = sorted(draw.sample(range(20, total - 60), 3))
     print("killed after answers", moments)
     answered: dict[str, list[Answer]] = {}
@@ -93,7 +93,7 @@ def test_three_kills_at_random_times(tmp_path: Path) -> None:
             assert answered[job][: len(answers)] == answers, "a sample was answered twice"
     code, out, err = finish(start("eval", *words, LOCAL, "resume=true", cwd=tmp_path / "rough"))
     assert (code, err) == (0, [])
-    assert len(table_without_times(study)) == 10
+    assert len(table_without_times(study)) == 12
     check(study, tmp_path / "calm/outputs/s", answered)
 
 
