@@ -47,6 +47,12 @@ def dtypes(text: str) -> list[str]:
     return [dtype(part) for part in text.split(",")]
 
 
+def stage(text: str) -> str:
+    if text not in ("adapt", "gate"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not adapt or gate")
+    return text
+
+
 def names(text: str) -> list[str]:
     return text.split(",")
 
@@ -65,6 +71,7 @@ OPTIONS = {
     "only": Option("some of them, separated by commas, options after a space; all when not given", names),
     "repeats": Option("timed calls; the table has their median", positive),
     "model": Option("an option of conf/model"),
+    "stage": Option("adapt or gate", stage),
     "workers": Option("processes that prefetch batches", whole),
     "prompt": Option("tokens of the prompt, separated by commas", positives),
     "answer": Option("tokens of the answer", positive),
@@ -101,8 +108,8 @@ PARTS = {
     ),
     "train": Part(
         "training_step",
-        "training steps with an adapter, and the share of data, forward, backward and optimiser",
-        {"model": "tiny", "batch": "36", "workers": "0", "repeats": "20"},
+        "training steps of an adapter or a relevance head, and the share of data, forward, backward and optimiser",
+        {"model": "tiny", "stage": "adapt", "batch": "36", "workers": "0", "repeats": "20"},
     ),
     "decode": Part(
         "decode",

@@ -63,14 +63,21 @@ class Phases(Callback):
         self.tokens.append(0 if tally is None else tally.tokens)
 
 
-def run(*, device: torch.device, model: str, batch: Sequence[int], workers: int, repeats: int) -> BenchResult:
+def run(
+    *, device: torch.device, model: str, stage: str, batch: Sequence[int], workers: int, repeats: int
+) -> BenchResult:
     rows = []
     for size in batch:
         say(f"batch {size}")
-        steps, tokens = time_training(model, device, size, workers, repeats)
+        steps, tokens = time_training(model, stage, device, size, workers, repeats)
         rows.append(summarise(size, steps, tokens))
-    title = f"{model}, {workers} workers, {torch.get_num_threads()} threads"
-    return BenchResult(title, {"model": model, "workers": workers, "train": rows}, table_of(rows, COLUMNS))
+        if device.type == "cuda":
+            rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    title = f"{model}, stage {stage}, {workers} workers, {torch.get_num_threads()} threads"
+    report = {"model": model, "stage": stage, "workers": workers, "train": rows}
+    return BenchResult(title, report, table_of(rows, COLUMNS))
 
 
 def summarise(batch: int, steps: Sequence[Mapping[str, float]], tokens: int) -> dict[str, Any]:
@@ -79,7 +86,7 @@ def summarise(batch: int, steps: Sequence[Mapping[str, float]], tokens: int) -> 
     Args:
         batch: samples of a step.
         steps: milliseconds by phase.
-        tokens: positions that the language model reads in all steps.
+        tokens: positions that the language model reads in all steps; a relevance head counts none.
     """
     total_ms = sum(sum(step.values()) for step in steps)
     spent = {phase: sum(step[phase] for step in steps) for phase in PHASES}
@@ -87,31 +94,33 @@ def summarise(batch: int, steps: Sequence[Mapping[str, float]], tokens: int) -> 
         "batch": batch,
         "step_ms": statistics.median(sum(step.values()) for step in steps),
         "samples_per_s": 1000 * batch * len(steps) / total_ms,
-        "tokens_per_s": 1000 * tokens / total_ms,
+        "tokens_per_s": 1000 * tokens / total_ms if tokens else None,
         "shares": {phase: ms / total_ms for phase, ms in spent.items()},
         "ms_all": list(steps),
     }
 
 
 def time_training(
-    model: str, device: torch.device, batch: int, workers: int, repeats: int
+    model: str, stage: str, device: torch.device, batch: int, workers: int, repeats: int
 ) -> tuple[list[dict[str, float]], int]:
     """Milliseconds of each step by phase, and the tokens of all steps.
 
-    Trains as train.py does, with the adapter and the objective of the model's own recipe, on glyph pictures.
+    Trains as train.py does, on glyph pictures: an adapter with the objective of the model's own recipe, or a relevance
+    head (`stage=gate`).
     """
-    recipe = [] if model.startswith("tiny") else ["lora=shirg_980", "objective=lavida"]
+    adapter = stage == "adapt" and not model.startswith("tiny")
+    recipe = ["lora=shirg_980", "objective=lavida"] if adapter else []
     steps = WARM_UP + repeats + 1  # the last one is not counted: workers end in it
-    words = [f"model={model}", *recipe, f"batch_size={batch}", f"optim.steps={steps}", "optim.warmup=0"]
-    words += [f"device={device}", f"trainer.checkpoint_every={2 * steps}", "study=bench"]
+    words = [f"model={model}", f"stage={stage}", *recipe, f"batch_size={batch}", f"optim.steps={steps}"]
+    words += ["optim.warmup=0", f"device={device}", f"trainer.checkpoint_every={2 * steps}", "study=bench"]
     cfg, _ = build.compose_command("train", words)
     torch.manual_seed(cfg.seed)
     lavida = build.build_model(cfg, device)
-    stage = build_stage(cfg, lavida, Ranks())
+    built = build_stage(cfg, lavida, Ranks())
     lavida.train()
     phases = Phases()
     with tempfile.TemporaryDirectory() as folder:
         trainer, _ = build_trainer(cfg, Ranks(), device, Path(folder), Path(folder) / "checkpoints")
         trainer.callbacks.append(phases)  # type: ignore[attr-defined]  # Lightning sets it
-        trainer.fit(stage.module, datamodule=TrainData(stage.draw, steps, workers))
+        trainer.fit(built.module, datamodule=TrainData(built.draw, steps, workers))
     return phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1])

@@ -252,6 +252,7 @@ def _through_selector(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
         growth=rank_growth(lora_config(cfg), model, selector) if cfg.stage == "adapt" else None,
     )
 
+    drop_too_long(data.parts, stage)
     check = build.build_dataset(cfg, "check") if cfg.gate else None
     if check is not None:
         _check_names(cfg.gate, (facts["group"] or ALL for facts in _facts_in(stage, check)))
@@ -275,8 +276,7 @@ class TrainingData:
         return cls(parts, {name: content_of(part) for name, part in parts.items()})
 
     def batches(self, cfg: DictConfig, stage: LavidaModule, ranks: Ranks) -> Batches:
-        """The batches of a process; examples that are too long for the model are dropped."""
-        drop_too_long(self.parts, stage)
+        """The batches of a process."""
         stream = build.build_stream(cfg, self.parts)
         return Batches(stream, cfg.batch_size, prepare=Cutter.of(stage), rank=ranks.rank, world=ranks.world)
 
@@ -313,6 +313,7 @@ def _gate(cfg: DictConfig, model: Lavida, ranks: Ranks) -> Stage:
     model.checkpoint_gradients(cfg.trainer.gradient_checkpointing)
     subsets = SubsetConfig(**_fields(cfg.objective.subsets))
     stage = RelevanceTraining(model, selector, learned, objective, optim_config(cfg), cfg.seed, subsets=subsets)
+    drop_too_long(data.parts, stage)
     # The same batches in all processes, and in a run that was stopped and goes on.
     first = data.batches(cfg, stage, Ranks())
     at_once = max(1, cfg.batch_size // ranks.world)
