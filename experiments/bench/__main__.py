@@ -224,6 +224,7 @@ def _measure(given: argparse.Namespace, command: str) -> None:
     import torch
 
     from experiments.atomic_files import write_atomic, write_json
+    from experiments.bench.recorder import short
     from experiments.jobs.results import environment
     from experiments.profiling import resolve_device
 
@@ -235,7 +236,7 @@ def _measure(given: argparse.Namespace, command: str) -> None:
     result: BenchResult = run(device=device, **{key: getattr(given, key) for key in part.defaults})
     print("\n".join(result.lines()))
     made_by = environment(device, getattr(given, "dtype", None) or result.report.get("dtype", "float32"))
-    write_json(given.out, {"command": command, "environment": made_by, **result.report})
+    write_json(given.out, {"command": short(command), "environment": made_by, **result.report})
     print(f"written: {given.out}")
     if result.figure is not None:
         svg = io.BytesIO()

@@ -40,7 +40,7 @@ GROUPS = {
     "kernels": Group(45, _lm("llada", "eager", "kernel,selectors")),
 }
 TESTS = "tests"
-TEST_SECONDS = 110
+TEST_SECONDS = 125
 GRACE_S = 20
 
 

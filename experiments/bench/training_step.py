@@ -69,14 +69,14 @@ def run(
     rows = []
     for size in batch:
         say(f"batch {size}")
-        steps, tokens = time_training(model, stage, device, size, workers, repeats)
+        steps, tokens, dtype = time_training(model, stage, device, size, workers, repeats)
         rows.append(summarise(size, steps, tokens))
         if device.type == "cuda":
             rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     title = f"{model}, stage {stage}, {workers} workers, {torch.get_num_threads()} threads"
-    report = {"model": model, "stage": stage, "workers": workers, "train": rows}
+    report = {"model": model, "stage": stage, "dtype": dtype, "workers": workers, "train": rows}
     return BenchResult(title, report, table_of(rows, COLUMNS))
 
 
@@ -102,8 +102,8 @@ def summarise(batch: int, steps: Sequence[Mapping[str, float]], tokens: int) -> 
 
 def time_training(
     model: str, stage: str, device: torch.device, batch: int, workers: int, repeats: int
-) -> tuple[list[dict[str, float]], int]:
-    """Milliseconds of each step by phase, and the tokens of all steps.
+) -> tuple[list[dict[str, float]], int, str]:
+    """Milliseconds of each step by phase, the tokens of all steps, and the type of the base's weights.
 
     Trains as train.py does, on glyph pictures: an adapter with the objective of the model's own recipe, or a relevance
     head (`stage=gate`).
@@ -123,4 +123,4 @@ def time_training(
         trainer, _ = build_trainer(cfg, Ranks(), device, Path(folder), Path(folder) / "checkpoints")
         trainer.callbacks.append(phases)  # type: ignore[attr-defined]  # Lightning sets it
         trainer.fit(built.module, datamodule=TrainData(built.draw, steps, workers))
-    return phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1])
+    return phases.steps[WARM_UP:-1], sum(phases.tokens[WARM_UP:-1]), str(cfg.dtype)

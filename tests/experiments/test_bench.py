@@ -238,12 +238,13 @@ def test_shares_and_rates_of_training_follow_from_the_steps() -> None:
 
 
 def test_training_steps_are_timed_by_phase() -> None:
-    steps, tokens = training_step.time_training("tiny", "adapt", CPU, batch=3, workers=0, repeats=2)
+    steps, tokens, dtype = training_step.time_training("tiny", "adapt", CPU, batch=3, workers=0, repeats=2)
     assert len(steps) == 2
     for step in steps:
         assert step.keys() == set(training_step.PHASES) and step["forward"] > 0 and step["backward"] > 0
     # 80 picture tokens, the prompt and the three slots of the answer: the same for every glyph question.
     assert tokens % (2 * 3) == 0 and tokens > 2 * 3 * 83
+    assert dtype == "float32"
 
 
 def test_steps_of_a_relevance_head_are_timed_by_phase(capsys: pytest.CaptureFixture[str]) -> None:
