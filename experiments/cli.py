@@ -11,10 +11,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.analysis.turns import is_due
-from experiments.errors import RESUME, explain, fail, one_sentence
+from experiments.errors import RESUME, ConfigError, explain, fail, one_sentence
 from experiments.jobs.launchers import Session, session
 from experiments.option_help import help_of, wants
-from experiments.override_grammar import check_keys, check_words
+from experiments.override_grammar import below_null, check_keys, check_words
 from experiments.sweeps import expand
 
 WIDE = "--wide"
@@ -40,7 +40,7 @@ def run(main: Callable[[], Any], command: str) -> None:
             else:
                 for words in _command_lines(command):
                     sys.argv[1:] = words
-                    _run_once(main)
+                    _run_once(main, command, jobs)
         except (HydraException, OmegaConfBaseException) as error:
             if wants_traceback:
                 raise
@@ -74,11 +74,18 @@ def _publish(studies: Sequence[Path] | dict[Path, None], wide: bool) -> None:
         publish(study, show=True, wide=wide)
 
 
-def _run_once(main: Callable[[], Any]) -> None:
+def _run_once(main: Callable[[], Any], command: str, jobs: Session) -> None:
     """One command line of Hydra's."""
     if _submits(sys.argv[1:]) and shutil.which("srun") is None:
         fail("hydra/launcher=slurm: there is no srun on this machine; start it on a SLURM node, or use local")
-    main()
+    before = len(jobs.outcomes)
+    try:
+        main()
+    except (AssertionError, AttributeError) as error:
+        answer = below_null(command, sys.argv[1:])
+        if answer is None or len(jobs.outcomes) > before:
+            raise
+        raise ConfigError(answer) from error
 
 
 def _submits(words: Sequence[str]) -> bool:

@@ -8,8 +8,8 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from experiments.errors import ConfigError, instead, visible
 from experiments.schema import CONF, Eval, Train
@@ -83,6 +83,23 @@ def check_keys(command: str, argv: Sequence[str]) -> None:
         name = word.partition("=")[0].lstrip("+").partition(".")[0].partition("/")[0].partition("@")[0]
         if word.startswith("+") and name not in known:
             raise ConfigError(f"{word.partition('=')[0]}: there is no such key{instead(name, sorted(known))}")
+
+
+def below_null(command: str, argv: Sequence[str]) -> str | None:
+    """The answer to `lora.grow.start=3` where `lora.grow` is null, for which OmegaConf has no error of its own.
+
+    None where no word concerns a section that may be null.
+    """
+    schema = get_type_hints({"eval": Eval, "train": Train}[command])
+    for group, types in schema.items():
+        for name, kind in get_type_hints(types).items() if is_dataclass(types) else ():
+            section = f"{group}.{name}"
+            words = [w for w in argv if w.lstrip("+").startswith((f"{section}=", f"{section}."))]
+            if words and any(is_dataclass(each) for each in get_args(kind)):
+                files = sorted((CONF / group).glob("*.yaml"))
+                have = [path.stem for path in files if re.search(rf"^{name}:", path.read_text(), re.MULTILINE)]
+                return f"{words[0]}: {section} is null here; these have it: {group}={', '.join(have)}"
+    return None
 
 
 def _is_group(name: str) -> bool:

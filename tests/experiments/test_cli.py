@@ -158,6 +158,25 @@ def test_a_launcher_that_is_not_there(command: Command, monkeypatch: pytest.Monk
     assert ended.code == 0 and "SlurmJobs" in ended.out
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["lora.grow={start: 3}"], "lora.grow={start: 3}: lora.grow is null here; these have it: lora=progressive"),
+        (["lora.grow.start=3"], "lora.grow.start=3: lora.grow is null here; these have it: lora=progressive"),
+        (
+            ["-m", "objective.subsets.tilt=1,2"],
+            "objective.subsets.tilt=1,2: objective.subsets is null here; "
+            "these have it: objective=joint, straight_through, subset_mil, subset_regression",
+        ),
+    ],
+)
+def test_a_value_below_a_null_section_names_the_options_that_have_it(
+    command: Command, words: list[str], sentence: str
+) -> None:
+    ended = command("train", *words)
+    assert ended.code == 1 and ended.err[-1] == f"error: {sentence}"
+
+
 def test_a_command_knows_nothing_of_the_one_before(command: Command, tiny_weights: Path) -> None:
     words = (f"model.path={tiny_weights}", "selector=pooled", "shots=0", "study=s", "device=cpu")
     assert command("eval", *words, "limit=0").code == 1
