@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from hydra.errors import HydraException
@@ -40,7 +41,7 @@ def run(main: Callable[[], Any], command: str) -> None:
             else:
                 for words in _command_lines(command):
                     sys.argv[1:] = words
-                    _run_once(main, command, jobs)
+                    _run_once(main, command)
         except (HydraException, OmegaConfBaseException) as error:
             if wants_traceback:
                 raise
@@ -74,16 +75,16 @@ def _publish(studies: Sequence[Path] | dict[Path, None], wide: bool) -> None:
         publish(study, show=True, wide=wide)
 
 
-def _run_once(main: Callable[[], Any], command: str, jobs: Session) -> None:
+def _run_once(main: Callable[[], Any], command: str) -> None:
     """One command line of Hydra's."""
     if _submits(sys.argv[1:]) and shutil.which("srun") is None:
         fail("hydra/launcher=slurm: there is no srun on this machine; start it on a SLURM node, or use local")
-    before = len(jobs.outcomes)
     try:
         main()
     except (AssertionError, AttributeError) as error:
-        answer = below_null(command, sys.argv[1:])
-        if answer is None or len(jobs.outcomes) > before:
+        raised_in = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)][-1]
+        answer = below_null(command, sys.argv[1:]) if raised_in.startswith("omegaconf.") else None
+        if answer is None:
             raise
         raise ConfigError(answer) from error
 
