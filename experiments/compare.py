@@ -22,7 +22,7 @@ import pandas as pd
 from rich.console import Console
 from rich.progress import track
 
-from experiments.analysis.columns import Cell, delta_cell
+from experiments.analysis.columns import EMPTY, Cell, delta_cell
 from experiments.analysis.paired import Part, column, deltas, plainness
 from experiments.analysis.rows import Row
 from experiments.analysis.stats import holm
@@ -40,8 +40,8 @@ COUPLED = {
 }
 """Choices that change together: an experiment is a selector with all that belongs to it, an ablation may take the
 question away."""
-COSTS = ("total ms", "denoise ms", "steps", "n", "seeds")
-"""Columns that are shown where there is room."""
+COSTS = ("recall", "total ms", "denoise ms", "steps", "n", "seeds")
+"""Columns that are shown where there is room: the kept share of the evidence, costs and counts."""
 
 
 STUDY = "study"
@@ -213,11 +213,13 @@ def _cells(
         cells[f"{name or 'score'}, against {option}"] = delta_cell(
             differences, column(name, option).removeprefix("delta ")
         )
+    recalls = [r["quality"]["recall"]["mean"] for r in system.results if r["quality"]["recall"]]
+    recall = f"{100 * fmean(recalls):.1f}" if recalls else EMPTY
     times = [r["times"]["ms_per_sample"] for r in system.results]
     steps = fmean(r["decoding"]["steps"]["mean"] for r in system.results)
     costs = [f"{median(t['total'] for t in times):.2f}", f"{median(t['denoise'] for t in times):.2f}", f"{steps:.2f}"]
     sizes = [str(system.result["data"]["n"]), str(len(system.seeds))]
-    return cells | dict(zip(COSTS, map(Cell, [*costs, *sizes]), strict=True))
+    return cells | dict(zip(COSTS, map(Cell, [recall, *costs, *sizes]), strict=True))
 
 
 if __name__ == "__main__":

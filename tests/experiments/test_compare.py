@@ -80,6 +80,9 @@ def test_budgets_and_decoding_are_not_mixed(eval_here: Eval) -> None:
     (block,) = blocks("selector=full")
     assert len(block) == 5 and not any("step_ratio" in name for name in block)
     assert sorted(len(block) for block in blocks("budget=40")) == [1, 2, 2]
+    recall = {each.name: each.cells["recall"].main for each in compare([job.parent], "selector", "full")}
+    kept = [float(recall[name]) for name in ("random 20", "random 40", "full")]
+    assert kept == sorted(set(kept)) and kept[-1] == 100
 
 
 def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
