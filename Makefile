@@ -113,13 +113,17 @@ rivals: setup
 	$(ADAPT)/divprune selector=divprune 'selector.budget=$${budget}'
 	$(ADAPT)/topv_own selector=topv_own 'selector.budget=$${budget}'
 # For sweep=long_answers: one adapter for each of its systems, trained on lists, beside a copy of the base and its head.
+# Small batches, more steps: with those of stage=adapt (36, 350) some adapters do not learn to look a list up.
 LISTS := outputs/$(MODEL)_lists_seed-$(SEED)/base
-lists: $(addprefix list-,pooled full oracle random shirg llava_scissor shirg_learned)
+list_shirg_max := selector=shirg relevance.agg=max
+list_shirg_learned := experiment=P2
+list_shirg_learned_ranked := experiment=P2 selector.allocation.mode=ranked selector.allocation.mass=null
+lists: $(addprefix list-,pooled full oracle random llava_scissor shirg shirg_max shirg_learned shirg_learned_ranked)
 $(LISTS): | setup
 	mkdir -p $(dir $@) && rm -rf $@.part && cp -r $(TINY)/base $@.part && rm -rf $@.part/adapters && mv $@.part $@
 list-%: $(LISTS)
-	$(TRAIN) data=synth_list_train objective.answer_tokens=12 lora=$(MODEL:tiny_untied=tiny) model.path=$(LISTS) \
-		weights=$(LISTS)/adapters/$* $(if $(filter shirg_learned,$*),experiment=P2,selector=$*)
+	$(TRAIN) data=synth_list_train objective.answer_tokens=12 lora=$(MODEL:tiny_untied=tiny) batch_size=12 \
+		optim.steps=1050 model.path=$(LISTS) weights=$(LISTS)/adapters/$* $(or $(list_$*),selector=$*)
 ranks: $(addprefix rank-,16 32 64)
 rank-%: setup
 	$(ADAPT)/rank_$* selector=shirg lora.rank=$*

@@ -65,6 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--subsets", action="store_true", help="divide the questions by density, too")
     parser.add_argument("--seeds", action="store_true", help="the score of each training or seed, too")
+    parser.add_argument("--any-adapter", action="store_true", help="compare systems with different adapters, too")
     parser.add_argument("--wide", action="store_true", help="print every column, as a Markdown table")
     parsed = parser.parse_args(arguments)
     choices = [word for word in parsed.words if "=" in word and not Path(word).is_dir()]
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         fail("give a study and a choice, as outputs/decode decode=parity, or two studies; --help says more")
     group, _, option = choices[0].partition("=") if choices else (STUDY, "", names_of(studies)[0])
     with one_sentence():
-        found = compare(studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds)
+        found = compare(studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds, parsed.any_adapter)
         if parsed.wide:
             frame = table_of(found, group)
             print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
@@ -88,13 +89,19 @@ def names_of(studies: Sequence[Path]) -> list[str]:
 
 
 def compare(
-    studies: Sequence[Path], group: str, option: str, part: Part = "group", by_seed: bool = False
+    studies: Sequence[Path],
+    group: str,
+    option: str,
+    part: Part = "group",
+    by_seed: bool = False,
+    any_adapter: bool = False,
 ) -> list[Compared]:
     """One entry for each system: in each block of comparable systems the compared-with one is first.
 
     Args:
         part: what the questions are divided by.
         by_seed: adds the mean score of each seed, in the order of the seeds.
+        any_adapter: any two adapters count as the same, as where each was trained for its system.
 
     Raises:
         MissingFileError: for a folder without evaluated jobs.
@@ -112,7 +119,7 @@ def compare(
         several = len(studies) > 1 and group != STUDY
         labels_of |= {s: known[s.result["job"]] + (f" ({name})" if several else "") for s in here}
     choice_of = {s: name if group == STUDY else _choice(s.result, group) for s, name in done.items()}
-    rest_of = {s: _rest(s, group) for s in done}
+    rest_of = {s: _rest(s, group, any_adapter) for s in done}
     budget_of = {s: None if group in (STUDY, "budget") else str(s.result["config"].get("budget")) for s in done}
     chosen = [s for s in done if choice_of[s] == option]
     # Shuffled-question controls are compared with a baseline but never used as one.
@@ -184,7 +191,7 @@ def _choice(result: Result, group: str) -> str:
     return "null" if chosen is None else str(chosen)
 
 
-def _rest(system: RunGroup, group: str) -> str:
+def _rest(system: RunGroup, group: str, any_adapter: bool) -> str:
     """All that must be the same in two systems that are compared."""
     result = system.result
     if group == STUDY:
@@ -195,6 +202,8 @@ def _rest(system: RunGroup, group: str) -> str:
     free = COUPLED.get(group, {group})
     choices = sorted((k, v) for k, v in result["choices"].items() if k not in free)
     config = base_config(result)
+    if any_adapter:
+        config["adapter"] = config["adapter"] is not None
     kept = [config[key] for key in ("model", "data", "adapter", "decode") if key != group]
     return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 
