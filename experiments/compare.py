@@ -74,7 +74,9 @@ def main(arguments: Sequence[str]) -> None:
         fail("give a study and a choice, as outputs/decode decode=parity, or two studies; --help says more")
     group, _, option = choices[0].partition("=") if choices else (STUDY, "", names_of(studies)[0])
     with one_sentence():
-        found = compare(studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds, parsed.any_adapter)
+        found = compare(
+            studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds, parsed.any_adapter
+        )
         if parsed.wide:
             frame = table_of(found, group)
             print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
