@@ -205,7 +205,7 @@ def _rest(system: RunGroup, group: str, any_adapter: bool) -> str:
     choices = sorted((k, v) for k, v in result["choices"].items() if k not in free)
     config = base_config(result)
     if any_adapter:
-        config["adapter"] = config["adapter"] is not None
+        config["adapter"] = result["config"]["adapter"] is not None
     kept = [config[key] for key in ("model", "data", "adapter", "decode") if key != group]
     return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 

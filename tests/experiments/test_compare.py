@@ -85,6 +85,19 @@ def test_budgets_and_decoding_are_not_mixed(eval_here: Eval) -> None:
     assert kept == sorted(set(kept)) and kept[-1] == 100
 
 
+def test_any_adapter(eval_here: Eval) -> None:
+    """Two adapters are two systems' own; a system without one is still compared with none that has one."""
+    tiny = Path(__file__).parents[2] / "weights" / "tiny"
+    few = (f"model.path={tiny}", "data.n=24", "shots=0")
+    for words in (["random", "adapter=random"], ["shirg", "adapter=own"], ["saint", "adapter=null"]):
+        job = eval_here(f"selector={words[0]}", *words[1:], *few)
+    apart, together = (
+        [each.name.split()[0] for each in compare([job.parent], "selector", "random", any_adapter=given)]
+        for given in (False, True)
+    )
+    assert apart == ["random"] and together == ["random", "shirg"]
+
+
 def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
     eval_here("selector=shirg", "data.n=24")
     job = eval_here("selector=shirg", "data.n=24", "ablation=relevance_none")
