@@ -27,6 +27,7 @@ from lavida_adapter.prompt import IGNORE, Example, encode_text, training_example
 from lavida_adapter.relevance import Relevance
 from lavida_adapter.timing import NoTimer
 from lavida_adapter.views import Views, content_key
+from lavida_adapter.vision import in_own_dtype
 from shirg import Selection, Selector, Source, UserError, send
 
 
@@ -79,7 +80,8 @@ TEMPERATURE = 0.07
 
 def alignment_loss(picture_BD: Tensor, question_BD: Tensor, same_BB: Tensor, temperature: float) -> Tensor:
     """InfoNCE between pictures and questions in both directions, float32. `same_BB`: pairs that are no negatives."""
-    z_BB = F.normalize(picture_BD.float(), dim=-1) @ F.normalize(question_BD.float(), dim=-1).T / temperature
+    with in_own_dtype(picture_BD.device):
+        z_BB = F.normalize(picture_BD.float(), dim=-1) @ F.normalize(question_BD.float(), dim=-1).T / temperature
     own_B = torch.arange(len(z_BB), device=z_BB.device)
     z_BB = z_BB.masked_fill(same_BB & ~torch.eye(len(z_BB), dtype=torch.bool, device=z_BB.device), float("-inf"))
     return (F.cross_entropy(z_BB, own_B) + F.cross_entropy(z_BB.T, own_B)) / 2

@@ -281,6 +281,8 @@ def test_alignment_against_plain_python() -> None:
     found = alignment_loss(pictures, questions, same, TEMPERATURE).item()
     left = every - {(0, 1), (1, 0)}
     assert found == pytest.approx(contrast(pictures.tolist(), questions.tolist(), left), abs=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # a training with a bfloat16 base runs under it
+        assert alignment_loss(pictures, questions, same, TEMPERATURE).item() == found
 
 
 def test_the_gradient_of_alignment_against_differences() -> None:
