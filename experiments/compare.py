@@ -65,18 +65,21 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--subsets", action="store_true", help="divide the questions by density, too")
     parser.add_argument("--seeds", action="store_true", help="the score of each training or seed, too")
-    parser.add_argument("--any-adapter", action="store_true", help="compare systems with different adapters, too")
+    parser.add_argument(
+        "--may-differ", default="", metavar="GROUP,...", help="what else may differ, as adapter,relevance"
+    )
     parser.add_argument("--wide", action="store_true", help="print every column, as a Markdown table")
     parsed = parser.parse_args(arguments)
     choices = [word for word in parsed.words if "=" in word and not Path(word).is_dir()]
     studies = [Path(word) for word in parsed.words if word not in choices]
     if not studies or len(choices) > 1 or (len(studies) == 1 and not choices):
         fail("give a study and a choice, as outputs/decode decode=parity, or two studies; --help says more")
+    if parsed.may_differ and not choices:
+        fail("--may-differ belongs to a choice, as selector=pooled")
     group, _, option = choices[0].partition("=") if choices else (STUDY, "", names_of(studies)[0])
     with one_sentence():
-        found = compare(
-            studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds, parsed.any_adapter
-        )
+        differing = frozenset(filter(None, parsed.may_differ.split(",")))
+        found = compare(studies, group, option, "subset" if parsed.subsets else "group", parsed.seeds, differing)
         if parsed.wide:
             frame = table_of(found, group)
             print(to_markdown(frame, [name not in ("system", group) for name in frame.columns]))
@@ -96,18 +99,19 @@ def compare(
     option: str,
     part: Part = "group",
     by_seed: bool = False,
-    any_adapter: bool = False,
+    may_differ: frozenset[str] = frozenset(),
 ) -> list[Compared]:
     """One entry for each system: in each block of comparable systems the compared-with one is first.
 
     Args:
         part: what the questions are divided by.
         by_seed: adds the mean score of each seed, in the order of the seeds.
-        any_adapter: any two adapters count as the same, as where each was trained for its system.
+        may_differ: choices that may differ besides `group`; with "adapter", any two adapters count as the same, as
+            where each was trained for its system, but none is another choice than one.
 
     Raises:
         MissingFileError: for a folder without evaluated jobs.
-        UserError: when no job has that choice, or no two systems are comparable.
+        UserError: when no job has that choice, or no two systems are comparable; for an unknown group in `may_differ`.
     """
     done: dict[RunGroup, str] = {}
     labels_of: dict[RunGroup, str] = {}
@@ -121,7 +125,8 @@ def compare(
         several = len(studies) > 1 and group != STUDY
         labels_of |= {s: known[s.result["job"]] + (f" ({name})" if several else "") for s in here}
     choice_of = {s: name if group == STUDY else _choice(s.result, group) for s, name in done.items()}
-    rest_of = {s: _rest(s, group, any_adapter) for s in done}
+    _check_groups(may_differ, done)
+    rest_of = {s: _rest(s, group, may_differ) for s in done}
     budget_of = {s: None if group in (STUDY, "budget") else str(s.result["config"].get("budget")) for s in done}
     chosen = [s for s in done if choice_of[s] == option]
     # Shuffled-question controls are compared with a baseline but never used as one.
@@ -188,12 +193,19 @@ def _groups(systems: Iterable[RunGroup], part: Part) -> list[str]:
     return list(dict.fromkeys(getattr(score, part) for table in scores for score in table.values()))
 
 
+def _check_groups(names: Iterable[str], systems: Iterable[RunGroup]) -> None:
+    known = sorted({"adapter", *(name for system in systems for name in system.result["choices"])})
+    for name in names:
+        if name not in known:
+            raise UserError(f"may-differ={name:.200}: this is no group of these jobs{instead(name, known)}")
+
+
 def _choice(result: Result, group: str) -> str:
     chosen = result["choices"].get(group, result["config"].get(group))
     return "null" if chosen is None else str(chosen)
 
 
-def _rest(system: RunGroup, group: str, any_adapter: bool) -> str:
+def _rest(system: RunGroup, group: str, may_differ: frozenset[str]) -> str:
     """All that must be the same in two systems that are compared."""
     result = system.result
     if group == STUDY:
@@ -201,12 +213,13 @@ def _rest(system: RunGroup, group: str, any_adapter: bool) -> str:
         folder = f"/{system.folders[0].parent.name}/"
         config["adapter"] = config["adapter"].replace(folder, "/*/")  # one that was trained in the study itself
         return repr((sorted(config.items()), sorted(result["choices"].items()), result["data"]["ids"]))
-    free = COUPLED.get(group, {group})
+    free = COUPLED.get(group, {group}) | may_differ
     choices = sorted((k, v) for k, v in result["choices"].items() if k not in free)
     config = base_config(result)
-    if any_adapter:
+    gone = {group} | (may_differ - {"adapter"})
+    if "adapter" in may_differ:
         config["adapter"] = result["config"]["adapter"] is not None
-    kept = [config[key] for key in ("model", "data", "adapter", "decode") if key != group]
+    kept = [config[key] for key in ("model", "data", "adapter", "decode") if key not in gone]
     return repr((choices, kept, result["data"]["ids"], system.digests["texts"]))
 
 

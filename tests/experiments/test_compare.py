@@ -85,17 +85,35 @@ def test_budgets_and_decoding_are_not_mixed(eval_here: Eval) -> None:
     assert kept == sorted(set(kept)) and kept[-1] == 100
 
 
-def test_any_adapter(eval_here: Eval) -> None:
+def test_what_may_differ(eval_here: Eval, capsys: pytest.CaptureFixture[str]) -> None:
     """Two adapters are two systems' own; a system without one is still compared with none that has one."""
     tiny = Path(__file__).parents[2] / "weights" / "tiny"
     few = (f"model.path={tiny}", "data.n=24", "shots=0")
-    for words in (["random", "adapter=random"], ["shirg", "adapter=own"], ["saint", "adapter=null"]):
-        job = eval_here(f"selector={words[0]}", *words[1:], *few)
-    apart, together = (
-        [each.name.split()[0] for each in compare([job.parent], "selector", "random", any_adapter=given)]
-        for given in (False, True)
-    )
-    assert apart == ["random"] and together == ["random", "shirg"]
+    for selector, *words in (
+        ("random", "adapter=random"),
+        ("shirg", "adapter=own"),
+        ("shirg", "relevance=none", "adapter=own"),
+        ("saint", "adapter=null"),
+    ):
+        job = eval_here(f"selector={selector}", *words, *few)
+
+    def found(*may_differ: str) -> list[str]:
+        return [each.name for each in compare([job.parent], "selector", "random", may_differ=frozenset(may_differ))]
+
+    assert [name.split()[0] for name in found()] == ["random"]
+    assert [name.split()[0] for name in found("adapter")] == ["random", "shirg"]
+    both = found("adapter", "relevance")
+    assert len(both) == 3 and sum("relevance=none" in name for name in both) == 1
+    capsys.readouterr()
+    for words in ([str(job.parent), "selector=random"], [str(job.parent), str(job.parent)]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--may-differ", "relevances"])
+        assert ended.value.code == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err == [
+        "error: may-differ=relevances: this is no group of these jobs; did you mean relevance?",
+        "error: --may-differ belongs to a choice, as selector=pooled",
+    ]
 
 
 def test_an_ablation_may_take_the_question_away(eval_here: Eval) -> None:
