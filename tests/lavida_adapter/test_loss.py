@@ -278,11 +278,9 @@ def test_alignment_against_plain_python() -> None:
     assert found == pytest.approx(contrast(pictures.tolist(), questions.tolist(), every), abs=1e-5)
     same = NOTHING.clone()
     same[0, 1] = same[1, 0] = True
-    found = alignment_loss(pictures, questions, same, TEMPERATURE).item()
-    left = every - {(0, 1), (1, 0)}
-    assert found == pytest.approx(contrast(pictures.tolist(), questions.tolist(), left), abs=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):  # a training with a bfloat16 base runs under it
-        assert alignment_loss(pictures, questions, same, TEMPERATURE).item() == found
+    with torch.autocast("cpu", torch.bfloat16):  # in float32 there, too: a training with a bfloat16 base runs under it
+        found = alignment_loss(pictures, questions, same, TEMPERATURE).item()
+    assert found == pytest.approx(contrast(pictures.tolist(), questions.tolist(), every - {(0, 1), (1, 0)}), abs=1e-5)
 
 
 def test_the_gradient_of_alignment_against_differences() -> None:
