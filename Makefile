@@ -105,14 +105,14 @@ heads: setup
 	$(TRAIN) stage=gate model.path=$(TINY)/base weights=$(TINY)/base/relevance
 	$(TRAIN) stage=gate head.question=false relevance.base=null gate.recall_sparse=0 gate.recall_unseen=0 model.path=$(TINY)/base weights=$(TINY)/base/relevance_blind
 	$(ADAPT)/shirg_learned experiment=P2
-# The own adapters of P2's rivals, each trained with the allocation that was best for it, for sweep=learned.
+# The own adapters of P2's rivals, each trained with the allocation that was best for it, for sweep=learned; those of
+# saint, topv and llava_scissor are in `adapters`, trained with all of the budget.
 rival_cdpruner := selector=cdpruner context=even
 rival_shirg_div := selector=shirg_div context=even context.evidence=0.25
 rival_hiprune := selector=hiprune context=even context.evidence=0.75
 rival_norm_topk := selector=norm_topk context=even context.evidence=0.75
-rival_saint_even := selector=saint context=even context.evidence=0.75
-rivals: $(addprefix rival-,cdpruner shirg_div otprune divprune topv_own saint_even saint_vote tome topv vispruner \
-	visionzip holov hiprune norm_topk)
+rivals: $(addprefix rival-,cdpruner shirg_div otprune divprune topv_own saint_vote tome vispruner visionzip holov \
+	hiprune norm_topk)
 rival-%: setup
 	$(ADAPT)/$* $(or $(rival_$*),selector=$*)
 # For sweep=long_answers: one adapter for each of its systems, trained on lists, beside a copy of the base and its head.
